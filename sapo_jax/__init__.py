@@ -1,0 +1,1 @@
+"""Policy optimisation of language models in JAX, built around SAPO (arXiv 2511.20347)."""

@@ -1,0 +1,125 @@
+"""The named pytrees that flow between the stations of a run, and the reductions that they log.
+
+Dimension key: P prompts, G completions per prompt, B = P·G rows (the rows of one prompt are
+adjacent), S row length, N prompt length. Rows are left-aligned and gap-free: prompt [0, p),
+completion [p, p+n), pads after. Learner arrays are aligned with ``tokens``: entry s belongs to
+token s given the tokens before it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+STOP, LENGTH = 0, 1  # values of Rollout.finished
+
+
+@struct.dataclass
+class Prompts:
+    """Tokenised prompts, as the sampler takes them."""
+
+    tokens: jax.Array  # i32[P, N], left-aligned
+    length: jax.Array  # i32[P]
+    id: jax.Array  # u32[P], the same for the same prompt in every run
+    task: jax.Array  # i32[P], index into the run's tasks
+
+
+@struct.dataclass
+class Rollout:
+    """Sampled completions of a batch of prompts."""
+
+    tokens: jax.Array  # i32[B, S]
+    mask: jax.Array  # bool[B, S], completion tokens through the stop token
+    sampler_logp: jax.Array  # f32[B, S], nats
+    prompt_id: jax.Array  # u32[B]
+    sample_index: jax.Array  # i32[B], 0..G-1 within the prompt
+    policy_step: jax.Array  # i32[B], the iteration whose policy sampled the row
+    finished: jax.Array  # i32[B], STOP or LENGTH
+    segments: jax.Array  # i32[B, S], 1 on prompt and completion, 0 on pads
+    routing: jax.Array | None = None  # MoE only
+
+
+@struct.dataclass
+class Batch:
+    """What the learner takes: rows of a rollout with their advantages."""
+
+    tokens: jax.Array  # i32[B, S]
+    mask: jax.Array  # bool[B, S]
+    segments: jax.Array  # i32[B, S]
+    sampler_logp: jax.Array  # f32[B, S]
+    old_logp: jax.Array  # f32[B, S]
+    advantages: jax.Array  # f32[B]
+    ref_logp: jax.Array | None = None  # f32[B, S]
+    weights: jax.Array | None = None  # f32[B, S], multiply the surrogate, never a denominator
+
+
+@struct.dataclass
+class TrainState:
+    """Everything on the device that the next update depends on."""
+
+    iteration: jax.Array  # i32[], finished iterations
+    update: jax.Array  # i32[], finished optimizer steps
+    params: Any
+    opt_state: Any
+
+
+@struct.dataclass
+class Weighted:
+    """A mean that is not divided yet: merging adds both parts."""
+
+    numerator: jax.Array
+    denominator: jax.Array
+
+    def merge(self, axis: int = 0) -> Weighted:
+        """Sum over a stacked axis (micro-batches, minibatches, shards)."""
+        return Weighted(jnp.sum(self.numerator, axis), jnp.sum(self.denominator, axis))
+
+
+@struct.dataclass
+class Max:
+    """A maximum; merging takes the larger."""
+
+    value: jax.Array
+
+    def merge(self, axis: int = 0) -> Max:
+        """Maximum over a stacked axis."""
+        return Max(jnp.max(self.value, axis))
+
+
+@struct.dataclass
+class Min:
+    """A minimum; merging takes the smaller."""
+
+    value: jax.Array
+
+    def merge(self, axis: int = 0) -> Min:
+        """Minimum over a stacked axis."""
+        return Min(jnp.min(self.value, axis))
+
+
+@struct.dataclass
+class Histogram:
+    """Counts between fixed edges; merging adds the counts."""
+
+    counts: jax.Array  # f32[bins]
+    edges: jax.Array  # f32[bins + 1]
+
+    def merge(self, axis: int = 0) -> Histogram:
+        """Sum of the counts over a stacked axis; the edges are the same throughout."""
+        return Histogram(jnp.sum(self.counts, axis), jnp.take(self.edges, 0, axis))
+
+
+REDUCTIONS = (Weighted, Max, Min, Histogram)
+
+
+def is_reduction(x: Any) -> bool:
+    """True for the mergeable reductions; the ``is_leaf`` of trees of metrics."""
+    return isinstance(x, REDUCTIONS)
+
+
+def merge(stacked: Any, axis: int = 0) -> Any:
+    """Merge a tree of stacked reductions over ``axis``."""
+    return jax.tree.map(lambda r: r.merge(axis), stacked, is_leaf=is_reduction)
