@@ -1,0 +1,128 @@
+"""Advantages from rewards: baselines and normalisation over the G completions of a prompt.
+
+Rows of one prompt are adjacent. A group whose rewards are all equal carries no signal and gets
+exactly 0; this is decided by max = min, since the float standard deviation of equal numbers is a
+rounding error, which dividing by turns into advantages of order 1.
+"""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from sapo_jax import masked
+from sapo_jax.types import Weighted
+
+
+def _grouped(rewards_B: jax.Array, group_size: int, at_least: int) -> jax.Array:
+    chex.assert_rank(rewards_B, 1)
+    if group_size < at_least:
+        raise ValueError(f"group_size={group_size}: must be at least {at_least}")
+    if rewards_B.shape[0] % group_size:
+        raise ValueError(
+            f"rewards of {rewards_B.shape[0]} rows do not divide into groups of {group_size}"
+        )
+    return rewards_B.reshape(-1, group_size)
+
+
+def _zero_if_equal(advantages_PG: jax.Array, rewards_PG: jax.Array) -> jax.Array:
+    equal_P1 = rewards_PG.max(-1, keepdims=True) == rewards_PG.min(-1, keepdims=True)
+    return jnp.where(equal_P1, 0, advantages_PG).reshape(-1)
+
+
+def group(rewards_B: jax.Array, group_size: int, *, ddof: int = 1, eps: float = 1e-6) -> jax.Array:
+    """Group-normalised advantages: A = (R − mean) / (std + ε) within each group.
+
+    Source: GRPO, arXiv 2402.03300, section 4.1; the sample standard deviation (ddof 1) as in TRL
+    and verl.
+
+    Args:
+      rewards_B: f[B], the rows of a prompt adjacent.
+      group_size: G ≥ 2 (≥ 1 + ddof).
+      ddof: 1 for the sample, 0 for the population standard deviation.
+      eps: added to the standard deviation.
+
+    Returns:
+      f[B], exactly 0 in groups whose rewards are all equal.
+
+    Raises:
+      ValueError: the group size is too small or does not divide B.
+    """
+    rewards_PG = _grouped(rewards_B, group_size, max(2, 1 + ddof))
+    centred_PG = rewards_PG - rewards_PG.mean(-1, keepdims=True)
+    std_P1 = rewards_PG.std(-1, ddof=ddof, keepdims=True)
+    return _zero_if_equal(centred_PG / (std_P1 + eps), rewards_PG)
+
+
+def leave_one_out(rewards_B: jax.Array, group_size: int) -> jax.Array:
+    """Leave-one-out advantages: A_i = R_i − mean_{j ≠ i} R_j.
+
+    Source: RLOO, arXiv 2402.14740, section 2.2.
+
+    Args:
+      rewards_B: f[B], the rows of a prompt adjacent.
+      group_size: G ≥ 2.
+
+    Returns:
+      f[B], exactly 0 in groups whose rewards are all equal.
+
+    Raises:
+      ValueError: the group size is too small or does not divide B.
+    """
+    rewards_PG = _grouped(rewards_B, group_size, 2)
+    centred_PG = rewards_PG - rewards_PG.mean(-1, keepdims=True)
+    return _zero_if_equal(centred_PG * group_size / (group_size - 1), rewards_PG)
+
+
+def mean(rewards_B: jax.Array, group_size: int) -> jax.Array:
+    """Mean-only advantages: A = R − mean, without the standard deviation.
+
+    Source: Dr. GRPO, arXiv 2503.20783, section 3.2.
+
+    Args:
+      rewards_B: f[B], the rows of a prompt adjacent.
+      group_size: G ≥ 1; with 1, all advantages are 0.
+
+    Returns:
+      f[B], exactly 0 in groups whose rewards are all equal.
+
+    Raises:
+      ValueError: the group size does not divide B.
+    """
+    rewards_PG = _grouped(rewards_B, group_size, 1)
+    return _zero_if_equal(rewards_PG - rewards_PG.mean(-1, keepdims=True), rewards_PG)
+
+
+def reinforce_pp(
+    rewards_B: jax.Array, valid_B: jax.Array | None = None, *, eps: float = 1e-8
+) -> jax.Array:
+    """Globally whitened rewards: A = (R − mean over the batch) / (std over the batch + ε).
+
+    Source: REINFORCE++, arXiv 2501.03262, section 3.2.
+
+    Args:
+      rewards_B: f[B].
+      valid_B: bool[B], rows that count; all by default.
+      eps: added to the standard deviation (ddof 0).
+
+    Returns:
+      f[B], exactly 0 where rows do not count or where all rewards that count are equal.
+    """
+    chex.assert_rank(rewards_B, 1)
+    valid_B = jnp.ones(rewards_B.shape, bool) if valid_B is None else valid_B
+    count = jnp.sum(valid_B, dtype=rewards_B.dtype)
+    centred_B = rewards_B - masked.ratio(masked.mean(rewards_B, valid_B))
+    variance = masked.ratio(Weighted(jnp.sum(masked.keep(centred_B**2, valid_B)), count))
+    equal = jnp.max(jnp.where(valid_B, rewards_B, -jnp.inf)) == jnp.min(
+        jnp.where(valid_B, rewards_B, jnp.inf)
+    )
+    return jnp.where(equal | ~valid_B, 0, centred_B / (jnp.sqrt(variance) + eps))
+
+
+ESTIMATORS = {
+    "group": group,
+    "leave_one_out": leave_one_out,
+    "mean": mean,
+    "reinforce_pp": lambda rewards_B, group_size: reinforce_pp(rewards_B),
+}

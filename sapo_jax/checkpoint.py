@@ -1,0 +1,275 @@
+"""Asynchronous checkpoints of a run: the newest and the best scored, on a local disk or on gs://."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from orbax.checkpoint import path as orbax_path
+from orbax.checkpoint import v1 as ocp
+
+FORMAT, STATE = "sapo_jax/1", "state"
+UNFINISHED = orbax_path.atomicity_types.TMP_DIR_SUFFIX
+COMMIT_FILE = orbax_path.atomicity_types.COMMIT_SUCCESS_FILE
+_is_committed = orbax_path.step.is_path_finalized
+Leaves = dict[str, str]  # path in the state → dtype and shape
+
+
+class _Saving(NamedTuple):
+    """A save in flight, and what has to be read back before its predecessors may go."""
+
+    path: epath.Path
+    response: ocp.AsyncResponse
+    record: dict
+    leaves: Leaves
+
+
+class Checkpoints:
+    """The checkpoints ``<directory>/<iteration>/`` of one run; leaving the context waits.
+
+    A checkpoint is deleted only after a newer one is committed and was read back. Reading leaves
+    the directory as it is: what a killed save left behind is removed at the first save.
+    """
+
+    def __init__(self, directory: epath.PathLike):
+        path = epath.Path(directory)
+        self.directory = path if _is_remote(path) else path.expanduser().resolve()
+        self._saving: _Saving | None = None
+        self._scores: dict[int, float | None] | None = None  # known from the first save on
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.wait()
+
+    def save(self, iteration: int, state: Any, meta: dict, *, score: float | None = None) -> None:
+        """Start saving a pytree of arrays; on return the caller may donate its buffers.
+
+        Args:
+            iteration: number of finished iterations, above that of every checkpoint so far.
+            state: what to save.
+            meta: JSON-able dict (data position, config fingerprint), handed back by `restore`.
+            score: held-out score of this state, higher is better.
+
+        Raises:
+            ValueError: the iteration is not new, ``meta`` changes in JSON, the score is not
+                finite, or the previous save cannot be read back.
+        """
+        record = _record(meta, score)
+        self.wait()
+        if self._scores is None:
+            self._remove_unfinished()
+            self._scores = self._read_scores()
+        newest = max(self._scores, default=-1)
+        if iteration <= newest:
+            raise ValueError(
+                f"cannot save iteration {iteration} into {self.directory}, which already holds "
+                f"iteration {newest}; expected a later one: resume from iteration {newest}, or "
+                "save into another directory"
+            )
+        path = self.directory / str(iteration)
+        response = ocp.save_checkpointables_async(path, {STATE: state}, custom_metadata=record)
+        self._saving = _Saving(path, response, record, _leaves(state))
+
+    def wait(self) -> None:
+        """Return when the last save is committed, read back, and its predecessors are pruned.
+
+        Raises:
+            ValueError: what was committed reads back differently; nothing was deleted.
+        """
+        if self._saving is None:
+            return
+        (path, response, *saved), self._saving = self._saving, None
+        try:
+            response.result()
+        except Exception as error:
+            error.add_note(f"while saving {path}; the checkpoints before it are untouched")
+            raise
+        if jax.process_index() == 0 and list(_read(path)) != saved:
+            raise _damaged(path, "it does not read back as what was saved")
+        self._scores[int(path.name)] = saved[0]["score"]
+        self._prune()
+
+    def latest(self) -> int | None:
+        """Newest committed iteration, or None."""
+        return max(self._committed(), default=None)
+
+    def best(self) -> int | None:
+        """Iteration with the highest score (the newest of equals), or None if none was scored."""
+        return _best(self._read_scores())
+
+    def restore(self, iteration: int, abstract_state: Any) -> tuple[Any, dict]:
+        """Read a checkpoint back, bit for bit.
+
+        Args:
+            iteration: one of the committed, for instance ``latest()``.
+            abstract_state: pytree of `jax.ShapeDtypeStruct`; without a sharding, leaves go to the
+                default device.
+
+        Returns:
+            The state, of the same pytree type, and the ``meta`` of its save.
+
+        Raises:
+            ValueError: there is no such checkpoint, it is damaged or another program's, or a
+                name, shape or dtype is not the wanted one.
+        """
+        path = self.directory / str(iteration)
+        if iteration not in (committed := self._committed()):
+            raise ValueError(
+                f"nothing to restore: {path} is no finished checkpoint; {self.directory} holds the "
+                f"iterations {committed}: name one of those or another directory"
+            )
+        record, stored = _read(path)
+        _check_leaves(path, stored, _leaves(abstract_state))
+        return _load(path, abstract_state), record["meta"]
+
+    def _committed(self) -> list[int]:
+        paths = self.directory.iterdir() if self.directory.exists() else []
+        numbered = [p for p in paths if p.name.isdecimal() and str(int(p.name)) == p.name]
+        return sorted(int(p.name) for p in numbered if _is_committed(p))
+
+    def _read_scores(self) -> dict[int, float | None]:
+        return {i: _read(self.directory / str(i))[0]["score"] for i in self._committed()}
+
+    def _prune(self) -> None:
+        for iteration in set(self._scores) - {max(self._scores), _best(self._scores)}:
+            if jax.process_index() == 0:
+                _delete(self.directory / str(iteration))
+            del self._scores[iteration]
+
+    def _remove_unfinished(self) -> None:
+        if jax.process_index() != 0 or not self.directory.exists():
+            return
+        for path in self.directory.iterdir():
+            iteration, dot, suffix = path.name.partition(".")
+            if iteration.isdecimal() and (
+                UNFINISHED in dot + suffix
+                # on gs:// an unfinished checkpoint has its final name and lacks the commit file
+                or (_is_remote(path) and (path / STATE).exists() and not _is_committed(path))
+            ):
+                path.rmtree()
+
+
+def restore_params(directory: Any, abstract_params: Any, *, which: str = "latest") -> Any:
+    """Read only the ``params`` of the state in another run's directory of checkpoints.
+
+    ``abstract_params`` is a pytree of `jax.ShapeDtypeStruct`, ``which`` is "latest", or "best" for
+    the highest score. Raises ValueError as `Checkpoints.restore` does, and when none was scored.
+    """
+    choices = {"latest": Checkpoints.latest, "best": Checkpoints.best}
+    if which not in choices:
+        raise ValueError(f"which is {which!r}; expected one of {list(choices)}")
+    checkpoints = Checkpoints(directory)
+    directory, iteration = checkpoints.directory, choices[which](checkpoints)
+    if iteration is None:
+        found = sorted(p.name for p in directory.iterdir()) if directory.exists() else []
+        raise ValueError(
+            f"nothing to restore: {directory} holds no finished {'scored ' * (which == 'best')}"
+            f"checkpoint; expected directories named by iteration, found {found[:8] or 'nothing'}: "
+            "name the directory of checkpoints of a run that saved one"
+        )
+    path, wanted = directory / str(iteration), {"params": abstract_params}
+    stored = {k: v for k, v in _read(path)[1].items() if k.startswith("params/")}
+    _check_leaves(path, stored, _leaves(wanted))
+    return _load(path, wanted)["params"]
+
+
+def _record(meta: dict, score: float | None) -> dict:
+    """What is stored beside the arrays."""
+    if score is not None and not math.isfinite(score):
+        raise ValueError(f"score is {score}; expected a finite number, or None for no score")
+    record = {"format": FORMAT, "score": None if score is None else float(score), "meta": meta}
+    if json.loads(json.dumps(record, default=str)) != record:
+        raise ValueError(
+            f"meta changes in JSON: {meta}; expected dicts with string keys, lists, strings, "
+            "finite Python numbers"
+        )
+    return record
+
+
+def _read(path: epath.Path) -> tuple[dict, Leaves]:
+    """The record and the leaves of a committed checkpoint, of which no array is read."""
+    try:
+        stored = ocp.checkpointables_metadata(path)
+    except ocp.errors.InvalidLayoutError as error:
+        raise (_damaged(path, error) if (path / STATE).exists() else _foreign(path)) from error
+    record, state = stored.custom_metadata or {}, stored.metadata.get(STATE)
+    # Orbax answers an unreadable file with None and a log line, not with an exception.
+    if STATE in stored.metadata and (state is None or stored.init_timestamp_nsecs is None):
+        raise _damaged(path, "its metadata cannot be read")
+    if record.get("format") != FORMAT:
+        raise _foreign(path)
+    return record, _leaves(state)
+
+
+def _load(path: epath.Path, abstract: Any) -> Any:
+    """The arrays named by ``abstract``, which may be part of those stored."""
+    device = jnp.zeros(()).sharding
+    placed = jax.tree.map(
+        lambda x: x if x.sharding else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+        abstract,
+    )
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
+        with context:
+            return ocp.load(path, placed, checkpointable_name=STATE)
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise  # the device is at fault, not the file
+    except Exception as error:  # Orbax raises bare Exceptions for missing and truncated files
+        raise _damaged(path, error) from error
+
+
+def _leaves(tree: Any) -> Leaves:
+    """The same for a state and for the plain dicts and lists that Orbax describes it by."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}"
+        for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _check_leaves(path: epath.Path, stored: Leaves, wanted: Leaves) -> None:
+    for name in [*wanted, *stored]:
+        has, wants = stored.get(name, "nothing"), wanted.get(name, "nothing")
+        if has != wants:
+            raise ValueError(
+                f"checkpoint {path} does not fit: {name} is stored as {has} and wanted as {wants}; "
+                "restore with the model and optimizer that it was saved with, or name another one"
+            )
+
+
+def _best(scores: dict[int, float | None]) -> int | None:
+    return max(((s, i) for i, s in scores.items() if s is not None), default=(0, None))[1]
+
+
+def _damaged(path: epath.Path, why: object) -> ValueError:
+    return ValueError(
+        f"checkpoint of iteration {path.name} in {path.parent} is damaged: {str(why)[:200]}; "
+        f"expected every file of a finished save; to go on from an older one, delete {path}"
+    )
+
+
+def _foreign(path: epath.Path) -> ValueError:
+    return ValueError(
+        f"{path} is not a checkpoint of sapo_jax: it lacks the record {FORMAT!r} that every save "
+        "writes; name another directory, or move it away"
+    )
+
+
+def _delete(path: epath.Path) -> None:
+    """A kill half way leaves what the next start takes for unfinished, never for a checkpoint."""
+    if _is_remote(path):
+        (path / COMMIT_FILE).unlink()  # renaming would copy every file
+    else:
+        path = path.rename(path.with_name(path.name + UNFINISHED))
+    path.rmtree()
+
+
+def _is_remote(path: epath.Path) -> bool:
+    return "://" in os.fspath(path)

@@ -1,0 +1,278 @@
+"""The device's part of a rollout: compiled programs that fill slots, decode, and assemble rows.
+
+A slot holds one prompt and its G completions. The prompt's keys and values are stored once; each
+row has its own for the completion, at the clock (the number of decode steps so far) modulo
+``max_new_tokens``: one contiguous write a step serves slots that started at different times.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from sapo_jax import sampling
+from sapo_jax.model import attention, transformer
+from sapo_jax.model.config import ModelConfig
+from sapo_jax.types import LENGTH, STOP, Prompts, Rollout
+
+
+@struct.dataclass
+class Decoding:
+    """The state of the decode loop; Q slots, G rows each."""
+
+    clock: jax.Array  # i32[], decode steps done
+    prompt_kv: Any  # per layer (keys, values) [Q, K, N, d]
+    own_kv: Any  # per layer (keys, values) [Q, G, K, C, d]
+    prompt: jax.Array  # i32[Q], index of the slot's prompt; P where the slot is empty
+    length: jax.Array  # i32[Q], tokens of the prompt
+    start: jax.Array  # i32[Q], clock at which the slot was filled
+    token: jax.Array  # i32[Q, G], last token drawn, not in the cache yet
+    done: jax.Array  # bool[Q, G]
+    keys: jax.Array  # key[Q, G]
+    tokens: jax.Array  # i32[P + 1, G, T], results; the last entry takes what empty slots write
+    logp: jax.Array  # f32[P + 1, G, T]
+    count: jax.Array  # i32[P + 1, G], tokens of the completion
+    finished: jax.Array  # i32[P + 1, G], STOP or LENGTH
+
+
+@partial(jax.jit, static_argnames="config")
+def to_sampler(params: Any, config: ModelConfig) -> Any:
+    """Parameters as the sampler reads them: compute dtype, one leaf per layer.
+
+    Decoding from slices of stacked weights would copy them at each step. Parameters that are in
+    this layout already come back as they are.
+    """
+    if isinstance(params["layers"], list):
+        return params
+    cast = jax.tree.map(lambda x: x.astype(config.compute_dtype), params)
+    layers = [
+        {name: value[i] for name, value in cast["layers"].items()}
+        for i in range(config.num_hidden_layers)
+    ]
+    return {**cast, "layers": layers}
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
+def empty(
+    config: ModelConfig, slots: int, size: int, prompts: int, width: int, group: int, t: int
+) -> Decoding:
+    """Q empty slots, with a completion cache of ``size`` and results for P prompts."""
+    q = slots
+    kv, d = config.num_key_value_heads, config.head_dim
+
+    def pair(*shape):
+        return tuple(jnp.zeros(shape, config.cache_dtype) for _ in range(2))
+
+    layers = range(config.num_hidden_layers)
+    key = jax.random.key(0, impl="threefry2x32")
+    return Decoding(
+        clock=jnp.int32(0),
+        prompt_kv=[pair(q, kv, width, d) for _ in layers],
+        own_kv=[pair(q, group, kv, size, d) for _ in layers],
+        prompt=jnp.full(q, prompts, jnp.int32),
+        length=jnp.ones(q, jnp.int32),
+        start=jnp.zeros(q, jnp.int32),
+        token=jnp.zeros((q, group), jnp.int32),
+        done=jnp.ones((q, group), bool),
+        keys=jnp.broadcast_to(key, (q, group)),
+        tokens=jnp.full((prompts + 1, group, t), config.pad_token, jnp.int32),
+        logp=jnp.zeros((prompts + 1, group, t), jnp.float32),
+        count=jnp.zeros((prompts + 1, group), jnp.int32),
+        finished=jnp.zeros((prompts + 1, group), jnp.int32),
+    )
+
+
+def _draw_all(keys, index_Q, logits_QGV, controls, truncate):
+    """Draw a token for each row: rows of a slot share the completion index."""
+    one = partial(sampling.draw, c=controls, truncate=truncate)
+    per_row = jax.vmap(lambda k, i, x: jax.vmap(lambda kk, xx: one(kk, i, xx))(k, x))
+    return per_row(keys, index_Q, logits_QGV)
+
+
+def _record(state: Decoding, config: ModelConfig, prompt_Q, index_Q, token_QG, logp_QG, live_QG):
+    """Write the tokens just drawn into the results; returns the state and which rows ended."""
+    t = state.tokens.shape[-1]
+    stops_QG = jnp.isin(token_QG, jnp.asarray(config.stop_tokens))
+    last_Q1 = (index_Q == t - 1)[:, None]
+    at = (prompt_Q[:, None], jnp.arange(token_QG.shape[1])[None, :])
+    at_token = (*at, index_Q[:, None])
+
+    def put(buffer, index, new):
+        return buffer.at[index].set(jnp.where(live_QG, new, buffer[index]))
+
+    state = state.replace(
+        tokens=put(state.tokens, at_token, token_QG),
+        logp=put(state.logp, at_token, logp_QG),
+        count=put(state.count, at, index_Q[:, None] + 1),
+        finished=put(state.finished, at, jnp.where(stops_QG, STOP, LENGTH)),
+    )
+    return state, stops_QG | last_Q1
+
+
+@partial(jax.jit, static_argnames=("config", "truncate"), donate_argnames="state")
+def fill_slots(params, config, prompts, base, controls, state, slot_F, prompt_F, *, truncate):
+    """Fill slots with prompts (entries of slot_F that are Q fill nothing) and draw first tokens."""
+    q, group = state.done.shape
+    tokens_FN = prompts.tokens.at[prompt_F].get(mode="clip")
+    length_F = prompts.length.at[prompt_F].get(mode="clip")
+    ids_F = prompts.id.at[prompt_F].get(mode="clip")
+    segments_FN = jnp.ones_like(tokens_FN)
+    rope = attention.rotary(attention.positions(segments_FN), config.head_dim, config.rope_theta)
+    x = transformer.embed(params, config, tokens_FN)
+    prompt_kv = []
+    for weights, cache in zip(params["layers"], state.prompt_kv, strict=True):
+        fresh = []
+
+        def attend(q_, k, v, fresh=fresh):
+            fresh.extend(jnp.swapaxes(y, 1, 2).astype(config.cache_dtype) for y in (k, v))
+            return attention.causal(q_, k, v, segments_FN)
+
+        x = transformer.layer(weights, config, x, rope, attend)
+        prompt_kv.append(
+            tuple(
+                old.at[slot_F].set(new, mode="drop") for old, new in zip(cache, fresh, strict=True)
+            )
+        )
+    last_FD = jnp.take_along_axis(x, (length_F - 1)[:, None, None], 1)[:, 0]
+    last_FD = transformer.rms_norm(last_FD, params["final_norm"], config.rms_norm_eps)
+    logits_FV = transformer.logits_of(params, config, last_FD)
+    keys_FG = sampling.row_keys(base, ids_F, group)
+    logits_FGV = jnp.broadcast_to(logits_FV[:, None], (*keys_FG.shape, logits_FV.shape[-1]))
+    index_F = jnp.zeros_like(slot_F)
+    token_FG, logp_FG = _draw_all(keys_FG, index_F, logits_FGV, controls, truncate)
+    real_F = slot_F < q
+    state, ended_FG = _record(
+        state, config, jnp.where(real_F, prompt_F, state.tokens.shape[0] - 1), index_F,
+        token_FG, logp_FG, jnp.broadcast_to(real_F[:, None], token_FG.shape),
+    )  # fmt: skip
+
+    def fill(old, new):
+        return old.at[slot_F].set(new, mode="drop")
+
+    return state.replace(
+        prompt_kv=prompt_kv,
+        prompt=fill(state.prompt, prompt_F),
+        length=fill(state.length, length_F),
+        start=fill(state.start, jnp.broadcast_to(state.clock, slot_F.shape)),
+        token=fill(state.token, token_FG),
+        done=fill(state.done, ended_FG),
+        keys=fill(state.keys, keys_FG),
+    )
+
+
+def _step(params, config, controls, truncate, state: Decoding) -> Decoding:
+    """Feed the last tokens, draw the next."""
+    _, n = state.prompt_kv[0][0].shape[1:3]
+    c = state.own_kv[0][0].shape[3]
+    t = state.tokens.shape[-1]
+    index_Q = state.clock - state.start
+    position_QG = jnp.broadcast_to((state.length + index_Q)[:, None], state.token.shape)
+    rope = attention.rotary(position_QG, config.head_dim, config.rope_theta)
+    at = state.clock % t
+    age_C = (state.clock - jnp.arange(c)) % t
+    own_visible_QC = age_C[None, :] <= index_Q[:, None]
+    prompt_visible_QN = jnp.arange(n)[None, :] < state.length[:, None]
+    x = transformer.embed(params, config, state.token)
+    own_kv = []
+    for weights, prompt_kv, cache in zip(
+        params["layers"], state.prompt_kv, state.own_kv, strict=True
+    ):
+        fresh = []
+
+        def attend(q, k, v, fresh=fresh, cache=cache, prompt_kv=prompt_kv):
+            for old, new in zip(cache, (k, v), strict=True):
+                update = new[:, :, :, None].astype(old.dtype)
+                fresh.append(jax.lax.dynamic_update_slice_in_dim(old, update, at, 3))
+            return attention.cached(q, prompt_kv, fresh, prompt_visible_QN, own_visible_QC)
+
+        x = transformer.layer(weights, config, x, rope, attend)
+        own_kv.append(tuple(fresh))
+    x = transformer.rms_norm(x, params["final_norm"], config.rms_norm_eps)
+    logits_QGV = transformer.logits_of(params, config, x)
+    token_QG, logp_QG = _draw_all(state.keys, index_Q + 1, logits_QGV, controls, truncate)
+    live_QG = ~state.done
+    state, ended_QG = _record(
+        state, config, state.prompt, jnp.minimum(index_Q + 1, t - 1), token_QG, logp_QG, live_QG
+    )
+    return state.replace(
+        clock=state.clock + 1,
+        own_kv=own_kv,
+        token=jnp.where(live_QG, token_QG, config.pad_token),
+        done=state.done | ended_QG,
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "truncate"), donate_argnames="state")
+def decode(params, config, controls, state, until, enough, *, truncate):
+    """Decode until the clock reaches ``until`` or at least ``enough`` slots have finished."""
+
+    def go_on(s):
+        finished = jnp.sum(jnp.all(s.done, -1))
+        return (s.clock < until) & (finished < enough)
+
+    state = jax.lax.while_loop(go_on, partial(_step, params, config, controls, truncate), state)
+    return state, jnp.all(state.done, -1)
+
+
+@partial(jax.jit, static_argnames="size")
+def grow(own_kv: Any, size: int) -> Any:
+    """Enlarge the completion cache."""
+    return jax.tree.map(
+        lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, size - x.shape[3]), (0, 0))), own_kv
+    )
+
+
+@jax.jit
+def take(state: Decoding, slots: jax.Array) -> Decoding:
+    """Keep some slots only."""
+    names = ("prompt_kv", "own_kv", "prompt", "length", "start", "token", "done", "keys")
+    kept = {name: jax.tree.map(lambda x: x[slots], getattr(state, name)) for name in names}
+    return state.replace(**kept)
+
+
+@partial(jax.jit, static_argnames="config")
+def assemble(config, results, prompts: Prompts, iteration) -> Rollout:
+    """Join prompts and completions into left-aligned, gap-free rows."""
+    tokens_PGT, logp_PGT, count_PG, finished_PG = (x[:-1] for x in results)
+    p, n = prompts.tokens.shape
+    group, t = tokens_PGT.shape[1:]
+    length_P1 = prompts.length[:, None]
+    s = n + t
+    index_S = jnp.arange(s)[None, None, :]
+    offset = index_S - length_P1[..., None]
+    inside = (offset >= 0) & (offset < count_PG[..., None])
+
+    def place(values_PGT, fill):
+        gathered = jnp.take_along_axis(
+            values_PGT, jnp.broadcast_to(jnp.clip(offset, 0, t - 1), (p, group, s)), -1
+        )
+        return jnp.where(inside, gathered, fill)
+
+    prompt_PS = jnp.pad(prompts.tokens, ((0, 0), (0, t)), constant_values=config.pad_token)
+    in_prompt = offset < 0
+    tokens = jnp.where(in_prompt, prompt_PS[:, None], place(tokens_PGT, config.pad_token))
+    rows = partial(jnp.reshape, shape=(p * group, s))
+    return Rollout(
+        tokens=rows(tokens),
+        mask=rows(inside),
+        sampler_logp=rows(place(logp_PGT, 0.0)),
+        prompt_id=jnp.repeat(prompts.id, group),
+        sample_index=jnp.tile(jnp.arange(group, dtype=jnp.int32), p),
+        policy_step=jnp.full(p * group, iteration, jnp.int32),
+        finished=finished_PG.reshape(-1),
+        segments=rows((inside | in_prompt).astype(jnp.int32)),
+    )
+
+
+def prefill(weights, config, prompts, base, controls, state, slot_F, prompt_F, *, truncate):
+    """`fill_slots` around the completion caches, whose size would make it compile again."""
+    arguments = (prompts, base, controls, state.replace(own_kv=None), slot_F, prompt_F)
+    filled = fill_slots(weights, config, *arguments, truncate=truncate)
+    return filled.replace(own_kv=state.own_kv)
+
+
+base_key = jax.jit(sampling.base_key, static_argnames="domain")

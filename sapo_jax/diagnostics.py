@@ -1,0 +1,49 @@
+"""What a minibatch shows about the gate: histograms by the sign of the advantage, sampler gap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sapo_jax import masked, objectives
+from sapo_jax.objectives import Objective
+from sapo_jax.types import Batch, Histogram, Max
+
+LOG_RATIO_EDGES = np.linspace(-2, 2, 81, dtype=np.float32)
+GATE_EDGES = np.linspace(0, 1.25, 51, dtype=np.float32)
+
+
+def histogram(values: jnp.ndarray, mask: jnp.ndarray, edges: np.ndarray) -> Histogram:
+    """Counts of the masked values between edges; what lies beyond is counted in the end bins."""
+    bins = len(edges) - 1
+    index = jnp.clip(jnp.searchsorted(edges, values, side="right") - 1, 0, bins - 1)
+    flat = jnp.where(mask, index, bins).reshape(-1)
+    counts = jnp.bincount(flat, length=bins + 1)[:bins].astype(jnp.float32)
+    return Histogram(counts, jnp.asarray(edges))
+
+
+def token_terms(objective: Objective, logp_BS: jnp.ndarray, batch: Batch) -> dict[str, Any]:
+    """Mergeable statistics of a minibatch's tokens; logp_BS carries no gradient.
+
+    The sampler's gap |log π_learner − log π_sampler| means what it says only before the first
+    update of an iteration, when both have the same parameters.
+    """
+    inputs, _ = objectives.token_inputs(
+        objective, logp_BS, batch.old_logp, batch.advantages, batch.mask, batch.segments
+    )
+    c_BS, counted_BS = objectives.coefficients(objective, inputs, batch.mask)
+    gate_BS = c_BS / jnp.exp(inputs.log_ratio)
+    gap_BS = masked.keep(jnp.abs(logp_BS - batch.sampler_logp), batch.mask)
+    terms = {
+        "sampler/logp_gap_mean": masked.mean(gap_BS, batch.mask),
+        "sampler/logp_gap_max": Max(jnp.max(gap_BS)),
+    }
+    for sign, side_BS in (("pos", inputs.advantages > 0), ("neg", inputs.advantages < 0)):
+        chosen_BS = counted_BS & side_BS
+        terms[f"histogram/log_ratio_{sign}"] = histogram(
+            inputs.log_ratio, chosen_BS, LOG_RATIO_EDGES
+        )
+        terms[f"histogram/gate_{sign}"] = histogram(gate_BS, chosen_BS, GATE_EDGES)
+    return terms

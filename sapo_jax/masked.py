@@ -1,0 +1,59 @@
+"""The only place where a mask divides: masked sums, means, and per-sequence reductions."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from sapo_jax.types import Weighted
+
+
+def ratio(weighted: Weighted) -> jax.Array:
+    """Numerator over denominator, and 0 where the denominator is 0 (nothing was counted)."""
+    empty = weighted.denominator == 0
+    return jnp.where(empty, 0, weighted.numerator) / jnp.where(empty, 1, weighted.denominator)
+
+
+def keep(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Values under the mask, 0 elsewhere; what is masked out (NaN, too) gets gradient 0."""
+    return jnp.where(mask, values, jnp.zeros((), values.dtype))
+
+
+def mean(values: jax.Array, mask: jax.Array) -> Weighted:
+    """The masked mean of all values, not divided yet."""
+    return Weighted(jnp.sum(keep(values, mask)), jnp.sum(mask, dtype=values.dtype))
+
+
+def _by_segment(values_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    """Sums by segment id, f[B, T + 1]; ids run from 1 to T, 0 is padding."""
+    bins = values_BT.shape[-1] + 1
+    return jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, bins))(values_BT, segments_BT)
+
+
+def sequence_sum(
+    values_BT: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array | None = None
+) -> jax.Array:
+    """At each token, the sum over the masked tokens of its sequence, f[B, T].
+
+    A sequence is a row, or, where rows are packed, a segment of a row.
+    """
+    kept_BT = keep(values_BT, mask_BT)
+    if segments_BT is None:
+        return jnp.broadcast_to(jnp.sum(kept_BT, -1, keepdims=True), values_BT.shape)
+    return jnp.take_along_axis(_by_segment(kept_BT, segments_BT), segments_BT, -1)
+
+
+def sequence_mean(
+    values_BT: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array | None = None
+) -> jax.Array:
+    """At each token, the mean over the masked tokens of its sequence, f[B, T]."""
+    ones_BT = jnp.ones_like(values_BT)
+    total_BT = sequence_sum(values_BT, mask_BT, segments_BT)
+    return ratio(Weighted(total_BT, sequence_sum(ones_BT, mask_BT, segments_BT)))
+
+
+def sequence_count(mask_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
+    """The number of sequences that have a masked token, i32[]."""
+    if segments_BT is None:
+        return jnp.sum(jnp.any(mask_BT, -1), dtype=jnp.int32)
+    return jnp.sum(_by_segment(mask_BT.astype(jnp.int32), segments_BT) > 0, dtype=jnp.int32)

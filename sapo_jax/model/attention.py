@@ -1,0 +1,92 @@
+"""Rotary positions and attention: causal over rows for the learner, cached for the sampler."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+HIGHEST = jax.lax.Precision.HIGHEST
+NEGATIVE = -1e30  # finite: a row without any key must not give NaN
+
+
+def einsum(pattern: str, *operands: jax.Array, out=None) -> jax.Array:
+    """`jnp.einsum` without TF32 or bf16 passes for f32 inputs; bf16 inputs accumulate in f32."""
+    return jnp.einsum(pattern, *operands, precision=HIGHEST, preferred_element_type=out)
+
+
+def positions(segments_BS: jax.Array) -> jax.Array:
+    """Index of each token within its segment, i32[B, S]."""
+    index_S = jnp.arange(segments_BS.shape[-1], dtype=jnp.int32)
+    previous_BS = jnp.roll(segments_BS, 1, -1).at[:, 0].set(-1)
+    start_BS = jnp.where(segments_BS != previous_BS, index_S, 0)
+    return index_S - jax.lax.cummax(start_BS, axis=1)
+
+
+def rotary(positions_X: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) f32[..., head_dim/2] of RoPE (arXiv 2104.09864) at integer positions."""
+    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    angle = positions_X.astype(jnp.float32)[..., None] * theta**-exponent
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_XHd: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate the halves of each head: pairs are (i, i + head_dim/2), as Hugging Face has them."""
+    cos, sin = (t[..., None, :] for t in rope)
+    first, second = jnp.split(x_XHd.astype(jnp.float32), 2, -1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    return rotated.astype(x_XHd.dtype)
+
+
+def _softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
+    return jax.nn.softmax(jnp.where(visible, scores, NEGATIVE), axis=-1)
+
+
+def causal(
+    q_BSHd: jax.Array, k_BSKd: jax.Array, v_BSKd: jax.Array, segments_BS: jax.Array
+) -> jax.Array:
+    """Grouped-query attention of each token to its own segment up to itself, [B, S, H, d]."""
+    b, s, h, d = q_BSHd.shape
+    kv = k_BSKd.shape[2]
+    q = q_BSHd.reshape(b, s, kv, h // kv, d)
+    scores = einsum("bskgd,btkd->bkgst", q, k_BSKd, out=jnp.float32) / jnp.sqrt(d)
+    index = jnp.arange(s)
+    same_BST = segments_BS[:, :, None] == segments_BS[:, None, :]
+    visible_BST = same_BST & (index[:, None] >= index[None, :])
+    weights = _softmax(scores, visible_BST[:, None, None]).astype(v_BSKd.dtype)
+    return einsum("bkgst,btkd->bskgd", weights, v_BSKd).reshape(b, s, h, d)
+
+
+def cached(
+    q_PGHd: jax.Array,
+    prompt: tuple[jax.Array, jax.Array],
+    completion: tuple[jax.Array, jax.Array],
+    prompt_visible_PN: jax.Array,
+    completion_visible_PC: jax.Array,
+) -> jax.Array:
+    """Attention of one new token a row to its group's prompt and its own completion, [P, G, H, d].
+
+    Args:
+      q_PGHd: queries of G rows for each of P prompts.
+      prompt: keys and values [P, K, N, d], held once for the group.
+      completion: keys and values [P, G, K, C, d].
+      prompt_visible_PN: positions that hold a prompt token.
+      completion_visible_PC: positions that hold a completion token of the present group.
+    """
+    p, g, h, d = q_PGHd.shape
+    kv, n = prompt[0].shape[1:3]
+    dtype = q_PGHd.dtype
+    q = q_PGHd.reshape(p, g, kv, h // kv, d)
+    keys, values = (x.astype(dtype) for x in prompt)
+    own_keys, own_values = (x.astype(dtype) for x in completion)
+    scores = jnp.concatenate(
+        [
+            einsum("pgkqd,pknd->pgkqn", q, keys, out=jnp.float32),
+            einsum("pgkqd,pgkcd->pgkqc", q, own_keys, out=jnp.float32),
+        ],
+        -1,
+    ) / jnp.sqrt(d)
+    visible = jnp.concatenate([prompt_visible_PN, completion_visible_PC], -1)
+    weights = _softmax(scores, visible[:, None, None, None]).astype(dtype)
+    mixed = einsum("pgkqn,pknd->pgkqd", weights[..., :n], values)
+    mixed = mixed + einsum("pgkqc,pgkcd->pgkqd", weights[..., n:], own_values)
+    return mixed.reshape(p, g, h, d)

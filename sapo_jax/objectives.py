@@ -1,0 +1,395 @@
+"""Objectives as data: a gate, a ratio level, an aggregation and traced hyperparameters.
+
+Every method here maximises an aggregate of surrogates whose gradient is Σ c·A·∇log π_θ;
+`policy_loss` returns its negative. Steps, in this order: mask log-probabilities → log-ratio →
+reduce to the ratio level → clip the reduced log-ratio to ±20 → exponentiate → gate → aggregate.
+Masking after the exponential would give NaN gradients at padding (0·∞).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from sapo_jax import gates, masked
+from sapo_jax.types import Max, Min, Weighted, is_reduction
+
+sg = jax.lax.stop_gradient
+
+LOG_RATIO_BOUND = 20.0  # e^20 ≈ 5e8: beyond it no gate has a gradient that matters in f32
+LOGP_BOUND = 1e4  # keeps log-probabilities of ±∞ finite through a sequence's sum
+
+AGGREGATIONS = {
+    "seq_mean": "Σ_i (1/|y_i|) Σ_t / number of sequences",
+    "token_mean": "Σ_i Σ_t / number of tokens",
+    "const_len": "Σ_i Σ_t / (number of sequences · max_length)",
+    "seq_sum": "Σ_i Σ_t / number of sequences",
+}
+
+_POSITIVE = (lambda v: v > 0, "a number > 0")
+_NOT_NEGATIVE = (lambda v: v >= 0, "a number ≥ 0")
+DOMAINS = {
+    "tau": _POSITIVE,
+    "tau_pos": _POSITIVE,
+    "tau_neg": _POSITIVE,
+    "eps_low": _NOT_NEGATIVE,
+    "eps_high": _NOT_NEGATIVE,
+    "kl_coef": _NOT_NEGATIVE,
+    "dual_clip": (lambda v: v > 1, "a number > 1 (inf switches it off)"),
+    "max_length": (lambda v: v >= 1, "a number ≥ 1"),
+}
+
+
+def bounded(x: jax.Array, bound: float) -> jax.Array:
+    """Clip to ±bound with gradient 1 up to the bound and 0 beyond (`jnp.clip` has ½ on it)."""
+    return jnp.where(x > bound, bound, jnp.where(x < -bound, -bound, x))
+
+
+# ── Ratio levels ────────────────────────────────────────────────────────────────────────────────
+
+
+def _token(log_ratio_BT, mask_BT, segments_BT, advantages_BT, hp):
+    return log_ratio_BT
+
+
+def _sequence(log_ratio_BT, mask_BT, segments_BT, advantages_BT, hp):
+    return masked.sequence_mean(log_ratio_BT, mask_BT, segments_BT)
+
+
+def _sequence_token(log_ratio_BT, mask_BT, segments_BT, advantages_BT, hp):
+    mean_BT = masked.sequence_mean(log_ratio_BT, mask_BT, segments_BT)
+    return sg(mean_BT) + log_ratio_BT - sg(log_ratio_BT)
+
+
+def _product(log_ratio_BT, mask_BT, segments_BT, advantages_BT, hp):
+    return masked.sequence_sum(log_ratio_BT, mask_BT, segments_BT)
+
+
+def _geo_clipped(log_ratio_BT, mask_BT, segments_BT, advantages_BT, hp):
+    high, low = hp["eps_high"], -hp["eps_low"]
+    gain_BT = jnp.where(log_ratio_BT <= high, log_ratio_BT, high)
+    loss_BT = jnp.where(log_ratio_BT >= low, log_ratio_BT, low)
+    clipped_BT = jnp.where(advantages_BT > 0, gain_BT, loss_BT)
+    return masked.sequence_mean(clipped_BT, mask_BT, segments_BT)
+
+
+RATIOS = {
+    "token": _token,
+    "sequence": _sequence,
+    "sequence_token": _sequence_token,
+    "product": _product,
+    "geo_clipped": _geo_clipped,
+}
+
+
+# ── Objectives ──────────────────────────────────────────────────────────────────────────────────
+
+
+@struct.dataclass
+class Objective:
+    """One algorithm: static gate, ratio level and aggregation; hyperparameters as traced data.
+
+    Attributes:
+      gate: per-token surrogate, see `gates`.
+      ratio: a name in RATIOS.
+      aggregation: a name in AGGREGATIONS.
+      hyperparameters: name → scalar; None where the user has to give one.
+      kl_against: what the KL penalty holds the policy to: "ref", the reference policy given as
+        ``ref_logp_BT``, or "old", the policy that sampled.
+    """
+
+    gate: Callable = struct.field(pytree_node=False)
+    ratio: str = struct.field(pytree_node=False)
+    aggregation: str = struct.field(pytree_node=False)
+    hyperparameters: dict[str, Any]
+    kl_against: str = struct.field(pytree_node=False, default="ref")
+
+    def __post_init__(self):
+        for field, allowed in (
+            ("ratio", RATIOS), ("aggregation", AGGREGATIONS), ("kl_against", ("ref", "old"))
+        ):  # fmt: skip
+            if getattr(self, field) not in allowed:
+                value = getattr(self, field)
+                raise ValueError(f"{field}={value!r}: must be one of {', '.join(allowed)}")
+
+
+def _preset(gate, ratio, aggregation, kl_against="ref", **hyperparameters) -> Objective:
+    hyperparameters = {"kl_coef": 0.0, **hyperparameters}
+    return Objective(gate, ratio, aggregation, hyperparameters, kl_against)
+
+
+def _clipped(ratio: str, aggregation: str, eps_low: float, eps_high: float, **more) -> Objective:
+    hyperparameters = {"eps_low": eps_low, "eps_high": eps_high, "dual_clip": float("inf"), **more}
+    return _preset(gates.clip, ratio, aggregation, **hyperparameters)
+
+
+OBJECTIVES: dict[str, Objective] = {
+    "sapo": _preset(gates.sapo, "token", "seq_mean", tau_pos=1.0, tau_neg=1.05),
+    "grpo": _clipped("token", "seq_mean", 0.2, 0.2),
+    "gspo": _clipped("sequence", "seq_mean", 3e-4, 4e-4),
+    "gspo_token": _clipped("sequence_token", "seq_mean", 3e-4, 4e-4),
+    "dapo": _clipped("token", "token_mean", 0.2, 0.28),
+    "dr_grpo": _clipped("token", "const_len", 0.2, 0.2, max_length=None),
+    "ppo": _clipped("token", "token_mean", 0.2, 0.2),
+    "cispo": _preset(gates.cispo, "token", "token_mean", eps_low=1.0, eps_high=4.0),
+    "p3o": _preset(gates.p3o, "token", "seq_mean", kl_against="old", tau=4.0, kl_coef=0.1),
+    "reinforce": _preset(gates.reinforce, "token", "seq_mean"),
+}
+
+
+def resolve(objective: str | Objective, **hyperparameters) -> Objective:
+    """A preset or an objective with some hyperparameters overridden (None keeps the preset's).
+
+    Raises:
+      ValueError: an unknown name, a hyperparameter that the objective lacks or that is required
+        and missing, a value out of its domain (traced values are not looked at).
+    """
+    name = objective if isinstance(objective, str) else "objective"
+    if isinstance(objective, str):
+        if objective not in OBJECTIVES:
+            near = difflib.get_close_matches(objective, OBJECTIVES, 1, 0)
+            raise ValueError(
+                f"objective={objective!r}: must be one of {', '.join(OBJECTIVES)}; "
+                f"the nearest is {near[0]!r}"
+            )
+        objective = OBJECTIVES[objective]
+    allowed = objective.hyperparameters
+    for key in hyperparameters:
+        if key not in allowed:
+            raise ValueError(f"{name} has no hyperparameter {key!r}; it has {', '.join(allowed)}")
+    given = {k: v for k, v in hyperparameters.items() if v is not None}
+    merged = {**allowed, **given}
+    for key, value in merged.items():
+        check, text = DOMAINS.get(key, (lambda v: v == v, "a number"))
+        if value is None:
+            raise ValueError(f"{name} needs the hyperparameter {key!r}: {text}")
+        if not isinstance(value, jax.core.Tracer) and not jnp.all(check(jnp.asarray(value))):
+            raise ValueError(f"{name}: {key}={value} must be {text}")
+    return dataclasses.replace(objective, hyperparameters=merged)
+
+
+# ── The loss ────────────────────────────────────────────────────────────────────────────────────
+
+
+def aggregate(
+    values_BT: jax.Array,
+    mask_BT: jax.Array,
+    aggregation: str,
+    *,
+    segments_BT: jax.Array | None = None,
+    max_length: jax.Array | float | None = None,
+) -> Weighted:
+    """One of AGGREGATIONS, not divided yet: parts of a batch add up before the one division."""
+    values_BT = masked.keep(values_BT, mask_BT)
+    if aggregation == "seq_mean":
+        ones_BT = jnp.ones_like(values_BT)
+        length_BT = masked.sequence_sum(ones_BT, mask_BT, segments_BT)
+        values_BT = masked.ratio(Weighted(values_BT, length_BT))
+    total = jnp.sum(values_BT)
+    if aggregation == "token_mean":
+        return Weighted(total, jnp.sum(mask_BT, dtype=total.dtype))
+    sequences = masked.sequence_count(mask_BT, segments_BT).astype(total.dtype)
+    return Weighted(total, sequences * max_length if aggregation == "const_len" else sequences)
+
+
+def kl_estimate(logp: jax.Array, ref_logp: jax.Array, kind: str) -> jax.Array:
+    """Per-token estimate of KL(π_θ‖π_ref) in nats, from d = log π_θ − log π_ref within ±20.
+
+    k1 = d, k2 = d²/2, k3 = e^{−d} − 1 + d (Schulman 2020, "Approximating KL divergence"). As a
+    loss, on-policy, only k2 has the gradient of the reverse KL: k1's is noise around 0, k3's is
+    that of the forward KL.
+    """
+    d = bounded(logp - sg(ref_logp), LOG_RATIO_BOUND)
+    estimates = {"k1": lambda: d, "k2": lambda: d * d / 2, "k3": lambda: jnp.expm1(-d) + d}
+    if kind not in estimates:
+        raise ValueError(f"kl={kind!r}: must be one of {', '.join(estimates)}")
+    return estimates[kind]()
+
+
+def coefficients(
+    objective: Objective, inputs: gates.TokenInputs, mask_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The coefficient c on A·∇log π_θ of each token, by differentiating the surrogate.
+
+    Returns:
+      (c f[B, T], counted bool[B, T]): c is known where A ≠ 0 under the mask; 0 elsewhere.
+    """
+    inputs = jax.tree.map(sg, inputs)
+
+    def total(shift_BT):
+        shifted = inputs._replace(
+            logp=inputs.logp + shift_BT, log_ratio=inputs.log_ratio + shift_BT
+        )
+        surrogate_BT = objective.gate(shifted, mask_BT, objective.hyperparameters)
+        return jnp.sum(masked.keep(surrogate_BT, mask_BT))
+
+    gradient_BT = jax.grad(total)(jnp.zeros_like(inputs.logp))
+    counted_BT = mask_BT & (inputs.advantages != 0)
+    safe_BT = jnp.where(counted_BT, inputs.advantages, 1)
+    return masked.keep(gradient_BT / safe_BT, counted_BT), counted_BT
+
+
+def token_inputs(
+    objective: Objective,
+    logp_BT: jax.Array,
+    old_logp_BT: jax.Array,
+    advantages_B: jax.Array,
+    mask_BT: jax.Array,
+    segments_BT: jax.Array | None = None,
+) -> tuple[gates.TokenInputs, jax.Array]:
+    """What the gate sees, and where the reduced log-ratio was clipped (bool[B, T]).
+
+    Raises:
+      ValueError, AssertionError: wrong dtypes or shapes.
+    """
+    dtype = logp_BT.dtype
+    if dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(f"logp has dtype {dtype}: objectives take float32 or float64")
+    chex.assert_type([old_logp_BT, advantages_B], dtype)
+    chex.assert_rank([logp_BT, mask_BT], 2)
+    chex.assert_equal_shape([logp_BT, old_logp_BT, mask_BT])
+    chex.assert_rank(advantages_B, {1, 2})
+    advantages_BT = advantages_B if advantages_B.ndim == 2 else advantages_B[:, None]
+    advantages_BT = masked.keep(jnp.broadcast_to(advantages_BT, logp_BT.shape), mask_BT)
+    logp_BT = masked.keep(bounded(logp_BT, LOGP_BOUND), mask_BT)
+    old_logp_BT = sg(masked.keep(bounded(old_logp_BT, LOGP_BOUND), mask_BT))
+    reduced_BT = RATIOS[objective.ratio](
+        logp_BT - old_logp_BT, mask_BT, segments_BT, advantages_BT, objective.hyperparameters
+    )
+    clipped_BT = mask_BT & (jnp.abs(reduced_BT) > LOG_RATIO_BOUND)
+    log_ratio_BT = masked.keep(bounded(reduced_BT, LOG_RATIO_BOUND), mask_BT)
+    return gates.TokenInputs(logp_BT, old_logp_BT, log_ratio_BT, advantages_BT), clipped_BT
+
+
+def policy_terms(
+    objective: Objective,
+    logp_BT: jax.Array,
+    old_logp_BT: jax.Array,
+    advantages_B: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    ref_logp_BT: jax.Array | None = None,
+    kl: str = "k3",
+    weights_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+) -> dict[str, Any]:
+    """The loss ("loss") and its metrics as reductions that merge over micro-batches and shards.
+
+    Arguments as for `policy_loss`, with an objective from `resolve`.
+    """
+    mask_BT = mask_BT.astype(bool)
+    hp = {k: jnp.asarray(v, logp_BT.dtype) for k, v in objective.hyperparameters.items()}
+    objective = dataclasses.replace(objective, hyperparameters=hp)
+    inputs, clipped_BT = token_inputs(
+        objective, logp_BT, old_logp_BT, advantages_B, mask_BT, segments_BT
+    )
+    loss_BT = -objective.gate(inputs, mask_BT, hp)
+    if weights_BT is not None:
+        loss_BT = loss_BT * sg(masked.keep(weights_BT, mask_BT))
+    terms = {}
+    if objective.kl_against == "old":
+        loss_BT = loss_BT + hp["kl_coef"] * gates.old_kl(inputs, mask_BT)
+    elif ref_logp_BT is not None:
+        ref_logp_BT = masked.keep(bounded(ref_logp_BT, LOGP_BOUND), mask_BT)
+        kl_BT = kl_estimate(inputs.logp, ref_logp_BT, kl)
+        loss_BT = loss_BT + hp["kl_coef"] * kl_BT
+        terms["policy/kl_ref"] = masked.mean(sg(kl_BT), mask_BT)
+    terms["loss"] = aggregate(
+        loss_BT,
+        mask_BT,
+        objective.aggregation,
+        segments_BT=segments_BT,
+        max_length=hp.get("max_length"),
+    )
+    return terms | _gate_metrics(objective, inputs, clipped_BT, mask_BT)
+
+
+def _gate_metrics(objective, inputs, clipped_BT, mask_BT) -> dict[str, Any]:
+    c_BT, counted_BT = coefficients(objective, inputs, mask_BT)
+    c_BT = jnp.where(clipped_BT, 0, c_BT)
+    r_BT = jnp.exp(sg(inputs.log_ratio))
+    one = jnp.ones((), r_BT.dtype)
+    return {
+        "policy/ratio_max": Max(jnp.max(jnp.where(mask_BT, r_BT, -jnp.inf))),
+        "policy/ratio_min": Min(jnp.min(jnp.where(mask_BT, r_BT, jnp.inf))),
+        "policy/gate_mean": masked.mean(c_BT / r_BT, counted_BT),
+        "policy/clipped": masked.mean((c_BT == 0) * one, counted_BT),
+        "policy/log_ratio_clipped": masked.mean(clipped_BT * one, mask_BT),
+        "policy/kl_old": masked.mean(sg(gates.old_kl(inputs, mask_BT)), mask_BT),
+    }
+
+
+def value(reduction: Any) -> Any:
+    """The number of a merged reduction; a histogram stays what it is."""
+    if isinstance(reduction, Weighted):
+        return masked.ratio(reduction)
+    return reduction.value if isinstance(reduction, Max | Min) else reduction
+
+
+def finish(terms: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
+    """Divide once: (loss to minimise, metrics) from merged terms."""
+    values = jax.tree.map(value, terms, is_leaf=is_reduction)
+    return values.pop("loss"), values
+
+
+def policy_loss(
+    objective: str | Objective,
+    logp_BT: jax.Array,
+    old_logp_BT: jax.Array,
+    advantages_B: jax.Array,
+    mask_BT: jax.Array,
+    *,
+    ref_logp_BT: jax.Array | None = None,
+    kl: str = "k3",
+    weights_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    **hyperparameters,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """The scalar loss of one batch: −aggregate(surrogate) + kl_coef · aggregate(KL).
+
+    Source: SAPO, arXiv 2511.20347, Eq. 5; the other objectives name theirs in `gates`.
+
+    Args:
+      objective: a name in OBJECTIVES, or an Objective.
+      logp_BT: f32 or f64 [B, T], log π_θ of the tokens in nats; the loss is differentiable in it.
+      old_logp_BT: of the same shape and dtype, log π_old.
+      advantages_B: [B] or [B, T], same dtype.
+      mask_BT: bool[B, T], the tokens that exist; a row with none counts in no denominator.
+      ref_logp_BT: log π_ref for the KL penalty.
+      kl: its estimator, k1, k2 or k3.
+      weights_BT: importance corrections: multiply the surrogate, never a denominator.
+      segments_BT: i32[B, T], ids 1.. of packed sequences, 0 on padding; one a row by default.
+      **hyperparameters: override the preset's; None means the preset's value. May be traced.
+
+    Returns:
+      (loss to minimise, metrics of this batch).
+
+    Raises:
+      ValueError: an unknown objective or hyperparameter, a value out of its domain, a dtype other
+        than f32 or f64, kl_coef ≠ 0 without ref_logp_BT (p3o, whose KL is to π_old, excepted).
+    """
+    objective = resolve(objective, **hyperparameters)
+    kl_coef = objective.hyperparameters["kl_coef"]
+    needs_ref = objective.kl_against == "ref" and ref_logp_BT is None
+    if needs_ref and not isinstance(kl_coef, jax.core.Tracer) and jnp.any(kl_coef != 0):
+        raise ValueError(f"kl_coef={kl_coef} needs ref_logp_BT, the reference's log-probabilities")
+    return finish(
+        policy_terms(
+            objective,
+            logp_BT,
+            old_logp_BT,
+            advantages_B,
+            mask_BT,
+            ref_logp_BT=ref_logp_BT,
+            kl=kl,
+            weights_BT=weights_BT,
+            segments_BT=segments_BT,
+        )
+    )

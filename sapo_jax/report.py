@@ -1,0 +1,517 @@
+"""A run directory told as one self-contained HTML page: python -m sapo_jax.report WORKDIR."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+
+from sapo_jax import report_page as page
+from sapo_jax import rundir
+from sapo_jax.report_page import COLOURS
+
+Records = Sequence[Mapping[str, Any]]
+Config = Mapping[str, Any]
+Draw = Callable[[FigureBase, Records, Config], None]
+
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": COLOURS["soft"],
+    "axes.labelcolor": COLOURS["soft"],
+    "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["soft"],
+    "ytick.color": COLOURS["soft"],
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["grid"],
+    "legend.frameon": False,
+}
+POINTS = 400  # longer curves are binned: the eye sees no difference and the page stays small
+SMOOTHED = 40  # curves this long are drawn with their running mean
+FLOOR = 1e-9  # where a zero goes on a logarithmic axis
+SAMPLES = 24
+RIGHT = 0.5  # a completion with a larger reward counts as right
+PHASES = {  # of an iteration, in their order
+    "rollout": "blue",
+    "score": "amber",
+    "update": "orange",
+    "eval": "green",
+    "checkpoint": "purple",
+    "other": "grey",
+}
+
+
+# Reading -----------------------------------------------------------------------------------------
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Iterations at which ``key`` is a finite number, and those numbers."""
+    points = [(r["iteration"], r[key]) for r in records if _is_number(r.get(key))]
+    x, y = np.array(points, float).reshape(-1, 2).T
+    return x, y
+
+
+def _has(records: Records, key: str) -> bool:
+    if key.startswith("histogram/"):
+        return any(_counts(r, key) for r in records)
+    return any(_is_number(r.get(key)) for r in records)
+
+
+def _counts(record: Mapping[str, Any], key: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Counts and edges of a histogram that holds something."""
+    value = record.get(key) or {}
+    edges, counts = value.get("edges") or [], value.get("counts") or []
+    whole = len(edges) == len(counts) + 1 and all(map(_is_number, [*edges, *counts]))
+    return (np.array(counts, float), np.array(edges, float)) if whole and any(counts) else None
+
+
+def _seconds(record: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of each phase; ``other`` is what the phases leave of the iteration."""
+    spent = {p: record.get(f"time/{p}") for p in PHASES}
+    spent = {p: float(s) if _is_number(s) else 0.0 for p, s in spent.items()}
+    total = record.get("time/iteration")
+    spent["other"] = max(total - sum(spent.values()), 0.0) if _is_number(total) else 0.0
+    return spent
+
+
+def summary(records: Records) -> dict[str, Any]:
+    """The numbers that a run reached; a number that the run does not have is None.
+
+    Args:
+        records: One mapping of metrics per iteration, oldest first.
+
+    Returns:
+        ``iterations``, ``updates``, ``minutes``, ``tokens_per_second`` (median over iterations);
+        ``pass_at_1_{first,last}`` with ``…_low`` and ``…_high``; ``reward_{first,last}`` and
+        ``loss_{first,last}``, means over the first and last ``window`` iterations.
+    """
+    window = min(max(round(len(records) / 10), 1), 10)
+    result: dict[str, Any] = {"iterations": len(records), "window": window}
+    updates = _series(records, "update")[1]
+    result["updates"] = int(updates[-1]) if len(updates) else None
+    spent = sum(sum(_seconds(r).values()) for r in records)
+    result["minutes"] = spent / 60 if spent else None
+    speed = _series(records, "throughput/tokens_per_second")[1]
+    result["tokens_per_second"] = float(np.median(speed)) if len(speed) else None
+    evaluated = [r for r in records if _is_number(r.get("eval/pass_at_1"))]
+    for when, index in (("first", 0), ("last", -1)):
+        for bound in ("", "_low", "_high"):
+            value = evaluated[index].get(f"eval/pass_at_1{bound}") if evaluated else None
+            result[f"pass_at_1_{when}{bound}"] = value if _is_number(value) else None
+        for name, key in (("reward", "reward/mean"), ("loss", "policy/loss")):
+            y = _series(records, key)[1]
+            y = y[:window] if when == "first" else y[-window:]
+            result[f"{name}_{when}"] = float(y.mean()) if len(y) else None
+    return result
+
+
+# Drawing -----------------------------------------------------------------------------------------
+
+
+def _binned(x: np.ndarray, y: np.ndarray, reduce=np.mean) -> tuple[np.ndarray, np.ndarray]:
+    if len(x) <= POINTS:
+        return x, y
+    parts = np.array_split(np.arange(len(x)), POINTS)
+    return np.array([x[p].mean() for p in parts]), np.array([reduce(y[p]) for p in parts])
+
+
+def _line(ax: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str) -> None:
+    """A curve; a long one is pale under its running mean."""
+    colour = COLOURS[colour]
+    if len(x) < SMOOTHED:
+        ax.plot(x, y, color=colour, label=label, marker="o", markersize=3, linewidth=1.6)
+        return
+    window = np.ones(len(x) // 20 | 1)
+    smooth = np.convolve(y, window, "same") / np.convolve(np.ones(len(x)), window, "same")
+    ax.plot(*_binned(x, y), color=colour, alpha=0.3, linewidth=0.9)
+    ax.plot(*_binned(x, smooth), color=colour, label=label, linewidth=1.9)
+
+
+def _axes(figure: FigureBase, ylabel: str) -> Axes:
+    ax = figure.subplots()
+    ax.set(xlabel="iteration", ylabel=ylabel)
+    ax.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
+    return ax
+
+
+def _logarithmic(ax: Axes) -> None:
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _legend(*axes: Axes) -> None:
+    """A legend above the first axes, where it hides no data; a single curve needs none."""
+    entries = [ax.get_legend_handles_labels() for ax in axes]
+    handles, labels = (sum((entry[i] for entry in entries), []) for i in (0, 1))
+    if len(labels) > 1:
+        above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
+        axes[0].legend(handles, labels, ncols=4, handlelength=1.3, columnspacing=1.2, **above)
+
+
+def _curves(ylabel: str, *curves: tuple[str, str, str], scale: str = "linear") -> Draw:
+    """A drawing of metrics over iterations; curves are (key, colour, label)."""
+
+    def draw(figure: FigureBase, records: Records, config: Config) -> None:
+        ax = _axes(figure, ylabel)
+        for key, colour, label in curves:
+            x, y = _series(records, key)
+            if len(x):
+                _line(ax, x, np.maximum(y, FLOOR) if scale == "log" else y, colour, label)
+        if scale == "log":
+            _logarithmic(ax)
+        elif scale == "percent":
+            ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+        _legend(ax)
+
+    return draw
+
+
+def _pair(left: tuple[str, str, str], right: tuple[str, str, str], percent: bool) -> Draw:
+    """Two metrics, each (key, colour, axis label), on a scale of their own."""
+
+    def draw(figure: FigureBase, records: Records, config: Config) -> None:
+        ax = _axes(figure, "")
+        axes = [ax]
+        for key, colour, label in (left, right):
+            x, y = _series(records, key)
+            if not len(x):
+                continue
+            if ax.lines:
+                axes.append(ax.twinx())
+                axes[-1].grid(False)
+            _line(axes[-1], x, y, colour, label.split(" (")[0])
+            axes[-1].set_ylabel(label, color=COLOURS[colour])
+            if percent and key == right[0]:
+                axes[-1].yaxis.set_major_formatter(PercentFormatter(1.0))
+                axes[-1].set_ylim(0, max(0.05, 1.05 * y.max()))
+        _legend(*axes)
+
+    return draw
+
+
+def _draw_pass(figure: FigureBase, records: Records, config: Config) -> None:
+    ax = _axes(figure, "problems solved")
+    found = {int(k[13:]) for r in records for k in r if re.fullmatch(r"eval/pass_at_\d+", k)}
+    found = [n for n in sorted(found) if _has(records, f"eval/pass_at_{n}")]
+    for n, colour in zip(found, ("blue", "orange", "green", "purple"), strict=False):
+        key, colour = f"eval/pass_at_{n}", COLOURS[colour]
+        x, y = _series(records, key)
+        ax.plot(x, y, color=colour, marker="o", markersize=3.5, linewidth=1.8, label=f"Pass@{n}")
+        sure = [r for r in records if all(_is_number(r.get(key + b)) for b in ("_low", "_high"))]
+        (x, low), (_, high) = _series(sure, f"{key}_low"), _series(sure, f"{key}_high")
+        ax.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
+        ax.vlines(x, low, high, color=colour, alpha=0.35, linewidth=1)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    _legend(ax)
+
+
+def _draw_extremes(figure: FigureBase, records: Records, config: Config) -> None:
+    ax = _axes(figure, "probability ratio r")
+    for name, colour, reduce in (("max", "orange", np.max), ("min", "blue", np.min)):
+        points = [
+            (r["iteration"] + j / len(r["minibatch"]) - 0.5, max(m[f"policy/ratio_{name}"], FLOOR))
+            for r in records
+            for j, m in enumerate(r.get("minibatch") or [])
+            if _is_number(m.get(f"policy/ratio_{name}"))
+        ]
+        if points:
+            x, y = _binned(*np.array(points).T, reduce)
+            style = {"marker": "o", "markersize": 2, "linewidth": 0.7}
+            ax.plot(x, y, color=COLOURS[colour], label=f"{name}imum", **style)
+    ax.axhline(1, color=COLOURS["grey"], linewidth=1, linestyle=(0, (4, 3)))
+    _logarithmic(ax)
+    _legend(ax)
+
+
+def _histograms(kind: str, xlabel: str) -> Draw:
+    """First, middle and last histogram, split by the sign of the advantage."""
+    signs = (("pos", "blue", "A > 0"), ("neg", "orange", "A < 0"))
+
+    def draw(figure: FigureBase, records: Records, config: Config) -> None:
+        held = [r for r in records if any(_counts(r, f"histogram/{kind}_{s[0]}") for s in signs)]
+        if not held:
+            return
+        picked = sorted({0, len(held) // 2, len(held) - 1})
+        axes = figure.subplots(1, len(picked), sharex=True, sharey=True, squeeze=False)[0]
+        lows, highs, tops = [], [], []
+        for ax, record in zip(axes, [held[i] for i in picked], strict=True):
+            ax.set_title(f"iteration {record['iteration']}")
+            ax.set_xlabel(xlabel)
+            for sign, colour, label in signs:
+                histogram = _counts(record, f"histogram/{kind}_{sign}")
+                if histogram:
+                    counts, edges = histogram
+                    fill = {"fill": sign == "pos", "alpha": 0.5 if sign == "pos" else 1.0}
+                    ax.stairs(counts, edges, color=COLOURS[colour], label=label, **fill)
+                    lows.append(edges[:-1][counts > 0].min())
+                    highs.append(edges[1:][counts > 0].max())
+                    tops.append(counts.max())
+        margin = 0.03 * (max(highs) - min(lows))
+        axes[0].set(
+            yscale="log",
+            ylabel="tokens",
+            xlim=(min(lows) - margin, max(highs) + margin),
+            ylim=(0.7, 2 * max(tops)),
+        )
+        _legend(axes[-1])
+
+    return draw
+
+
+def _draw_gate(figure: FigureBase, records: Records, config: Config) -> None:
+    """SAPO's gate weight in closed form, over the ratios that the run has seen."""
+    objective = _objective(config)
+    taus = [objective.get("tau_pos"), objective.get("tau_neg")]
+    if objective.get("name") != "sapo" or not all(map(_is_number, taus)):
+        return
+    ax = _axes(figure, "gate weight w")
+    ax.set(xlabel="probability ratio r", ylim=(0, 1.05))
+    r = np.linspace(0, 4, 201)
+    for tau, colour, sign, dash in zip(taus, ("blue", "orange"), "><", ("-", "--"), strict=True):
+        w = 1 / np.cosh(tau * (r - 1) / 2) ** 2
+        ax.plot(r, w, dash, color=COLOURS[colour], label=f"A {sign} 0, τ = {tau:g}")
+    low, high = _series(records, "policy/ratio_min")[1], _series(records, "policy/ratio_max")[1]
+    if len(low) and len(high):
+        span = np.clip([low.min(), high.max()], 0, r[-1])
+        ax.axvspan(*span, color=COLOURS["grey"], alpha=0.18, linewidth=0, label="seen here")
+    _legend(ax)
+
+
+def _draw_phases(figure: FigureBase, records: Records, config: Config) -> None:
+    spent = [_seconds(r) for r in records]
+    if not any(sum(s.values()) for s in spent):
+        return
+    ax = _axes(figure, "seconds per iteration")
+    parts = np.array_split(np.arange(len(records)), min(len(records), POINTS))
+    edges = [records[p[0]]["iteration"] - 0.5 for p in parts] + [records[-1]["iteration"] + 0.5]
+    base = np.zeros(len(parts))
+    for phase, colour in PHASES.items():
+        y = np.array([np.mean([spent[i][phase] for i in p]) for p in parts])
+        if y.any():
+            ax.stairs(base + y, edges, baseline=base, fill=True, color=COLOURS[colour], label=phase)
+            base = base + y
+    ax.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.05 * base.max()))
+    _legend(ax)
+
+
+PLOTS: dict[str, Draw] = {
+    "pass": _draw_pass,
+    "reward": _curves("mean reward", ("reward/mean", "blue", "reward")),
+    "zero-groups": _curves(
+        "share of problems", ("advantage/zero_groups", "purple", "share"), scale="percent"
+    ),
+    "length": _pair(
+        ("length/mean", "blue", "length (tokens)"),
+        ("length/truncated", "orange", "cut at the limit (share)"),
+        percent=True,
+    ),
+    "entropy": _curves("nats per token", ("policy/entropy", "green", "entropy")),
+    "kl": _curves("KL (nats per token)", ("policy/kl_old", "purple", "KL")),
+    "gradient": _curves("norm", ("grad/norm", "orange", "norm"), scale="log"),
+    "loss": _curves("loss", ("policy/loss", "blue", "loss")),
+    "gap": _curves(
+        "difference of log π (nats)",
+        ("sampler/logp_gap_max", "orange", "largest"),
+        ("sampler/logp_gap_mean", "blue", "mean"),
+        scale="log",
+    ),
+    "log-ratio": _histograms("log_ratio", "log r (nats)"),
+    "gate-weight": _histograms("gate", "gate weight w"),
+    "extremes": _draw_extremes,
+    "gate-mean": _pair(
+        ("policy/gate_mean", "blue", "mean gate weight"),
+        ("policy/clipped", "orange", "silenced tokens (share)"),
+        percent=True,
+    ),
+    "gate": _draw_gate,
+    "phases": _draw_phases,
+}
+WIDE = {"log-ratio", "gate-weight", "phases"}
+
+
+def _figure(draw: Draw, records: Records, config: Config, wide: bool = False) -> Figure | None:
+    """A drawing, or None where the run has nothing to draw."""
+    figure = Figure(figsize=(11.2 if wide else 5.4, 3.0), layout="constrained")
+    draw(figure, records, config)
+    return figure if any(ax.has_data() for ax in figure.axes) else None
+
+
+def picture(workdir: Any, path: Any) -> None:
+    """Write one PNG of the most telling panels of a run, at most four.
+
+    Raises:
+        ValueError: The run has nothing to draw.
+    """
+    records, config = rundir.read_metrics(workdir), rundir.read_config(workdir) or {}
+    length = ("length/mean", "orange", "length (tokens)")
+    entropy = ("policy/entropy", "green", "entropy (nats per token)")
+    gated = [r for r in records if _counts(r, "histogram/gate_pos")][-1:]
+    candidates = [
+        ("Pass@1 on held-out problems", PLOTS["pass"], records),
+        ("Reward of the sampled completions", PLOTS["reward"], records),
+        ("Response length and entropy", _pair(length, entropy, percent=False), records),
+        ("Gate weight of tokens, by sign of the advantage", PLOTS["gate-weight"], gated),
+        ("Loss", PLOTS["loss"], records),
+    ]
+    with matplotlib.rc_context(STYLE):
+        panels = [panel for panel in candidates if _figure(*panel[1:], config)][:4]
+        if not panels:
+            raise ValueError(f"nothing to draw in {workdir}")
+        rows = math.ceil(len(panels) / 2)
+        figure = Figure(figsize=(11, 3.4 * rows), layout="constrained", dpi=160)
+        parts = figure.subfigures(rows, min(len(panels), 2), squeeze=False, hspace=0.06).flat
+        for part, (title, draw, shown) in zip(parts, panels, strict=False):
+            draw(part, shown, config)
+            part.suptitle(title, x=0.02, ha="left", fontsize=11, fontweight="bold")
+        figure.savefig(path, format="png", metadata={"Software": None})
+
+
+# Telling -----------------------------------------------------------------------------------------
+
+
+def _objective(config: Config) -> dict[str, Any]:
+    """The objective's name and hyperparameters."""
+    objective = config.get("objective") or {}
+    return dict(objective) if isinstance(objective, Mapping) else {"name": objective}
+
+
+def _tiles(records: Records) -> list[str]:
+    numbers, several = summary(records), len(records) > 1
+    tiles = []
+
+    def moved(label: str, name: str, form: str, note: str) -> None:
+        first, last = numbers[f"{name}_first"], numbers[f"{name}_last"]
+        if last is not None:
+            begin = form.format(first) if several else None
+            tiles.append(page.tile(label, begin, form.format(last), note))
+
+    low, high = numbers["pass_at_1_last_low"], numbers["pass_at_1_last_high"]
+    known = low is not None and high is not None
+    moved("Pass@1", "pass_at_1", "{:.1%}", f"95%: {low:.1%} to {high:.1%}" if known else "")
+    window = numbers["window"]
+    over = f"first, last {window} iterations" if window > 1 else "first, last iteration"
+    rewarded = numbers["reward_last"] is not None
+    label, name = ("Reward", "reward") if rewarded else ("Loss", "loss")
+    moved(label, name, "{:.3g}", over if several else "")
+    note = f"{numbers['updates']:,} updates" if numbers["updates"] is not None else ""
+    tiles.append(page.tile("Iterations", None, f"{len(records):,}", note))
+    minutes, speed = numbers["minutes"], numbers["tokens_per_second"]
+    if minutes is not None:
+        note = f"{60 * minutes / len(records):.3g} s per iteration"
+        tiles.append(page.tile("Minutes", None, f"{minutes:,.1f}", note))
+    if speed is not None:
+        tiles.append(page.tile("Tokens per second", None, f"{speed:,.0f}", "generated, median"))
+    return tiles
+
+
+def _warning(records: Records) -> str:
+    """Metrics that were not finite, and since when."""
+    first: dict[str, int] = {}
+    for record in records:
+        for key in (k for k, v in record.items() if v is None):
+            first.setdefault(key, record["iteration"])
+    where = ", ".join(f"{key} (first in iteration {first[key]})" for key in sorted(first))
+    return f"Not finite at times, and left out of the plots: {where}." if where else ""
+
+
+def _header(records: Records, config: Config, name: str) -> str:
+    objective, kind = _objective(config), page.KINDS["reinforcement"]
+    method = str(objective.pop("name", "")).replace("_", " ").upper()
+    if config.get("source") == "demonstrations":
+        objective, method, kind = {}, "", page.KINDS["demonstrations"]
+    chips = {key: value for key, value in objective.items() if value is not None}
+    task = config.get("task")
+    chips["task"] = task.get("name") if isinstance(task, Mapping) else task
+    chips["seed"] = config.get("seed")
+    chips = {key: value for key, value in chips.items() if value is not None}
+    title = f"{kind[0]}: {method}" if method else kind[0]
+    return page.header(title, name, kind[1], chips, _tiles(records), _warning(records))
+
+
+def _time_shares(records: Records) -> str:
+    spent = [_seconds(r) for r in records]
+    totals = {phase: sum(s[phase] for s in spent) for phase in PHASES}
+    whole = sum(totals.values())
+    rows = [(p, PHASES[p], total, total / whole) for p, total in totals.items() if total]
+    return page.shares(rows)
+
+
+def _pick_samples(samples: Records) -> list[tuple[bool, Mapping[str, Any]]]:
+    """The newest completions, as many right as wrong where there are, of many problems."""
+    pool: list[Mapping[str, Any]] = []
+    for iteration in sorted({s["iteration"] for s in samples}, reverse=True):
+        if len(pool) < SAMPLES:
+            pool += [s for s in samples if s["iteration"] == iteration]
+    sides: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+    seen: dict[tuple[Any, ...], int] = {}
+    for index, sample in enumerate(pool):
+        right = _is_number(sample.get("reward")) and sample["reward"] > RIGHT
+        problem = (right, sample.get("prompt_id"))
+        seen[problem] = seen.get(problem, 0) + 1
+        sides[right].append((seen[problem], index))
+    rights = max(SAMPLES // 2, SAMPLES - len(sides[False]))
+    chosen = [(i, True) for _, i in sorted(sides[True])[:rights]]
+    chosen += [(i, False) for _, i in sorted(sides[False])[: SAMPLES - len(chosen)]]
+    return [(right, pool[i]) for i, right in sorted(chosen)]
+
+
+def write(workdir: Any) -> Path:
+    """Write ``report.html`` into a run directory, from what the directory holds.
+
+    The same directory gives the same bytes. What the run did not measure is left out.
+
+    Returns:
+        The path of the page.
+    """
+    records, config = rundir.read_metrics(workdir), rundir.read_config(workdir) or {}
+    samples = rundir.read_samples(workdir)
+    body: dict[str, str] = {}
+    with matplotlib.rc_context(STYLE):
+        for slug, (_, _, panels) in page.SECTIONS.items():
+            drawn = {p: _figure(PLOTS[p], records, config, p in WIDE) for p in panels}
+            cards = [page.figure(p, f, wide=p in WIDE) for p, f in drawn.items() if f]
+            if cards:
+                body[slug] = page.grid(cards)
+    if "ratios" in body:
+        body["ratios"] = page.glossary() + body["ratios"]
+    if "time" in body:
+        body["time"] += _time_shares(records)
+    if samples:
+        body["samples"] = page.samples(_pick_samples(samples))
+    if config:
+        body["config"] = page.tree(config)
+    name = str(config.get("name") or Path(workdir).name)
+    path = Path(workdir) / "report.html"
+    path.write_text(page.document(name, _header(records, config, name), body), encoding="utf-8")
+    return path
+
+
+def main() -> None:
+    """Rebuild the report of the run directory named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("workdir", type=Path)
+    print(write(parser.parse_args().workdir))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""How one token is drawn: counter-based noise, Gumbel-max, and truncation for evaluation.
+
+The noise of a token is a function of (seed, domain, iteration, prompt id, sample index, completion
+index) alone, so it is bitwise the same whatever the batch layout, the number of slots, or where a
+run was restarted.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+BLOCK = 256  # vocabulary entries per block of the two-stage draw
+
+
+class Controls(NamedTuple):
+    """Traced settings of a draw; see `controls`."""
+
+    temperature: jax.Array  # f32[], > 0
+    noise: jax.Array  # f32[], 1 to sample, 0 for greedy
+    top_k: jax.Array  # i32[], V or more switches it off
+    top_p: jax.Array  # f32[], 1 switches it off
+
+
+def controls(temperature: float, top_k: int | None = None, top_p: float | None = None) -> Controls:
+    """Settings of a draw; temperature 0 is greedy, its log-probabilities are those at 1."""
+    greedy = temperature == 0
+    return Controls(
+        jnp.float32(1 if greedy else temperature),
+        jnp.float32(0 if greedy else 1),
+        jnp.int32(2**31 - 1 if top_k is None else top_k),
+        jnp.float32(1 if top_p is None else top_p),
+    )
+
+
+def base_key(seed: jax.Array, domain: str, iteration: jax.Array) -> jax.Array:
+    """The key of one rollout."""
+    key = jax.random.key(seed, impl="threefry2x32")
+    return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(domain.encode())), iteration)
+
+
+def row_keys(base: jax.Array, prompt_id_P: jax.Array, group_size: int) -> jax.Array:
+    """One key for each completion, key[P, G]."""
+    prompt_keys_P = jax.vmap(jax.random.fold_in, (None, 0))(base, prompt_id_P)
+    samples_G = jnp.arange(group_size)
+    return jax.vmap(lambda k: jax.vmap(jax.random.fold_in, (None, 0))(k, samples_G))(prompt_keys_P)
+
+
+def _truncate(logits_V: jax.Array, c: Controls) -> jax.Array:
+    """−inf outside the top_k largest and outside the smallest set of probability ≥ top_p."""
+    sorted_V = jnp.sort(logits_V)[::-1]
+    before_V = jnp.cumsum(jax.nn.softmax(sorted_V)) - jax.nn.softmax(sorted_V)
+    kept_V = (jnp.arange(sorted_V.size) < c.top_k) & (before_V < c.top_p)
+    threshold = jnp.min(jnp.where(kept_V, sorted_V, jnp.inf))
+    return jnp.where(logits_V >= threshold, logits_V, -jnp.inf)
+
+
+def _gumbel_max(key: jax.Array, logits_V: jax.Array, noise: jax.Array) -> jax.Array:
+    """A draw from softmax(logits), in two stages where V is large.
+
+    A block is drawn by its log-sum-exp, then a token inside it: exact, and noise is needed for
+    V/BLOCK + BLOCK numbers instead of V. Greedy (noise 0) takes the argmax over all of V.
+    """
+    size = logits_V.size
+    if size <= BLOCK:
+        return jnp.argmax(logits_V + noise * jax.random.gumbel(key, (size,)))
+    padded = jnp.pad(logits_V, (0, -size % BLOCK), constant_values=-jnp.inf)
+    blocks_NB = padded.reshape(-1, BLOCK)
+    outer_key, inner_key = jax.random.split(key)
+    mass_N = jax.nn.logsumexp(blocks_NB, axis=-1)
+    block = jnp.argmax(mass_N + jax.random.gumbel(outer_key, mass_N.shape))
+    inside = jnp.argmax(blocks_NB[block] + jax.random.gumbel(inner_key, (BLOCK,)))
+    return jnp.where(noise > 0, block * BLOCK + inside, jnp.argmax(logits_V))
+
+
+def draw(
+    row_key: jax.Array, index: jax.Array, logits_V: jax.Array, c: Controls, *, truncate: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Draw the token at a completion index of one row.
+
+    Args:
+      row_key: from `row_keys`.
+      index: i32[], 0 for a completion's first token.
+      logits_V: f32[V].
+      c: the settings.
+      truncate: whether top_k and top_p apply (static: sorting V costs).
+
+    Returns:
+      (token i32[], its log-probability f32[] in nats under the whole softmax(logits/temperature)).
+    """
+    logits_V = logits_V / c.temperature
+    key = jax.random.fold_in(row_key, index)
+    candidates_V = _truncate(logits_V, c) if truncate else logits_V
+    token = _gumbel_max(key, candidates_V, c.noise).astype(jnp.int32)
+    return token, jax.nn.log_softmax(logits_V)[token]

@@ -1,0 +1,137 @@
+"""What a task is, and the lazy, deterministic sequences that its examples come from."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import operator
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+LENGTHS = {"train": 2**20, "test": 4096}  # examples per split of a generated task
+HELD_OUT = 8  # one problem in this many belongs to "test"
+MAX_ATTEMPTS = 100_000
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with its reference answer."""
+
+    id: int  # u32, crc32 of the prompt: stable across processes and versions
+    prompt: str
+    answer: str
+    demonstration: str  # a worked completion for a supervised cold start; "" when there is none
+
+
+class Task(Protocol):
+    """What is asked, and how an answer is judged."""
+
+    @property
+    def name(self) -> str:
+        """The task's key in ``TASKS``."""
+
+    @property
+    def alphabet(self) -> str:
+        """The characters of prompts and demonstrations, sorted."""
+
+    @property
+    def max_prompt_chars(self) -> int:
+        """A bound on the length of every prompt."""
+
+    @property
+    def max_completion_chars(self) -> int:
+        """A bound on the length of every demonstration, without the stop token."""
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """The examples of ``"train"`` or ``"test"``: lazy, and the same in any process.
+
+        Raises:
+            ValueError: unknown split.
+        """
+
+    def verify(self, example: Example, completion: str) -> float:
+        """Judge a completion: a score in [0, 1]; never raises, never hangs, on any string."""
+
+
+def make_example(prompt: str, answer: str, demonstration: str) -> Example:
+    """An example with the id that its prompt implies."""
+    return Example(zlib.crc32(prompt.encode()), prompt, answer, demonstration)
+
+
+def split_of(example: Example) -> str:
+    """The only split that may contain the example, a function of its prompt."""
+    return "test" if example.id % HELD_OUT == 0 else "train"
+
+
+def check_option(field: str, value: int, low: int, high: int | None = None) -> None:
+    """Refuse an option of a task that is no integer of [low, high].
+
+    Raises:
+        ValueError: naming the field, the value and what is allowed.
+    """
+    if isinstance(value, int) and low <= value and (high is None or value <= high):
+        return
+    allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
+    raise ValueError(f"{field} must be an integer {allowed}, got {value!r}")
+
+
+def draw(key: str, bounds: Sequence[int]) -> list[int]:
+    """Independent uniform integers as a pure function of a key.
+
+    Args:
+        key: names the draw; other keys give independent draws.
+        bounds: entry k of the result is uniform in [0, bounds[k]).
+
+    Returns:
+        One integer per bound.
+    """
+    size = math.prod(bounds).bit_length() // 8 + 9  # 64 spare bits make the modulo bias negligible
+    state = int.from_bytes(hashlib.shake_256(key.encode()).digest(size), "little")
+    values = []
+    for bound in bounds:
+        state, value = divmod(state, bound)
+        values.append(value)
+    return values
+
+
+@dataclass(frozen=True)
+class GeneratedExamples(Sequence[Example]):
+    """The examples of one split, each generated when it is asked for.
+
+    Index i is the first problem of the split among ``generate("split/i/0")``,
+    ``generate("split/i/1")``, …: no example depends on another, and no prompt is in two splits.
+
+    Args:
+        split: "train" or "test".
+        generate: a pure function from a key to an example, or to None where the key gives none.
+
+    Raises:
+        ValueError: unknown split.
+    """
+
+    split: str
+    generate: Callable[[str], Example | None]
+
+    def __post_init__(self):
+        if self.split not in LENGTHS:
+            raise ValueError(f"unknown split {self.split!r}; allowed: {', '.join(LENGTHS)}")
+
+    def __len__(self) -> int:
+        return LENGTHS[self.split]
+
+    def __getitem__(self, index: int) -> Example:
+        position = operator.index(index)
+        if position < 0:
+            position += len(self)
+        if not 0 <= position < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} {self.split} examples")
+        for attempt in range(MAX_ATTEMPTS):
+            example = self.generate(f"{self.split}/{position}/{attempt}")
+            if example is not None and split_of(example) == self.split:
+                return example
+        raise ValueError(
+            f"no {self.split} example in {MAX_ATTEMPTS} attempts: the options of the task allow "
+            "too few problems"
+        )

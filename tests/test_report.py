@@ -1,0 +1,359 @@
+"""The report must say what the run directory holds, and no more, whatever a model wrote into it."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from sapo_jax import report, report_page, rundir
+
+HOSTILE = "</script><script>alert(1)</script>"
+VOID = {"meta", "col", "br", "link", "img", "input"}
+RATIO_EDGES, GATE_EDGES = np.linspace(-3, 3, 121), np.linspace(0, 1.2, 61)
+
+
+def _histogram(values, edges):
+    counts = np.histogram(values, edges)[0]
+    return {"edges": edges.tolist(), "counts": counts.tolist()}
+
+
+def _ratios(rng, spread):
+    """Histograms of log r and w as SAPO has them, and the numbers that go with them."""
+    record = {}
+    for sign, tau, skew in (("pos", 1.0, 0.3), ("neg", 1.05, -0.3)):
+        log_ratio = np.clip(spread * (rng.standard_t(3, 6000) + skew), -2.9, 2.9)
+        log_ratio[:1500] = 0
+        gate = 1 / np.cosh(tau * np.expm1(log_ratio) / 2) ** 2
+        record[f"histogram/log_ratio_{sign}"] = _histogram(log_ratio, RATIO_EDGES)
+        record[f"histogram/gate_{sign}"] = _histogram(gate, GATE_EDGES)
+    spreads = spread * np.arange(4)
+    record["minibatch"] = [
+        {
+            "policy/ratio_max": float(np.exp(s * rng.uniform(4, 8))),
+            "policy/ratio_min": float(np.exp(-s * rng.uniform(4, 8))),
+            "grad/norm": float(rng.uniform(0.5, 1)),
+        }
+        for s in spreads
+    ]
+    record["policy/ratio_max"] = max(m["policy/ratio_max"] for m in record["minibatch"])
+    record["policy/ratio_min"] = min(m["policy/ratio_min"] for m in record["minibatch"])
+    record["policy/gate_mean"] = 1 - 1.5 * spread**2 * rng.uniform(0.9, 1.1)
+    record["policy/clipped"] = 0.0
+    record["policy/kl_old"] = spread**2 * rng.uniform(0.8, 1.2)
+    return record
+
+
+def _record(rng, iteration, iterations, supervised):
+    grown = 1 / (1 + np.exp(-8 * (iteration / max(iterations, 2) - 0.45)))
+    record = {
+        "iteration": iteration,
+        "update": 4 * iteration,
+        "policy/entropy": 0.9 - 0.6 * grown + rng.normal(0, 0.02),
+        "policy/loss": (2.2 - 1.9 * grown if supervised else -0.02) + rng.normal(0, 0.02),
+        "grad/norm": float(np.exp(rng.normal(-0.5, 0.3))),
+        "learning_rate": 1e-4,
+        "time/update": 1.6 + rng.normal(0, 0.05),
+        "time/checkpoint": 0.4 if iteration % 50 == 0 else 0.0,
+        "time/eval": 0.0,
+    }
+    if iteration % 10 == 0 or iteration == 1:
+        solved = 0.12 + 0.7 * grown + rng.normal(0, 0.01)
+        record["time/eval"] = 2.5
+        record["eval/pass_at_1"] = solved
+        record["eval/pass_at_1_low"] = solved - 0.04
+        record["eval/pass_at_1_high"] = solved + 0.04
+    if not supervised:
+        record |= _ratios(rng, 0.05 + 0.12 * grown)
+        record |= {
+            "reward/mean": 0.1 + 0.7 * grown + rng.normal(0, 0.05),
+            "reward/std": 0.4,
+            "sampler/logp_gap_mean": float(np.exp(rng.normal(-14, 0.2))),
+            "sampler/logp_gap_max": float(np.exp(rng.normal(-12, 0.3))),
+            "length/mean": 22 + 30 * grown + rng.normal(0, 2),
+            "length/truncated": max(0.0, 0.12 - 0.1 * grown + rng.normal(0, 0.01)),
+            "advantage/zero_groups": 0.6 - 0.5 * 4 * grown * (1 - grown) + rng.normal(0, 0.04),
+            "throughput/tokens_per_second": rng.normal(18400, 300),
+            "time/rollout": 1.8 + 0.9 * grown + rng.normal(0, 0.08),
+            "time/score": 0.15,
+        }
+    record["time/iteration"] = 0.08 + sum(v for k, v in record.items() if k.startswith("time/"))
+    return record
+
+
+def _samples(rng, iteration):
+    for row in range(32):
+        a, b = (int(n) for n in rng.integers(10, 99, 2))
+        right = bool(rng.random() < 0.7)
+        answer = a + b if right else a + b + 10
+        work = f"{a} + {b}: units {a % 10} + {b % 10} = {a % 10 + b % 10},\ntens follow.\n#### "
+        yield {
+            "iteration": iteration,
+            "prompt_id": row // 4,
+            "sample_index": row % 4,
+            "prompt": f"A shop sells {a} apples and then {b} more. How many apples is that?",
+            "completion": HOSTILE + "\x00\u202e" if row == 1 else f"{work}{answer}",
+            "answer": str(a + b),
+            "reward": float(right and row != 1),
+            "advantage": 0.8 if right else -1.2,
+            "finished": int(row % 7 == 3),
+        }
+
+
+def make_run(directory, iterations=200, supervised=False, seed=0):
+    """Write a run directory as training leaves it, with plausible numbers."""
+    rng = np.random.default_rng(seed)
+    (directory / "metrics").mkdir(parents=True)
+    objective = {"name": "sapo", "tau_pos": 1.0, "tau_neg": 1.05, "kl_coef": None}
+    config = {
+        "name": "cold start" if supervised else "quickstart",
+        "seed": 0,
+        "source": "demonstrations" if supervised else "rollouts",
+        "objective": objective,
+        "task": {"name": "sums", "digits": 2, "levels": {"train": [1, 2], "eval": []}},
+        "optimizer": {"name": "adamw", "learning_rate": 1e-4, "clip": {"norm": 1.0}},
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    records = [_record(rng, i, iterations, supervised) for i in range(1, iterations + 1)]
+    _write_metrics(directory, records)
+    if not supervised:
+        (directory / "samples").mkdir()
+        for iteration in {max(1, iterations - 10), iterations}:
+            lines = map(json.dumps, _samples(rng, iteration))
+            (directory / f"samples/iteration-{iteration:06d}.jsonl").write_text("\n".join(lines))
+    return records
+
+
+def _write_metrics(directory, records):
+    half = len(records) // 2
+    for part, some in enumerate((records[:half], records[half:])):
+        text = "".join(json.dumps(r, allow_nan=False) + "\n" for r in some)
+        (directory / f"metrics/part-{part:05d}.jsonl").write_text(text)
+
+
+class Page(HTMLParser):
+    """Collects ids, tags, attributes and text; insists that tags are balanced."""
+
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.ids, self.attributes, self.words = [], [], [], [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.ids += [value for name, value in attributes if name == "id"]
+        self.attributes += attributes
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "full"
+    make_run(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def html(run):
+    path = report.write(run)
+    assert path == run / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def _present(html):
+    ids = Page(html).ids
+    assert len(ids) == len(set(ids)), "two elements share an id: an SVG shows another's clip path"
+    return set(ids) & {*report_page.SECTIONS, *report_page.PANELS}
+
+
+def test_page_shows_every_section_of_a_full_run(html):
+    missing = {*report_page.SECTIONS, *report_page.PANELS} - _present(html)
+    assert missing == {"gate"} - {"gate"}
+    assert html.count("<svg") == len(report_page.PANELS)
+
+
+def test_every_panel_has_a_place_a_caption_and_a_drawing():
+    placed = [panel for _, _, panels in report_page.SECTIONS.values() for panel in panels]
+    assert sorted(placed) == sorted(report_page.PANELS) == sorted(report.PLOTS)
+
+
+def test_page_loads_nothing_and_runs_nothing(html):
+    """One file that can be mailed: a viewer without a network sees the same page."""
+    page = Page(html)
+    assert "://" not in html
+    assert not {"script", "iframe", "object", "embed", "link", "img", "base"} & set(page.tags)
+    for name, value in page.attributes:
+        assert not name.startswith("on")
+        if name in {"src", "href", "xlink:href", "action"}:
+            assert value.startswith("#")
+    assert set(re.findall(r"url\((.)", html)) <= {"#"}
+    references = {v[1:] for n, v in page.attributes if n.endswith("href")}
+    references |= set(re.findall(r"url\(#([^)]*)\)", html))
+    assert references <= set(page.ids)
+
+
+def test_hostile_completion_stays_text(html):
+    """A policy in training writes anything: its text must neither run nor hide."""
+    assert "alert(1)" in html
+    assert "<script" not in html
+    words = "".join(Page(html).words)
+    assert HOSTILE in words
+    assert "␀" in words
+    assert "‹U+202E›" in words
+    assert not set(html) & {"\x00", "\u202e"}
+
+
+def test_hostile_strings_elsewhere_stay_text(tmp_path):
+    records = make_run(tmp_path / "run", iterations=3)
+    _write_metrics(tmp_path / "run", [{**r, HOSTILE: None} for r in records])
+    config = {"name": HOSTILE, "task": HOSTILE, "objective": {"name": HOSTILE, HOSTILE: HOSTILE}}
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    sample = {"iteration": 1, "prompt": HOSTILE, "answer": HOSTILE, "completion": "\ud800\x7f\t"}
+    line = json.dumps({**sample, "reward": None, "prompt_id": HOSTILE, "sample_index": HOSTILE})
+    (tmp_path / "run/samples/iteration-000099.jsonl").write_text(line)
+    html = report.write(tmp_path / "run").read_text(encoding="utf-8")
+    assert "<script" not in html.lower()
+    assert "".join(Page(html).words).count(HOSTILE) >= 8
+
+
+def test_same_run_gives_same_bytes(run, html):
+    """No clock and no random ids: a report under version control changes only with its run."""
+    assert report.write(run).read_bytes() == html.encode()
+
+
+def test_summary_is_what_the_records_say(run):
+    records = rundir.read_metrics(run)
+    numbers = report.summary(records)
+    assert numbers["iterations"] == 200
+    assert numbers["updates"] == 800
+    assert numbers["pass_at_1_first"] == records[0]["eval/pass_at_1"]
+    for bound in ("", "_low", "_high"):
+        assert numbers[f"pass_at_1_last{bound}"] == records[-1][f"eval/pass_at_1{bound}"]
+    rewards = [r["reward/mean"] for r in records]
+    assert numbers["window"] == 10
+    assert numbers["reward_first"] == pytest.approx(np.mean(rewards[:10]))
+    assert numbers["reward_last"] == pytest.approx(np.mean(rewards[-10:]))
+    assert numbers["minutes"] == pytest.approx(sum(r["time/iteration"] for r in records) / 60)
+    speed = np.median([r["throughput/tokens_per_second"] for r in records])
+    assert numbers["tokens_per_second"] == pytest.approx(speed)
+
+
+def test_summary_of_nothing():
+    numbers = report.summary([])
+    assert numbers["iterations"] == 0
+    assert {v for k, v in numbers.items() if k not in ("iterations", "window")} == {None}
+
+
+def test_header_names_method_and_numbers(run, html):
+    numbers = report.summary(rundir.read_metrics(run))
+    head = re.search(r"<header>.*?</header>", html, re.DOTALL)[0]
+    words = " ".join(" ".join(Page(head).words).split())
+    for expected in ("SAPO", "quickstart", "tau_pos 1.0", "tau_neg 1.05", "800 updates"):
+        assert expected in words
+    assert f"{numbers['pass_at_1_first']:.1%} → {numbers['pass_at_1_last']:.1%}" in words
+    assert "Not finite" not in words
+    assert "kl_coef" not in words
+
+
+def test_supervised_run_has_no_reward_ratios_or_samples(tmp_path):
+    make_run(tmp_path / "run", iterations=60, supervised=True)
+    html = report.write(tmp_path / "run").read_text(encoding="utf-8")
+    panels = {"pass", "entropy", "gradient", "loss", "phases"}
+    assert _present(html) == panels | {"learning", "policy", "time", "config"}
+    head = html[: html.index("<nav>")]
+    assert "Supervised training" in head
+    assert "Loss" in head
+    assert "SAPO" not in head
+    assert "Reward" not in head
+
+
+def test_one_iteration_is_drawn(tmp_path):
+    """A run of one iteration has no line to draw, and its page must still show its numbers."""
+    make_run(tmp_path / "run", iterations=1)
+    html = report.write(tmp_path / "run").read_text(encoding="utf-8")
+    assert _present(html) == {*report_page.SECTIONS, *report_page.PANELS}
+    assert "→" not in html[: html.index("<nav>")]
+
+
+def test_nulls_are_left_out_and_told(tmp_path):
+    """A collapse logs null: the plots go on around it, and the header says where it began."""
+    records = make_run(tmp_path / "run", iterations=12)
+    for record in records[6:]:
+        record |= {"policy/loss": None, "grad/norm": None, "eval/pass_at_1_low": None}
+        record["histogram/gate_pos"] = None
+        record["minibatch"] = [{"policy/ratio_max": None, "policy/ratio_min": None}, {}]
+    for record in records:
+        record |= {"policy/kl_old": None, "reward/mean": None}
+        record["histogram/log_ratio_pos"] = {"edges": [0, 1], "counts": [0]}
+        record["histogram/log_ratio_neg"] = {"edges": [0, None], "counts": [3]}
+    _write_metrics(tmp_path / "run", records)
+    html = report.write(tmp_path / "run").read_text(encoding="utf-8")
+    absent = {*report_page.SECTIONS, *report_page.PANELS} - _present(html)
+    assert absent == {"kl", "reward", "log-ratio"}
+    assert not re.search(r"\b(nan|inf)\b", html, re.IGNORECASE)
+    head = " ".join(Page(html[html.index("<header>") : html.index("<nav>")]).words)
+    assert "policy/loss (first in iteration 7)" in head
+    assert "policy/kl_old (first in iteration 1)" in head
+
+
+def test_empty_run_directory_gives_a_page(tmp_path):
+    (tmp_path / "run").mkdir()
+    html = report.write(tmp_path / "run").read_text(encoding="utf-8")
+    assert _present(html) == set()
+    with pytest.raises(ValueError, match="nothing to draw"):
+        report.picture(tmp_path / "run", tmp_path / "picture.png")
+
+
+def test_closed_form_gate_is_drawn_for_sapo_only(tmp_path):
+    make_run(tmp_path / "run", iterations=2)
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    config["objective"] = {"name": "grpo", "eps_low": 0.2, "eps_high": 0.2}
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    html = report.write(tmp_path / "run").read_text(encoding="utf-8")
+    assert {*report_page.PANELS} - _present(html) == {"gate"}
+
+
+def test_samples_are_new_mixed_and_marked(run):
+    picked = report._pick_samples(rundir.read_samples(run))
+    assert len(picked) == report.SAMPLES
+    assert {sample["iteration"] for _, sample in picked} == {200}
+    assert all(right == (sample["reward"] > 0.5) for right, sample in picked)
+    assert len({right for right, _ in picked}) == 2
+    assert len({sample["prompt_id"] for _, sample in picked}) == 8
+
+
+def test_long_run_stays_small(tmp_path):
+    """A thousand iterations are binned: a page of tens of megabytes stalls a browser."""
+    records = make_run(tmp_path / "run", iterations=4)
+    many = [{**records[i % 4], "iteration": i + 1} for i in range(1500)]
+    _write_metrics(tmp_path / "run", many)
+    assert report.write(tmp_path / "run").stat().st_size < 2e6
+
+
+def test_picture_is_a_png_and_does_not_change(run, tmp_path):
+    for name in ("a.png", "b.png"):
+        report.picture(run, tmp_path / name)
+    data = (tmp_path / "a.png").read_bytes()
+    assert data.startswith(b"\x89PNG")
+    assert data == (tmp_path / "b.png").read_bytes()
+
+
+def test_command_line_prints_the_path(run, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["report", str(run)])
+    report.main()
+    assert capsys.readouterr().out.strip() == str(run / "report.html")
