@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import math
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,6 @@ _is_committed = orbax_path.step.is_path_finalized
 Leaves = dict[str, str]  # path in the state → dtype and shape
 
 
-class _Saving(NamedTuple):
-    """A save in flight, and what has to be read back before its predecessors may go."""
-
-    path: epath.Path
-    response: ocp.AsyncResponse
-    record: dict
-    leaves: Leaves
-
-
 class Checkpoints:
     """The checkpoints ``<directory>/<iteration>/`` of one run; leaving the context waits.
 
@@ -39,7 +30,7 @@ class Checkpoints:
     def __init__(self, directory: epath.PathLike):
         path = epath.Path(directory)
         self.directory = path if _is_remote(path) else path.expanduser().resolve()
-        self._saving: _Saving | None = None
+        self._saving: tuple | None = None  # path, response; record and leaves to be read back
         self._scores: dict[int, float | None] | None = None  # known from the first save on
 
     def __enter__(self) -> Checkpoints:
@@ -58,24 +49,30 @@ class Checkpoints:
             score: held-out score of this state, higher is better.
 
         Raises:
-            ValueError: the iteration is not new, ``meta`` changes in JSON, the score is not
-                finite, or the previous save cannot be read back.
+            ValueError: the iteration is not new, ``meta`` or ``score`` changes in JSON, or the
+                previous save cannot be read back.
         """
-        record = _record(meta, score)
+        given = {"format": FORMAT, "score": None if score is None else float(score), "meta": meta}
+        record = json.loads(json.dumps(given, default=str))  # `meta` may change during the save
+        if record != given:
+            raise ValueError(
+                f"score {score} and meta {meta} do not survive JSON; expected numbers other than "
+                "NaN, strings, lists, and dicts with string keys"
+            )
         self.wait()
         if self._scores is None:
-            self._remove_unfinished()
+            if jax.process_index() == 0:
+                self._remove_unfinished()
             self._scores = self._read_scores()
         newest = max(self._scores, default=-1)
         if iteration <= newest:
             raise ValueError(
-                f"cannot save iteration {iteration} into {self.directory}, which already holds "
-                f"iteration {newest}; expected a later one: resume from iteration {newest}, or "
-                "save into another directory"
+                f"cannot save iteration {iteration} into {self.directory}, which holds iteration "
+                f"{newest}; expected a later one: resume from {newest}, or use another directory"
             )
         path = self.directory / str(iteration)
         response = ocp.save_checkpointables_async(path, {STATE: state}, custom_metadata=record)
-        self._saving = _Saving(path, response, record, _leaves(state))
+        self._saving = path, response, record, _leaves(state)
 
     def wait(self) -> None:
         """Return when the last save is committed, read back, and its predecessors are pruned.
@@ -130,9 +127,8 @@ class Checkpoints:
         return _load(path, abstract_state), record["meta"]
 
     def _committed(self) -> list[int]:
-        paths = self.directory.iterdir() if self.directory.exists() else []
-        numbered = [p for p in paths if p.name.isdecimal() and str(int(p.name)) == p.name]
-        return sorted(int(p.name) for p in numbered if _is_committed(p))
+        numbered = [p for p in _entries(self.directory) if p.name.isdecimal()]
+        return sorted(i for p in numbered if str(i := int(p.name)) == p.name and _is_committed(p))
 
     def _read_scores(self) -> dict[int, float | None]:
         return {i: _read(self.directory / str(i))[0]["score"] for i in self._committed()}
@@ -144,15 +140,11 @@ class Checkpoints:
             del self._scores[iteration]
 
     def _remove_unfinished(self) -> None:
-        if jax.process_index() != 0 or not self.directory.exists():
-            return
-        for path in self.directory.iterdir():
+        for path in _entries(self.directory):
             iteration, dot, suffix = path.name.partition(".")
-            if iteration.isdecimal() and (
-                UNFINISHED in dot + suffix
-                # on gs:// an unfinished checkpoint has its final name and lacks the commit file
-                or (_is_remote(path) and (path / STATE).exists() and not _is_committed(path))
-            ):
+            # on gs:// an unfinished checkpoint has its final name and lacks the commit file
+            bare = _is_remote(path) and (path / STATE).exists() and not _is_committed(path)
+            if iteration.isdecimal() and (UNFINISHED in dot + suffix or bare):
                 path.rmtree()
 
 
@@ -168,29 +160,16 @@ def restore_params(directory: Any, abstract_params: Any, *, which: str = "latest
     checkpoints = Checkpoints(directory)
     directory, iteration = checkpoints.directory, choices[which](checkpoints)
     if iteration is None:
-        found = sorted(p.name for p in directory.iterdir()) if directory.exists() else []
+        found = sorted(p.name for p in _entries(directory))
         raise ValueError(
-            f"nothing to restore: {directory} holds no finished {'scored ' * (which == 'best')}"
-            f"checkpoint; expected directories named by iteration, found {found[:8] or 'nothing'}: "
+            f"nothing to restore: {directory} has no {which} checkpoint; expected directories "
+            f"named by iteration (saved with a score for best), found {found[:8] or 'nothing'}: "
             "name the directory of checkpoints of a run that saved one"
         )
     path, wanted = directory / str(iteration), {"params": abstract_params}
     stored = {k: v for k, v in _read(path)[1].items() if k.startswith("params/")}
     _check_leaves(path, stored, _leaves(wanted))
     return _load(path, wanted)["params"]
-
-
-def _record(meta: dict, score: float | None) -> dict:
-    """What is stored beside the arrays."""
-    if score is not None and not math.isfinite(score):
-        raise ValueError(f"score is {score}; expected a finite number, or None for no score")
-    record = {"format": FORMAT, "score": None if score is None else float(score), "meta": meta}
-    if json.loads(json.dumps(record, default=str)) != record:
-        raise ValueError(
-            f"meta changes in JSON: {meta}; expected dicts with string keys, lists, strings, "
-            "finite Python numbers"
-        )
-    return record
 
 
 def _read(path: epath.Path) -> tuple[dict, Leaves]:
@@ -200,12 +179,13 @@ def _read(path: epath.Path) -> tuple[dict, Leaves]:
     except ocp.errors.InvalidLayoutError as error:
         raise (_damaged(path, error) if (path / STATE).exists() else _foreign(path)) from error
     record, state = stored.custom_metadata or {}, stored.metadata.get(STATE)
+    ours = record.get("format") == FORMAT
+    if ours and state is not None:
+        return record, _leaves(state)
     # Orbax answers an unreadable file with None and a log line, not with an exception.
-    if STATE in stored.metadata and (state is None or stored.init_timestamp_nsecs is None):
+    if ours or (STATE in stored.metadata and stored.init_timestamp_nsecs is None):
         raise _damaged(path, "its metadata cannot be read")
-    if record.get("format") != FORMAT:
-        raise _foreign(path)
-    return record, _leaves(state)
+    raise _foreign(path)
 
 
 def _load(path: epath.Path, abstract: Any) -> Any:
@@ -228,10 +208,9 @@ def _load(path: epath.Path, abstract: Any) -> Any:
 
 def _leaves(tree: Any) -> Leaves:
     """The same for a state and for the plain dicts and lists that Orbax describes it by."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{x.dtype}{list(x.shape)}"
-        for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    named = jax.tree_util.tree_leaves_with_path(tree)
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): f"{x.dtype}{list(x.shape)}" for path, x in named}
 
 
 def _check_leaves(path: epath.Path, stored: Leaves, wanted: Leaves) -> None:
@@ -244,6 +223,10 @@ def _check_leaves(path: epath.Path, stored: Leaves, wanted: Leaves) -> None:
             )
 
 
+def _entries(directory: epath.Path) -> list[epath.Path]:
+    return list(directory.iterdir()) if directory.exists() else []
+
+
 def _best(scores: dict[int, float | None]) -> int | None:
     return max(((s, i) for i, s in scores.items() if s is not None), default=(0, None))[1]
 
@@ -251,7 +234,7 @@ def _best(scores: dict[int, float | None]) -> int | None:
 def _damaged(path: epath.Path, why: object) -> ValueError:
     return ValueError(
         f"checkpoint of iteration {path.name} in {path.parent} is damaged: {str(why)[:200]}; "
-        f"expected every file of a finished save; to go on from an older one, delete {path}"
+        f"expected every file of a finished save; to go on from an older one, delete or move {path}"
     )
 
 

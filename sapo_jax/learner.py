@@ -16,10 +16,11 @@ import optax
 from flax import struct
 
 from sapo_jax import diagnostics, masked, objectives
+from sapo_jax.aggregations import finish
 from sapo_jax.model import head, params, transformer
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.objectives import Objective
-from sapo_jax.types import Batch, TrainState, Weighted, merge
+from sapo_jax.types import Batch, Histogram, TrainState, Weighted, merge
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -202,3 +203,42 @@ def update(
         "learning_rate": Weighted(rate, one),
     }
     return state.replace(update=state.update + 1, params=weights, opt_state=opt_state), metrics
+
+
+@jax.jit
+def _finish(metrics: tuple) -> tuple[dict, list[dict]]:
+    """Metrics of an iteration, merged over its minibatches, and those of each minibatch."""
+    loss, merged = finish(merge(jax.tree.map(lambda *x: jnp.stack(x), *metrics)))
+    each = [finish(m) for m in metrics]
+    # Later minibatches compare the sampler with a policy that has moved on.
+    gap = {k: v for k, v in each[0][1].items() if k.startswith("sampler/")}
+    return {"policy/loss": loss, **merged, **gap}, [{"policy/loss": x, **m} for x, m in each]
+
+
+_end_iteration = jax.jit(lambda s: s.replace(iteration=s.iteration + 1), donate_argnums=0)
+
+
+def learn(
+    state: TrainState, minibatches: tuple[Batch, ...], hp: Hyperparameters
+) -> tuple[TrainState, dict[str, Any]]:
+    """An iteration's updates, one for each minibatch.
+
+    Returns:
+      (state, record): plain numbers of the iteration, histograms as edges and counts, and under
+      "minibatch" the numbers of each update.
+    """
+    collected = []
+    for batch in minibatches:
+        state, metrics = update(state, batch, hp)
+        collected.append(metrics)
+    merged, each = jax.device_get(_finish(tuple(collected)))
+    record = {k: _plain(v) for k, v in merged.items()}
+    keys = [k for k in each[0] if k.startswith(("policy/", "grad/"))]
+    record["minibatch"] = [{k: float(m[k]) for k in keys} for m in each]
+    return _end_iteration(state), record
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Histogram):
+        return {"edges": value.edges.tolist(), "counts": value.counts.tolist()}
+    return float(value)

@@ -19,19 +19,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from sapo_jax import gates, masked
-from sapo_jax.types import Max, Min, Weighted, is_reduction
+from sapo_jax.aggregations import AGGREGATIONS, aggregate, finish
+from sapo_jax.ratios import LOG_RATIO_BOUND, LOGP_BOUND, RATIOS, bounded, kl_estimate
+from sapo_jax.types import Max, Min
 
 sg = jax.lax.stop_gradient
-
-LOG_RATIO_BOUND = 20.0  # e^20 ≈ 5e8: beyond it no gate has a gradient that matters in f32
-LOGP_BOUND = 1e4  # keeps log-probabilities of ±∞ finite through a sequence's sum
-
-AGGREGATIONS = {
-    "seq_mean": "Σ_i (1/|y_i|) Σ_t / number of sequences",
-    "token_mean": "Σ_i Σ_t / number of tokens",
-    "const_len": "Σ_i Σ_t / (number of sequences · max_length)",
-    "seq_sum": "Σ_i Σ_t / number of sequences",
-}
 
 _POSITIVE = (lambda v: v > 0, "a number > 0")
 _NOT_NEGATIVE = (lambda v: v >= 0, "a number ≥ 0")
@@ -45,51 +37,6 @@ DOMAINS = {
     "dual_clip": (lambda v: v > 1, "a number > 1 (inf switches it off)"),
     "max_length": (lambda v: v >= 1, "a number ≥ 1"),
 }
-
-
-def bounded(x: jax.Array, bound: float) -> jax.Array:
-    """Clip to ±bound with gradient 1 up to the bound and 0 beyond (`jnp.clip` has ½ on it)."""
-    return jnp.where(x > bound, bound, jnp.where(x < -bound, -bound, x))
-
-
-# ── Ratio levels ────────────────────────────────────────────────────────────────────────────────
-
-
-def _token(log_ratio_BT, mask_BT, segments_BT, advantages_BT, hp):
-    return log_ratio_BT
-
-
-def _sequence(log_ratio_BT, mask_BT, segments_BT, advantages_BT, hp):
-    return masked.sequence_mean(log_ratio_BT, mask_BT, segments_BT)
-
-
-def _sequence_token(log_ratio_BT, mask_BT, segments_BT, advantages_BT, hp):
-    mean_BT = masked.sequence_mean(log_ratio_BT, mask_BT, segments_BT)
-    return sg(mean_BT) + log_ratio_BT - sg(log_ratio_BT)
-
-
-def _product(log_ratio_BT, mask_BT, segments_BT, advantages_BT, hp):
-    return masked.sequence_sum(log_ratio_BT, mask_BT, segments_BT)
-
-
-def _geo_clipped(log_ratio_BT, mask_BT, segments_BT, advantages_BT, hp):
-    high, low = hp["eps_high"], -hp["eps_low"]
-    gain_BT = jnp.where(log_ratio_BT <= high, log_ratio_BT, high)
-    loss_BT = jnp.where(log_ratio_BT >= low, log_ratio_BT, low)
-    clipped_BT = jnp.where(advantages_BT > 0, gain_BT, loss_BT)
-    return masked.sequence_mean(clipped_BT, mask_BT, segments_BT)
-
-
-RATIOS = {
-    "token": _token,
-    "sequence": _sequence,
-    "sequence_token": _sequence_token,
-    "product": _product,
-    "geo_clipped": _geo_clipped,
-}
-
-
-# ── Objectives ──────────────────────────────────────────────────────────────────────────────────
 
 
 @struct.dataclass
@@ -173,44 +120,6 @@ def resolve(objective: str | Objective, **hyperparameters) -> Objective:
         if not isinstance(value, jax.core.Tracer) and not jnp.all(check(jnp.asarray(value))):
             raise ValueError(f"{name}: {key}={value} must be {text}")
     return dataclasses.replace(objective, hyperparameters=merged)
-
-
-# ── The loss ────────────────────────────────────────────────────────────────────────────────────
-
-
-def aggregate(
-    values_BT: jax.Array,
-    mask_BT: jax.Array,
-    aggregation: str,
-    *,
-    segments_BT: jax.Array | None = None,
-    max_length: jax.Array | float | None = None,
-) -> Weighted:
-    """One of AGGREGATIONS, not divided yet: parts of a batch add up before the one division."""
-    values_BT = masked.keep(values_BT, mask_BT)
-    if aggregation == "seq_mean":
-        ones_BT = jnp.ones_like(values_BT)
-        length_BT = masked.sequence_sum(ones_BT, mask_BT, segments_BT)
-        values_BT = masked.ratio(Weighted(values_BT, length_BT))
-    total = jnp.sum(values_BT)
-    if aggregation == "token_mean":
-        return Weighted(total, jnp.sum(mask_BT, dtype=total.dtype))
-    sequences = masked.sequence_count(mask_BT, segments_BT).astype(total.dtype)
-    return Weighted(total, sequences * max_length if aggregation == "const_len" else sequences)
-
-
-def kl_estimate(logp: jax.Array, ref_logp: jax.Array, kind: str) -> jax.Array:
-    """Per-token estimate of KL(π_θ‖π_ref) in nats, from d = log π_θ − log π_ref within ±20.
-
-    k1 = d, k2 = d²/2, k3 = e^{−d} − 1 + d (Schulman 2020, "Approximating KL divergence"). As a
-    loss, on-policy, only k2 has the gradient of the reverse KL: k1's is noise around 0, k3's is
-    that of the forward KL.
-    """
-    d = bounded(logp - sg(ref_logp), LOG_RATIO_BOUND)
-    estimates = {"k1": lambda: d, "k2": lambda: d * d / 2, "k3": lambda: jnp.expm1(-d) + d}
-    if kind not in estimates:
-        raise ValueError(f"kl={kind!r}: must be one of {', '.join(estimates)}")
-    return estimates[kind]()
 
 
 def coefficients(
@@ -324,19 +233,6 @@ def _gate_metrics(objective, inputs, clipped_BT, mask_BT) -> dict[str, Any]:
         "policy/log_ratio_clipped": masked.mean(clipped_BT * one, mask_BT),
         "policy/kl_old": masked.mean(sg(gates.old_kl(inputs, mask_BT)), mask_BT),
     }
-
-
-def value(reduction: Any) -> Any:
-    """The number of a merged reduction; a histogram stays what it is."""
-    if isinstance(reduction, Weighted):
-        return masked.ratio(reduction)
-    return reduction.value if isinstance(reduction, Max | Min) else reduction
-
-
-def finish(terms: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
-    """Divide once: (loss to minimise, metrics) from merged terms."""
-    values = jax.tree.map(value, terms, is_leaf=is_reduction)
-    return values.pop("loss"), values
 
 
 def policy_loss(

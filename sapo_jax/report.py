@@ -6,17 +6,17 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from sapo_jax import objectives, rundir
 from sapo_jax import report_page as page
-from sapo_jax import rundir
 from sapo_jax.report_page import COLOURS
 
 Records = Sequence[Mapping[str, Any]]
@@ -39,10 +39,12 @@ STYLE = {
     "grid.color": COLOURS["grid"],
     "legend.frameon": False,
 }
-POINTS = 400  # longer curves are binned: the eye sees no difference and the page stays small
+POINTS = 800  # longer curves are binned: the eye sees no difference and the page stays small
 SMOOTHED = 40  # curves this long are drawn with their running mean
 FLOOR = 1e-9  # where a zero goes on a logarithmic axis
 SAMPLES = 24
+SPEEDS = ("throughput", "time")
+PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g}%")
 RIGHT = 0.5  # a completion with a larger reward counts as right
 PHASES = {  # of an iteration, in their order
     "rollout": "blue",
@@ -84,7 +86,7 @@ def _counts(record: Mapping[str, Any], key: str) -> tuple[np.ndarray, np.ndarray
 
 def _seconds(record: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of each phase; ``other`` is what the phases leave of the iteration."""
-    spent = {p: record.get(f"time/{p}") for p in PHASES}
+    spent = {p: record.get(f"time/{p}") for p in PHASES if p != "other"}
     spent = {p: float(s) if _is_number(s) else 0.0 for p, s in spent.items()}
     total = record.get("time/iteration")
     spent["other"] = max(total - sum(spent.values()), 0.0) if _is_number(total) else 0.0
@@ -103,12 +105,14 @@ def summary(records: Records) -> dict[str, Any]:
         ``loss_{first,last}``, means over the first and last ``window`` iterations.
     """
     window = min(max(round(len(records) / 10), 1), 10)
-    result: dict[str, Any] = {"iterations": len(records), "window": window}
+    iterations = records[-1]["iteration"] if records else 0
+    result: dict[str, Any] = {"iterations": iterations, "window": window}
     updates = _series(records, "update")[1]
     result["updates"] = int(updates[-1]) if len(updates) else None
     spent = sum(sum(_seconds(r).values()) for r in records)
     result["minutes"] = spent / 60 if spent else None
-    speed = _series(records, "throughput/tokens_per_second")[1]
+    speeds = [_series(records, f"{group}/tokens_per_second")[1] for group in SPEEDS]
+    speed = np.concatenate(speeds)
     result["tokens_per_second"] = float(np.median(speed)) if len(speed) else None
     evaluated = [r for r in records if _is_number(r.get("eval/pass_at_1"))]
     for when, index in (("first", 0), ("last", -1)):
@@ -144,9 +148,12 @@ def _line(ax: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str) -> No
     ax.plot(*_binned(x, smooth), color=colour, label=label, linewidth=1.9)
 
 
-def _axes(figure: FigureBase, ylabel: str) -> Axes:
+def _axes(figure: FigureBase, records: Records, ylabel: str) -> Axes:
+    """Axes over the iterations of the run, the same in every plot."""
     ax = figure.subplots()
-    ax.set(xlabel="iteration", ylabel=ylabel)
+    first, last = records[0]["iteration"], records[-1]["iteration"]
+    margin = max(0.6, 0.03 * (last - first))
+    ax.set(xlabel="iteration", ylabel=ylabel, xlim=(first - margin, last + margin))
     ax.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
     return ax
 
@@ -154,25 +161,26 @@ def _axes(figure: FigureBase, ylabel: str) -> Axes:
 def _logarithmic(ax: Axes) -> None:
     ax.set_yscale("log")
     low, high = ax.get_ylim()
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
+    subs = (1, 2, 3, 5) if high / low < 30 else (1, 2, 5) if high / low < 1000 else (1,)
+    ax.yaxis.set_major_locator(LogLocator(subs=subs))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_minor_locator(NullLocator())
 
 
 def _legend(*axes: Axes) -> None:
     """A legend above the first axes, where it hides no data; a single curve needs none."""
-    entries = [ax.get_legend_handles_labels() for ax in axes]
-    handles, labels = (sum((entry[i] for entry in entries), []) for i in (0, 1))
-    if len(labels) > 1:
-        above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
-        axes[0].legend(handles, labels, ncols=4, handlelength=1.3, columnspacing=1.2, **above)
+    entries = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+    if len(entries) > 1:
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
+        shape = {"ncols": len(entries), "handlelength": 1.3, "columnspacing": 1.2}
+        axes[0].legend(*zip(*entries, strict=True), **place, **shape)
 
 
 def _curves(ylabel: str, *curves: tuple[str, str, str], scale: str = "linear") -> Draw:
     """A drawing of metrics over iterations; curves are (key, colour, label)."""
 
     def draw(figure: FigureBase, records: Records, config: Config) -> None:
-        ax = _axes(figure, ylabel)
+        ax = _axes(figure, records, ylabel)
         for key, colour, label in curves:
             x, y = _series(records, key)
             if len(x):
@@ -180,7 +188,7 @@ def _curves(ylabel: str, *curves: tuple[str, str, str], scale: str = "linear") -
         if scale == "log":
             _logarithmic(ax)
         elif scale == "percent":
-            ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+            ax.yaxis.set_major_formatter(PERCENT)
         _legend(ax)
 
     return draw
@@ -190,7 +198,7 @@ def _pair(left: tuple[str, str, str], right: tuple[str, str, str], percent: bool
     """Two metrics, each (key, colour, axis label), on a scale of their own."""
 
     def draw(figure: FigureBase, records: Records, config: Config) -> None:
-        ax = _axes(figure, "")
+        ax = _axes(figure, records, "")
         axes = [ax]
         for key, colour, label in (left, right):
             x, y = _series(records, key)
@@ -202,15 +210,15 @@ def _pair(left: tuple[str, str, str], right: tuple[str, str, str], percent: bool
             _line(axes[-1], x, y, colour, label.split(" (")[0])
             axes[-1].set_ylabel(label, color=COLOURS[colour])
             if percent and key == right[0]:
-                axes[-1].yaxis.set_major_formatter(PercentFormatter(1.0))
-                axes[-1].set_ylim(0, max(0.05, 1.05 * y.max()))
+                axes[-1].yaxis.set_major_formatter(PERCENT)
+                axes[-1].set_ylim(-0.02 * (top := max(0.05, 1.05 * y.max())), top)
         _legend(*axes)
 
     return draw
 
 
 def _draw_pass(figure: FigureBase, records: Records, config: Config) -> None:
-    ax = _axes(figure, "problems solved")
+    ax = _axes(figure, records, "problems solved")
     found = {int(k[13:]) for r in records for k in r if re.fullmatch(r"eval/pass_at_\d+", k)}
     found = [n for n in sorted(found) if _has(records, f"eval/pass_at_{n}")]
     for n, colour in zip(found, ("blue", "orange", "green", "purple"), strict=False):
@@ -221,12 +229,12 @@ def _draw_pass(figure: FigureBase, records: Records, config: Config) -> None:
         (x, low), (_, high) = _series(sure, f"{key}_low"), _series(sure, f"{key}_high")
         ax.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
         ax.vlines(x, low, high, color=colour, alpha=0.35, linewidth=1)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+    ax.yaxis.set_major_formatter(PERCENT)
     _legend(ax)
 
 
 def _draw_extremes(figure: FigureBase, records: Records, config: Config) -> None:
-    ax = _axes(figure, "probability ratio r")
+    curves = []
     for name, colour, reduce in (("max", "orange", np.max), ("min", "blue", np.min)):
         points = [
             (r["iteration"] + j / len(r["minibatch"]) - 0.5, max(m[f"policy/ratio_{name}"], FLOOR))
@@ -235,10 +243,13 @@ def _draw_extremes(figure: FigureBase, records: Records, config: Config) -> None
             if _is_number(m.get(f"policy/ratio_{name}"))
         ]
         if points:
-            x, y = _binned(*np.array(points).T, reduce)
-            style = {"marker": "o", "markersize": 2, "linewidth": 0.7}
-            ax.plot(x, y, color=COLOURS[colour], label=f"{name}imum", **style)
+            curves.append((name, colour, _binned(*np.array(points).T, reduce)))
+    if not curves:
+        return
+    ax = _axes(figure, records, "probability ratio r")
     ax.axhline(1, color=COLOURS["grey"], linewidth=1, linestyle=(0, (4, 3)))
+    for name, colour, (x, y) in curves:
+        ax.plot(x, y, "o", color=COLOURS[colour], markersize=2, alpha=0.75, label=f"{name}imum")
     _logarithmic(ax)
     _legend(ax)
 
@@ -257,6 +268,7 @@ def _histograms(kind: str, xlabel: str) -> Draw:
         for ax, record in zip(axes, [held[i] for i in picked], strict=True):
             ax.set_title(f"iteration {record['iteration']}")
             ax.set_xlabel(xlabel)
+            ax.xaxis.set_major_locator(MaxNLocator(5, prune="both"))
             for sign, colour, label in signs:
                 histogram = _counts(record, f"histogram/{kind}_{sign}")
                 if histogram:
@@ -268,11 +280,11 @@ def _histograms(kind: str, xlabel: str) -> Draw:
                     tops.append(counts.max())
         margin = 0.03 * (max(highs) - min(lows))
         axes[0].set(
-            yscale="log",
             ylabel="tokens",
             xlim=(min(lows) - margin, max(highs) + margin),
             ylim=(0.7, 2 * max(tops)),
         )
+        _logarithmic(axes[0])
         _legend(axes[-1])
 
     return draw
@@ -282,18 +294,18 @@ def _draw_gate(figure: FigureBase, records: Records, config: Config) -> None:
     """SAPO's gate weight in closed form, over the ratios that the run has seen."""
     objective = _objective(config)
     taus = [objective.get("tau_pos"), objective.get("tau_neg")]
-    if objective.get("name") != "sapo" or not all(map(_is_number, taus)):
+    low, high = _series(records, "policy/ratio_min")[1], _series(records, "policy/ratio_max")[1]
+    known = all(map(_is_number, taus)) and len(low) and len(high)
+    if objective.get("name") != "sapo" or not known:
         return
-    ax = _axes(figure, "gate weight w")
-    ax.set(xlabel="probability ratio r", ylim=(0, 1.05))
+    ax = _axes(figure, records, "gate weight w")
+    ax.set(xlabel="probability ratio r", xlim=(0, 4), ylim=(0, 1.05))
     r = np.linspace(0, 4, 201)
     for tau, colour, sign, dash in zip(taus, ("blue", "orange"), "><", ("-", "--"), strict=True):
         w = 1 / np.cosh(tau * (r - 1) / 2) ** 2
         ax.plot(r, w, dash, color=COLOURS[colour], label=f"A {sign} 0, τ = {tau:g}")
-    low, high = _series(records, "policy/ratio_min")[1], _series(records, "policy/ratio_max")[1]
-    if len(low) and len(high):
-        span = np.clip([low.min(), high.max()], 0, r[-1])
-        ax.axvspan(*span, color=COLOURS["grey"], alpha=0.18, linewidth=0, label="seen here")
+    span = np.clip([low.min(), high.max()], 0, r[-1])
+    ax.axvspan(*span, color=COLOURS["grey"], alpha=0.18, linewidth=0, label="seen here")
     _legend(ax)
 
 
@@ -301,7 +313,7 @@ def _draw_phases(figure: FigureBase, records: Records, config: Config) -> None:
     spent = [_seconds(r) for r in records]
     if not any(sum(s.values()) for s in spent):
         return
-    ax = _axes(figure, "seconds per iteration")
+    ax = _axes(figure, records, "seconds per iteration")
     parts = np.array_split(np.arange(len(records)), min(len(records), POINTS))
     edges = [records[p[0]]["iteration"] - 0.5 for p in parts] + [records[-1]["iteration"] + 0.5]
     base = np.zeros(len(parts))
@@ -352,11 +364,12 @@ WIDE = {"log-ratio", "gate-weight", "phases"}
 def _figure(draw: Draw, records: Records, config: Config, wide: bool = False) -> Figure | None:
     """A drawing, or None where the run has nothing to draw."""
     figure = Figure(figsize=(11.2 if wide else 5.4, 3.0), layout="constrained")
-    draw(figure, records, config)
+    if records:
+        draw(figure, records, config)
     return figure if any(ax.has_data() for ax in figure.axes) else None
 
 
-def picture(workdir: Any, path: Any) -> None:
+def picture(workdir: epath.PathLike, path: epath.PathLike) -> None:
     """Write one PNG of the most telling panels of a run, at most four.
 
     Raises:
@@ -365,13 +378,15 @@ def picture(workdir: Any, path: Any) -> None:
     records, config = rundir.read_metrics(workdir), rundir.read_config(workdir) or {}
     length = ("length/mean", "orange", "length (tokens)")
     entropy = ("policy/entropy", "green", "entropy (nats per token)")
+    title = "Response length and entropy" if _has(records, "length/mean") else "Entropy"
     gated = [r for r in records if _counts(r, "histogram/gate_pos")][-1:]
     candidates = [
         ("Pass@1 on held-out problems", PLOTS["pass"], records),
         ("Reward of the sampled completions", PLOTS["reward"], records),
-        ("Response length and entropy", _pair(length, entropy, percent=False), records),
+        (title, _pair(length, entropy, percent=False), records),
         ("Gate weight of tokens, by sign of the advantage", PLOTS["gate-weight"], gated),
         ("Loss", PLOTS["loss"], records),
+        ("Gradient norm", PLOTS["gradient"], records),
     ]
     with matplotlib.rc_context(STYLE):
         panels = [panel for panel in candidates if _figure(*panel[1:], config)][:4]
@@ -383,41 +398,46 @@ def picture(workdir: Any, path: Any) -> None:
         for part, (title, draw, shown) in zip(parts, panels, strict=False):
             draw(part, shown, config)
             part.suptitle(title, x=0.02, ha="left", fontsize=11, fontweight="bold")
-        figure.savefig(path, format="png", metadata={"Software": None})
+        figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.15)
 
 
 # Telling -----------------------------------------------------------------------------------------
 
 
 def _objective(config: Config) -> dict[str, Any]:
-    """The objective's name and hyperparameters."""
-    objective = config.get("objective") or {}
-    return dict(objective) if isinstance(objective, Mapping) else {"name": objective}
+    """The objective's name and hyperparameters, those of its preset where the config has None."""
+    given = config.get("objective") or {}
+    given = given if isinstance(given, Mapping) else {"name": given}
+    preset = objectives.OBJECTIVES.get(given.get("name"))
+    whole = {"aggregation": preset.aggregation, **preset.hyperparameters} if preset else {}
+    whole |= {key: value for key, value in given.items() if value is not None}
+    return whole if whole.get("kl_coef") else {k: v for k, v in whole.items() if k[:2] != "kl"}
 
 
 def _tiles(records: Records) -> list[str]:
-    numbers, several = summary(records), len(records) > 1
+    numbers = summary(records)
     tiles = []
 
     def moved(label: str, name: str, form: str, note: str) -> None:
         first, last = numbers[f"{name}_first"], numbers[f"{name}_last"]
         if last is not None:
-            begin = form.format(first) if several else None
+            begin = None if first == last else form.format(first)
             tiles.append(page.tile(label, begin, form.format(last), note))
 
     low, high = numbers["pass_at_1_last_low"], numbers["pass_at_1_last_high"]
     known = low is not None and high is not None
-    moved("Pass@1", "pass_at_1", "{:.1%}", f"95%: {low:.1%} to {high:.1%}" if known else "")
+    interval = f"95% interval {100 * low:.1f}–{high:.1%}" if known else ""
+    moved("Pass@1", "pass_at_1", "{:.1%}", interval)
     window = numbers["window"]
-    over = f"first, last {window} iterations" if window > 1 else "first, last iteration"
+    over = f"means of {window} iterations" if window > 1 else "first and last iteration"
     rewarded = numbers["reward_last"] is not None
     label, name = ("Reward", "reward") if rewarded else ("Loss", "loss")
-    moved(label, name, "{:.3g}", over if several else "")
+    moved(label, name, "{:#.3g}", over if len(records) > 1 else "")
     note = f"{numbers['updates']:,} updates" if numbers["updates"] is not None else ""
-    tiles.append(page.tile("Iterations", None, f"{len(records):,}", note))
+    tiles.append(page.tile("Iterations", None, f"{numbers['iterations']:,}", note))
     minutes, speed = numbers["minutes"], numbers["tokens_per_second"]
     if minutes is not None:
-        note = f"{60 * minutes / len(records):.3g} s per iteration"
+        note = f"{60 * minutes / max(numbers['iterations'], 1):.3g} s per iteration"
         tiles.append(page.tile("Minutes", None, f"{minutes:,.1f}", note))
     if speed is not None:
         tiles.append(page.tile("Tokens per second", None, f"{speed:,.0f}", "generated, median"))
@@ -439,11 +459,10 @@ def _header(records: Records, config: Config, name: str) -> str:
     method = str(objective.pop("name", "")).replace("_", " ").upper()
     if config.get("source") == "demonstrations":
         objective, method, kind = {}, "", page.KINDS["demonstrations"]
-    chips = {key: value for key, value in objective.items() if value is not None}
-    task = config.get("task")
+    chips, task = objective, config.get("task")
     chips["task"] = task.get("name") if isinstance(task, Mapping) else task
     chips["seed"] = config.get("seed")
-    chips = {key: value for key, value in chips.items() if value is not None}
+    chips = {key: value for key, value in chips.items() if value not in (None, math.inf)}
     title = f"{kind[0]}: {method}" if method else kind[0]
     return page.header(title, name, kind[1], chips, _tiles(records), _warning(records))
 
@@ -457,14 +476,10 @@ def _time_shares(records: Records) -> str:
 
 
 def _pick_samples(samples: Records) -> list[tuple[bool, Mapping[str, Any]]]:
-    """The newest completions, as many right as wrong where there are, of many problems."""
-    pool: list[Mapping[str, Any]] = []
-    for iteration in sorted({s["iteration"] for s in samples}, reverse=True):
-        if len(pool) < SAMPLES:
-            pool += [s for s in samples if s["iteration"] == iteration]
+    """As many right as wrong completions where there are, of many problems."""
     sides: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
     seen: dict[tuple[Any, ...], int] = {}
-    for index, sample in enumerate(pool):
+    for index, sample in enumerate(samples):
         right = _is_number(sample.get("reward")) and sample["reward"] > RIGHT
         problem = (right, sample.get("prompt_id"))
         seen[problem] = seen.get(problem, 0) + 1
@@ -472,10 +487,20 @@ def _pick_samples(samples: Records) -> list[tuple[bool, Mapping[str, Any]]]:
     rights = max(SAMPLES // 2, SAMPLES - len(sides[False]))
     chosen = [(i, True) for _, i in sorted(sides[True])[:rights]]
     chosen += [(i, False) for _, i in sorted(sides[False])[: SAMPLES - len(chosen)]]
-    return [(right, pool[i]) for i, right in sorted(chosen)]
+    return [(right, samples[i]) for i, right in sorted(chosen)]
 
 
-def write(workdir: Any) -> Path:
+def _cards(panels: Sequence[str], records: Records, config: Config) -> list[str]:
+    """The panels that have data; an odd one out takes a whole row, so that no row has a hole."""
+    drawn = {p: f for p in panels if (f := _figure(PLOTS[p], records, config, p in WIDE))}
+    narrow = [p for p in drawn if p not in WIDE]
+    wide = WIDE | set(narrow[-1:] if len(narrow) % 2 else [])
+    for panel in wide & set(narrow):
+        drawn[panel] = _figure(PLOTS[panel], records, config, wide=True)
+    return [page.figure(p, figure, wide=p in wide) for p, figure in drawn.items()]
+
+
+def write(workdir: epath.PathLike) -> epath.Path:
     """Write ``report.html`` into a run directory, from what the directory holds.
 
     The same directory gives the same bytes. What the run did not measure is left out.
@@ -488,20 +513,17 @@ def write(workdir: Any) -> Path:
     body: dict[str, str] = {}
     with matplotlib.rc_context(STYLE):
         for slug, (_, _, panels) in page.SECTIONS.items():
-            drawn = {p: _figure(PLOTS[p], records, config, p in WIDE) for p in panels}
-            cards = [page.figure(p, f, wide=p in WIDE) for p, f in drawn.items() if f]
+            cards = _cards(panels, records, config)
+            if slug == "time" and cards:
+                cards.append(_time_shares(records))
             if cards:
                 body[slug] = page.grid(cards)
-    if "ratios" in body:
-        body["ratios"] = page.glossary() + body["ratios"]
-    if "time" in body:
-        body["time"] += _time_shares(records)
     if samples:
         body["samples"] = page.samples(_pick_samples(samples))
     if config:
         body["config"] = page.tree(config)
-    name = str(config.get("name") or Path(workdir).name)
-    path = Path(workdir) / "report.html"
+    name = str(config.get("name") or epath.Path(workdir).name or "run")
+    path = epath.Path(workdir).expanduser() / "report.html"
     path.write_text(page.document(name, _header(records, config, name), body), encoding="utf-8")
     return path
 
@@ -509,7 +531,7 @@ def write(workdir: Any) -> Path:
 def main() -> None:
     """Rebuild the report of the run directory named on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workdir", type=Path)
+    parser.add_argument("workdir", type=epath.Path)
     print(write(parser.parse_args().workdir))
 
 

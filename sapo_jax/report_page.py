@@ -12,12 +12,14 @@ import io
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
 LIMIT = 4000  # characters of a prompt or completion that are shown
+SIGNS = {"\n": "↵", "\t": "⇥"}
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}  # Unicode categories that have no shape
 
 # Okabe and Ito's palette, safe for colour-blind readers. In the page each colour is a CSS variable
@@ -54,13 +56,13 @@ SECTIONS = {  # slug -> (title, introduction, panels)
     "policy": (
         "Policy and optimiser",
         "How fast does the policy change, and is the optimiser calm?",
-        ("entropy", "kl", "gradient", "gap", "loss"),
+        ("entropy", "gradient", "gap", "loss"),
     ),
     "ratios": (
         "Ratios and gates",
         "What the objective does to single tokens: the further the probability of a token has "
         "moved since it was sampled, the less its gradient counts.",
-        ("log-ratio", "gate-weight", "extremes", "gate-mean", "gate"),
+        ("log-ratio", "gate-weight", "extremes", "kl", "gate-mean", "gate"),
     ),
     "time": ("Time", "Where the seconds of an iteration go.", ("phases",)),
     "samples": (
@@ -118,12 +120,12 @@ PANELS = {  # slug -> (title, what to look for)
     "log-ratio": (
         "Log probability ratio of tokens",
         "Tokens at 0 have not moved since they were sampled; the wider the spread, the further "
-        "the updates are off-policy (counts are logarithmic).",
+        "the updates are off-policy (logarithmic counts; the outermost bars hold all beyond).",
     ),
     "gate-weight": (
         "Gate weight of tokens",
         "Tokens at 1 count fully and tokens at 0 not at all; the left tail is what the objective "
-        "attenuates (counts are logarithmic).",
+        "attenuates (logarithmic counts; the outermost bars hold all beyond).",
     ),
     "extremes": (
         "Extreme ratios of each minibatch",
@@ -147,6 +149,7 @@ PANELS = {  # slug -> (title, what to look for)
     ),
 }
 TERMS = {
+    "policy": "The language model in training, as a chooser of the next token.",
     "completion": "An answer that the model writes to a problem (the prompt), token by token.",
     "reward": "The score of a completion.",
     "advantage A": "How much better (A > 0) or worse (A < 0) a completion scored than the others "
@@ -238,7 +241,7 @@ td.number, th.number { text-align: right; white-space: nowrap;
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 4px 18px; margin: 8px 0 0;
   font-size: 14px; }
 dt { font-weight: 600; } dd { margin: 0; color: var(--soft); }
-.glossary { margin: 0 0 18px; } .glossary summary { cursor: pointer; font-weight: 600; }
+.glossary { margin: 26px 0 -8px; } .glossary summary { cursor: pointer; font-weight: 600; }
 footer { color: var(--soft); font-size: 13px; padding: 0 0 40px; }
 @media (max-width: 600px) { dl { grid-template-columns: 1fr; } dd { margin-bottom: 6px; } }
 """
@@ -266,14 +269,8 @@ def _shaped(character: str) -> str:
 
 
 def _hidden(character: str) -> str:
-    code = ord(character)
-    if character == "\n":
-        return '<span class="hidden">↵</span>\n'
-    if code < 0x20 or code == 0x7F:
-        picture = chr(0x2421 if code == 0x7F else 0x2400 + code)
-    else:
-        picture = f"‹U+{code:04X}›"
-    return f'<span class="hidden">{picture}</span>'
+    shown = SIGNS.get(character) or f"‹U+{ord(character):04X}›"
+    return f'<span class="hidden">{shown}</span>' + (character if character in SIGNS else "")
 
 
 def tile(label: str, first: str | None, last: str, note: str) -> str:
@@ -325,10 +322,12 @@ def figure(slug: str, drawing: Figure, *, wide: bool) -> str:
     )
 
 
-def glossary() -> str:
+def _glossary() -> str:
     """Words that the plots use, folded away."""
     rows = "".join(f"<dt>{text(word)}</dt><dd>{text(said)}</dd>" for word, said in TERMS.items())
-    return f'<details class="glossary"><summary>Words</summary><dl>{rows}</dl></details>'
+    return (
+        f'<details class="glossary"><summary>What the words mean</summary><dl>{rows}</dl></details>'
+    )
 
 
 def grid(cards: Iterable[str]) -> str:
@@ -362,7 +361,9 @@ def samples(rows: Iterable[tuple[bool, Mapping[str, Any]]]) -> str:
 
 
 def _sample(right: bool, row: Mapping[str, Any]) -> str:
-    notes = [f"{name} {row[name]:.3g}" for name in ("reward", "advantage") if _real(row.get(name))]
+    numbers = [(name, row.get(name)) for name in ("reward", "advantage")]
+    numbers = [(n, v) for n, v in numbers if isinstance(v, int | float) and isfinite(v)]
+    notes = [f"{name} {value:.3g}".replace("-", "−") for name, value in numbers]
     notes += ["cut at the length limit"] if row.get("finished") == 1 else []
     where = f"iteration {row.get('iteration')}, problem {row.get('prompt_id')}, "
     where += f"sample {row.get('sample_index')}"
@@ -377,10 +378,6 @@ def _sample(right: bool, row: Mapping[str, Any]) -> str:
     verdict, mark = ("right", "✓ right") if right else ("wrong", "✗ wrong")
     small = "".join(f"<small>{text(note)}</small>" for note in notes)
     return f'<tr class="{verdict}"><td class="mark"><b>{mark}</b>{small}</td>{cells}</tr>'
-
-
-def _real(value: Any) -> bool:
-    return isinstance(value, int | float)
 
 
 def tree(config: Mapping[str, Any]) -> str:
@@ -405,11 +402,12 @@ def document(title: str, head: str, body: Mapping[str, str]) -> str:
         f'<p class="intro">{text(SECTIONS[slug][1])}</p>{markup}</section>'
         for slug, markup in body.items()
     )
+    words = _glossary() if body else ""
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{text(title)}</title><style>{STYLE}</style></head>\n<body>{head}\n"
-        f"<nav><div>{links}</div></nav>\n<main>{chapters}</main>\n</body>\n</html>\n"
+        f"<nav><div>{links}</div></nav>\n<main>{words}{chapters}</main>\n</body>\n</html>\n"
     )

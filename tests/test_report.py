@@ -11,19 +11,19 @@ from sapo_jax import report, report_page, rundir
 
 HOSTILE = "</script><script>alert(1)</script>"
 VOID = {"meta", "col", "br", "link", "img", "input"}
-RATIO_EDGES, GATE_EDGES = np.linspace(-3, 3, 121), np.linspace(0, 1.2, 61)
+RATIO_EDGES, GATE_EDGES = np.linspace(-2, 2, 81), np.linspace(0, 1.25, 51)
 
 
 def _histogram(values, edges):
-    counts = np.histogram(values, edges)[0]
+    counts = np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
     return {"edges": edges.tolist(), "counts": counts.tolist()}
 
 
 def _ratios(rng, spread):
     """Histograms of log r and w as SAPO has them, and the numbers that go with them."""
     record = {}
-    for sign, tau, skew in (("pos", 1.0, 0.3), ("neg", 1.05, -0.3)):
-        log_ratio = np.clip(spread * (rng.standard_t(3, 6000) + skew), -2.9, 2.9)
+    for sign, tau, skew in (("pos", 1.0, 0.3), ("neg", 1.1, -0.3)):
+        log_ratio = spread * np.clip(rng.standard_t(3, 6000) + skew, -20, 20)
         log_ratio[:1500] = 0
         gate = 1 / np.cosh(tau * np.expm1(log_ratio) / 2) ** 2
         record[f"histogram/log_ratio_{sign}"] = _histogram(log_ratio, RATIO_EDGES)
@@ -62,6 +62,7 @@ def _record(rng, iteration, iterations, supervised):
         solved = 0.12 + 0.7 * grown + rng.normal(0, 0.01)
         record["time/eval"] = 2.5
         record["eval/pass_at_1"] = solved
+        record["eval/pass_at_8"] = solved + 0.1
         record["eval/pass_at_1_low"] = solved - 0.04
         record["eval/pass_at_1_high"] = solved + 0.04
     if not supervised:
@@ -105,7 +106,7 @@ def make_run(directory, iterations=200, supervised=False, seed=0):
     """Write a run directory as training leaves it, with plausible numbers."""
     rng = np.random.default_rng(seed)
     (directory / "metrics").mkdir(parents=True)
-    objective = {"name": "sapo", "tau_pos": 1.0, "tau_neg": 1.05, "kl_coef": None}
+    objective = {"name": "sapo", "tau_pos": None, "tau_neg": 1.1, "kl": "k3", "kl_coef": None}
     config = {
         "name": "cold start" if supervised else "quickstart",
         "seed": 0,
@@ -169,6 +170,13 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "small"
+    make_run(directory, iterations=5)
+    return directory
+
+
+@pytest.fixture(scope="module")
 def html(run):
     path = report.write(run)
     assert path == run / "report.html"
@@ -182,8 +190,7 @@ def _present(html):
 
 
 def test_page_shows_every_section_of_a_full_run(html):
-    missing = {*report_page.SECTIONS, *report_page.PANELS} - _present(html)
-    assert missing == {"gate"} - {"gate"}
+    assert _present(html) == {*report_page.SECTIONS, *report_page.PANELS}
     assert html.count("<svg") == len(report_page.PANELS)
 
 
@@ -213,7 +220,7 @@ def test_hostile_completion_stays_text(html):
     assert "<script" not in html
     words = "".join(Page(html).words)
     assert HOSTILE in words
-    assert "␀" in words
+    assert "‹U+0000›" in words
     assert "‹U+202E›" in words
     assert not set(html) & {"\x00", "\u202e"}
 
@@ -231,9 +238,13 @@ def test_hostile_strings_elsewhere_stay_text(tmp_path):
     assert "".join(Page(html).words).count(HOSTILE) >= 8
 
 
-def test_same_run_gives_same_bytes(run, html):
+def test_command_line_gives_the_same_bytes(small, monkeypatch, capsys):
     """No clock and no random ids: a report under version control changes only with its run."""
-    assert report.write(run).read_bytes() == html.encode()
+    first = report.write(small).read_bytes()
+    monkeypatch.setattr("sys.argv", ["report", str(small)])
+    report.main()
+    assert capsys.readouterr().out.strip() == str(small / "report.html")
+    assert (small / "report.html").read_bytes() == first
 
 
 def test_summary_is_what_the_records_say(run):
@@ -259,15 +270,52 @@ def test_summary_of_nothing():
     assert {v for k, v in numbers.items() if k not in ("iterations", "window")} == {None}
 
 
+def test_evaluation_before_training_counts_as_no_iteration(tmp_path):
+    """Iteration 0 is the untrained policy: it holds an evaluation and nothing else."""
+    records = make_run(tmp_path / "run", iterations=10, supervised=True)
+    records.insert(0, {"iteration": 0, "eval/pass_at_1": 0.01, "time/eval": 6.0})
+    numbers = report.summary(records)
+    assert numbers["iterations"] == 10
+    assert numbers["pass_at_1_first"] == 0.01
+    assert numbers["loss_first"] == records[1]["policy/loss"]
+    for shown in (records, records[:1]):
+        for part in (tmp_path / "run/metrics").iterdir():
+            part.unlink()
+        _write_metrics(tmp_path / "run", shown)
+        html = report.write(tmp_path / "run").read_text(encoding="utf-8")
+        assert "pass" in _present(html)
+
+
 def test_header_names_method_and_numbers(run, html):
     numbers = report.summary(rundir.read_metrics(run))
     head = re.search(r"<header>.*?</header>", html, re.DOTALL)[0]
     words = " ".join(" ".join(Page(head).words).split())
-    for expected in ("SAPO", "quickstart", "tau_pos 1.0", "tau_neg 1.05", "800 updates"):
+    for expected in ("SAPO", "quickstart", "tau_pos 1.0", "tau_neg 1.1", "seq_mean", "800 updates"):
         assert expected in words
     assert f"{numbers['pass_at_1_first']:.1%} → {numbers['pass_at_1_last']:.1%}" in words
     assert "Not finite" not in words
-    assert "kl_coef" not in words
+    assert "kl" not in words
+
+
+def test_time_shares_add_up_to_the_time_of_the_run(run, html):
+    records = rundir.read_metrics(run)
+    table = html[html.index('id="shares"') :]
+    rows = re.findall(r"<td>(\w+)</td><td[^>]*>([\d.,]+)</td><td[^>]*>([\d.]+)%</td>", table)
+    seconds = {phase: float(spent.replace(",", "")) for phase, spent, _ in rows}
+    assert list(seconds) == ["rollout", "score", "update", "eval", "checkpoint", "other"]
+    assert seconds["rollout"] == pytest.approx(sum(r["time/rollout"] for r in records), abs=0.06)
+    whole = sum(r["time/iteration"] for r in records)
+    assert sum(seconds.values()) == pytest.approx(whole, abs=0.4)
+    assert sum(float(share) for *_, share in rows) == pytest.approx(100, abs=0.4)
+
+
+def test_gate_curve_takes_the_presets_temperature_where_the_config_has_none(html):
+    """A config may leave τ to its objective: the curve must still be drawn, with that τ."""
+    assert {"A > 0, τ = 1", "A < 0, τ = 1.1"} <= {word.strip() for word in Page(html).words}
+
+
+def test_every_k_of_pass_at_k_is_drawn(html):
+    assert {"Pass@1", "Pass@8"} <= {word.strip() for word in Page(html).words}
 
 
 def test_supervised_run_has_no_reward_ratios_or_samples(tmp_path):
@@ -319,13 +367,11 @@ def test_empty_run_directory_gives_a_page(tmp_path):
         report.picture(tmp_path / "run", tmp_path / "picture.png")
 
 
-def test_closed_form_gate_is_drawn_for_sapo_only(tmp_path):
-    make_run(tmp_path / "run", iterations=2)
-    config = json.loads((tmp_path / "run/config.json").read_text())
-    config["objective"] = {"name": "grpo", "eps_low": 0.2, "eps_high": 0.2}
-    (tmp_path / "run/config.json").write_text(json.dumps(config))
-    html = report.write(tmp_path / "run").read_text(encoding="utf-8")
-    assert {*report_page.PANELS} - _present(html) == {"gate"}
+def test_closed_form_gate_is_drawn_for_sapo_only():
+    records = [{"iteration": 1, "policy/ratio_min": 0.5, "policy/ratio_max": 2.0}]
+    for name, drawn in (("sapo", True), ("grpo", False), ("p3o", False)):
+        config = {"objective": {"name": name}}
+        assert (report._figure(report.PLOTS["gate"], records, config) is not None) == drawn
 
 
 def test_samples_are_new_mixed_and_marked(run):
@@ -340,20 +386,16 @@ def test_samples_are_new_mixed_and_marked(run):
 def test_long_run_stays_small(tmp_path):
     """A thousand iterations are binned: a page of tens of megabytes stalls a browser."""
     records = make_run(tmp_path / "run", iterations=4)
-    many = [{**records[i % 4], "iteration": i + 1} for i in range(1500)]
+    for record in records[1:]:
+        record |= {key: None for key in record if key.startswith("histogram/")}
+    many = [{**records[i % 4], "iteration": i + 1} for i in range(1000)]
     _write_metrics(tmp_path / "run", many)
-    assert report.write(tmp_path / "run").stat().st_size < 2e6
+    assert report.write(tmp_path / "run").stat().length < 2e6
 
 
-def test_picture_is_a_png_and_does_not_change(run, tmp_path):
+def test_picture_is_a_png_and_does_not_change(small, tmp_path):
     for name in ("a.png", "b.png"):
-        report.picture(run, tmp_path / name)
+        report.picture(small, tmp_path / name)
     data = (tmp_path / "a.png").read_bytes()
     assert data.startswith(b"\x89PNG")
     assert data == (tmp_path / "b.png").read_bytes()
-
-
-def test_command_line_prints_the_path(run, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["report", str(run)])
-    report.main()
-    assert capsys.readouterr().out.strip() == str(run / "report.html")

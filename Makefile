@@ -1,0 +1,36 @@
+# make train   the quickstart: environment, cold start, SAPO, report
+# make test    the tests, in the same environment
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m sapo_jax.main
+
+.PHONY: train test test-slow lint format clean
+
+$(VENV)/ready: requirements.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+train: $(VENV)/ready
+	$(RUN) --config=configs/quickstart_sft.py --workdir=runs/quickstart_sft
+	$(RUN) --config=configs/quickstart.py --workdir=runs/quickstart
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs .cache

@@ -1,0 +1,1 @@
+"""Experiments: one file each; `base` holds every field with its default."""

@@ -1,0 +1,84 @@
+"""Every field of an experiment with its default; other configs start from here."""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.name = "base"
+    c.seed = 0  # of parameters, data order and sampling noise
+    c.source = "rollout"  # "rollout": RL; "demonstrations": supervised learning of worked answers
+    c.init_from = ""  # run directory whose newest parameters start this run; "" starts at random
+    c.iterations = 100
+
+    c.task = ConfigDict()
+    c.task.name = "chain_sum"
+    c.task.options = ConfigDict(type_safe=False)  # arguments of the task's class
+
+    c.model = ConfigDict()
+    c.model.preset = "tiny"
+    for name in (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "max_position_embeddings",
+    ):  # fmt: skip
+        c.model[name] = config_dict.placeholder(int)  # None: the preset's
+
+    c.dtype = ConfigDict()
+    c.dtype.params = "float32"
+    c.dtype.compute = "float32"
+    c.dtype.cache = "float32"
+
+    c.objective = ConfigDict()
+    c.objective.name = "sapo"
+    c.objective.aggregation = config_dict.placeholder(str)  # None: the objective's own
+    c.objective.kl = "k3"
+    for name in (
+        "tau", "tau_pos", "tau_neg", "eps_low", "eps_high", "dual_clip", "max_length", "kl_coef",
+    ):  # fmt: skip
+        c.objective[name] = config_dict.placeholder(float)  # None: the objective's own
+
+    c.advantages = "group"  # group, leave_one_out, mean, reinforce_pp
+
+    c.batch = ConfigDict()
+    c.batch.prompts = 32  # per iteration
+    c.batch.group_size = 8  # completions per prompt
+    c.batch.minibatches = 4  # updates per iteration
+    c.batch.micro_batches = 1  # forward-backward passes per update; memory, not results
+
+    c.sampler = ConfigDict()
+    c.sampler.max_new_tokens = 0  # 0: the task's own bound
+    c.sampler.temperature = 1.0
+    c.sampler.slots = 0  # prompts in flight; 0: all at once
+    c.sampler.shrink = 0  # how often the slots halve while the last groups finish
+
+    c.learner = ConfigDict()
+    c.learner.learning_rate = 1e-4
+    c.learner.schedule = "constant"  # constant, linear, cosine
+    c.learner.warmup = 0  # updates
+    c.learner.weight_decay = 0.0
+    c.learner.max_grad_norm = 1.0
+    c.learner.b1 = 0.9
+    c.learner.b2 = 0.95
+    c.learner.eps = 1e-8
+    c.learner.old_logp = "sampler"  # "sampler": its own; "recompute": the learner's, one more pass
+    c.learner.head_chunk = 1024  # rows whose logits exist at a time
+    c.learner.remat = False
+
+    c.eval = ConfigDict()
+    c.eval.every = 10  # iterations; 0: never
+    c.eval.prompts = 128
+    c.eval.samples = 8
+    c.eval.temperature = 1.0
+    c.eval.top_k = config_dict.placeholder(int)
+    c.eval.top_p = config_dict.placeholder(float)
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 20  # iterations; the last is always kept
+
+    c.log = ConfigDict()
+    c.log.samples_every = 10  # iterations between written samples
+    c.log.samples = 32  # rows
+
+    c.profile_steps = 0  # iterations to trace with the JAX profiler, after the first two
+    c.compilation_cache = ".cache/xla"  # compiled programs, reused by later runs; "" for none
+    return c.lock()

@@ -1,0 +1,52 @@
+"""Aggregations: from per-token values to one number, by sums that merge before they are divided."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sapo_jax import masked
+from sapo_jax.types import Max, Min, Weighted, is_reduction
+
+AGGREGATIONS = {
+    "seq_mean": "Σ_i (1/|y_i|) Σ_t / number of sequences",
+    "token_mean": "Σ_i Σ_t / number of tokens",
+    "const_len": "Σ_i Σ_t / (number of sequences · max_length)",
+    "seq_sum": "Σ_i Σ_t / number of sequences",
+}
+
+
+def aggregate(
+    values_BT: jax.Array,
+    mask_BT: jax.Array,
+    aggregation: str,
+    *,
+    segments_BT: jax.Array | None = None,
+    max_length: jax.Array | float | None = None,
+) -> Weighted:
+    """One of AGGREGATIONS, not divided yet: parts of a batch add up before the one division."""
+    values_BT = masked.keep(values_BT, mask_BT)
+    if aggregation == "seq_mean":
+        ones_BT = jnp.ones_like(values_BT)
+        length_BT = masked.sequence_sum(ones_BT, mask_BT, segments_BT)
+        values_BT = masked.ratio(Weighted(values_BT, length_BT))
+    total = jnp.sum(values_BT)
+    if aggregation == "token_mean":
+        return Weighted(total, jnp.sum(mask_BT, dtype=total.dtype))
+    sequences = masked.sequence_count(mask_BT, segments_BT).astype(total.dtype)
+    return Weighted(total, sequences * max_length if aggregation == "const_len" else sequences)
+
+
+def value(reduction: Any) -> Any:
+    """The number of a merged reduction; a histogram stays what it is."""
+    if isinstance(reduction, Weighted):
+        return masked.ratio(reduction)
+    return reduction.value if isinstance(reduction, Max | Min) else reduction
+
+
+def finish(terms: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
+    """Divide once: (loss to minimise, metrics) from merged terms."""
+    values = jax.tree.map(value, terms, is_leaf=is_reduction)
+    return values.pop("loss"), values

@@ -1,0 +1,184 @@
+"""What an iteration learns from: sampled and judged completions, or worked demonstrations."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sapo_jax import advantages, data, evaluate, learner, rewards, sampler
+from sapo_jax.progress import Clock
+from sapo_jax.settings import Settings
+from sapo_jax.types import LENGTH, Batch, Prompts, Rollout
+
+
+class Experience(NamedTuple):
+    """The minibatches of an iteration, its metrics, and rows for a person to read."""
+
+    minibatches: tuple[Batch, ...]
+    metrics: dict[str, float]
+    samples: list[dict]
+
+
+def sample(
+    settings: Settings,
+    params: Any,
+    prompts: Prompts,
+    *,
+    iteration: int,
+    domain: str = "train",
+    warm_up: Callable[[str], None] | None = None,
+) -> Rollout:
+    """A rollout with the run's settings; the domain "eval" takes those of the evaluation."""
+    options = settings.config["eval"]
+    controls: dict[str, Any] = {
+        "group_size": settings.config["batch"]["group_size"],
+        "temperature": settings.config["sampler"]["temperature"],
+    }
+    if domain == "eval":
+        controls = {
+            "group_size": options["samples"],
+            "temperature": options["temperature"],
+            "top_k": options["top_k"],
+            "top_p": options["top_p"],
+        }
+    return sampler.rollout(
+        params,
+        settings.model,
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        seed=settings.config["seed"],
+        iteration=iteration,
+        domain=domain,
+        plan=settings.plan,
+        warm_up=warm_up,
+        **controls,
+    )
+
+
+@partial(jax.jit, static_argnames="parts")
+def _split(batch: Batch, parts: int) -> tuple[Batch, ...]:
+    pieces = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    return tuple(jax.tree.map(operator.itemgetter(i), pieces) for i in range(parts))
+
+
+@partial(jax.jit, static_argnames=("estimator", "group_size"))
+def _batch(rollout: Rollout, rewards_B: jax.Array, *, estimator: str, group_size: int) -> Batch:
+    return Batch(
+        tokens=rollout.tokens,
+        mask=rollout.mask,
+        segments=rollout.segments,
+        sampler_logp=rollout.sampler_logp,
+        old_logp=rollout.sampler_logp,
+        advantages=advantages.ESTIMATORS[estimator](rewards_B, group_size),
+    )
+
+
+def _rows(rollout: Rollout, examples, texts, rewards_B, advantages_B, iteration, count) -> list:
+    return [
+        {
+            "iteration": iteration,
+            "prompt_id": int(rollout.prompt_id[i]),
+            "sample_index": int(rollout.sample_index[i]),
+            "prompt": examples[i].prompt,
+            "completion": texts[i],
+            "answer": examples[i].answer,
+            "reward": float(rewards_B[i]),
+            "advantage": float(advantages_B[i]),
+            "finished": int(rollout.finished[i]),
+        }
+        for i in range(min(count, len(texts)))
+    ]
+
+
+def _metrics(rollout: Rollout, rewards_B: np.ndarray, group_size: int) -> dict[str, float]:
+    length_B = rollout.mask.sum(-1)
+    rewards_PG = rewards_B.reshape(-1, group_size)
+    return {
+        "reward/mean": float(rewards_B.mean()),
+        "reward/std": float(rewards_B.std()),
+        "advantage/zero_groups": float(np.mean(rewards_PG.max(-1) == rewards_PG.min(-1))),
+        "length/mean": float(length_B.mean()),
+        "length/max": float(length_B.max()),
+        "length/truncated": float(np.mean(rollout.finished == LENGTH)),
+    }
+
+
+def from_rollout(
+    settings: Settings,
+    params: Any,
+    reference: Any,
+    stream: data.Stream,
+    iteration: int,
+    clock: Clock,
+    warm_up: Callable[[str], None] | None = None,
+) -> Experience:
+    """Sample, judge, and attach advantages and the log-probabilities that the objective needs."""
+    c = settings.config
+    group_size = c["batch"]["group_size"]
+    examples = stream.take(c["batch"]["prompts"])
+    with clock("rollout"):
+        prompts = data.encode_prompts(examples, settings.tokenizer, settings.width)
+        rollout = sample(settings, params, prompts, iteration=iteration, warm_up=warm_up)
+        on_host = jax.device_get(rollout)
+    with clock("score"):
+        asked = [e for e in examples for _ in range(group_size)]
+        texts = rewards.completion_texts(on_host.tokens, on_host.mask, settings.tokenizer)
+        rewards_B = rewards.score(settings.task, asked, texts, on_host.finished)
+    with clock("update"):
+        batch = _batch(rollout, rewards_B, estimator=c["advantages"], group_size=group_size)
+        minibatches = _split(batch, c["batch"]["minibatches"])
+        score = partial(learner.score, hp=settings.hp)
+        if c["learner"]["old_logp"] == "recompute":
+            minibatches = tuple(b.replace(old_logp=score(params, b)) for b in minibatches)
+        if reference is not None:
+            minibatches = tuple(b.replace(ref_logp=score(reference, b)) for b in minibatches)
+        advantages_B = np.asarray(batch.advantages)
+    rows = _rows(on_host, asked, texts, rewards_B, advantages_B, iteration, c["log"]["samples"])
+    return Experience(minibatches, _metrics(on_host, rewards_B, group_size), rows)
+
+
+def from_demonstrations(
+    settings: Settings,
+    params: Any,
+    reference: Any,
+    stream: data.Stream,
+    iteration: int,
+    clock: Clock,
+    warm_up: Callable[[str], None] | None = None,
+) -> Experience:
+    """Worked answers as minibatches; nothing is sampled."""
+    del params, reference, iteration, warm_up
+    with clock("rollout"):
+        width = settings.width + settings.max_new_tokens
+        batch = data.encode_demonstrations(stream.take(settings.rows), settings.tokenizer, width)
+        minibatches = _split(batch, settings.config["batch"]["minibatches"])
+    return Experience(minibatches, {"length/mean": float(batch.mask.sum(-1).mean())}, [])
+
+
+SOURCES = {"rollout": from_rollout, "demonstrations": from_demonstrations}
+
+
+def held_out(
+    settings: Settings,
+    params: Any,
+    iteration: int,
+    warm_up: Callable[[str], None] | None = None,
+) -> dict[str, float]:
+    """Metrics on the fixed evaluation set; the same noise at every iteration."""
+    options = settings.config["eval"]
+    count = settings.config["batch"]["prompts"] if warm_up else options["prompts"]
+    weights = sampler.to_sampler(params, settings.model)
+    return evaluate.evaluate(
+        partial(sample, settings, weights, iteration=0, domain="eval", warm_up=warm_up),
+        settings.task,
+        data.held_out(settings.task.examples("test"), count),
+        settings.tokenizer,
+        samples=options["samples"],
+        width=settings.width,
+        batch=settings.config["batch"]["prompts"],
+    ) | {"eval/iteration": iteration}

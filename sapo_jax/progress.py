@@ -1,0 +1,73 @@
+"""Clocks of an iteration's phases, and the progress that a person sees."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+
+class Clock:
+    """Seconds by phase since the last `lap`."""
+
+    def __init__(self):
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the time inside the context to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[phase] = self._seconds.get(phase, 0) + time.perf_counter() - start
+
+    def lap(self) -> dict[str, float]:
+        """``time/<phase>`` of every phase, and start again."""
+        seconds, self._seconds = self._seconds, {}
+        return {f"time/{phase}": value for phase, value in seconds.items()}
+
+
+class Progress:
+    """A bar over the iterations of a run with the numbers that matter, and lines above it."""
+
+    def __init__(self, total: int, done: int, description: str):
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=total, initial=done, desc=description, unit="it", dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        )  # fmt: skip
+        self._pass_at_1: float | None = None
+
+    def line(self, text: str) -> None:
+        """Print a line above the bar."""
+        self._bar.write(text)
+
+    def note(self, text: str) -> None:
+        """Show what is going on in place of the numbers."""
+        self._bar.set_postfix_str(text)
+
+    def show(self, record: dict) -> None:
+        """Show a record of metrics; the last Pass@1 stays until there is a new one."""
+        self._pass_at_1 = record.get("eval/pass_at_1", self._pass_at_1)
+        shown = {
+            "reward": record.get("reward/mean"),
+            "loss": record.get("policy/loss") if "reward/mean" not in record else None,
+            "pass@1": self._pass_at_1,
+        }
+        parts = [f"{name} {value:.3f}" for name, value in shown.items() if value is not None]
+        if "length/mean" in record:
+            parts.append(f"length {record['length/mean']:.1f}")
+        if "time/tokens_per_second" in record:
+            parts.append(f"{record['time/tokens_per_second']:,.0f} tokens/s")
+        self._bar.set_postfix_str(", ".join(parts), refresh=False)
+
+    def step(self) -> None:
+        """One more iteration is done."""
+        self._bar.update()
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()

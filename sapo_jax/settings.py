@@ -1,0 +1,237 @@
+"""From a config to what a run is made of; every wrong field is refused here, before any compile."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sapo_jax import advantages, learner, model, objectives, sampler, tasks
+from sapo_jax.tasks.base import Task
+from sapo_jax.tokenizer import CharTokenizer, Tokenizer
+
+SOURCES = ("rollout", "demonstrations")
+OLD_LOGP = ("sampler", "recompute")
+# What may change when a run is started again: nothing that its results depend on.
+MAY_DIFFER = frozenset(
+    {
+        "iterations",
+        "profile_steps",
+        "compilation_cache",
+        "checkpoint.every",
+        "log.samples",
+        "log.samples_every",
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """A checked config, with the objects that its fields describe.
+
+    Attributes:
+      config: the plain dictionary, as written to the run directory.
+      width: tokens of room for a prompt, N.
+      max_new_tokens: T; rows have N + T tokens.
+      plan: the sampler's shapes, for training and evaluation.
+    """
+
+    config: dict[str, Any]
+    task: Task
+    tokenizer: Tokenizer
+    model: model.ModelConfig
+    hp: learner.Hyperparameters
+    width: int
+    max_new_tokens: int
+    plan: sampler.Plan
+
+    @property
+    def supervised(self) -> bool:
+        """Whether batches come from demonstrations instead of rollouts."""
+        return self.config["source"] == "demonstrations"
+
+    @property
+    def rows(self) -> int:
+        """Rows of an iteration, B."""
+        return self.config["batch"]["prompts"] * self.config["batch"]["group_size"]
+
+
+def _require(condition: bool, field: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ValueError(f"config.{field}={value!r}: must be {allowed}")
+
+
+def _choice(field: str, value: str, allowed) -> None:
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, 1, 0)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        raise ValueError(f"config.{field}={value!r}: must be one of {', '.join(allowed)}{hint}")
+
+
+def _at_least(config: dict, bound: float, *fields: str) -> None:
+    for field in fields:
+        value: Any = config
+        for part in field.split("."):
+            value = value[part]
+        _require(value >= bound and math.isfinite(value), field, value, f"at least {bound}")
+
+
+def _positive(config: dict, *fields: str) -> None:
+    for field in fields:
+        section, name = field.split(".")
+        value = config[section][name]
+        _require(value > 0, field, value, "greater than 0")
+
+
+def _check_numbers(c: dict) -> None:
+    _at_least(
+        c, 1, "iterations", "batch.prompts", "batch.group_size", "batch.minibatches",
+        "batch.micro_batches", "eval.prompts", "eval.samples", "checkpoint.every",
+        "learner.head_chunk", "log.samples_every",
+    )  # fmt: skip
+    _at_least(
+        c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "sampler.shrink", "eval.every",
+        "eval.temperature", "learner.warmup", "learner.weight_decay", "log.samples",
+        "profile_steps", "learner.learning_rate",
+    )  # fmt: skip
+    _positive(c, "sampler.temperature", "learner.max_grad_norm", "learner.eps")
+    for name in ("b1", "b2"):
+        value = c["learner"][name]
+        _require(0 <= value < 1, f"learner.{name}", value, "in [0, 1)")
+    _require(c["seed"] < 2**32, "seed", c["seed"], "below 2**32")
+    top_k, top_p = c["eval"]["top_k"], c["eval"]["top_p"]
+    _require(top_k is None or top_k >= 1, "eval.top_k", top_k, "at least 1, or None")
+    _require(top_p is None or 0 < top_p <= 1, "eval.top_p", top_p, "in (0, 1], or None")
+
+
+def _check_batch(c: dict) -> None:
+    batch = c["batch"]
+    parts, micro = batch["minibatches"], batch["micro_batches"]
+    _require(
+        batch["prompts"] % parts == 0,
+        "batch.prompts",
+        batch["prompts"],
+        f"a multiple of batch.minibatches={parts}: a group stays in one minibatch",
+    )
+    rows = batch["prompts"] * batch["group_size"] // parts
+    divisor = f"a divisor of {rows}, the rows of a minibatch"
+    _require(rows % micro == 0, "batch.micro_batches", micro, divisor)
+    if c["source"] == "rollout" and c["advantages"] in ("group", "leave_one_out"):
+        _require(
+            batch["group_size"] >= 2,
+            "batch.group_size",
+            batch["group_size"],
+            f"at least 2 for advantages={c['advantages']!r}, which compare the rows of a group",
+        )
+    slots = c["sampler"]["slots"]
+    most = f"at most batch.prompts={batch['prompts']}"
+    _require(slots <= batch["prompts"], "sampler.slots", slots, most)
+
+
+def _objective(c: dict) -> objectives.Objective:
+    fields = dict(c["objective"])
+    name, aggregation, kl = (fields.pop(key) for key in ("name", "aggregation", "kl"))
+    if c["source"] == "demonstrations":
+        only = "'reinforce' for source='demonstrations': likelihood is REINFORCE with advantage 1"
+        _require(name == "reinforce", "objective.name", name, only)
+    _choice("objective.kl", kl, ("k1", "k2", "k3"))
+    try:
+        given = {key: value for key, value in fields.items() if value is not None}
+        objective = objectives.resolve(name, **given)
+        if aggregation is not None:
+            objective = dataclasses.replace(objective, aggregation=aggregation)
+    except ValueError as error:
+        raise ValueError(f"config.objective: {error}") from None
+    if objective.kl_against == "ref":
+        kl_coef = objective.hyperparameters["kl_coef"]
+        has_reference = kl_coef == 0 or c["init_from"] != ""
+        only = "0 without config.init_from, whose policy is the reference"
+        _require(has_reference, "objective.kl_coef", kl_coef, only)
+    return objective
+
+
+def _model(c: dict, tokenizer: Tokenizer) -> model.ModelConfig:
+    fields = {key: value for key, value in c["model"].items() if value is not None}
+    preset = fields.pop("preset")
+    dtypes = {f"{kind}_dtype": c["dtype"][kind] for kind in ("params", "compute", "cache")}
+    dtypes["param_dtype"] = dtypes.pop("params_dtype")
+    if "vocab_size" in model.PRESETS.get(preset, {}):
+        fields["vocab_size"] = max(model.PRESETS[preset]["vocab_size"], tokenizer.vocab_size)
+    fields = {"vocab_size": tokenizer.vocab_size, **fields, **dtypes}
+    stop = {"stop_tokens": tokenizer.stop_ids, "pad_token": tokenizer.pad_id}
+    return model.make(preset, **fields, **stop)
+
+
+def _hyperparameters(
+    c: dict, shape: model.ModelConfig, objective: objectives.Objective
+) -> learner.Hyperparameters:
+    options = c["learner"]
+    _choice("learner.schedule", options["schedule"], learner.SCHEDULES)
+    _choice("learner.old_logp", options["old_logp"], OLD_LOGP)
+    return learner.Hyperparameters(
+        objective=objective,
+        learning_rate=options["learning_rate"],
+        weight_decay=options["weight_decay"],
+        max_grad_norm=options["max_grad_norm"],
+        temperature=c["sampler"]["temperature"],
+        model=shape,
+        micro_batches=c["batch"]["micro_batches"],
+        head_chunk=options["head_chunk"],
+        remat=options["remat"],
+        kl=c["objective"]["kl"],
+        schedule=options["schedule"],
+        warmup=options["warmup"],
+        total=c["iterations"] * c["batch"]["minibatches"],
+        b1=options["b1"],
+        b2=options["b2"],
+        eps=options["eps"],
+    )
+
+
+def _lengths(c: dict, task: Task, shape: model.ModelConfig) -> tuple[int, int]:
+    """Tokens of room for a prompt and for a completion."""
+    width, needed = task.max_prompt_chars, task.max_completion_chars + 1
+    room = c["sampler"]["max_new_tokens"] or needed
+    if c["source"] == "demonstrations":
+        least = f"at least {needed}, the longest demonstration with its stop token (0 takes that)"
+        _require(room >= needed, "sampler.max_new_tokens", room, least)
+    context = shape.max_position_embeddings
+    least = f"at least {width + room}: prompts of {width} and completions of {room} tokens"
+    _require(width + room <= context, "model.max_position_embeddings", context, least)
+    return width, room
+
+
+def resolve(config: ConfigDict) -> Settings:
+    """Check a config and build what it describes; compiles nothing.
+
+    Raises:
+      ValueError: naming the field, its value and what is allowed.
+    """
+    c = json.loads(config.to_json_best_effort())
+    _choice("source", c["source"], SOURCES)
+    _choice("advantages", c["advantages"], tuple(advantages.ESTIMATORS))
+    _check_numbers(c)
+    _check_batch(c)
+    try:
+        task = tasks.make(c["task"]["name"], **c["task"]["options"])
+    except ValueError as error:
+        raise ValueError(f"config.task: {error}") from None
+    tokenizer = CharTokenizer(task.alphabet)
+    objective = _objective(c)
+    shape = _model(c, tokenizer)
+    width, room = _lengths(c, task, shape)
+    prompts, options = c["batch"]["prompts"], c["sampler"]
+    return Settings(
+        config=c,
+        task=task,
+        tokenizer=tokenizer,
+        model=shape,
+        hp=_hyperparameters(c, shape, objective),
+        width=width,
+        max_new_tokens=room,
+        plan=sampler.make_plan(prompts, room, slots=options["slots"], shrink=options["shrink"]),
+    )
