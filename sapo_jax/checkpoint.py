@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -30,7 +31,8 @@ class Checkpoints:
     def __init__(self, directory: epath.PathLike):
         path = epath.Path(directory)
         self.directory = path if _is_remote(path) else path.expanduser().resolve()
-        self._saving: tuple | None = None  # path, response; record and leaves to be read back
+        self._thread = futures.ThreadPoolExecutor(1)  # reading back many leaves takes a while
+        self._saving: futures.Future | None = None
         self._scores: dict[int, float | None] | None = None  # known from the first save on
 
     def __enter__(self) -> Checkpoints:
@@ -72,7 +74,7 @@ class Checkpoints:
             )
         path = self.directory / str(iteration)
         response = ocp.save_checkpointables_async(path, {STATE: state}, custom_metadata=record)
-        self._saving = path, response, record, _leaves(state)
+        self._saving = self._thread.submit(self._finish, path, response, record, _leaves(state))
 
     def wait(self) -> None:
         """Return when the last save is committed, read back, and its predecessors are pruned.
@@ -80,18 +82,9 @@ class Checkpoints:
         Raises:
             ValueError: what was committed reads back differently; nothing was deleted.
         """
-        if self._saving is None:
-            return
-        (path, response, *saved), self._saving = self._saving, None
-        try:
-            response.result()
-        except Exception as error:
-            error.add_note(f"while saving {path}; the checkpoints before it are untouched")
-            raise
-        if jax.process_index() == 0 and list(_read(path)) != saved:
-            raise _damaged(path, "it does not read back as what was saved")
-        self._scores[int(path.name)] = saved[0]["score"]
-        self._prune()
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     def latest(self) -> int | None:
         """Newest committed iteration, or None."""
@@ -125,6 +118,17 @@ class Checkpoints:
         record, stored = _read(path)
         _check_leaves(path, stored, _leaves(abstract_state))
         return _load(path, abstract_state), record["meta"]
+
+    def _finish(self, path: epath.Path, response: Any, record: dict, leaves: Leaves) -> None:
+        try:
+            response.result()
+        except Exception as error:
+            error.add_note(f"while saving {path}; the checkpoints before it are untouched")
+            raise
+        if jax.process_index() == 0 and _read(path) != (record, leaves):
+            raise _damaged(path, "it does not read back as what was saved")
+        self._scores[int(path.name)] = record["score"]
+        self._prune()
 
     def _committed(self) -> list[int]:
         numbered = [p for p in _entries(self.directory) if p.name.isdecimal()]

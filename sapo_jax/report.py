@@ -43,8 +43,6 @@ POINTS = 800  # longer curves are binned: the eye sees no difference and the pag
 SMOOTHED = 40  # curves this long are drawn with their running mean
 FLOOR = 1e-9  # where a zero goes on a logarithmic axis
 SAMPLES = 24
-SPEEDS = ("throughput", "time")
-PERCENT = FuncFormatter(lambda value, _: f"{100 * value:g}%")
 RIGHT = 0.5  # a completion with a larger reward counts as right
 PHASES = {  # of an iteration, in their order
     "rollout": "blue",
@@ -54,9 +52,18 @@ PHASES = {  # of an iteration, in their order
     "checkpoint": "purple",
     "other": "grey",
 }
+# What means something where nothing was sampled: there is no old policy to compare with.
+SUPERVISED = ("iteration", "update", "eval/", "policy/loss", "policy/entropy", "grad/", "time/")
 
 
 # Reading -----------------------------------------------------------------------------------------
+
+
+def _read(workdir: epath.PathLike) -> tuple[Records, Config]:
+    records, config = rundir.read_metrics(workdir), rundir.read_config(workdir) or {}
+    if config.get("source") == "demonstrations":
+        records = [{k: v for k, v in r.items() if k.startswith(SUPERVISED)} for r in records]
+    return records, config
 
 
 def _is_number(value: Any) -> bool:
@@ -85,12 +92,12 @@ def _counts(record: Mapping[str, Any], key: str) -> tuple[np.ndarray, np.ndarray
 
 
 def _seconds(record: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of each phase; ``other`` is what the phases leave of the iteration."""
-    spent = {p: record.get(f"time/{p}") for p in PHASES if p != "other"}
-    spent = {p: float(s) if _is_number(s) else 0.0 for p, s in spent.items()}
-    total = record.get("time/iteration")
-    spent["other"] = max(total - sum(spent.values()), 0.0) if _is_number(total) else 0.0
-    return spent
+    """Seconds of each phase; ``other`` is what is left of rollout, score and update together."""
+    spent = {phase: record.get(f"time/{phase}") for phase in PHASES}
+    spent = {phase: float(s) if _is_number(s) else 0.0 for phase, s in spent.items()}
+    loop = record.get("time/iteration")  # without evaluation and checkpoint
+    inside = spent["rollout"] + spent["score"] + spent["update"]
+    return spent | {"other": max(loop - inside, 0.0) if _is_number(loop) else 0.0}
 
 
 def summary(records: Records) -> dict[str, Any]:
@@ -111,8 +118,7 @@ def summary(records: Records) -> dict[str, Any]:
     result["updates"] = int(updates[-1]) if len(updates) else None
     spent = sum(sum(_seconds(r).values()) for r in records)
     result["minutes"] = spent / 60 if spent else None
-    speeds = [_series(records, f"{group}/tokens_per_second")[1] for group in SPEEDS]
-    speed = np.concatenate(speeds)
+    speed = _series(records, "time/tokens_per_second")[1]
     result["tokens_per_second"] = float(np.median(speed)) if len(speed) else None
     evaluated = [r for r in records if _is_number(r.get("eval/pass_at_1"))]
     for when, index in (("first", 0), ("last", -1)):
@@ -158,13 +164,22 @@ def _axes(figure: FigureBase, records: Records, ylabel: str) -> Axes:
     return ax
 
 
-def _logarithmic(ax: Axes) -> None:
+def _logarithmic(ax: Axes, shown: tuple[float, float] = (math.inf, 0)) -> None:
+    """A logarithmic scale with few, plain ticks, over ``shown`` at least; zeros are at FLOOR."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
+    low, high = ax.set_ylim(min(low, shown[0]), max(high, shown[1]))
     subs = (1, 2, 3, 5) if high / low < 30 else (1, 2, 5) if high / low < 1000 else (1,)
     ax.yaxis.set_major_locator(LogLocator(subs=subs))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" if v > 2 * FLOOR else "0"))
     ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _percent(ax: Axes) -> None:
+    """A scale of shares that does not go on where there are none, below 0% and above 100%."""
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(low, -0.02 * high), min(high, 1 + 0.02 * (1 - low)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
 
 
 def _legend(*axes: Axes) -> None:
@@ -181,14 +196,15 @@ def _curves(ylabel: str, *curves: tuple[str, str, str], scale: str = "linear") -
 
     def draw(figure: FigureBase, records: Records, config: Config) -> None:
         ax = _axes(figure, records, ylabel)
-        for key, colour, label in curves:
-            x, y = _series(records, key)
+        series = [_series(records, key) for key, _, _ in curves]
+        logarithmic = scale == "log" and any(y.any() for _, y in series)
+        for (x, y), (_, colour, label) in zip(series, curves, strict=True):
             if len(x):
-                _line(ax, x, np.maximum(y, FLOOR) if scale == "log" else y, colour, label)
-        if scale == "log":
+                _line(ax, x, np.maximum(y, FLOOR) if logarithmic else y, colour, label)
+        if logarithmic:
             _logarithmic(ax)
         elif scale == "percent":
-            ax.yaxis.set_major_formatter(PERCENT)
+            _percent(ax)
         _legend(ax)
 
     return draw
@@ -210,8 +226,8 @@ def _pair(left: tuple[str, str, str], right: tuple[str, str, str], percent: bool
             _line(axes[-1], x, y, colour, label.split(" (")[0])
             axes[-1].set_ylabel(label, color=COLOURS[colour])
             if percent and key == right[0]:
-                axes[-1].yaxis.set_major_formatter(PERCENT)
-                axes[-1].set_ylim(-0.02 * (top := max(0.05, 1.05 * y.max())), top)
+                axes[-1].set_ylim(-1, max(0.05, 1.05 * y.max()))
+                _percent(axes[-1])
         _legend(*axes)
 
     return draw
@@ -229,7 +245,7 @@ def _draw_pass(figure: FigureBase, records: Records, config: Config) -> None:
         (x, low), (_, high) = _series(sure, f"{key}_low"), _series(sure, f"{key}_high")
         ax.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
         ax.vlines(x, low, high, color=colour, alpha=0.35, linewidth=1)
-    ax.yaxis.set_major_formatter(PERCENT)
+    _percent(ax)
     _legend(ax)
 
 
@@ -250,7 +266,7 @@ def _draw_extremes(figure: FigureBase, records: Records, config: Config) -> None
     ax.axhline(1, color=COLOURS["grey"], linewidth=1, linestyle=(0, (4, 3)))
     for name, colour, (x, y) in curves:
         ax.plot(x, y, "o", color=COLOURS[colour], markersize=2, alpha=0.75, label=f"{name}imum")
-    _logarithmic(ax)
+    _logarithmic(ax, shown=(0.5, 2))  # or the rounding errors of r = 1 would fill the plot
     _legend(ax)
 
 
@@ -375,7 +391,7 @@ def picture(workdir: epath.PathLike, path: epath.PathLike) -> None:
     Raises:
         ValueError: The run has nothing to draw.
     """
-    records, config = rundir.read_metrics(workdir), rundir.read_config(workdir) or {}
+    records, config = _read(workdir)
     length = ("length/mean", "orange", "length (tokens)")
     entropy = ("policy/entropy", "green", "entropy (nats per token)")
     title = "Response length and entropy" if _has(records, "length/mean") else "Entropy"
@@ -440,7 +456,7 @@ def _tiles(records: Records) -> list[str]:
         note = f"{60 * minutes / max(numbers['iterations'], 1):.3g} s per iteration"
         tiles.append(page.tile("Minutes", None, f"{minutes:,.1f}", note))
     if speed is not None:
-        tiles.append(page.tile("Tokens per second", None, f"{speed:,.0f}", "generated, median"))
+        tiles.append(page.tile("Tokens per second", None, f"{speed:,.0f}", "median of iterations"))
     return tiles
 
 
@@ -508,7 +524,7 @@ def write(workdir: epath.PathLike) -> epath.Path:
     Returns:
         The path of the page.
     """
-    records, config = rundir.read_metrics(workdir), rundir.read_config(workdir) or {}
+    records, config = _read(workdir)
     samples = rundir.read_samples(workdir)
     body: dict[str, str] = {}
     with matplotlib.rc_context(STYLE):

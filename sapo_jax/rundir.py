@@ -28,7 +28,8 @@ class Lease:
     """Keeps a second process out of a run directory while the context is open.
 
     On a local disk an OS lock decides, which the kernel frees even after SIGKILL; on gs:// a
-    heartbeat in lease.json, younger than 60 s, refuses.
+    heartbeat in lease.json, younger than 60 s, refuses. A run that finds its lease taken (it was
+    suspended for longer) gets a KeyboardInterrupt.
     """
 
     def __init__(self, workdir: epath.PathLike):
@@ -45,7 +46,7 @@ class Lease:
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> Lease:
-        """Take the lease; RuntimeError if another process holds it."""
+        """Take the lease, or raise RuntimeError if another process holds it."""
         self._workdir.mkdir(parents=True, exist_ok=True)
         if not _is_remote(self._workdir):
             self._take_lock()
@@ -294,7 +295,8 @@ def _write(path: epath.Path, text: str) -> None:
 
 
 def _path(workdir: epath.PathLike) -> epath.Path:
-    return epath.Path(workdir).expanduser()
+    path = epath.Path(workdir)
+    return path if _is_remote(path) else path.expanduser().resolve()
 
 
 def _is_remote(path: epath.Path) -> bool:

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +58,7 @@ def names(directory):
     return sorted(p.name for p in pathlib.Path(directory).iterdir())
 
 
+@pytest.mark.filterwarnings("error:Sharding info not provided")
 def test_round_trip_is_bit_exact(tmp_path, monkeypatch):
     """Guards against optax NamedTuples that come back as dicts, a cast through another dtype, and
     a restore that warns about shardings in every run."""
@@ -130,17 +130,23 @@ def test_without_scores_only_the_latest_is_kept(tmp_path):
     assert checkpoints.best() is None
 
 
-def test_predecessor_stays_until_its_successor_reads_back(tmp_path):
+def test_predecessor_stays_until_its_successor_reads_back(tmp_path, monkeypatch):
     """Guards against deleting the last good checkpoint because a damaged one was committed."""
+    read = checkpoint._read
+
+    def read_damaged(path):
+        assert names(tmp_path) == ["1", "2"]
+        os.truncate(tmp_path / "2" / "state" / "_METADATA", 100)
+        return read(path)
+
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, make_state(1), {})
+    checkpoints.wait()
+    monkeypatch.setattr(checkpoint, "_read", read_damaged)
     checkpoints.save(2, make_state(2), {})
-    while checkpoints.latest() != 2:
-        assert names(tmp_path)[0] == "1"
-        time.sleep(0.005)
-    os.truncate(tmp_path / "2" / "state" / "_METADATA", 100)
     with pytest.raises(ValueError, match=r"iteration 2 .*damaged"):
         checkpoints.wait()
+    monkeypatch.undo()
     shutil.rmtree(tmp_path / "2")
     restored, _ = Checkpoints(tmp_path).restore(1, abstract(make_state()))
     assert_same(restored, make_state(1))
@@ -189,18 +195,19 @@ def test_kill_during_a_save_leaves_the_previous_one(tmp_path):
 
 def test_kill_during_a_deletion_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     """Guards against a half-deleted checkpoint that a restart reports as damaged."""
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(1, make_state(), {})
-    checkpoints.save(2, make_state(), {})
 
     def killed(path):
         os.remove(path / "state" / "_METADATA")
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(type(epath.Path(tmp_path)), "rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            checkpoints.wait()
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, make_state(), {})
+    checkpoints.wait()
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "rmtree", killed)
+    checkpoints.save(2, make_state(), {})
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.wait()
+    monkeypatch.undo()
     assert len(names(tmp_path)) == 2
     with Checkpoints(tmp_path) as restarted:
         assert restarted.latest() == 2

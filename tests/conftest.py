@@ -1,0 +1,27 @@
+"""Shared fixtures; compiled programs are cached in .cache/tests between runs."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/tests")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import jax
+import numpy as np
+import pytest
+
+from sapo_jax import model
+from sapo_jax.model import params
+from tests import fakes
+
+
+@pytest.fixture(scope="session")
+def nano():
+    """A two-layer policy with a prime vocabulary, every parameter perturbed so that all matter."""
+    config = model.make("nano", vocab_size=fakes.VOCAB, max_position_embeddings=256)
+    return config, fakes.perturbed(jax.jit(params.init, static_argnums=0)(config, 0))
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)

@@ -1,0 +1,25 @@
+"""Small stand-ins that several tests share."""
+
+import jax
+import numpy as np
+
+from sapo_jax.types import Prompts
+
+VOCAB = 23
+
+
+def perturbed(tree, scale=0.1, seed=1):
+    """The tree with noise on every leaf: norms that are exactly 1 would hide mistakes."""
+    leaves, treedef = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    noisy = [x + scale * rng.standard_normal(x.shape).astype(np.float32) for x in leaves]
+    return treedef.unflatten([np.asarray(x, np.float32) for x in noisy])
+
+
+def prompts(count, width, seed=0, vocab=VOCAB):
+    """Random prompts of mixed lengths."""
+    rng = np.random.default_rng(seed)
+    length = rng.integers(1, width + 1, count).astype(np.int32)
+    tokens = rng.integers(2, vocab, (count, width)).astype(np.int32)
+    tokens[np.arange(width)[None] >= length[:, None]] = 0
+    return Prompts(tokens, length, np.arange(100, 100 + count, dtype=np.uint32), length * 0)

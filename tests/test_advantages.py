@@ -1,0 +1,72 @@
+"""Advantages against closed forms; groups without signal are exactly zero."""
+
+import numpy as np
+import pytest
+
+from sapo_jax import advantages
+
+
+def test_group_matches_numpy(rng):
+    rewards = rng.uniform(size=24).astype(np.float32)
+    groups = rewards.reshape(6, 4)
+    for ddof in (0, 1):
+        std = groups.std(-1, ddof=ddof, keepdims=True)
+        expected = ((groups - groups.mean(-1, keepdims=True)) / (std + 1e-6)).ravel()
+        np.testing.assert_allclose(advantages.group(rewards, 4, ddof=ddof), expected, rtol=1e-4)
+
+
+def test_leave_one_out_matches_its_definition(rng):
+    rewards = rng.uniform(size=12).astype(np.float32)
+    expected = [
+        r - np.mean(np.delete(group, i))
+        for group in rewards.reshape(3, 4)
+        for i, r in enumerate(group)
+    ]
+    np.testing.assert_allclose(advantages.leave_one_out(rewards, 4), expected, atol=1e-6)
+
+
+def test_mean_subtracts_the_mean_only():
+    got = advantages.mean(np.array([1, 0, 0, 0, 1, 1, 1, 0], np.float32), 4)
+    np.testing.assert_allclose(got, [0.75, -0.25, -0.25, -0.25, 0.25, 0.25, 0.25, -0.75])
+
+
+@pytest.mark.parametrize("estimator", sorted(advantages.ESTIMATORS))
+@pytest.mark.parametrize("value", [0.1, 1 / 3, 0.7, 1e6])
+def test_equal_rewards_give_exactly_zero(estimator, value):
+    """The f32 standard deviation of eight 0.1s is 8e-9: dividing by it gives |A| up to 0.8."""
+    rewards = np.full(16, value, np.float32)
+    assert not np.any(advantages.ESTIMATORS[estimator](rewards, 8))
+
+
+def test_degenerate_groups_do_not_touch_the_others(rng):
+    mixed = rng.integers(0, 2, 8).astype(np.float32)
+    mixed[:2] = 0, 1
+    both = np.concatenate([np.full(8, 0.1, np.float32), mixed])
+    got = np.asarray(advantages.group(both, 8))
+    assert not np.any(got[:8])
+    np.testing.assert_array_equal(got[8:], advantages.group(mixed, 8))
+
+
+def test_shifting_a_group_changes_nothing():
+    rewards = np.array([0.0, 1.0, 1.0, 0.0, 0.5, 0.0, 0.0, 1.0], np.float32)
+    for name in ("group", "leave_one_out", "mean"):
+        estimator = advantages.ESTIMATORS[name]
+        np.testing.assert_allclose(estimator(rewards + 4, 4), estimator(rewards, 4), atol=1e-5)
+
+
+def test_reinforce_pp_whitens_the_valid_rows(rng):
+    rewards = rng.uniform(size=10).astype(np.float32)
+    valid = np.arange(10) < 7
+    got = np.asarray(advantages.reinforce_pp(rewards, valid))
+    assert not np.any(got[7:])
+    assert got[:7].mean() == pytest.approx(0, abs=1e-6)
+    assert got[:7].std() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "size", "message"),
+    [("group", 1, "at least 2"), ("leave_one_out", 1, "at least 2"), ("mean", 5, "groups of 5")],
+)
+def test_wrong_group_sizes_are_refused(estimator, size, message):
+    with pytest.raises(ValueError, match=message):
+        advantages.ESTIMATORS[estimator](np.zeros(8, np.float32), size)

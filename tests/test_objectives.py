@@ -1,0 +1,401 @@
+"""Objectives against golden values, closed forms, finite differences and invariances."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sapo_jax import objectives
+from sapo_jax.aggregations import finish
+from sapo_jax.objectives import OBJECTIVES, policy_loss
+from sapo_jax.types import merge
+
+GOLDEN = json.loads((pathlib.Path(__file__).parent / "goldens/gates.json").read_text())
+GRID = np.array(GOLDEN["r_grid"])
+DTYPES = [("float32", 1e-6), ("float64", 1e-12)]
+OLD = -1.3  # log π_old of every token: anything but 0
+
+
+@pytest.fixture(params=DTYPES, ids=[name for name, _ in DTYPES])
+def precision(request):
+    """A dtype with the tolerance that it must meet; f64 is computed in f64 throughout."""
+    name, tolerance = request.param
+    with jax.enable_x64(name == "float64"):
+        yield jnp.dtype(name), tolerance
+
+
+def curve(objective, sign, dtype, **hp):
+    """Per-token surrogate, its derivative in r, and c, on the grid of ratios, from the loss."""
+    log_ratio = jnp.log(jnp.asarray(GRID, dtype))[:, None]
+    old = jnp.full_like(log_ratio, OLD)
+    mask = jnp.ones(log_ratio.shape, bool)
+    advantages = jnp.full(len(GRID), sign, dtype)
+
+    def total(logp):
+        return policy_loss(objective, logp, old, advantages, mask, **hp)[0] * len(GRID)
+
+    def token(row):
+        one = slice(row, row + 1)
+        rows = (log_ratio[one] + OLD, old[one], advantages[one], mask[one])
+        return -policy_loss(objective, *rows, **hp)[0] * sign
+
+    c = -jax.grad(total)(log_ratio + OLD)[:, 0] * sign
+    f = np.array([token(i) for i in range(len(GRID))])
+    return f, np.asarray(c) / GRID, np.asarray(c)
+
+
+@pytest.mark.parametrize("tau", GOLDEN["tau_grid"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_sapo_matches_the_golden_grid(precision, tau, sign):
+    """A gate that forgets 4/τ, uses the wrong sign's τ, or whose σ′ underflows fails here."""
+    dtype, tolerance = precision
+    other = 7.7
+    hp = {"tau_pos": tau, "tau_neg": other} if sign > 0 else {"tau_pos": other, "tau_neg": tau}
+    f, w, c = curve("sapo", sign, dtype, **hp)
+    golden = [GOLDEN["sapo"][f"{tau}|{r}"] for r in GRID]
+    for ours, key in ((f, "f"), (w, "fprime"), (c, "coef")):
+        np.testing.assert_allclose(ours, [g[key] for g in golden], rtol=0, atol=20 * tolerance)
+    # Relative as well, where exp() is representable: the tails are what `jax.nn.sigmoid` loses.
+    finite = np.array([g["fprime"] for g in golden]) > 1e-30
+    closed = 1 / np.cosh(tau * (GRID - 1) / 2) ** 2
+    np.testing.assert_allclose(w[finite], closed[finite], rtol=100 * tolerance)
+
+
+def test_table_rows_of_the_other_gates(precision):
+    """Hard gates, one-sided: an unclipped A > 0, r ≪ 1 token must keep its gradient."""
+    dtype, tolerance = precision
+    inside = GRID[np.abs(GRID - 1.2) > 1e-9]  # never on a clip edge
+    keep = np.isin(GRID, inside) & (np.abs(GRID - 0.8) > 1e-9)
+    rows = [
+        ("grpo", 1, {}, "PPO/GRPO eps=.2 A>0"),
+        ("grpo", -1, {}, "PPO/GRPO eps=.2 A<0"),
+        ("ppo", -1, {"dual_clip": 3.0}, "GRPO+dual clip c=3 A<0"),
+        ("dapo", 1, {}, "DAPO .2/.28 A>0"),
+        ("p3o", 1, {"kl_coef": 0.0}, "P3O tau=4 fprime"),
+        ("p3o", -1, {"kl_coef": 0.0, "tau": 2.0}, "P3O tau=2 fprime"),
+    ]
+    for name, sign, hp, key in rows:
+        _, w, _ = curve(name, sign, dtype, **hp)
+        golden = np.array(GOLDEN["other"][key])
+        np.testing.assert_allclose(w[keep], golden[keep], rtol=0, atol=20 * tolerance, err_msg=key)
+    _, _, c = curve("cispo", 1, dtype, eps_low=1.0, eps_high=0.28)
+    np.testing.assert_allclose(c, np.minimum(GRID, 1.28), atol=20 * tolerance)
+    f, _, _ = curve("p3o", 1, dtype, kl_coef=0.0)
+    np.testing.assert_allclose(f, GOLDEN["other"]["P3O tau=4 f"], atol=20 * tolerance)
+    _, _, c = curve("reinforce", -1, dtype)
+    np.testing.assert_allclose(c, np.ones(len(GRID)), atol=tolerance)
+
+
+def toy(dtype):
+    given = GOLDEN["toy"]["inputs"]
+    log_ratio, advantages = (jnp.asarray(given[k], dtype) for k in ("log_ratio", "adv"))
+    return log_ratio, advantages, jnp.asarray(given["mask"]) > 0
+
+
+TOY = [
+    ("sapo", "sapo", {}),
+    ("grpo", "grpo_eps0.2", {}),
+    ("dapo", "dapo_.2_.28", {}),
+    ("cispo", "cispo_cap1.28", {"eps_high": 0.28}),
+    ("gspo", "gspo_3e-4_4e-4", {}),
+    ("gspo", "gspo_eps0.2", {"eps_low": 0.2, "eps_high": 0.2}),
+    ("gspo_token", "gspo_eps0.2", {"eps_low": 0.2, "eps_high": 0.2}),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "hp"), TOY, ids=[f"{n}-{k}" for n, k, _ in TOY])
+def test_toy_batch_loss_and_gradient(precision, name, key, hp):
+    """Normalisers: 1/|y| for seq_mean, the batch's tokens for token_mean, L_max for const_len."""
+    dtype, tolerance = precision
+    log_ratio, advantages, mask = toy(dtype)
+    old = jnp.full_like(log_ratio, OLD)
+    golden = GOLDEN["toy"][key]
+    for aggregation in ("seq_mean", "token_mean"):
+        objective = dataclasses.replace(OBJECTIVES[name], aggregation=aggregation)
+        loss, grad = jax.value_and_grad(
+            lambda x, o=objective: policy_loss(o, x, old, advantages, mask, **hp)[0]
+        )(log_ratio + old)
+        np.testing.assert_allclose(grad, golden["dloss_dlogp"][aggregation], atol=tolerance)
+        losses = golden.get("loss")
+        if isinstance(losses, dict):
+            np.testing.assert_allclose(loss, losses[aggregation], atol=tolerance)
+        elif losses is not None and aggregation == "seq_mean":
+            np.testing.assert_allclose(loss, losses, atol=tolerance)
+    if isinstance(golden.get("loss"), dict):
+        preset = OBJECTIVES[name]
+        hyperparameters = {**preset.hyperparameters, "max_length": 4.0}
+        objective = dataclasses.replace(
+            preset, aggregation="const_len", hyperparameters=hyperparameters
+        )
+        loss, _ = policy_loss(objective, log_ratio + old, old, advantages, mask, **hp)
+        np.testing.assert_allclose(loss, golden["loss"]["const_len_4"], atol=tolerance)
+
+
+def random_batch(rng, rows=6, width=9, dtype=np.float64):
+    logp = rng.normal(-1.5, 0.6, (rows, width)).astype(dtype)
+    old = logp + rng.normal(0, 0.3, (rows, width)).astype(dtype)
+    length = np.array([9, 4, 1, 0, 7, 5])
+    mask = np.arange(width) < length[:, None]
+    mask[0, 3] = False  # masks may have holes
+    return logp, old, rng.normal(size=rows).astype(dtype), mask
+
+
+REQUIRED = {"dr_grpo": {"max_length": 9.0}}
+NAMES = sorted(OBJECTIVES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_agrees_with_finite_differences(name, rng):
+    """The value and the gradient belong together (f64, away from the kinks).
+
+    CISPO and the token form of GSPO hold a coefficient fixed on purpose; there the finite
+    difference is that of the surrogate with the coefficient frozen, which is what is checked.
+    """
+    with jax.enable_x64(True):
+        logp, old, advantages, mask = (jnp.asarray(x) for x in random_batch(rng))
+        hp = REQUIRED.get(name, {})
+
+        def loss(x):
+            return policy_loss(name, x, old, advantages, mask, **hp)[0]
+
+        grad = jax.grad(loss)(logp)
+        assert not np.any(np.asarray(grad)[~np.asarray(mask)])
+        if name in ("cispo", "gspo_token"):
+            return
+        direction = jnp.asarray(rng.normal(size=logp.shape))
+        step = 1e-6
+        numeric = (loss(logp + step * direction) - loss(logp - step * direction)) / (2 * step)
+        np.testing.assert_allclose(jnp.sum(grad * direction), numeric, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if OBJECTIVES[n].ratio == "token"])
+def test_gradient_is_minus_c_a_with_named_normalisers(name, rng):
+    """∂loss/∂log π_t = −c_t·A/norm_t with c from the gate's own derivative, for token ratios."""
+    with jax.enable_x64(True):
+        logp, old, advantages, mask = (jnp.asarray(x) for x in random_batch(rng))
+        hp = {**REQUIRED.get(name, {}), "kl_coef": 0.0}
+        objective = objectives.resolve(name, **hp)
+        inputs, _ = objectives.token_inputs(objective, logp, old, advantages, mask)
+        c, _ = objectives.coefficients(objective, inputs, mask)
+        length = np.asarray(mask).sum(-1, keepdims=True)
+        sequences, tokens = (length > 0).sum(), length.sum()
+        norm = {
+            "seq_mean": np.maximum(length, 1) * sequences,
+            "token_mean": tokens,
+            "const_len": sequences * hp.get("max_length", 0),
+            "seq_sum": sequences,
+        }[objective.aggregation]
+        grad = jax.grad(lambda x: policy_loss(name, x, old, advantages, mask, **hp)[0])(logp)
+        np.testing.assert_allclose(grad, -c * advantages[:, None] / norm, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_on_policy_every_coefficient_is_one(name, rng):
+    """At r = 1 no gate may scale: a surrogate −A·sg(f)·log π would give 2 for SAPO."""
+    logp, _, advantages, mask = random_batch(rng, dtype=np.float32)
+    hp = {**REQUIRED.get(name, {}), "kl_coef": 0.0}
+    aggregation = "seq_sum"
+    objective = dataclasses.replace(OBJECTIVES[name], aggregation=aggregation)
+    grad = jax.grad(lambda x: policy_loss(objective, x, logp, advantages, mask, **hp)[0])(logp)
+    sequences = (mask.sum(-1) > 0).sum()
+    expected = -np.where(mask, advantages[:, None], 0) / sequences
+    np.testing.assert_allclose(grad, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_invariances(name, rng):
+    """Padding width, row order and packing into segments change neither loss nor gradient."""
+    with jax.enable_x64(True):
+        logp, old, advantages, mask = random_batch(rng)
+        hp = REQUIRED.get(name, {})
+        run = jax.value_and_grad(lambda x, *rest, **kw: policy_loss(name, x, *rest, **hp, **kw)[0])
+        loss, grad = run(logp, old, advantages, mask)
+
+        def wide(x, fill):
+            return np.pad(x, ((0, 2), (0, 5)), constant_values=fill)
+
+        padded_loss, padded = run(
+            wide(logp, np.nan), wide(old, np.inf), np.pad(advantages, (0, 2)), wide(mask, False)
+        )
+        np.testing.assert_allclose(padded_loss, loss, rtol=1e-12)
+        np.testing.assert_allclose(padded[:6, :9], grad, atol=1e-14)
+        order = rng.permutation(6)
+        shuffled_loss, shuffled = run(logp[order], old[order], advantages[order], mask[order])
+        np.testing.assert_allclose(shuffled_loss, loss, rtol=1e-12)
+        np.testing.assert_allclose(shuffled, grad[order], atol=1e-14)
+        # Two sequences packed into one row are the same two sequences.
+        packed = {"logp": (logp[0], logp[1]), "old": (old[0], old[1]), "mask": (mask[0], mask[1])}
+        packed = {k: np.concatenate(v)[None] for k, v in packed.items()}
+        segments = np.repeat([1, 2], 9)[None]
+        a = np.repeat(advantages[:2], 9)[None]
+        packed_loss, packed_grad = run(
+            packed["logp"], packed["old"], a, packed["mask"], segments_BT=segments
+        )
+        two_loss, two_grad = run(logp[:2], old[:2], advantages[:2], mask[:2])
+        np.testing.assert_allclose(packed_loss, two_loss, rtol=1e-12)
+        np.testing.assert_allclose(packed_grad.reshape(2, 9), two_grad, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_terms_merge_to_the_whole_batch(name, rng):
+    """Mean-of-means over micro-batches of unequal lengths is the bug that this excludes."""
+    with jax.enable_x64(True):
+        logp, old, advantages, mask = (jnp.asarray(x) for x in random_batch(rng))
+        objective = objectives.resolve(name, **REQUIRED.get(name, {}))
+
+        def terms(rows):
+            return objectives.policy_terms(
+                objective, logp[rows], old[rows], advantages[rows], mask[rows]
+            )
+
+        whole = finish(terms(slice(0, 6)))
+        parts = [terms(slice(0, 1)), terms(slice(1, 4)), terms(slice(4, 6))]
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *parts)
+        merged = finish(merge(stacked))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), whole, merged)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sign", [1.0, -1.0, 0.0])
+def test_finite_for_any_ratio_and_for_nan_under_the_mask(name, sign):
+    """exp overflows in f32 from a log-ratio of 89; 0·∞ = NaN at padding poisons every weight."""
+    extreme = np.array([[np.inf, -np.inf, 1e5, -1e5, 200.0], [88.0, -88.0, 0, np.nan, np.inf]])
+    extreme = extreme.astype(np.float32)
+    mask = np.array([[True] * 5, [True] * 3 + [False] * 2])
+    for old in (np.zeros_like(extreme), np.where(mask, 0.0, np.nan).astype(np.float32)):
+        loss, grad = jax.value_and_grad(
+            lambda x, o=old: policy_loss(
+                name, x, o, jnp.full(2, sign, jnp.float32), mask, **REQUIRED.get(name, {})
+            )[0]
+        )(extreme)
+        assert np.isfinite(loss)
+        assert np.all(np.isfinite(grad))
+        assert not np.any(np.asarray(grad)[~mask])
+
+
+def test_gradient_at_the_clip_bound_is_one_not_a_half():
+    """`jnp.clip` and `minimum` split the gradient on a tie; PPO on r = 1 + ε must not."""
+    zero, one = jnp.zeros((1, 1)), jnp.ones((1, 1), bool)
+    for sign, eps in ((1.0, {"eps_high": 0.0}), (-1.0, {"eps_low": 0.0})):
+        grad = jax.grad(
+            lambda x, a=sign, e=eps: policy_loss("grpo", x, zero, jnp.full(1, a), one, **e)[0]
+        )(zero)
+        assert float(grad[0, 0]) == -sign
+
+
+def test_one_executable_for_all_hyperparameters(rng):
+    """ε or τ as compile-time constants would recompile at every point of a sweep."""
+    logp, old, advantages, mask = random_batch(rng, dtype=np.float32)
+    traces = []
+
+    @jax.jit
+    def loss(objective):
+        traces.append(objective)
+        return policy_loss(objective, logp, old, advantages, mask)[0]
+
+    values = [float(loss(objectives.resolve("sapo", tau_pos=t))) for t in (0.5, 1.0, 2.0)]
+    assert len(traces) == 1
+    assert len(set(values)) == 3
+    for eps in (0.1, 0.2, 0.3):
+        loss(objectives.resolve("grpo", eps_low=eps, eps_high=eps))
+    assert len(traces) == 2
+
+
+def test_identities(rng):
+    """P3O(τ) ≡ SAPO(τ, τ); GSPO ≡ GSPO-token for constant A; SAPO → r·A as τ → 0."""
+    with jax.enable_x64(True):
+        logp, old, advantages, mask = random_batch(rng)
+
+        def grad(name, **hp):
+            return jax.grad(lambda x: policy_loss(name, x, old, advantages, mask, **hp)[0])(logp)
+
+        p3o = grad("p3o", tau=1.7, kl_coef=0.0)
+        np.testing.assert_allclose(p3o, grad("sapo", tau_pos=1.7, tau_neg=1.7), atol=1e-14)
+        wide = {"eps_low": 0.5, "eps_high": 0.5}
+        np.testing.assert_allclose(grad("gspo", **wide), grad("gspo_token", **wide), atol=1e-14)
+        unclipped = {"eps_low": 1.0, "eps_high": 1e9}
+        plain = grad("grpo", **unclipped)
+        np.testing.assert_allclose(grad("sapo", tau_pos=1e-4, tau_neg=1e-4), plain, rtol=1e-6)
+
+
+def test_kl_penalty(rng):
+    """Values and gradients against closed forms; weights multiply the policy term only."""
+    with jax.enable_x64(True):
+        logp, old, advantages, mask = random_batch(rng)
+        ref = old - 0.2
+        weights = rng.uniform(0, 2, logp.shape)
+        d = logp - ref
+        values = {"k1": d, "k2": d**2 / 2, "k3": np.exp(-d) - 1 + d}
+        slopes = {"k1": np.ones_like(d), "k2": d, "k3": 1 - np.exp(-d)}
+        length = np.maximum(mask.sum(-1, keepdims=True), 1)
+        per_token = mask / length / (mask.sum(-1) > 0).sum()
+        plain = policy_loss("sapo", logp, old, advantages, mask, weights_BT=weights)[0]
+        for kind, value in values.items():
+
+            def loss(x, kind=kind):
+                return policy_loss(
+                    "sapo", x, old, advantages, mask,
+                    ref_logp_BT=ref, kl=kind, kl_coef=0.3, weights_BT=weights,
+                )[0]  # fmt: skip
+
+            expected = plain + 0.3 * np.sum(value * per_token)
+            np.testing.assert_allclose(loss(logp), expected, rtol=1e-12)
+            no_kl = jax.grad(
+                lambda x: policy_loss("sapo", x, old, advantages, mask, weights_BT=weights)[0]
+            )(logp)
+            np.testing.assert_allclose(
+                jax.grad(loss)(logp) - no_kl, 0.3 * slopes[kind] * per_token, atol=1e-13
+            )
+
+
+def test_sapo_coefficient_facts():
+    """c = r·w peaks off r = 1: 1.5747 at r = 2.0601 for τ = 1; w = ½ at |r − 1| = 1.7627/τ."""
+    with jax.enable_x64(True):
+        r = np.linspace(0.01, 6, 60001)
+        objective = objectives.resolve("sapo")
+        logp = jnp.log(r)[None]
+        mask = jnp.ones(logp.shape, bool)
+        inputs, _ = objectives.token_inputs(objective, logp, logp * 0, jnp.ones(1), mask)
+        c = np.asarray(objectives.coefficients(objective, inputs, mask)[0])[0]
+        assert c.max() == pytest.approx(1.5747, abs=1e-4)
+        assert r[c.argmax()] == pytest.approx(2.0601, abs=2e-4)
+        w = c / r
+        assert r[np.argmin(np.abs(w - 0.5))] == pytest.approx(2.7627, abs=2e-4)
+
+
+BAD = [
+    (("sap",), {}, "sapo"),
+    (("sapo",), {"eps_low": 0.1}, "tau_pos, tau_neg"),
+    (("sapo",), {"tau_pos": -1.0}, "tau_pos=-1.0"),
+    (("sapo",), {"tau_neg": 0.0}, "> 0"),
+    (("grpo",), {"eps_high": -0.1}, "eps_high"),
+    (("ppo",), {"dual_clip": 0.5}, "dual_clip"),
+    (("dr_grpo",), {}, "max_length"),
+    (("grpo",), {"kl_coef": 0.1}, "ref_logp"),
+    (("sapo",), {"kl": "k4", "ref_logp_BT": jnp.zeros((2, 3))}, "k1, k2, k3"),
+]
+
+
+@pytest.mark.parametrize(("args", "kwargs", "message"), BAD)
+def test_wrong_arguments_are_refused(args, kwargs, message):
+    """Each message names what was wrong and what is allowed."""
+    x = jnp.zeros((2, 3))
+    with pytest.raises(ValueError, match=message):
+        policy_loss(*args, x, x, jnp.ones(2), jnp.ones((2, 3), bool), **kwargs)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_is_refused(dtype):
+    """bf16 log-probabilities near −2 carry 1.6% of ratio noise, above GSPO's whole band."""
+    x = jnp.zeros((2, 3), dtype)
+    with pytest.raises(ValueError, match="float32 or float64"):
+        policy_loss("sapo", x, x, jnp.ones(2, dtype), jnp.ones((2, 3), bool))
+
+
+def test_unknown_aggregation_is_refused():
+    with pytest.raises(ValueError, match="seq_mean, token_mean"):
+        dataclasses.replace(OBJECTIVES["grpo"], aggregation="mean")
