@@ -12,14 +12,14 @@ model.config model.params model.attention model.moe model.head model.transformer
 tasks.base tasks.chain_sum tasks.countdown tasks
 data rewards
 diagnostics sampling decoding sampler learner checkpoint rundir progress
-population gradlab evaluate report_page report preflight
+population gradlab evaluate report_words report_page report_plots report preflight
 settings experience
 train
 sweep main
 """
 ORDER = {name: i for i, name in enumerate(ROWS.split())}
 CORE = {"jax", "flax", "optax", "orbax", "chex", "ml_collections", "absl", "numpy", "etils"}
-ANYWHERE = {"report", "report_page", "evaluate"}  # not part of a training step
+ANYWHERE = {"report", "report_page", "report_plots", "evaluate"}  # not part of a training step
 
 
 def modules():

@@ -1,0 +1,344 @@
+"""The plots of a run's report: one function from records to a figure for each panel."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from sapo_jax import objectives
+from sapo_jax.report_words import COLOURS
+
+Records = Sequence[Mapping[str, Any]]
+Config = Mapping[str, Any]
+Draw = Callable[[FigureBase, Records, Config], None]
+
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": COLOURS["soft"],
+    "axes.labelcolor": COLOURS["soft"],
+    "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["soft"],
+    "ytick.color": COLOURS["soft"],
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["grid"],
+    "legend.frameon": False,
+}
+POINTS = 800  # longer curves are binned: the eye sees no difference and the page stays small
+SMOOTHED = 40  # curves this long are drawn with their running mean
+FLOOR = 1e-9  # where a zero goes on a logarithmic axis
+PHASES = {  # of an iteration, in their order
+    "rollout": "blue",
+    "score": "amber",
+    "update": "orange",
+    "eval": "green",
+    "checkpoint": "purple",
+    "other": "grey",
+}
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, not null, text or a list."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Iterations at which ``key`` is a finite number, and those numbers."""
+    points = [(r["iteration"], r[key]) for r in records if is_number(r.get(key))]
+    x, y = np.array(points, float).reshape(-1, 2).T
+    return x, y
+
+
+def has(records: Records, key: str) -> bool:
+    """Whether any record holds a number, or a histogram that is not empty, under ``key``."""
+    if key.startswith("histogram/"):
+        return any(counts_of(r, key) for r in records)
+    return any(is_number(r.get(key)) for r in records)
+
+
+def counts_of(record: Mapping[str, Any], key: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Counts and edges of a histogram that holds something."""
+    value = record.get(key) or {}
+    edges, counts = value.get("edges") or [], value.get("counts") or []
+    whole = len(edges) == len(counts) + 1 and all(map(is_number, [*edges, *counts]))
+    return (np.array(counts, float), np.array(edges, float)) if whole and any(counts) else None
+
+
+def seconds(record: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of each phase; ``other`` is what is left of rollout, score and update together."""
+    spent = {phase: record.get(f"time/{phase}") for phase in PHASES}
+    spent = {phase: float(s) if is_number(s) else 0.0 for phase, s in spent.items()}
+    loop = record.get("time/iteration")  # without evaluation and checkpoint
+    inside = spent["rollout"] + spent["score"] + spent["update"]
+    return spent | {"other": max(loop - inside, 0.0) if is_number(loop) else 0.0}
+
+
+def objective_of(config: Config) -> dict[str, Any]:
+    """The objective's name and hyperparameters, those of its preset where the config has None."""
+    given = config.get("objective") or {}
+    given = given if isinstance(given, Mapping) else {"name": given}
+    preset = objectives.OBJECTIVES.get(given.get("name"))
+    whole = {"aggregation": preset.aggregation, **preset.hyperparameters} if preset else {}
+    whole |= {key: value for key, value in given.items() if value is not None}
+    return whole if whole.get("kl_coef") else {k: v for k, v in whole.items() if k[:2] != "kl"}
+
+
+def _binned(x: np.ndarray, y: np.ndarray, reduce=np.mean) -> tuple[np.ndarray, np.ndarray]:
+    if len(x) <= POINTS:
+        return x, y
+    parts = np.array_split(np.arange(len(x)), POINTS)
+    return np.array([x[p].mean() for p in parts]), np.array([reduce(y[p]) for p in parts])
+
+
+def _line(ax: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str) -> None:
+    """A curve; a long one is pale under its running mean."""
+    colour = COLOURS[colour]
+    if len(x) < SMOOTHED:
+        ax.plot(x, y, color=colour, label=label, marker="o", markersize=3, linewidth=1.6)
+        return
+    window = np.ones(len(x) // 20 | 1)
+    smooth = np.convolve(y, window, "same") / np.convolve(np.ones(len(x)), window, "same")
+    ax.plot(*_binned(x, y), color=colour, alpha=0.3, linewidth=0.9)
+    ax.plot(*_binned(x, smooth), color=colour, label=label, linewidth=1.9)
+
+
+def _axes(figure: FigureBase, records: Records, ylabel: str) -> Axes:
+    """Axes over the iterations of the run, the same in every plot."""
+    ax = figure.subplots()
+    first, last = records[0]["iteration"], records[-1]["iteration"]
+    margin = max(0.6, 0.03 * (last - first))
+    ax.set(xlabel="iteration", ylabel=ylabel, xlim=(first - margin, last + margin))
+    ax.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
+    return ax
+
+
+def _logarithmic(ax: Axes, shown: tuple[float, float] = (math.inf, 0)) -> None:
+    """A logarithmic scale with few, plain ticks, over ``shown`` at least; zeros are at FLOOR."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    low, high = ax.set_ylim(min(low, shown[0]), max(high, shown[1]))
+    subs = (1, 2, 3, 5) if high / low < 30 else (1, 2, 5) if high / low < 1000 else (1,)
+    ax.yaxis.set_major_locator(LogLocator(subs=subs))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" if v > 2 * FLOOR else "0"))
+    ax.yaxis.set_minor_locator(NullLocator())
+
+
+def _percent(ax: Axes) -> None:
+    """A scale of shares that does not go on where there are none, below 0% and above 100%."""
+    low, high = ax.get_ylim()
+    ax.set_ylim(max(low, -0.02 * high), min(high, 1 + 0.02 * (1 - low)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
+
+
+def _legend(*axes: Axes) -> None:
+    """A legend above the first axes, where it hides no data; a single curve needs none."""
+    entries = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
+    if len(entries) > 1:
+        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
+        shape = {"ncols": len(entries), "handlelength": 1.3, "columnspacing": 1.2}
+        axes[0].legend(*zip(*entries, strict=True), **place, **shape)
+
+
+def _curves(ylabel: str, *curves: tuple[str, str, str], scale: str = "linear") -> Draw:
+    """A drawing of metrics over iterations; curves are (key, colour, label)."""
+
+    def draw(figure: FigureBase, records: Records, config: Config) -> None:
+        ax = _axes(figure, records, ylabel)
+        found = [series(records, key) for key, _, _ in curves]
+        logarithmic = scale == "log" and any(y.any() for _, y in found)
+        for (x, y), (_, colour, label) in zip(found, curves, strict=True):
+            if len(x):
+                _line(ax, x, np.maximum(y, FLOOR) if logarithmic else y, colour, label)
+        if logarithmic:
+            _logarithmic(ax)
+        elif scale == "percent":
+            _percent(ax)
+        _legend(ax)
+
+    return draw
+
+
+def pair(left: tuple[str, str, str], right: tuple[str, str, str], percent: bool) -> Draw:
+    """Two metrics, each (key, colour, axis label), on a scale of their own."""
+
+    def draw(figure: FigureBase, records: Records, config: Config) -> None:
+        ax = _axes(figure, records, "")
+        axes = [ax]
+        for key, colour, label in (left, right):
+            x, y = series(records, key)
+            if not len(x):
+                continue
+            if ax.lines:
+                axes.append(ax.twinx())
+                axes[-1].grid(False)
+            _line(axes[-1], x, y, colour, label.split(" (")[0])
+            axes[-1].set_ylabel(label, color=COLOURS[colour])
+            if percent and key == right[0]:
+                axes[-1].set_ylim(-1, max(0.05, 1.05 * y.max()))
+                _percent(axes[-1])
+        _legend(*axes)
+
+    return draw
+
+
+def _draw_pass(figure: FigureBase, records: Records, config: Config) -> None:
+    ax = _axes(figure, records, "problems solved")
+    found = {int(k[13:]) for r in records for k in r if re.fullmatch(r"eval/pass_at_\d+", k)}
+    found = [n for n in sorted(found) if has(records, f"eval/pass_at_{n}")]
+    for n, colour in zip(found, ("blue", "orange", "green", "purple"), strict=False):
+        key, colour = f"eval/pass_at_{n}", COLOURS[colour]
+        x, y = series(records, key)
+        ax.plot(x, y, color=colour, marker="o", markersize=3.5, linewidth=1.8, label=f"Pass@{n}")
+        sure = [r for r in records if all(is_number(r.get(key + b)) for b in ("_low", "_high"))]
+        (x, low), (_, high) = series(sure, f"{key}_low"), series(sure, f"{key}_high")
+        ax.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
+        ax.vlines(x, low, high, color=colour, alpha=0.35, linewidth=1)
+    _percent(ax)
+    _legend(ax)
+
+
+def _draw_extremes(figure: FigureBase, records: Records, config: Config) -> None:
+    curves = []
+    for name, colour, reduce in (("max", "orange", np.max), ("min", "blue", np.min)):
+        points = [
+            (r["iteration"] + j / len(r["minibatch"]) - 0.5, max(m[f"policy/ratio_{name}"], FLOOR))
+            for r in records
+            for j, m in enumerate(r.get("minibatch") or [])
+            if is_number(m.get(f"policy/ratio_{name}"))
+        ]
+        if points:
+            curves.append((name, colour, _binned(*np.array(points).T, reduce)))
+    if not curves:
+        return
+    ax = _axes(figure, records, "probability ratio r")
+    ax.axhline(1, color=COLOURS["grey"], linewidth=1, linestyle=(0, (4, 3)))
+    for name, colour, (x, y) in curves:
+        ax.plot(x, y, "o", color=COLOURS[colour], markersize=2, alpha=0.75, label=f"{name}imum")
+    _logarithmic(ax, shown=(0.5, 2))  # or the rounding errors of r = 1 would fill the plot
+    _legend(ax)
+
+
+def _histograms(kind: str, xlabel: str) -> Draw:
+    """First, middle and last histogram, split by the sign of the advantage."""
+    signs = (("pos", "blue", "A > 0"), ("neg", "orange", "A < 0"))
+
+    def draw(figure: FigureBase, records: Records, config: Config) -> None:
+        held = [r for r in records if any(counts_of(r, f"histogram/{kind}_{s[0]}") for s in signs)]
+        if not held:
+            return
+        picked = sorted({0, len(held) // 2, len(held) - 1})
+        axes = figure.subplots(1, len(picked), sharex=True, sharey=True, squeeze=False)[0]
+        lows, highs, tops = [], [], []
+        for ax, record in zip(axes, [held[i] for i in picked], strict=True):
+            ax.set_title(f"iteration {record['iteration']}")
+            ax.set_xlabel(xlabel)
+            ax.xaxis.set_major_locator(MaxNLocator(5, prune="both"))
+            for sign, colour, label in signs:
+                histogram = counts_of(record, f"histogram/{kind}_{sign}")
+                if histogram:
+                    counts, edges = histogram
+                    fill = {"fill": sign == "pos", "alpha": 0.5 if sign == "pos" else 1.0}
+                    ax.stairs(counts, edges, color=COLOURS[colour], label=label, **fill)
+                    lows.append(edges[:-1][counts > 0].min())
+                    highs.append(edges[1:][counts > 0].max())
+                    tops.append(counts.max())
+        margin = 0.03 * (max(highs) - min(lows))
+        axes[0].set(
+            ylabel="tokens",
+            xlim=(min(lows) - margin, max(highs) + margin),
+            ylim=(0.7, 2 * max(tops)),
+        )
+        _logarithmic(axes[0])
+        _legend(axes[-1])
+
+    return draw
+
+
+def _draw_gate(figure: FigureBase, records: Records, config: Config) -> None:
+    """SAPO's gate weight in closed form, over the ratios that the run has seen."""
+    objective = objective_of(config)
+    taus = [objective.get("tau_pos"), objective.get("tau_neg")]
+    low, high = series(records, "policy/ratio_min")[1], series(records, "policy/ratio_max")[1]
+    known = all(map(is_number, taus)) and len(low) and len(high)
+    if objective.get("name") != "sapo" or not known:
+        return
+    ax = _axes(figure, records, "gate weight w")
+    ax.set(xlabel="probability ratio r", xlim=(0, 4), ylim=(0, 1.05))
+    r = np.linspace(0, 4, 201)
+    for tau, colour, sign, dash in zip(taus, ("blue", "orange"), "><", ("-", "--"), strict=True):
+        w = 1 / np.cosh(tau * (r - 1) / 2) ** 2
+        ax.plot(r, w, dash, color=COLOURS[colour], label=f"A {sign} 0, τ = {tau:g}")
+    span = np.clip([low.min(), high.max()], 0, r[-1])
+    ax.axvspan(*span, color=COLOURS["grey"], alpha=0.18, linewidth=0, label="seen here")
+    _legend(ax)
+
+
+def _draw_phases(figure: FigureBase, records: Records, config: Config) -> None:
+    spent = [seconds(r) for r in records]
+    if not any(sum(s.values()) for s in spent):
+        return
+    ax = _axes(figure, records, "seconds per iteration")
+    parts = np.array_split(np.arange(len(records)), min(len(records), POINTS))
+    edges = [records[p[0]]["iteration"] - 0.5 for p in parts] + [records[-1]["iteration"] + 0.5]
+    base = np.zeros(len(parts))
+    for phase, colour in PHASES.items():
+        y = np.array([np.mean([spent[i][phase] for i in p]) for p in parts])
+        if y.any():
+            ax.stairs(base + y, edges, baseline=base, fill=True, color=COLOURS[colour], label=phase)
+            base = base + y
+    ax.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.05 * base.max()))
+    _legend(ax)
+
+
+PLOTS: dict[str, Draw] = {
+    "pass": _draw_pass,
+    "reward": _curves("mean reward", ("reward/mean", "blue", "reward")),
+    "zero-groups": _curves(
+        "share of problems", ("advantage/zero_groups", "purple", "share"), scale="percent"
+    ),
+    "length": pair(
+        ("length/mean", "blue", "length (tokens)"),
+        ("length/truncated", "orange", "cut at the limit (share)"),
+        percent=True,
+    ),
+    "entropy": _curves("nats per token", ("policy/entropy", "green", "entropy")),
+    "kl": _curves("KL (nats per token)", ("policy/kl_old", "purple", "KL")),
+    "gradient": _curves("norm", ("grad/norm", "orange", "norm"), scale="log"),
+    "loss": _curves("loss", ("policy/loss", "blue", "loss")),
+    "gap": _curves(
+        "difference of log π (nats)",
+        ("sampler/logp_gap_max", "orange", "largest"),
+        ("sampler/logp_gap_mean", "blue", "mean"),
+        scale="log",
+    ),
+    "log-ratio": _histograms("log_ratio", "log r (nats)"),
+    "gate-weight": _histograms("gate", "gate weight w"),
+    "extremes": _draw_extremes,
+    "gate-mean": pair(
+        ("policy/gate_mean", "blue", "mean gate weight"),
+        ("policy/clipped", "orange", "silenced tokens (share)"),
+        percent=True,
+    ),
+    "gate": _draw_gate,
+    "phases": _draw_phases,
+}
+WIDE = {"log-ratio", "gate-weight", "phases"}
+
+
+def figure_of(draw: Draw, records: Records, config: Config, wide: bool = False) -> Figure | None:
+    """A drawing, or None where the run has nothing to draw."""
+    figure = Figure(figsize=(11.2 if wide else 5.4, 3.0), layout="constrained")
+    if records:
+        draw(figure, records, config)
+    return figure if any(ax.has_data() for ax in figure.axes) else None
