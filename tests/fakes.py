@@ -23,3 +23,20 @@ def prompts(count, width, seed=0, vocab=VOCAB):
     tokens = rng.integers(2, vocab, (count, width)).astype(np.int32)
     tokens[np.arange(width)[None] >= length[:, None]] = 0
     return Prompts(tokens, length, np.arange(100, 100 + count, dtype=np.uint32), length * 0)
+
+
+class Compilations:
+    """Counts XLA compilations (or loads of compiled programs) inside its context."""
+
+    EVENT = "/jax/core/compile/backend_compile_duration"
+
+    def __enter__(self):
+        self.count = 0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *exception):
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event, duration, **_):
+        self.count += event == self.EVENT

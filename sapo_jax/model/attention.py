@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -12,6 +14,20 @@ NEGATIVE = -1e30  # finite: a row without any key must not give NaN
 def einsum(pattern: str, *operands: jax.Array, out=None) -> jax.Array:
     """`jnp.einsum` without TF32 or bf16 passes for f32 inputs; bf16 inputs accumulate in f32."""
     return jnp.einsum(pattern, *operands, precision=HIGHEST, preferred_element_type=out)
+
+
+def dense(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
+    """Contract the last ``inputs`` axes of x with the first of weight, as one plain matmul.
+
+    XLA's CPU backend transposes before and after a dot over more axes, in the gradients most.
+    """
+    leading, out = x.shape[: x.ndim - inputs], weight.shape[inputs:]
+    flat = jnp.matmul(
+        x.reshape(math.prod(leading), -1),
+        weight.reshape(math.prod(weight.shape[:inputs]), -1),
+        precision=HIGHEST,
+    )
+    return flat.reshape(*leading, *out)
 
 
 def positions(segments_BS: jax.Array) -> jax.Array:

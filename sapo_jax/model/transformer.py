@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sapo_jax.model import attention
-from sapo_jax.model.attention import einsum
+from sapo_jax.model.attention import dense, einsum
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.model.params import head_weight
 
@@ -41,13 +41,12 @@ def layer(
     dtype, eps = jnp.dtype(config.compute_dtype), config.rms_norm_eps
     w = {name: value.astype(dtype) for name, value in weights.items()}
     h = rms_norm(x_XD, weights["attn_norm"], eps)
-    q, k, v = (einsum("...D,Dhd->...hd", h, w[name]) for name in ("q", "k", "v"))
+    q, k, v = (dense(h, w[name]) for name in ("q", "k", "v"))
     q = attention.rotate(rms_norm(q, weights["q_norm"], eps), rope)
     k = attention.rotate(rms_norm(k, weights["k_norm"], eps), rope)
-    x_XD = x_XD + einsum("...hd,hdD->...D", attend(q, k, v), w["o"])
+    x_XD = x_XD + dense(attend(q, k, v), w["o"], 2)
     h = rms_norm(x_XD, weights["mlp_norm"], eps)
-    gated = jax.nn.silu(einsum("...D,DF->...F", h, w["gate"])) * einsum("...D,DF->...F", h, w["up"])
-    return x_XD + einsum("...F,FD->...D", gated, w["down"])
+    return x_XD + dense(jax.nn.silu(dense(h, w["gate"])) * dense(h, w["up"]), w["down"])
 
 
 def embed(params: Any, config: ModelConfig, tokens: jax.Array) -> jax.Array:

@@ -1,0 +1,199 @@
+"""Updates: exact accumulation, the optimizer against optax by hand, no logits-sized buffer."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sapo_jax import learner, objectives
+from sapo_jax.aggregations import finish
+from sapo_jax.model import params
+from sapo_jax.objectives import policy_loss
+from sapo_jax.types import Batch
+from tests import fakes
+from tests.fakes import VOCAB
+
+B, S = 8, 12
+
+
+def settings(config, name="sapo", **kw):
+    objective = objectives.resolve(name, **({"max_length": 8.0} if name == "dr_grpo" else {}))
+    return learner.Hyperparameters(
+        objective, 1e-3, 0.0, 1e9, 1.0, model=config, **{"head_chunk": 16, **kw}
+    )
+
+
+@pytest.fixture
+def batch(rng):
+    length = rng.integers(3, S + 1, B)
+    length[2] = 2  # no completion
+    index = np.arange(S)
+    return Batch(
+        tokens=rng.integers(2, VOCAB, (B, S)).astype(np.int32),
+        mask=(index >= 2) & (index < length[:, None]),
+        segments=(index < length[:, None]).astype(np.int32),
+        sampler_logp=rng.normal(-3, 0.3, (B, S)).astype(np.float32),
+        old_logp=rng.normal(-3, 0.3, (B, S)).astype(np.float32),
+        advantages=rng.normal(size=B).astype(np.float32),
+    )
+
+
+def plain_loss(weights, batch, hp):
+    """The loss with full logits and no micro-batches, as one would write it first."""
+    from sapo_jax.model import transformer
+
+    hidden = transformer.hidden(weights, hp.model, batch.tokens, batch.segments)
+    logits = transformer.logits_of(weights, hp.model, hidden) / hp.temperature
+    logp = jax.nn.log_softmax(logits[:, :-1])
+    logp = jnp.take_along_axis(logp, batch.tokens[:, 1:, None], -1)[..., 0]
+    logp = jnp.pad(logp, ((0, 0), (1, 0)))
+    return policy_loss(hp.objective, logp, batch.old_logp, batch.advantages, batch.mask)[0]
+
+
+@pytest.mark.parametrize("name", ["sapo", "gspo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("micro", [1, 2, 8])
+def test_gradient_is_that_of_the_plain_loss_for_any_split(nano, batch, name, micro):
+    """Dividing per micro-batch, or by the number of micro-batches, is the classic mistake."""
+    config, weights = nano
+    hp = settings(config, name, micro_batches=micro)
+    loss, expected = jax.jit(jax.value_and_grad(plain_loss))(weights, batch, hp)
+    grads, terms = jax.jit(learner.gradient)(weights, batch, hp)
+    assert float(finish(terms)[0]) == pytest.approx(float(loss), abs=1e-6)
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), grads, expected)
+
+
+def test_update_is_adamw_by_hand(nano, batch):
+    """Learning rate, clipping and decoupled decay (matrices only) as optax.adamw has them."""
+    config, weights = nano
+    hp = dataclasses.replace(
+        settings(config), weight_decay=0.1, max_grad_norm=0.01, warmup=4, schedule="linear", total=9
+    )
+    state = learner.init(jax.tree.map(jnp.copy, weights), hp)
+    decays = jax.tree.map(
+        lambda s: s.fan_in > 0, params.table(config), is_leaf=lambda s: isinstance(s, params.Spec)
+    )
+    factors = [0.25, 0.5, 0.75, 1.0, 1.0, 0.8, 0.6]
+    mine = jax.device_put(weights)
+    opt_state = None
+    for step, factor in enumerate(factors):
+        rate = 1e-3 * factor
+        assert float(learner.learning_rate(hp, jnp.int32(step))) == pytest.approx(rate, rel=1e-5)
+        theirs = optax.chain(
+            optax.clip_by_global_norm(0.01),
+            optax.adamw(rate, 0.9, 0.95, 1e-8, weight_decay=0.1, mask=decays),
+        )
+        opt_state = opt_state or theirs.init(mine)
+        grads, _ = jax.jit(learner.gradient)(mine, batch, hp)
+        updates, opt_state = theirs.update(grads, opt_state, mine)
+        mine = optax.apply_updates(mine, updates)
+        state, metrics = learner.update(state, batch, hp)
+        norm = float(finish(metrics)[1]["grad/norm"])
+        assert norm == pytest.approx(float(optax.tree.norm(grads)), rel=1e-4)
+    assert int(state.update) == len(factors)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), state.params, mine)
+
+
+def test_padding_width_changes_nothing(nano, batch):
+    config, weights = nano
+    hp = settings(config)
+
+    def widen(x):
+        return np.pad(x, ((0, 0), (0, 4))) if x.ndim == 2 else x
+
+    wide = jax.tree.map(widen, batch)
+    grads, _ = jax.jit(learner.gradient)(weights, batch, hp)
+    padded, _ = jax.jit(learner.gradient)(weights, wide, hp)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), grads, padded)
+
+
+def test_an_empty_batch_moves_nothing(nano, batch):
+    """No token, no denominator: the gradient is 0, not NaN."""
+    config, weights = nano
+    hp = settings(config)
+    nothing = batch.replace(mask=np.zeros_like(batch.mask))
+    state = learner.init(jax.tree.map(jnp.copy, weights), hp)
+    state, metrics = learner.update(state, nothing, hp)
+    assert float(finish(metrics)[1]["grad/norm"]) == 0
+    jax.tree.map(np.testing.assert_array_equal, state.params, jax.device_put(weights))
+
+
+def test_one_executable_for_every_traced_hyperparameter(nano, batch):
+    """A sweep over τ, the learning rate or the temperature reuses one program."""
+    config, weights = nano
+    state = learner.init(jax.tree.map(jnp.copy, weights), settings(config))
+
+    def point(tau, rate, temperature):
+        return learner.Hyperparameters(
+            objectives.resolve("sapo", tau_pos=tau), rate, 0.0, 1.0, temperature,
+            model=config, head_chunk=16,
+        )  # fmt: skip
+
+    state, _ = learner.update(state, batch, point(1.0, 1e-3, 1.0))
+    with fakes.Compilations() as compilations:
+        for values in ((0.5, 1e-4, 0.7), (2.0, 1e-2, 1.3)):
+            state, _ = learner.update(state, batch, point(*values))
+    assert compilations.count == 0
+
+
+def test_state_is_donated(nano, batch):
+    config, weights = nano
+    hp = settings(config)
+    state = learner.init(jax.tree.map(jnp.copy, weights), hp)
+    learner.update(state, batch, hp)
+    assert state.params["embed"].is_deleted()
+
+
+def test_no_buffer_has_the_vocabulary_and_more_rows_than_a_chunk(nano):
+    """[B·S, V] logits are what runs out of memory first; the chunk bounds them."""
+    config, _ = nano
+    rows, width, chunk = 16, 40, 128
+    vocab = 509  # prime: no other size is a multiple of it
+    config = dataclasses.replace(config, vocab_size=vocab)
+    abstract = params.abstract(config)
+    hp = settings(config, head_chunk=chunk, micro_batches=1)
+    shape = (rows, width)
+    f32, i32 = jnp.float32, jnp.int32
+    batch = Batch(
+        *(jax.ShapeDtypeStruct(shape, t) for t in (i32, jnp.bool_, i32, f32, f32)),
+        jax.ShapeDtypeStruct((rows,), f32),
+    )
+    assert rows * (width - 1) >= 4 * chunk
+    state = jax.eval_shape(learner.init, abstract, hp)
+    text = learner.update.lower(state, batch, hp).compile().as_text()
+    sizes = {
+        tuple(int(n) for n in dims.split(","))
+        for dims in re.findall(r"(?:f32|bf16|f64|s32|pred)\[([\d,]+)\]", text)
+    }
+    with_vocab = [s for s in sizes if any(n % vocab == 0 for n in s)]
+    assert with_vocab, "the head's own buffers must show, or the test looks in the wrong place"
+    for size in with_vocab:
+        assert np.prod(size) <= vocab * chunk, size
+
+
+def test_sampler_gap_and_histograms_count_tokens(nano, batch):
+    """Diagnostics count each token with a signal once, on the side of its advantage."""
+    config, weights = nano
+    _, terms = jax.jit(learner.gradient)(weights, batch, settings(config))
+    _, values = finish(terms)
+    for sign, side in (("pos", batch.advantages > 0), ("neg", batch.advantages < 0)):
+        tokens = batch.mask[side].sum()
+        for name in ("log_ratio", "gate"):
+            assert values[f"histogram/{name}_{sign}"].counts.sum() == tokens
+    assert 0 < values["policy/entropy"] <= np.log(VOCAB)
+    assert values["sampler/logp_gap_max"] >= values["sampler/logp_gap_mean"] > 0
+
+
+def test_recomputed_old_logp_is_bitwise_what_the_update_sees(nano, batch):
+    """With the same micro-batches the first ratio is exactly 1, so nothing is clipped."""
+    config, weights = nano
+    hp = settings(config, micro_batches=2)
+    batch = batch.replace(old_logp=learner.score(weights, batch, hp))
+    _, terms = jax.jit(learner.gradient)(weights, batch, hp)
+    _, values = finish(terms)
+    assert abs(float(values["policy/ratio_max"]) - 1) <= 1e-6
+    assert abs(float(values["policy/ratio_min"]) - 1) <= 1e-6

@@ -1,0 +1,80 @@
+"""One draw: the right distribution, the right noise, and honest log-probabilities."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sapo_jax import sampling
+
+
+def draws(logits, count, *, truncate=False, **controls):
+    c = sampling.controls(**({"temperature": 1.0} | controls))
+    key = sampling.base_key(0, "test", 0)
+    one = jax.jit(
+        jax.vmap(lambda i: sampling.draw(key, i, jnp.asarray(logits), c, truncate=truncate))
+    )
+    return one(jnp.arange(count))
+
+
+@pytest.mark.parametrize("vocab", [7, 1000])
+def test_frequencies_follow_the_softmax(vocab, rng):
+    """Exact in one stage and in two: a block must be drawn by its mass, not its maximum."""
+    logits = rng.normal(0, 2, vocab).astype(np.float32)
+    count = 40_000
+    tokens, logp = draws(logits, count, temperature=1.3)
+    p = np.asarray(jax.nn.softmax(logits / 1.3), np.float64)
+    observed = np.bincount(tokens, minlength=vocab)
+    likely = p * count >= 5
+    chi2 = ((observed - count * p)[likely] ** 2 / (count * p)[likely]).sum()
+    assert chi2 < likely.sum() + 5 * np.sqrt(2 * likely.sum())
+    np.testing.assert_allclose(logp, np.log(p)[tokens], atol=1e-5)
+
+
+@pytest.mark.parametrize("vocab", [7, 1000])
+def test_greedy_takes_the_argmax_at_temperature_one(vocab, rng):
+    logits = rng.normal(0, 2, vocab).astype(np.float32)
+    tokens, logp = draws(logits, 50, temperature=0.0)
+    assert set(np.asarray(tokens)) == {logits.argmax()}
+    np.testing.assert_allclose(logp, jax.nn.log_softmax(logits).max(), rtol=1e-5)
+
+
+def test_truncation_keeps_the_likeliest_and_reports_the_whole_softmax():
+    """Log-probabilities under truncation stay those of the full distribution."""
+    logits = np.log(np.array([0.5, 0.05, 0.25, 0.15, 0.05], np.float32))
+    top_k, logp = draws(logits, 2000, truncate=True, top_k=2)
+    assert set(np.asarray(top_k)) == {0, 2}
+    np.testing.assert_allclose(logp, logits[top_k], atol=1e-5)
+    top_p, _ = draws(logits, 2000, truncate=True, top_p=0.8)  # 0.5 + 0.25 < 0.8 needs a third
+    assert set(np.asarray(top_p)) == {0, 2, 3}
+    everything, _ = draws(logits, 5000, truncate=True, top_p=1.0, top_k=5)
+    assert set(np.asarray(everything)) == set(range(5))
+
+
+def test_padded_vocabulary_is_never_drawn():
+    logits = np.full(600, -np.inf, np.float32)
+    logits[:300] = 0
+    tokens, _ = draws(logits, 2000)
+    assert tokens.max() < 300
+
+
+def test_noise_depends_on_every_part_of_its_name():
+    """Reused noise correlates samples: each coordinate must change the draw, the order must not."""
+
+    def noise(seed=0, domain="train", iteration=1, prompt=5, sample=2, index=3):
+        base = sampling.base_key(seed, domain, iteration)
+        key = sampling.row_keys(base, jnp.array([prompt], jnp.uint32), 4)[0, sample]
+        return np.asarray(jax.random.bits(jax.random.fold_in(key, index), (4,)))
+
+    changes = [
+        {"seed": 1}, {"domain": "eval"}, {"iteration": 2}, {"prompt": 6}, {"sample": 1},
+        {"index": 4},
+    ]  # fmt: skip
+    drawn = [tuple(noise())] + [tuple(noise(**change)) for change in changes]
+    assert len(set(drawn)) == len(drawn)
+    base = sampling.base_key(0, "train", 1)
+    forward = sampling.row_keys(base, jnp.array([5, 9], jnp.uint32), 4)
+    backward = sampling.row_keys(base, jnp.array([9, 5], jnp.uint32), 8)
+    np.testing.assert_array_equal(
+        jax.random.key_data(forward[0]), jax.random.key_data(backward[1, :4])
+    )
