@@ -16,17 +16,10 @@ from sapo_jax.tokenizer import CharTokenizer, Tokenizer
 
 SOURCES = ("rollout", "demonstrations")
 OLD_LOGP = ("sampler", "recompute")
-# What may change when a run is started again: nothing that its results depend on.
-MAY_DIFFER = frozenset(
-    {
-        "iterations",
-        "profile_steps",
-        "compilation_cache",
-        "checkpoint.every",
-        "log.samples",
-        "log.samples_every",
-    }
-)
+MAY_DIFFER = {
+    "iterations", "profile_steps", "compilation_cache", "checkpoint.every",
+    "log.samples", "log.samples_every",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +46,12 @@ class Settings:
     def supervised(self) -> bool:
         """Whether batches come from demonstrations instead of rollouts."""
         return self.config["source"] == "demonstrations"
+
+    @property
+    def may_differ(self) -> frozenset[str]:
+        """Fields that may change when a run is started again: no result depends on them."""
+        fixed_length = self.config["learner"]["schedule"] != "constant"
+        return frozenset(MAY_DIFFER - ({"iterations"} if fixed_length else set()))
 
     @property
     def rows(self) -> int:
@@ -172,6 +171,7 @@ def _hyperparameters(
     options = c["learner"]
     _choice("learner.schedule", options["schedule"], learner.SCHEDULES)
     _choice("learner.old_logp", options["old_logp"], OLD_LOGP)
+    updates = c["batch"]["minibatches"]
     return learner.Hyperparameters(
         objective=objective,
         learning_rate=options["learning_rate"],
@@ -185,7 +185,7 @@ def _hyperparameters(
         kl=c["objective"]["kl"],
         schedule=options["schedule"],
         warmup=options["warmup"],
-        total=c["iterations"] * c["batch"]["minibatches"],
+        total=0 if options["schedule"] == "constant" else c["iterations"] * updates,
         b1=options["b1"],
         b2=options["b2"],
         eps=options["eps"],

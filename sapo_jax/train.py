@@ -11,7 +11,7 @@ from etils import epath
 from sapo_jax import checkpoint, data, experience, learner, report, rundir
 from sapo_jax.model import params as parameters
 from sapo_jax.progress import Clock, Progress
-from sapo_jax.settings import MAY_DIFFER, Settings
+from sapo_jax.settings import Settings
 from sapo_jax.types import TrainState
 
 
@@ -20,25 +20,22 @@ def _start(
 ) -> tuple[TrainState, data.Stream, Any]:
     """State, data stream and reference policy: of the newest checkpoint, or of a new run."""
     c, device = settings.config, jax.devices()[0]
-    abstract = parameters.abstract(settings.model)
+    abstract, latest = parameters.abstract(settings.model), checkpoints.latest()
+    objective = settings.hp.objective
+    to_reference = objective.kl_against == "ref" and objective.hyperparameters["kl_coef"] != 0
     weights = None
-    if c["init_from"]:
+    if c["init_from"] and (latest is None or to_reference):
         source = epath.Path(c["init_from"]) / "checkpoints"
         weights = jax.device_put(checkpoint.restore_params(source, abstract), device)
-    needs_reference = settings.hp.objective.kl_against == "ref" and (
-        settings.hp.objective.hyperparameters["kl_coef"] != 0
-    )
-    reference = weights if needs_reference else None
     stream = data.Stream(settings.task.examples("train"), c["seed"])
-    latest = checkpoints.latest()
-    if latest is not None:
+    if latest is None:
+        start = parameters.init(settings.model, c["seed"]) if weights is None else weights
+        state = learner.init(jax.tree.map(jnp.copy, start), settings.hp)
+    else:
         wanted = jax.eval_shape(learner.init, abstract, settings.hp)
         state, meta = checkpoints.restore(latest, wanted)
         stream.position = meta["position"]
-    else:
-        if weights is None:
-            weights = parameters.init(settings.model, c["seed"])
-        state = learner.init(jax.tree.map(jnp.copy, weights), settings.hp)
+    reference = weights if to_reference else None
     return jax.device_put(state, device), stream, reference
 
 
@@ -64,7 +61,7 @@ def run(settings: Settings, workdir: epath.PathLike) -> epath.Path:
     """
     workdir = epath.Path(workdir)
     with rundir.Lease(workdir):
-        rundir.check_config(workdir, settings.config, may_differ=MAY_DIFFER)
+        rundir.check_config(workdir, settings.config, may_differ=settings.may_differ)
         with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
             state, stream, reference = _start(settings, checkpoints)
             rundir.write_config(workdir, settings.config)

@@ -72,9 +72,10 @@ def _qwen3(hidden, intermediate, layers, heads, kv_heads, head_dim, *, tied=True
 
 
 PRESETS: dict[str, dict] = {
-    "nano": _qwen3(64, 192, 2, 4, 2, 16),
-    "tiny": _qwen3(128, 384, 6, 4, 2, 32),
-    "small": _qwen3(256, 768, 8, 8, 4, 32),
+    # Rows of tens of tokens: with θ = 1e6 most rotary frequencies would hardly turn.
+    "nano": _qwen3(64, 192, 2, 4, 2, 16) | {"rope_theta": 100.0},
+    "tiny": _qwen3(128, 384, 6, 4, 2, 32) | {"rope_theta": 100.0},
+    "small": _qwen3(256, 768, 8, 8, 4, 32) | {"rope_theta": 100.0},
     "qwen3_0_6b": _qwen3(1024, 3072, 28, 16, 8, 128) | {"vocab_size": 151936},
     "qwen3_1_7b": _qwen3(2048, 6144, 28, 16, 8, 128) | {"vocab_size": 151936},
     "qwen3_4b": _qwen3(2560, 9728, 36, 32, 8, 128) | {"vocab_size": 151936},

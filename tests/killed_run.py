@@ -1,0 +1,63 @@
+"""The tiny run as a process that kills itself at a given place."""
+
+import os
+import signal
+import sys
+
+import jax
+
+from sapo_jax import checkpoint, learner, sampler, settings, train
+from tests import tiny_config
+
+
+def _die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _kill_at(place: str, iteration: int) -> None:
+    """Patch the place so that it dies at the iteration, in the middle of its work."""
+    if place == "rollout":
+        whole = sampler.rollout
+
+        def rollout(*arguments, **options):
+            now = not options.get("warm_up") and options.get("domain", "train") == "train"
+            if now and options["iteration"] == iteration:
+                whole(*arguments, **options)
+                _die()
+            return whole(*arguments, **options)
+
+        sampler.rollout = rollout
+    elif place == "minibatch":
+        update, calls = learner.update, [-2]  # two calls belong to the warm-up
+
+        def second(*arguments):
+            out = update(*arguments)
+            calls[0] += 1
+            if calls[0] == 2 * iteration:
+                jax.block_until_ready(out)
+                _die()
+            return out
+
+        learner.update = second
+    elif place == "checkpoint":
+        save = checkpoint.Checkpoints.save
+
+        def begin(self, number, *arguments, **options):
+            save(self, number, *arguments, **options)
+            if number == iteration:
+                _die()
+
+        checkpoint.Checkpoints.save = begin
+
+
+def main(workdir: str, stop_at: str) -> None:
+    """Run, and die where told."""
+    jax.config.update("jax_platforms", "cpu")
+    if stop_at:
+        place, iteration = stop_at.split()
+        _kill_at(place, int(iteration))
+    train.run(settings.resolve(tiny_config.get_config()), workdir)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], os.environ.get("SAPO_JAX_TEST_STOP_AT", ""))

@@ -1,0 +1,64 @@
+"""The data stream resumes exactly; rows are encoded as the learner wants them."""
+
+import numpy as np
+import pytest
+
+from sapo_jax import data, tasks
+from sapo_jax.tokenizer import CharTokenizer
+
+TASK = tasks.make("chain_sum", terms=3)
+TOKENIZER = CharTokenizer(TASK.alphabet)
+
+
+def test_stream_resumes_where_it_was():
+    """A stream that restarts its epoch, or skips what was not consumed, trains on other data."""
+    whole = data.Stream(TASK.examples("train"), seed=3)
+    expected = [whole.take(5) for _ in range(4)]
+    first = data.Stream(TASK.examples("train"), seed=3)
+    got = [first.take(5) for _ in range(2)]
+    second = data.Stream(TASK.examples("train"), seed=3, position=first.position)
+    assert got + [second.take(5) for _ in range(2)] == expected
+
+
+def test_an_epoch_visits_each_example_once_and_epochs_differ():
+    examples = [TASK.examples("train")[i] for i in range(7)]
+    stream = data.Stream(examples, seed=0)
+    epochs = [stream.take(7) for _ in range(3)]
+    for epoch in epochs:
+        assert sorted(e.prompt for e in epoch) == sorted(e.prompt for e in examples)
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert data.Stream(examples, seed=1).take(7) != epochs[0]
+
+
+def test_held_out_prompts_are_distinct():
+    task = tasks.make("chain_sum", terms=2)
+    chosen = data.held_out(task.examples("test"), 20)
+    assert len({e.prompt for e in chosen}) == 20
+    with pytest.raises(ValueError, match=r"eval.prompts=4000.*only"):
+        data.held_out(task.examples("test"), 4000)
+
+
+def test_demonstrations_are_supervised_through_the_stop_token():
+    examples = [TASK.examples("train")[i] for i in range(6)]
+    batch = data.encode_demonstrations(examples, TOKENIZER, 30)
+    for row, example in enumerate(examples):
+        target = TOKENIZER.decode(batch.tokens[row][batch.mask[row]])
+        assert target == example.demonstration
+        last = np.flatnonzero(batch.mask[row])[-1]
+        assert batch.tokens[row, last] == TOKENIZER.stop_ids[0]
+        assert batch.segments[row].sum() == last + 1
+        prompt = batch.tokens[row, : len(example.prompt)]
+        assert TOKENIZER.decode(prompt) == example.prompt
+        assert not batch.mask[row, : len(example.prompt)].any()
+
+
+def test_what_does_not_fit_is_refused():
+    examples = [TASK.examples("train")[0]]
+    with pytest.raises(ValueError, match="more than the 3"):
+        data.encode_prompts(examples, TOKENIZER, 3)
+    with pytest.raises(ValueError, match="more than the 8"):
+        data.encode_demonstrations(examples, TOKENIZER, 8)
+    countdown = tasks.make("countdown")
+    bare = [e.__class__(e.id, e.prompt, e.answer, "") for e in [countdown.examples("train")[0]]]
+    with pytest.raises(ValueError, match="no demonstration"):
+        data.encode_demonstrations(bare, CharTokenizer(countdown.alphabet), 40)

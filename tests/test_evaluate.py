@@ -1,0 +1,65 @@
+"""Pass@k against enumeration; bootstrap intervals that cover."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from sapo_jax import data, evaluate, tasks
+from sapo_jax.tokenizer import CharTokenizer
+from sapo_jax.types import LENGTH, STOP, Rollout
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_pass_at_k_is_the_mean_over_all_subsets(k):
+    """Keeping the last sample's verdict, or 1 − (1 − p)^k, is biased."""
+    for correct in range(6):
+        verdicts = [True] * correct + [False] * (5 - correct)
+        exact = np.mean([any(chosen) for chosen in itertools.combinations(verdicts, k)])
+        assert evaluate.pass_at_k(np.array([correct]), 5, k)[0] == pytest.approx(exact, abs=1e-12)
+
+
+def test_k_beyond_the_samples_is_refused():
+    with pytest.raises(ValueError, match=r"1\.\.4"):
+        evaluate.pass_at_k(np.array([1]), 4, 5)
+
+
+def test_intervals_cover_the_truth(rng):
+    """Resampling samples instead of prompts would give intervals that are far too narrow."""
+    covered = 0
+    for _ in range(200):
+        skill = rng.beta(0.5, 0.5, 60)
+        verdicts = rng.uniform(size=(60, 8)) < skill[:, None]
+        metrics = evaluate.summarise(verdicts)
+        covered += metrics["eval/pass_at_1_low"] <= 0.5 <= metrics["eval/pass_at_1_high"]
+        assert metrics["eval/pass_at_1"] == pytest.approx(verdicts.mean())
+        assert metrics["eval/pass_at_8"] == pytest.approx(verdicts.any(-1).mean())
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_evaluation_counts_every_prompt_once():
+    """The last batch is filled up with repeats, which must not be counted."""
+    task = tasks.make("chain_sum", terms=2)
+    tokenizer = CharTokenizer(task.alphabet)
+    examples = data.held_out(task.examples("test"), 7)
+    wrong, cut = examples[2].prompt, examples[5].prompt
+
+    def sample(prompts):
+        texts = [
+            tokenizer.decode(row[:n]) for row, n in zip(prompts.tokens, prompts.length, strict=True)
+        ]
+        tokens = np.zeros((8, 30), np.int32)
+        mask = np.zeros((8, 30), bool)
+        finished = np.full(8, STOP)
+        for i in range(8):
+            answer = next(e.answer for e in examples if e.prompt == texts[i // 2])
+            ids = tokenizer.encode("=" + ("0" + answer if texts[i // 2] == wrong else answer))
+            tokens[i, : len(ids) + 1] = [*ids, 1]
+            mask[i, : len(ids) + 1] = True
+            finished[i] = LENGTH if texts[i // 2] == cut else STOP
+        return Rollout(tokens, mask, None, None, None, None, finished, None)
+
+    metrics = evaluate.evaluate(
+        sample, task, examples, tokenizer, samples=2, width=task.max_prompt_chars, batch=4
+    )
+    assert metrics["eval/pass_at_1"] == pytest.approx(5 / 7)

@@ -1,0 +1,211 @@
+"""Whole runs: nothing compiles after the start, killed runs resume bit for bit, misuse fails."""
+
+import hashlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from sapo_jax import checkpoint, learner, rundir, settings, train
+from sapo_jax.model import params
+from tests import fakes, tiny_config
+
+
+def run(workdir, **fields):
+    config = tiny_config.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict(fields)
+    checked = settings.resolve(config)
+    train.run(checked, workdir)
+    return checked
+
+
+def records(workdir):
+    """Metrics without what a clock measured."""
+    return [
+        {k: v for k, v in r.items() if not k.startswith("time/")}
+        for r in rundir.read_metrics(workdir)
+    ]
+
+
+def final_state(workdir, checked):
+    abstract = jax.eval_shape(learner.init, params.abstract(checked.model), checked.hp)
+    with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+        state, meta = checkpoints.restore(checkpoints.latest(), abstract)
+    return jax.device_get(state), meta
+
+
+def digest(workdir):
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted((workdir / "samples").iterdir())
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run in a process of its own, like those that are killed."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    assert spawn(workdir).wait() == 0
+    return workdir
+
+
+def spawn(workdir, stop_at=None):
+    """The tiny run in a process; with stop_at it kills itself there (see tests/killed_run.py)."""
+    environment = {**os.environ, "SAPO_JAX_TEST_STOP_AT": stop_at or ""}
+    command = [sys.executable, "-m", "tests.killed_run", str(workdir)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+
+
+STOPS = ["rollout 5", "minibatch 5", "checkpoint 6", "rollout 2"]
+
+
+@pytest.mark.parametrize("stop", STOPS)
+def test_a_killed_run_ends_like_an_uninterrupted_one(whole, stop, tmp_path):
+    """SIGKILL in a rollout, in minibatch 2, in a checkpoint write; then the same command again.
+
+    Noise keyed by process state, a data stream that restarts, or metrics kept from iterations that
+    are run again would all show.
+    """
+    workdir = tmp_path / "run"
+    assert spawn(workdir, stop).wait() == -signal.SIGKILL
+    before = [r["iteration"] for r in rundir.read_metrics(workdir)]
+    assert max(before) < 6
+    assert spawn(workdir).wait() == 0
+    assert records(workdir) == records(whole)
+    assert digest(workdir) == digest(whole)
+    checked = settings.resolve(tiny_config.get_config())
+    (state, meta), (expected, expected_meta) = (final_state(w, checked) for w in (workdir, whole))
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert meta == expected_meta
+    assert int(state.iteration) == 6
+    assert int(state.update) == 12
+
+
+def test_the_run_directory_holds_what_a_person_needs(whole):
+    config = json.loads((whole / "config.json").read_text())
+    assert config["objective"]["name"] == "sapo"
+    required = {
+        "iteration", "update", "reward/mean", "policy/entropy", "policy/ratio_max",
+        "policy/gate_mean", "policy/clipped", "grad/norm", "sampler/logp_gap_mean",
+        "sampler/logp_gap_max", "length/mean", "time/rollout", "time/score", "time/update",
+    }  # fmt: skip
+    lines = rundir.read_metrics(whole)
+    assert [r["iteration"] for r in lines] == list(range(7))
+    for record in lines[1:]:
+        assert required <= set(record)
+        assert record["sampler/logp_gap_max"] <= 1e-5
+        assert len(record["minibatch"]) == 2
+    assert [r["iteration"] for r in lines if "eval/pass_at_1" in r] == [0, 3, 6]
+    assert all("time/eval" in r for r in lines[1:] if "eval/pass_at_1" in r)
+    rows = rundir.read_samples(whole, 4)
+    assert {"prompt", "completion", "answer", "reward"} <= set(rows[0])
+    assert (whole / "report.html").stat().st_size > 10_000
+    assert list((whole / "tensorboard").iterdir())
+
+
+def test_nothing_compiles_after_the_start(tmp_path, monkeypatch):
+    """30 iterations, lengths through every bucket, evaluations, and a resume: 0 compilations."""
+    counts = []
+    loop_starts = train._warm_up
+
+    def counted(*arguments):
+        loop_starts(*arguments)
+        counter = fakes.Compilations()
+        counter.__enter__()
+        counts.append(counter)
+
+    monkeypatch.setattr(train, "_warm_up", counted)
+    fields = {"eval.every": 10, "checkpoint.every": 16, "sampler.max_new_tokens": 40}
+    run(tmp_path / "run", iterations=16, **fields)
+    counts[0].__exit__()
+    assert counts[0].count == 0
+    lengths = {r["length/max"] for r in rundir.read_metrics(tmp_path / "run") if "length/max" in r}
+    assert max(lengths) == 40
+    run(tmp_path / "run", iterations=32, **fields)
+    counts[1].__exit__()
+    assert counts[1].count == 0
+
+
+def test_supervised_runs_start_others(tmp_path):
+    """A cold start by demonstrations, then RL from its parameters."""
+    cold = {
+        "source": "demonstrations", "objective.name": "reinforce", "batch.group_size": 1,
+        "sampler.slots": 0, "iterations": 2,
+    }  # fmt: skip
+    checked = run(tmp_path / "cold", **cold)
+    taught, _ = final_state(tmp_path / "cold", checked)
+    losses = [r["policy/loss"] for r in rundir.read_metrics(tmp_path / "cold")[1:]]
+    assert losses[1] < losses[0]
+    frozen = {"learner.learning_rate": 0.0, "iterations": 1, "init_from": str(tmp_path / "cold")}
+    checked = run(tmp_path / "rl", **frozen)
+    state, _ = final_state(tmp_path / "rl", checked)
+    jax.tree.map(np.testing.assert_array_equal, state.params, taught.params)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "gspo", "dapo", "p3o"])
+def test_other_objectives_run(tmp_path, objective):
+    run(tmp_path / "run", **{"objective.name": objective, "iterations": 1, "eval.every": 0})
+    assert rundir.read_metrics(tmp_path / "run")[0]["policy/gate_mean"] is not None
+
+
+def test_recomputed_old_logp_and_reference_kl(tmp_path):
+    """The options that need another scoring pass: ratios start at 1, the KL penalty at 0."""
+    run(tmp_path / "start", iterations=1, **{"eval.every": 0})
+    fields = {
+        "learner.old_logp": "recompute", "objective.kl_coef": 0.1, "batch.minibatches": 1,
+        "init_from": str(tmp_path / "start"), "iterations": 1, "eval.every": 0,
+    }  # fmt: skip
+    run(tmp_path / "run", **fields)
+    record = rundir.read_metrics(tmp_path / "run")[0]
+    assert record["policy/ratio_max"] == pytest.approx(1, abs=1e-6)
+    assert record["policy/kl_ref"] == pytest.approx(0, abs=1e-9)
+
+
+def test_profile_steps_write_a_trace(tmp_path):
+    run(tmp_path / "run", iterations=4, profile_steps=1, **{"eval.every": 0})
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+
+
+REFUSED = [
+    ({"seed": 5}, "seed: stored 0, given 5"),
+    ({"objective.name": "grpo"}, "objective.name: stored 'sapo', given 'grpo'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED)
+def test_a_directory_of_another_config_is_refused(whole, fields, message):
+    with pytest.raises(ValueError, match=message), fakes.Compilations() as compilations:
+        run(whole, **fields)
+    assert compilations.count == 0
+
+
+def test_starting_from_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nothing to restore"):
+        run(tmp_path / "run", init_from=str(tmp_path / "nowhere"))
+
+
+def test_starting_from_another_shape_is_refused(whole, tmp_path):
+    with pytest.raises(ValueError, match="embed"):
+        run(tmp_path / "run", init_from=str(whole), **{"model.hidden_size": 96})
+
+
+def test_a_second_process_is_refused(tmp_path):
+    workdir = tmp_path / "run"
+    with rundir.Lease(workdir), pytest.raises(RuntimeError, match=str(os.getpid())):
+        run(workdir)
+
+
+def test_a_finished_run_is_left_as_it_is(whole):
+    """The same command again writes the report and nothing else."""
+    before = {p: p.stat().st_mtime_ns for p in pathlib.Path(whole, "metrics").iterdir()}
+    time.sleep(0.01)
+    run(whole)
+    assert {p: p.stat().st_mtime_ns for p in pathlib.Path(whole, "metrics").iterdir()} == before
