@@ -40,20 +40,26 @@ class Decoding:
 
 
 @partial(jax.jit, static_argnames="config")
-def to_sampler(params: Any, config: ModelConfig) -> Any:
-    """Parameters as the sampler reads them: compute dtype, one leaf per layer.
-
-    Decoding from slices of stacked weights would copy them at each step. Parameters that are in
-    this layout already come back as they are.
-    """
-    if isinstance(params["layers"], list):
-        return params
+def _convert(params: Any, config: ModelConfig) -> Any:
     cast = jax.tree.map(lambda x: x.astype(config.compute_dtype), params)
     layers = [
         {name: value[i] for name, value in cast["layers"].items()}
         for i in range(config.num_hidden_layers)
     ]
     return {**cast, "layers": layers}
+
+
+def to_sampler(params: Any, config: ModelConfig) -> Any:
+    """Parameters as the sampler reads them: compute dtype, one leaf per layer.
+
+    Decoding from slices of stacked weights would copy them at each step. What has the dtype and
+    the layout already comes back as it is, buffers included.
+    """
+    if isinstance(params["layers"], list):
+        return params
+    dtype = jnp.dtype(config.compute_dtype)
+    same = {k: v for k, v in params.items() if k != "layers" and v.dtype == dtype}
+    return _convert({k: v for k, v in params.items() if k not in same}, config) | same
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))

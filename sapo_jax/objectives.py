@@ -16,6 +16,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from sapo_jax import gates, masked
@@ -117,7 +118,7 @@ def resolve(objective: str | Objective, **hyperparameters) -> Objective:
         check, text = DOMAINS.get(key, (lambda v: v == v, "a number"))
         if value is None:
             raise ValueError(f"{name} needs the hyperparameter {key!r}: {text}")
-        if not isinstance(value, jax.core.Tracer) and not jnp.all(check(jnp.asarray(value))):
+        if not isinstance(value, jax.core.Tracer) and not np.all(check(np.asarray(value))):
             raise ValueError(f"{name}: {key}={value} must be {text}")
     return dataclasses.replace(objective, hyperparameters=merged)
 
@@ -274,7 +275,7 @@ def policy_loss(
     objective = resolve(objective, **hyperparameters)
     kl_coef = objective.hyperparameters["kl_coef"]
     needs_ref = objective.kl_against == "ref" and ref_logp_BT is None
-    if needs_ref and not isinstance(kl_coef, jax.core.Tracer) and jnp.any(kl_coef != 0):
+    if needs_ref and not isinstance(kl_coef, jax.core.Tracer) and np.any(kl_coef != 0):
         raise ValueError(f"kl_coef={kl_coef} needs ref_logp_BT, the reference's log-probabilities")
     return finish(
         policy_terms(
