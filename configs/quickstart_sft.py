@@ -1,6 +1,6 @@
 """Cold start of the quickstart: a policy from scratch imitates a teacher who slips.
 
-Claim     Supervised learning of worked answers, one step in seven of which is wrong, gives a policy
+Claim     Supervised learning of worked answers, one step in four of which is wrong, gives a policy
           whose Pass@1 is about that of its teacher: 0.2–0.5.
 Command   python -m sapo_jax.main --config=configs/quickstart_sft.py --workdir=runs/quickstart_sft
 Time      TIME_SFT on 2 CPU cores.
@@ -16,17 +16,17 @@ def get_config() -> ConfigDict:
     c = base.get_config()
     c.name = "quickstart_sft"
     c.source = "demonstrations"
-    c.iterations = 75
-    c.task.options = ConfigDict({"terms": 6, "modulus": 10, "slip": 0.2})
+    c.iterations = 150
+    c.task.options = ConfigDict({"terms": 4, "slip": 0.25})
     c.objective.name = "reinforce"
     c.objective.aggregation = "token_mean"
     c.batch.prompts = 256
     c.batch.group_size = 1
-    c.learner.learning_rate = 2e-3
+    c.learner.learning_rate = 3e-3
     c.learner.schedule = "cosine"
     c.learner.warmup = 20
     c.learner.weight_decay = 0.01
-    c.eval.every = 25
+    c.eval.every = 50
     c.eval.samples = 1
-    c.checkpoint.every = 25
+    c.checkpoint.every = 50
     return c

@@ -155,6 +155,9 @@ def rollout(
     state = decoding.empty(
         config, plan.slots[0], plan.cache[0], p, width, group_size, max_new_tokens
     )
+    if weights["final_norm"].committed:
+        # Programs are compiled apart for placed and unplaced arguments: place them from the start.
+        state = jax.device_put(state, weights["final_norm"].sharding)
     if warm_up:
         state = _compile_all(plan, state, prefill, decode, warm_up)
     else:
