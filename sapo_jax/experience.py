@@ -38,6 +38,7 @@ def sample(
     controls: dict[str, Any] = {
         "group_size": settings.config["batch"]["group_size"],
         "temperature": settings.config["sampler"]["temperature"],
+        "plan": settings.plan,
     }
     if domain == "eval":
         controls = {
@@ -45,6 +46,7 @@ def sample(
             "temperature": options["temperature"],
             "top_k": options["top_k"],
             "top_p": options["top_p"],
+            "plan": settings.eval_plan,
         }
     return sampler.rollout(
         params,
@@ -54,7 +56,6 @@ def sample(
         seed=settings.config["seed"],
         iteration=iteration,
         domain=domain,
-        plan=settings.plan,
         warm_up=warm_up,
         **controls,
     )
@@ -164,14 +165,11 @@ SOURCES = {"rollout": from_rollout, "demonstrations": from_demonstrations}
 
 
 def held_out(
-    settings: Settings,
-    params: Any,
-    iteration: int,
-    warm_up: Callable[[str], None] | None = None,
+    settings: Settings, params: Any, warm_up: Callable[[str], None] | None = None
 ) -> dict[str, float]:
     """Metrics on the fixed evaluation set; the same noise at every iteration."""
     options = settings.config["eval"]
-    count = settings.config["batch"]["prompts"] if warm_up else options["prompts"]
+    count = settings.eval_batch if warm_up else options["prompts"]
     weights = sampler.to_sampler(params, settings.model)
     return evaluate.evaluate(
         partial(sample, settings, weights, iteration=0, domain="eval", warm_up=warm_up),
@@ -180,5 +178,5 @@ def held_out(
         settings.tokenizer,
         samples=options["samples"],
         width=settings.width,
-        batch=settings.config["batch"]["prompts"],
-    ) | {"eval/iteration": iteration}
+        batch=settings.eval_batch,
+    )

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+from functools import partial
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -30,7 +31,7 @@ class Settings:
       config: the plain dictionary, as written to the run directory.
       width: tokens of room for a prompt, N.
       max_new_tokens: T; rows have N + T tokens.
-      plan: the sampler's shapes, for training and evaluation.
+      plan, eval_plan: the sampler's shapes, for training and for evaluation.
     """
 
     config: dict[str, Any]
@@ -41,11 +42,17 @@ class Settings:
     width: int
     max_new_tokens: int
     plan: sampler.Plan
+    eval_plan: sampler.Plan
 
     @property
     def supervised(self) -> bool:
         """Whether batches come from demonstrations instead of rollouts."""
         return self.config["source"] == "demonstrations"
+
+    @property
+    def eval_batch(self) -> int:
+        """Prompts that an evaluation samples at a time."""
+        return min(self.config["batch"]["prompts"], self.config["eval"]["prompts"])
 
     @property
     def may_differ(self) -> frozenset[str]:
@@ -224,7 +231,8 @@ def resolve(config: ConfigDict) -> Settings:
     objective = _objective(c)
     shape = _model(c, tokenizer)
     width, room = _lengths(c, task, shape)
-    prompts, options = c["batch"]["prompts"], c["sampler"]
+    slots, shrink = c["sampler"]["slots"], c["sampler"]["shrink"]
+    plan = partial(sampler.make_plan, max_new_tokens=room, slots=slots, shrink=shrink)
     return Settings(
         config=c,
         task=task,
@@ -233,5 +241,6 @@ def resolve(config: ConfigDict) -> Settings:
         hp=_hyperparameters(c, shape, objective),
         width=width,
         max_new_tokens=room,
-        plan=sampler.make_plan(prompts, room, slots=options["slots"], shrink=options["shrink"]),
+        plan=plan(c["batch"]["prompts"]),
+        eval_plan=plan(min(c["batch"]["prompts"], c["eval"]["prompts"])),
     )

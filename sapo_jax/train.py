@@ -48,7 +48,7 @@ def _warm_up(settings: Settings, state: TrainState, reference: Any, bar: Progres
     bar.note("compiling: update")
     learner.learn(jax.tree.map(jnp.copy, state), got.minibatches, settings.hp)
     if settings.config["eval"]["every"]:
-        experience.held_out(settings, state.params, 0, *notes)
+        experience.held_out(settings, state.params, *notes)
 
 
 def run(settings: Settings, workdir: epath.PathLike) -> epath.Path:
@@ -82,7 +82,7 @@ def _loop(settings, workdir, checkpoints, state, stream, reference) -> None:
     bar, clock = Progress(total, done, c["name"]), Clock()
     _warm_up(settings, state, reference, bar)
     if not resumed and c["eval"]["every"]:
-        record = {"iteration": 0, "update": 0, **experience.held_out(settings, state.params, 0)}
+        record = {"iteration": 0, "update": 0, **experience.held_out(settings, state.params)}
         metrics.write(record)
         bar.show(record)
     trace = range(done + 3, done + 3 + c["profile_steps"])
@@ -99,7 +99,7 @@ def _loop(settings, workdir, checkpoints, state, stream, reference) -> None:
         last = iteration == total
         if c["eval"]["every"] and (last or iteration % c["eval"]["every"] == 0):
             with clock("eval"):
-                record |= experience.held_out(settings, state.params, iteration)
+                record |= experience.held_out(settings, state.params)
         record |= clock.lap()
         tokens = record["length/mean"] * settings.rows
         record["time/tokens_per_second"] = tokens / record["time/iteration"]

@@ -1,0 +1,1 @@
+"""One folder, one question: README.md (the answer), run.py, results/."""

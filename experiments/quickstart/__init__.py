@@ -1,0 +1,1 @@
+"""Do SAPO, GRPO and GSPO differ on the quickstart?"""

@@ -1,0 +1,113 @@
+"""Run the quickstart for several seeds and objectives, and draw their learning curves.
+
+    python -m experiments.quickstart.run --seeds=3 --objectives=sapo,grpo,gspo
+
+Each seed has its own cold start, which its objectives share. Runs that are complete are kept;
+`results/` gets their metrics, a table and a figure.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+from absl import app, flags
+
+from sapo_jax import report, rundir
+
+HERE = pathlib.Path(__file__).parent
+RUNS = pathlib.Path("runs/experiments/quickstart")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.")
+_OBJECTIVES = flags.DEFINE_list("objectives", ["sapo", "grpo", "gspo"], "Presets to compare.")
+_PLOT = flags.DEFINE_bool("plot_only", False, "Draw from results/metrics.json, run nothing.")
+KEPT = ("iteration", "eval/pass_at_1", "reward/mean", "policy/entropy", "policy/kl_old")
+
+
+def train(config: str, workdir: pathlib.Path, *overrides: str) -> list[dict]:
+    """One run, and what is kept of its metrics."""
+    command = [sys.executable, "-m", "sapo_jax.main", f"--config=configs/{config}.py"]
+    subprocess.run([*command, f"--workdir={workdir}", *overrides], check=True)
+    records = rundir.read_metrics(workdir)
+    minutes = report.summary(records)["minutes"]
+    kept = [{k: r[k] for k in KEPT if r.get(k) is not None} for r in records]
+    return [*kept[:-1], {**kept[-1], "minutes": minutes}]
+
+
+def collect(seeds: int, objectives: list[str]) -> dict[str, list[list[dict]]]:
+    """Metrics by objective and seed; the cold starts under "cold start"."""
+    results: dict = {name: [] for name in ("cold start", *objectives)}
+    for seed in range(seeds):
+        cold, with_seed = RUNS / f"cold-{seed}", f"--config.seed={seed}"
+        results["cold start"].append(train("quickstart_sft", cold, with_seed))
+        for name in objectives:
+            flags_ = (with_seed, f"--config.init_from={cold}", f"--config.objective.name={name}")
+            results[name].append(train("quickstart", RUNS / f"{name}-{seed}", *flags_))
+    return results
+
+
+def curve(runs: list[list[dict]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Iterations, and values by seed."""
+    points = [[(r["iteration"], r[key]) for r in run if key in r] for run in runs]
+    return np.array([x for x, _ in points[0]]), np.array([[y for _, y in run] for run in points])
+
+
+def table(results: dict) -> str:
+    """Pass@1 before, after, and the minutes of each run, as Markdown."""
+    lines = [
+        "| objective | seeds | Pass@1 at the start | Pass@1 at the end (mean, range) | minutes |",
+        "|---|---|---|---|---|",
+    ]
+    for name in results:
+        _, values = curve(results[name], "eval/pass_at_1")
+        minutes = [run[-1]["minutes"] for run in results[name]]
+        start, end = values[:, 0], values[:, -1]
+        lines.append(
+            f"| {name} | {len(end)} | {start.min():.2f} to {start.max():.2f} "
+            f"| {end.mean():.3f} ({end.min():.3f} to {end.max():.3f}) "
+            f"| {min(minutes):.1f} to {max(minutes):.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict, path: pathlib.Path) -> None:
+    """Learning curves: a line per seed, the mean of the seeds in bold."""
+    from matplotlib.figure import Figure
+
+    panels = {"eval/pass_at_1": "held-out Pass@1", "policy/entropy": "entropy, nats per token"}
+    colours = dict(zip(results, ("#777777", "#0072B2", "#D55E00", "#009E73"), strict=False))
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    for ax, (key, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        for name, runs in results.items():
+            if name != "cold start":
+                x, values = curve(runs, key)
+                ax.plot(x, values.T, color=colours[name], alpha=0.3, linewidth=1)
+                ax.plot(x, values.mean(0), color=colours[name], linewidth=2, label=name)
+        ax.set_xlabel("iteration (4 updates each)")
+        ax.set_ylabel(label)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main(argv: list[str]) -> None:
+    """Run what is missing, then write the results."""
+    del argv
+    out = HERE / "results"
+    out.mkdir(exist_ok=True)
+    stored = out / "metrics.json"
+    if _PLOT.value:
+        results = json.loads(stored.read_text())
+    else:
+        results = collect(_SEEDS.value, _OBJECTIVES.value)
+        stored.write_text(json.dumps(results))
+    (out / "table.md").write_text(table(results))
+    draw(results, out / "curves.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    app.run(main)
