@@ -11,8 +11,8 @@ from sapo_jax import masked, objectives
 from sapo_jax.objectives import Objective
 from sapo_jax.types import Batch, Histogram, Max
 
-LOG_RATIO_EDGES = np.linspace(-2, 2, 81, dtype=np.float32)
-GATE_EDGES = np.linspace(0, 1.25, 51, dtype=np.float32)
+LOG_RATIO_EDGES = np.linspace(-0.5, 0.5, 101, dtype=np.float32)
+GATE_EDGES = np.linspace(0, 1.25, 126, dtype=np.float32)
 
 
 def histogram(values: jnp.ndarray, mask: jnp.ndarray, edges: np.ndarray) -> Histogram:

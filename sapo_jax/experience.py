@@ -80,6 +80,8 @@ def _batch(rollout: Rollout, rewards_B: jax.Array, *, estimator: str, group_size
 
 
 def _rows(rollout: Rollout, examples, texts, rewards_B, advantages_B, iteration, count) -> list:
+    """The first two completions of as many prompts as ``count`` allows."""
+    chosen = np.flatnonzero(rollout.sample_index < 2)[:count]
     return [
         {
             "iteration": iteration,
@@ -92,7 +94,7 @@ def _rows(rollout: Rollout, examples, texts, rewards_B, advantages_B, iteration,
             "advantage": float(advantages_B[i]),
             "finished": int(rollout.finished[i]),
         }
-        for i in range(min(count, len(texts)))
+        for i in chosen
     ]
 
 

@@ -16,7 +16,7 @@ import sys
 import numpy as np
 from absl import app, flags
 
-from sapo_jax import report, rundir
+from sapo_jax import rundir
 
 HERE = pathlib.Path(__file__).parent
 RUNS = pathlib.Path("runs/experiments/quickstart")
@@ -30,10 +30,7 @@ def train(config: str, workdir: pathlib.Path, *overrides: str) -> list[dict]:
     """One run, and what is kept of its metrics."""
     command = [sys.executable, "-m", "sapo_jax.main", f"--config=configs/{config}.py"]
     subprocess.run([*command, f"--workdir={workdir}", *overrides], check=True)
-    records = rundir.read_metrics(workdir)
-    minutes = report.summary(records)["minutes"]
-    kept = [{k: r[k] for k in KEPT if r.get(k) is not None} for r in records]
-    return [*kept[:-1], {**kept[-1], "minutes": minutes}]
+    return [{k: r[k] for k in KEPT if r.get(k) is not None} for r in rundir.read_metrics(workdir)]
 
 
 def collect(seeds: int, objectives: list[str]) -> dict[str, list[list[dict]]]:
@@ -55,19 +52,17 @@ def curve(runs: list[list[dict]], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def table(results: dict) -> str:
-    """Pass@1 before, after, and the minutes of each run, as Markdown."""
+    """Pass@1 before and after, as Markdown."""
     lines = [
-        "| objective | seeds | Pass@1 at the start | Pass@1 at the end (mean, range) | minutes |",
-        "|---|---|---|---|---|",
+        "| objective | seeds | Pass@1 at the start | Pass@1 at the end: mean (range) |",
+        "|---|---|---|---|",
     ]
     for name in results:
         _, values = curve(results[name], "eval/pass_at_1")
-        minutes = [run[-1]["minutes"] for run in results[name]]
         start, end = values[:, 0], values[:, -1]
         lines.append(
             f"| {name} | {len(end)} | {start.min():.2f} to {start.max():.2f} "
-            f"| {end.mean():.3f} ({end.min():.3f} to {end.max():.3f}) "
-            f"| {min(minutes):.1f} to {max(minutes):.1f} |"
+            f"| {end.mean():.3f} ({end.min():.3f} to {end.max():.3f}) |"
         )
     return "\n".join(lines) + "\n"
 
