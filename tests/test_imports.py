@@ -13,7 +13,7 @@ tasks.base tasks.chain_sum tasks.countdown tasks
 data rewards
 diagnostics sampling decoding sampler learner checkpoint rundir progress
 population gradlab evaluate report_words report_page report_plots report preflight
-settings experience
+settings experience startup
 train
 sweep main
 """
