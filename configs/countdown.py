@@ -8,8 +8,9 @@ Time      TIME_C on 2 CPU cores.
 Result    RESULT_C
 """
 
-from configs import quickstart
 from ml_collections import ConfigDict
+
+from configs import quickstart
 
 
 def get_config() -> ConfigDict:

@@ -7,8 +7,9 @@ Time      TIME_CSFT on 2 CPU cores.
 Result    RESULT_CSFT
 """
 
-from configs import quickstart_sft
 from ml_collections import ConfigDict
+
+from configs import quickstart_sft
 
 
 def get_config() -> ConfigDict:
