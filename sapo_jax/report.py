@@ -214,10 +214,14 @@ def write(workdir: epath.PathLike) -> epath.Path:
 
 
 def main() -> None:
-    """Rebuild the report of the run directory named on the command line."""
+    """Rebuild the report of the run directory named on the command line, or draw its picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workdir", type=epath.Path)
-    print(write(parser.parse_args().workdir))
+    parser.add_argument("--picture", type=epath.Path, help="a PNG of four panels instead")
+    arguments = parser.parse_args()
+    if arguments.picture:
+        picture(arguments.workdir, arguments.picture)
+    print(arguments.picture or write(arguments.workdir))
 
 
 if __name__ == "__main__":
