@@ -8,6 +8,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROWS = """
 types masked axes
 gates ratios aggregations objectives advantages corrections sharding distributed tokenizer
+hf_tokenizer datasets
 model.config model.params model.attention model.moe model.head model.transformer model.hf model
 tasks.base tasks.chain_sum tasks.countdown tasks
 data rewards
