@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -102,6 +103,16 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: An
     Raises:
       ValueError: the template is broken, or refuses the messages.
     """
+    import jinja2
+
+    try:
+        return _compiled(template).render(messages=list(messages), **variables)
+    except (jinja2.TemplateError, TypeError) as error:
+        raise ValueError(f"the chat template refuses the messages: {error}") from error
+
+
+@functools.cache  # compiling takes a hundred times as long as rendering
+def _compiled(template: str) -> Any:
     import datetime
 
     import jinja2
@@ -130,10 +141,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: An
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = datetime.datetime(*TEMPLATE_DATE).strftime
-    try:
-        return environment.from_string(template).render(messages=list(messages), **variables)
-    except (jinja2.TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template refuses the messages: {error}") from error
+    return environment.from_string(template)
 
 
 def _json(directory: epath.Path, name: str) -> dict:
