@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from sapo_jax.tasks.base import Example
@@ -66,6 +69,17 @@ class _Read:
         return example, self.keep is None or self.keep(example)
 
 
+def _end_with_parent(worker: int, workers: int) -> None:
+    """Workers of a run that was killed would otherwise stay for ever."""
+    del worker, workers
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class _Reader:
     """The examples of one task, epoch after epoch, each epoch in an order of its own."""
 
@@ -106,7 +120,7 @@ class _Reader:
             reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=AHEAD)
             workers = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=AHEAD)
             rest = self._order[self.read :].to_iter_dataset(reading)
-            self._ahead = iter(rest.mp_prefetch(workers))
+            self._ahead = iter(rest.mp_prefetch(workers, worker_init_fn=_end_with_parent))
         return next(self._ahead)
 
 

@@ -1,8 +1,11 @@
 """Streams resume exactly, keep their shares in every batch, and divide among processes."""
 
 import json
+import os
+import pathlib
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import grain
@@ -144,12 +147,28 @@ def spawn(prepared, workdir, batches, workers):
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
 
 
+def children_of(pid):
+    """Ids of the child processes, where the system has a /proc."""
+    every = pathlib.Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in every for child in path.read_text().split()]
+
+
+def is_alive(pid):
+    """Whether a process runs; one that ended and was not waited for has no command line."""
+    try:
+        return bool(pathlib.Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
 @pytest.mark.parametrize(("workers", "then"), [(0, 0), (2, 1)])
 def test_a_killed_process_resumes_exactly(prepared, tmp_path, workers, then):
     """SIGKILL after batches that no saved position knows; what was read ahead must not be lost."""
     process = spawn(prepared, tmp_path, 10**6, workers)
     assert process.stdout.readline() == "3\n"
     assert process.stdout.readline() == "6\n"
+    children = children_of(process.pid)
+    assert len(children) >= 3 * workers or not os.path.exists("/proc/self")
     process.kill()
     process.wait()
     after = json.loads((tmp_path / "state.json").read_text())[1]
@@ -158,4 +177,8 @@ def test_a_killed_process_resumes_exactly(prepared, tmp_path, workers, then):
     lines = [json.loads(line) for line in (tmp_path / "batches.jsonl").read_text().splitlines()]
     assert len(lines) == after + 9
     stream = killed_stream.make(prepared)
+    deadline = time.monotonic() + 30
+    while any(is_alive(child) for child in children):
+        assert time.monotonic() < deadline, "workers outlived the process that was killed"
+        time.sleep(0.05)
     assert lines == [[[e.task, e.prompt, e.answer] for e in stream.take(8)] for _ in lines]

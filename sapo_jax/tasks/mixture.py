@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -50,5 +51,5 @@ class _InTurn(Sequence[Example]):
         return len(self.sources) * min(map(len, self.sources))
 
     def __getitem__(self, index: int) -> Example:
-        turn, task = divmod(range(len(self))[index], len(self.sources))
+        turn, task = divmod(range(len(self))[operator.index(index)], len(self.sources))
         return replace(self.sources[task][turn], task=task)
