@@ -53,6 +53,9 @@ def make_tokenizer(c: dict, made: Mapping[str, Task]) -> Tokenizer:
     """
     options = dict(c["tokenizer"])
     directory = options.pop("directory")
+    for field in ("system", "template_options"):
+        alone = "empty without config.tokenizer.directory"
+        require(bool(directory) or not options[field], f"tokenizer.{field}", options[field], alone)
     if not directory:
         return CharTokenizer(tasks.Mixture(made).alphabet)
     try:

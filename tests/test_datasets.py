@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from sapo_jax import datasets
+from sapo_jax import datasets, tasks
 
 PAIRS = [{"prompt": f"{i}+{i}=", "answer": 2 * i} for i in range(50)]
 
@@ -65,6 +65,27 @@ def test_gsm8k_is_parsed_by_the_catalogue(tmp_path):
     assert len(records) == 3
     assert records[0]["short_answer"] == "1,072"
     assert records[0]["annotation"] == worked.removesuffix("#### 1,072")
+
+
+def test_gsm8k_as_a_task(tmp_path):
+    """The worked answer is the demonstration, and it is right by the task's own verdict."""
+    rows = [{"question": f"{i}?", "answer": f"It is <<{i}=9>>9.\n#### {i},000"} for i in (1, 2)]
+    files = dict.fromkeys(("train", "test"), jsonl(tmp_path / "raw.jsonl", rows))
+    datasets.prepare_catalogued("gsm8k", tmp_path / "data", files)
+    task = tasks.make("gsm8k", directory=str(tmp_path / "data" / "gsm8k"))
+    for example in task.examples("train"):
+        assert task.verify(example, example.demonstration) == 1
+        assert task.verify(example, f"It is {int(example.answer[0]) * 1000}") == 1
+        assert task.verify(example, "It is 9") == 0
+
+
+def test_demonstrations_are_kept(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"q": "2+2=", "a": "4", "why": "2+2=4"}])
+    fields = {"prompt": "q", "answer": "a", "demonstration": "why"}
+    out = datasets.prepare_jsonl({"train": path, "test": path}, tmp_path / "out", fields)
+    task = tasks.make("prepared", directory=str(out))
+    assert task.examples("train")[0].demonstration == "2+2=4"
+    assert (task.alphabet, task.max_completion_chars) == ("+24=", 5)
 
 
 GOOD = b'{"prompt": "a", "answer": "b"}\n'

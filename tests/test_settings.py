@@ -60,6 +60,7 @@ WRONG = [
     ({"tasks": {"a": HALF | {"name": "cuntdown"}}}, "tasks.a: unknown", "mean 'countdown'"),
     ({"data.max_prompt_tokens": -1}, "max_prompt_tokens=-1", "at least 0"),
     ({"data.workers": -1}, "workers=-1", "at least 0"),
+    ({"tokenizer.system": "Think."}, "system='Think.'", "empty without config.tokenizer.dir"),
     ({"tokenizer.directory": "nowhere"}, "config.tokenizer: nowhere", "no tokenizer.json"),
     ({"learner.schedule": "cosin"}, "'cosin'", "nearest is 'cosine'"),
     ({"learner.old_logp": "sample"}, "'sample'", "nearest is 'sampler'"),
