@@ -19,7 +19,7 @@ train: $(VENV)/ready
 	$(RUN) --config=configs/quickstart.py --workdir=runs/quickstart
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow

@@ -11,8 +11,9 @@ from sapo_jax import masked, objectives
 from sapo_jax.objectives import Objective
 from sapo_jax.types import Batch, Histogram, Max
 
-LOG_RATIO_EDGES = np.linspace(-0.5, 0.5, 101, dtype=np.float32)
-GATE_EDGES = np.linspace(0, 1.25, 126, dtype=np.float32)
+# Bins of 0.01 with log r = 0, w = 0 and w = 1 in the middle of one, not on an edge.
+LOG_RATIO_EDGES = np.linspace(-0.505, 0.505, 102, dtype=np.float32)
+GATE_EDGES = np.linspace(-0.005, 1.255, 127, dtype=np.float32)
 
 
 def histogram(values: jnp.ndarray, mask: jnp.ndarray, edges: np.ndarray) -> Histogram:

@@ -9,6 +9,8 @@ Hard bounds are `where`s, since the derivative of `clip` is ½ on its bounds. A 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -49,6 +51,28 @@ def sapo(inputs: TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
     tau = _signed(inputs.advantages, hp["tau_pos"], hp["tau_neg"])
     r = jnp.exp(inputs.log_ratio)
     return 4 / tau * logistic(tau * (r - 1)) * inputs.advantages
+
+
+def _soft(antiderivative: Callable, half_width: float) -> Callable:
+    """A SAPO-like gate f(r) = F(κ(r − 1))/κ with F′(0) = 1.
+
+    κ = τ · half_width / 1.7627 gives w = F′ the half-width of SAPO's sech²(τ(r − 1)/2).
+    """
+    factor = half_width / (2 * math.acosh(math.sqrt(2)))
+
+    def gate(inputs: TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
+        del mask
+        kappa = factor * _signed(inputs.advantages, hp["tau_pos"], hp["tau_neg"])
+        u = kappa * (jnp.exp(inputs.log_ratio) - 1)
+        return antiderivative(u) / kappa * inputs.advantages
+
+    return gate
+
+
+# arXiv 2602.19345: other smooth gates; w = e^{−u²}, 1/(1 + u²), 1/(1 + |u|)² in u = κ(r − 1).
+sapo_erf = _soft(lambda u: math.sqrt(math.pi) / 2 * jax.scipy.special.erf(u), math.log(2) ** 0.5)
+sapo_arctan = _soft(jnp.arctan, 1.0)
+sapo_softsign = _soft(lambda u: u / (1 + jnp.where(u < 0, -u, u)), math.sqrt(2) - 1)
 
 
 def clip(inputs: TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
@@ -93,6 +117,59 @@ def p3o(inputs: TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
     del mask
     r = jnp.exp(inputs.log_ratio)
     return 4 / hp["tau"] * logistic(hp["tau"] * (r - 1)) * inputs.advantages
+
+
+def importance(inputs: TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
+    """r·A: the bare importance ratio; GMPO's, whose clip is part of its ratio level.
+
+    Source: arXiv 2507.20673, Eq. 4.
+    """
+    del mask, hp
+    return jnp.exp(inputs.log_ratio) * inputs.advantages
+
+
+def maspo(inputs: TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
+    """MASPO: sg(w)·r·A with w = exp(−(r − 1)²/2s²) where the update pushes r away from 1, else 1.
+
+    s = (σ/π_old^α)·(1 + βA) where A > 0, (σ/π_old^α)/(1 − βA) else; the factors are held to
+    [σ, 10] and [0.1, 10], as in the authors' code. Source: arXiv 2602.17550.
+    """
+    del mask
+    a, r = inputs.advantages, jnp.exp(inputs.log_ratio)
+    by_probability = jnp.clip(
+        hp["sigma"] * jnp.exp(-hp["alpha"] * inputs.old_logp), hp["sigma"], 10
+    )
+    by_advantage = _signed(a, 1 + hp["beta"] * a, 1 / (1 - hp["beta"] * a))
+    width = by_probability * jnp.clip(by_advantage, 0.1, 10)
+    outward = jnp.where(a > 0, r > 1, (a < 0) & (r < 1))
+    weight = jnp.where(outward, jnp.exp(-((r - 1) ** 2) / (2 * width**2)), 1)
+    return sg(weight) * r * a
+
+
+def mhpo(inputs: TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
+    """MHPO: scale·exp(ψ − sg ζ)·A, ψ = b·tanh(ℓ/b), ζ = (σ₊(ψ)/λ₊)^k₊ + (σ₊(−ψ)/λ₋)^k₋.
+
+    σ₊ is softplus. With scale 1 the coefficient at r = 1 is 0.26506: a smaller learning rate in
+    disguise, which `mhpo_unit` takes out. Source: arXiv 2603.16929.
+    """
+    del mask
+    psi = hp["bound"] * jnp.tanh(inputs.log_ratio / hp["bound"])
+    up = (jax.nn.softplus(psi) / hp["lambda_pos"]) ** hp["k_pos"]
+    down = (jax.nn.softplus(-psi) / hp["lambda_neg"]) ** hp["k_neg"]
+    return hp["scale"] * jnp.exp(psi - sg(up + down)) * inputs.advantages
+
+
+def vespo(inputs: TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
+    """VESPO: sg(φ(W))·A·log π_θ, φ = e^λ W^k e^{−λW} of the sequence's product ratio W.
+
+    (k, λ) by the sign of A; values are those of the authors' code, not of its docstring.
+    Source: arXiv 2602.10693.
+    """
+    del mask
+    k = _signed(inputs.advantages, hp["k_pos"], hp["k_neg"])
+    rate = _signed(inputs.advantages, hp["lambda_pos"], hp["lambda_neg"])
+    weight = jnp.exp(rate + k * inputs.log_ratio - rate * jnp.exp(inputs.log_ratio))
+    return sg(weight) * inputs.advantages * inputs.logp
 
 
 def old_kl(inputs: TokenInputs, mask: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sapo_jax import report, rundir, settings, train
+from sapo_jax import progress, rundir, settings, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, local or gs://…")
@@ -39,24 +39,11 @@ def main(argv: list[str]) -> None:
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
         path = train.run(checked, _WORKDIR.value)
     except (ValueError, RuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):
+        if isinstance(error, jax.errors.JaxRuntimeError) or flags.FLAGS["verbosity"].present:
             raise
-        sys.exit(f"error: {error}")
-    print(_reached(report.summary(rundir.read_metrics(_WORKDIR.value))))
+        sys.exit(f"error: {error}\n(--verbosity=0 shows where)")
+    print(progress.reached(rundir.read_metrics(_WORKDIR.value)))
     print(f"report: {path}")
-
-
-def _reached(numbers: dict) -> str:
-    """The end of a run in one line."""
-    parts = [f"{numbers['iterations']} iterations in {numbers['minutes']:.1f} minutes"]
-    for name, key in (("reward", "reward"), ("loss", "loss"), ("Pass@1", "pass_at_1")):
-        first, last = numbers[f"{key}_first"], numbers[f"{key}_last"]
-        if first is not None and not (name == "loss" and numbers["reward_last"] is not None):
-            parts.append(f"{name} {first:.3f} → {last:.3f}")
-    if numbers["pass_at_1_last"] is not None:
-        low, high = numbers["pass_at_1_last_low"], numbers["pass_at_1_last_high"]
-        parts.append(f"95% interval {low:.3f} to {high:.3f}")
-    return ", ".join(parts)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,9 @@ DOMAINS = {
     "eps_low": _NOT_NEGATIVE,
     "eps_high": _NOT_NEGATIVE,
     "kl_coef": _NOT_NEGATIVE,
+    **dict.fromkeys(("sigma", "bound", "scale"), _POSITIVE),
+    **dict.fromkeys(("k_pos", "k_neg", "lambda_pos", "lambda_neg"), _POSITIVE),
+    **dict.fromkeys(("alpha", "beta"), _NOT_NEGATIVE),
     "dual_clip": (lambda v: v > 1, "a number > 1 (inf switches it off)"),
     "max_length": (lambda v: v >= 1, "a number ≥ 1"),
 }
@@ -78,8 +82,25 @@ def _clipped(ratio: str, aggregation: str, eps_low: float, eps_high: float, **mo
     return _preset(gates.clip, ratio, aggregation, **hyperparameters)
 
 
+# The coefficient of MHPO at r = 1, e^{−ζ} with ζ = (log 2)^1.5 + (log 2 / 0.8)².
+_MHPO_AT_1 = math.exp(-(math.log(2) ** 1.5) - (math.log(2) / 0.8) ** 2)
+
+
+def _mhpo(scale: float) -> Objective:
+    shape = {"bound": 1.5, "k_pos": 1.5, "lambda_pos": 1.0, "k_neg": 2.0, "lambda_neg": 0.8}
+    return _preset(gates.mhpo, "token", "seq_mean", scale=scale, **shape)
+
+
+def _vespo(**hyperparameters) -> Objective:
+    return _preset(gates.vespo, "product", "token_mean", **hyperparameters)
+
+
 OBJECTIVES: dict[str, Objective] = {
     "sapo": _preset(gates.sapo, "token", "seq_mean", tau_pos=1.0, tau_neg=1.05),
+    **{
+        name: _preset(getattr(gates, name), "token", "seq_mean", tau_pos=1.0, tau_neg=1.05)
+        for name in ("sapo_erf", "sapo_arctan", "sapo_softsign")
+    },
     "grpo": _clipped("token", "seq_mean", 0.2, 0.2),
     "gspo": _clipped("sequence", "seq_mean", 3e-4, 4e-4),
     "gspo_token": _clipped("sequence_token", "seq_mean", 3e-4, 4e-4),
@@ -89,6 +110,12 @@ OBJECTIVES: dict[str, Objective] = {
     "cispo": _preset(gates.cispo, "token", "token_mean", eps_low=1.0, eps_high=4.0),
     "p3o": _preset(gates.p3o, "token", "seq_mean", kl_against="old", tau=4.0, kl_coef=0.1),
     "reinforce": _preset(gates.reinforce, "token", "seq_mean"),
+    "gmpo": _preset(gates.importance, "geo_clipped", "seq_mean", eps_low=0.4, eps_high=0.4),
+    "luspo": _clipped("sequence", "seq_sum", 3e-4, 4e-4),
+    "maspo": _preset(gates.maspo, "token", "token_mean", sigma=1.0, alpha=0.3, beta=0.03),
+    "mhpo": _mhpo(1.0),
+    "mhpo_unit": _mhpo(1 / _MHPO_AT_1),
+    "vespo": _vespo(k_pos=2.0, lambda_pos=3.0, k_neg=3.0, lambda_neg=2.0),
 }
 
 

@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Iterator
 
+WALL = ("time/iteration", "time/eval", "time/checkpoint")  # disjoint; their sum is the run's time
+
 
 class Clock:
     """Seconds by phase since the last `lap`."""
@@ -71,3 +73,18 @@ class Progress:
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
+
+
+def reached(records: list[dict]) -> str:
+    """The end of a run in one line, from its records."""
+    seconds = sum(v for r in records for k, v in r.items() if k in WALL and v)
+    parts = [f"{records[-1]['iteration']} iterations in {seconds / 60:.1f} minutes"]
+    for name, key in (("reward", "reward/mean"), ("Pass@1", "eval/pass_at_1")):
+        values = [r[key] for r in records if r.get(key) is not None]
+        if values:
+            parts.append(f"{name} {values[0]:.3f} → {values[-1]:.3f}")
+    last = records[-1]
+    if last.get("eval/pass_at_1_low") is not None:
+        low, high = last["eval/pass_at_1_low"], last["eval/pass_at_1_high"]
+        parts.append(f"95% interval {low:.3f} to {high:.3f}")
+    return ", ".join(parts)

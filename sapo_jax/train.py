@@ -5,54 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+from absl import logging
 from etils import epath
 
-from sapo_jax import checkpoint, experience, learner, report, rundir, streams
-from sapo_jax.model import params as parameters
+from sapo_jax import checkpoint, experience, learner, rundir, startup, streams
 from sapo_jax.progress import Clock, Progress
 from sapo_jax.settings import Settings
 from sapo_jax.types import TrainState
 
 
-def _start(
-    settings: Settings, checkpoints: checkpoint.Checkpoints
-) -> tuple[TrainState, streams.Stream, Any]:
-    """State, data stream and reference policy: of the newest checkpoint, or of a new run."""
-    c, device = settings.config, jax.devices()[0]
-    abstract, latest = parameters.abstract(settings.model), checkpoints.latest()
-    objective = settings.hp.objective
-    to_reference = objective.kl_against == "ref" and objective.hyperparameters["kl_coef"] != 0
-    weights = None
-    if c["init_from"] and (latest is None or to_reference):
-        source = epath.Path(c["init_from"]) / "checkpoints"
-        weights = jax.device_put(checkpoint.restore_params(source, abstract), device)
-    stream = experience.open_stream(settings, workers=c["data"]["workers"])
-    if latest is None:
-        start = parameters.init(settings.model, c["seed"]) if weights is None else weights
-        state = learner.init(jax.tree.map(jnp.copy, start), settings.hp)
-    else:
-        wanted = jax.eval_shape(learner.init, abstract, settings.hp)
-        state, meta = checkpoints.restore(latest, wanted)
-        stream.position = meta["position"]
-    reference = weights if to_reference else None
-    return jax.device_put(state, device), stream, reference
-
-
-def _warm_up(settings: Settings, state: TrainState, reference: Any, bar: Progress) -> None:
-    """Compile every program by one iteration and one evaluation on completions of length 0."""
-    examples = experience.open_stream(settings)
-    collect = experience.SOURCES[settings.config["source"]]
-    notes = (lambda text: bar.note(f"compiling: {text}"),)
-    got = collect(settings, state.params, reference, examples, 0, Clock(), *notes)
-    bar.note("compiling: update")
-    learner.learn(jax.tree.map(jnp.copy, state), got.minibatches, settings.hp)
-    if settings.config["eval"]["every"]:
-        experience.held_out(settings, state.params, *notes)
-
-
 def run(settings: Settings, workdir: epath.PathLike) -> epath.Path:
-    """Train, or go on training, in a run directory; returns the path of its report.
+    """Train, or go on training, in a run directory; returns the path that its report has.
 
     Raises:
       ValueError: the directory belongs to a run with another config, or a checkpoint that is
@@ -63,13 +26,31 @@ def run(settings: Settings, workdir: epath.PathLike) -> epath.Path:
     with rundir.Lease(workdir):
         rundir.check_config(workdir, settings.config, may_differ=settings.may_differ)
         with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
-            state, stream, reference = _start(settings, checkpoints)
+            state, stream, reference = startup.start(settings, checkpoints)
             rundir.write_config(workdir, settings.config)
             _loop(settings, workdir, checkpoints, state, stream, reference)
-        return epath.Path(report.write(workdir))
+        return _report(workdir)
 
 
-def _loop(settings, workdir, checkpoints, state, stream, reference) -> None:
+def _report(workdir: epath.Path) -> epath.Path:
+    """Write the report, where this machine can draw."""
+    try:
+        from sapo_jax import report
+
+        return report.write(workdir)
+    except ImportError as error:
+        logging.warning("No report: %s. Elsewhere: python -m sapo_jax.report %s", error, workdir)
+        return workdir / "report.html"
+
+
+def _loop(
+    settings: Settings,
+    workdir: epath.Path,
+    checkpoints: checkpoint.Checkpoints,
+    state: TrainState,
+    stream: streams.Stream,
+    reference: Any,
+) -> None:
     c = settings.config
     collect = experience.SOURCES[c["source"]]
     total, done = c["iterations"], int(state.iteration)
@@ -80,7 +61,7 @@ def _loop(settings, workdir, checkpoints, state, stream, reference) -> None:
         metrics.close()
         return
     bar, clock = Progress(total, done, c["name"]), Clock()
-    _warm_up(settings, state, reference, bar)
+    startup.warm_up(settings, state, reference, bar)
     if not resumed and c["eval"]["every"]:
         record = {"iteration": 0, "update": 0, **experience.held_out(settings, state.params)}
         metrics.write(record)
@@ -93,7 +74,7 @@ def _loop(settings, workdir, checkpoints, state, stream, reference) -> None:
             got = collect(settings, state.params, reference, stream, iteration, clock)
             with clock("update"):
                 state, record = learner.learn(state, got.minibatches, settings.hp)
-        if trace and iteration == min(trace[-1], total):
+        if iteration in trace and iteration == min(trace[-1], total):
             jax.profiler.stop_trace()
         record |= {"iteration": iteration, "update": int(state.update), **got.metrics}
         last = iteration == total

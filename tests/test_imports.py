@@ -14,7 +14,7 @@ tasks.base tasks.chain_sum tasks.countdown tasks.prepared tasks.mixture tasks
 streams data rewards
 diagnostics sampling decoding sampler learner checkpoint rundir progress
 population gradlab evaluate report_words report_page report_plots report preflight
-inputs settings experience
+inputs settings experience startup
 train
 sweep main
 """

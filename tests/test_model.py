@@ -122,7 +122,7 @@ def test_head_equals_dense_softmax(chunk, masked_in, rng):
             return jnp.sum(outs[0] * a + outs[1] * b), outs
 
         def dense(h, w):
-            outs = [jnp.where(mask, x, 0) for x in dense_head(h, w, targets, temperature)]
+            outs = tuple(jnp.where(mask, x, 0) for x in dense_head(h, w, targets, temperature))
             return jnp.sum(outs[0] * a + outs[1] * b), outs
 
         got, expected = (

@@ -28,10 +28,10 @@ def precision(request):
         yield jnp.dtype(name), tolerance
 
 
-def curve(objective, sign, dtype, **hp):
+def curve(objective, sign, dtype, old=OLD, **hp):
     """Per-token surrogate, its derivative in r, and c, on the grid of ratios, from the loss."""
     log_ratio = jnp.log(jnp.asarray(GRID, dtype))[:, None]
-    old = jnp.full_like(log_ratio, OLD)
+    logp, old = log_ratio + jnp.asarray(old, dtype), jnp.full_like(log_ratio, old)
     mask = jnp.ones(log_ratio.shape, bool)
     advantages = jnp.full(len(GRID), sign, dtype)
 
@@ -40,10 +40,10 @@ def curve(objective, sign, dtype, **hp):
 
     def token(row):
         one = slice(row, row + 1)
-        rows = (log_ratio[one] + OLD, old[one], advantages[one], mask[one])
+        rows = (logp[one], old[one], advantages[one], mask[one])
         return -policy_loss(objective, *rows, **hp)[0] * sign
 
-    c = -jax.grad(total)(log_ratio + OLD)[:, 0] * sign
+    c = -jax.grad(total)(logp)[:, 0] * sign
     f = np.array([token(i) for i in range(len(GRID))])
     return f, np.asarray(c) / GRID, np.asarray(c)
 
@@ -84,6 +84,22 @@ def test_table_rows_of_the_other_gates(precision):
         np.testing.assert_allclose(w[keep], golden[keep], rtol=0, atol=20 * tolerance, err_msg=key)
     _, _, c = curve("cispo", 1, dtype, eps_low=1.0, eps_high=0.28)
     np.testing.assert_allclose(c, np.minimum(GRID, 1.28), atol=20 * tolerance)
+    for name, sign, key in (
+        ("maspo", 1, "MASPO w A=1.0 pold=1.0"), ("maspo", -1, "MASPO w A=-1.0 pold=1.0"),
+        ("sapo_erf", 1, "erf_w matched to sigmoid tau=1"),
+        ("sapo_arctan", 1, "atan_w matched to sigmoid tau=1"),
+        ("sapo_softsign", 1, "ss_w matched to sigmoid tau=1"),
+    ):  # fmt: skip
+        _, w, _ = curve(name, sign, dtype, old=0.0)
+        np.testing.assert_allclose(w, GOLDEN["other"][key], rtol=0, atol=20 * tolerance)
+    _, w, _ = curve("maspo", 1, dtype, old=float(np.log(0.01)))
+    np.testing.assert_allclose(w, GOLDEN["other"]["MASPO w A=1.0 pold=0.01"], atol=20 * tolerance)
+    for name, sign, key in (
+        ("mhpo", 1, "MHPO logpi coef"),
+        ("vespo", 1, "VESPO phi A>=0 (2,3)"), ("vespo", -1, "VESPO phi A<0 (3,2)"),
+    ):  # fmt: skip
+        _, _, c = curve(name, sign, dtype)
+        np.testing.assert_allclose(c, GOLDEN["other"][key], rtol=0, atol=20 * tolerance)
     f, _, _ = curve("p3o", 1, dtype, kl_coef=0.0)
     np.testing.assert_allclose(f, GOLDEN["other"]["P3O tau=4 f"], atol=20 * tolerance)
     _, _, c = curve("reinforce", -1, dtype)
@@ -152,8 +168,8 @@ NAMES = sorted(OBJECTIVES)
 def test_gradient_agrees_with_finite_differences(name, rng):
     """The value and the gradient belong together (f64, away from the kinks).
 
-    CISPO and the token form of GSPO hold a coefficient fixed on purpose; there the finite
-    difference is that of the surrogate with the coefficient frozen, which is what is checked.
+    Objectives that hold a coefficient fixed by stop-gradient have no such value: for them the
+    gradient is compared with −c·A below.
     """
     with jax.enable_x64(True):
         logp, old, advantages, mask = (jnp.asarray(x) for x in random_batch(rng))
@@ -164,7 +180,7 @@ def test_gradient_agrees_with_finite_differences(name, rng):
 
         grad = jax.grad(loss)(logp)
         assert not np.any(np.asarray(grad)[~np.asarray(mask)])
-        if name in ("cispo", "gspo_token"):
+        if name in ("cispo", "gspo_token", "maspo", "mhpo", "mhpo_unit", "vespo"):
             return
         direction = jnp.asarray(rng.normal(size=logp.shape))
         step = 1e-6
@@ -202,7 +218,8 @@ def test_on_policy_every_coefficient_is_one(name, rng):
     objective = dataclasses.replace(OBJECTIVES[name], aggregation=aggregation)
     grad = jax.grad(lambda x: policy_loss(objective, x, logp, advantages, mask, **hp)[0])(logp)
     sequences = (mask.sum(-1) > 0).sum()
-    expected = -np.where(mask, advantages[:, None], 0) / sequences
+    at_one = 0.2650622 if name == "mhpo" else 1.0  # a smaller learning rate in disguise
+    expected = -at_one * np.where(mask, advantages[:, None], 0) / sequences
     np.testing.assert_allclose(grad, expected, atol=1e-6)
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import checkpoint, learner, rundir, settings, train
+from sapo_jax import checkpoint, learner, rundir, settings, startup, train
 from sapo_jax.model import params
 from tests import fakes, tiny_config
 
@@ -113,15 +113,15 @@ def test_the_run_directory_holds_what_a_person_needs(whole):
 def test_nothing_compiles_after_the_start(tmp_path, monkeypatch):
     """30 iterations, lengths through every bucket, evaluations, and a resume: 0 compilations."""
     counts = []
-    loop_starts = train._warm_up
+    warm_up = startup.warm_up
 
     def counted(*arguments):
-        loop_starts(*arguments)
+        warm_up(*arguments)
         counter = fakes.Compilations()
         counter.__enter__()
         counts.append(counter)
 
-    monkeypatch.setattr(train, "_warm_up", counted)
+    monkeypatch.setattr(startup, "warm_up", counted)
     fields = {"eval.every": 10, "checkpoint.every": 16, "sampler.max_new_tokens": 40}
     run(tmp_path / "run", iterations=16, **fields)
     counts[0].__exit__()

@@ -1,0 +1,51 @@
+"""What a run starts from: its state, data and reference policy, and its compiled programs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from sapo_jax import checkpoint, experience, learner, streams
+from sapo_jax.model import params as parameters
+from sapo_jax.progress import Clock, Progress
+from sapo_jax.settings import Settings
+from sapo_jax.types import TrainState
+
+
+def start(
+    settings: Settings, checkpoints: checkpoint.Checkpoints
+) -> tuple[TrainState, streams.Stream, Any]:
+    """State, data stream and reference policy: of the newest checkpoint, or of a new run."""
+    c, device = settings.config, jax.devices()[0]
+    abstract, latest = parameters.abstract(settings.model), checkpoints.latest()
+    objective = settings.hp.objective
+    to_reference = objective.kl_against == "ref" and objective.hyperparameters["kl_coef"] != 0
+    weights = None
+    if c["init_from"] and (latest is None or to_reference):
+        source = epath.Path(c["init_from"]) / "checkpoints"
+        weights = jax.device_put(checkpoint.restore_params(source, abstract), device)
+    stream = experience.open_stream(settings, workers=c["data"]["workers"])
+    if latest is None:
+        start = parameters.init(settings.model, c["seed"]) if weights is None else weights
+        state = learner.init(jax.tree.map(jnp.copy, start), settings.hp)
+    else:
+        wanted = jax.eval_shape(learner.init, abstract, settings.hp)
+        state, meta = checkpoints.restore(latest, wanted)
+        stream.position = meta["position"]
+    reference = weights if to_reference else None
+    return jax.device_put(state, device), stream, reference
+
+
+def warm_up(settings: Settings, state: TrainState, reference: Any, bar: Progress) -> None:
+    """Compile every program by one iteration and one evaluation on completions of length 0."""
+    examples = experience.open_stream(settings)
+    collect = experience.SOURCES[settings.config["source"]]
+    notes = (lambda text: bar.note(f"compiling: {text}"),)
+    got = collect(settings, state.params, reference, examples, 0, Clock(), *notes)
+    bar.note("compiling: update")
+    learner.learn(jax.tree.map(jnp.copy, state), got.minibatches, settings.hp)
+    if settings.config["eval"]["every"]:
+        experience.held_out(settings, state.params, *notes)
