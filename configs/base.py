@@ -3,6 +3,25 @@
 from ml_collections import ConfigDict, config_dict
 
 
+def _asked(c: ConfigDict) -> None:
+    c.task = ConfigDict()
+    c.task.name = "chain_sum"
+    c.task.options = ConfigDict(type_safe=False)  # arguments of the task's class
+    # A mixture in its place: {"a": {"name": …, "options": {…}, "share": 0.5}, …}. A share is of the
+    # prompts of every batch; shares add up to 1.
+    c.tasks = ConfigDict(type_safe=False)
+
+    c.data = ConfigDict()
+    c.data.max_prompt_tokens = 0  # longer prompts are dropped and counted; 0: the task's own bound
+    c.data.workers = 0  # processes that read ahead, for each task; speed, not results
+
+    c.tokenizer = ConfigDict()
+    c.tokenizer.directory = ""  # Hugging Face directory; "": one token per character of the task
+    c.tokenizer.chat = True  # prompts by the directory's chat template, not as plain text
+    c.tokenizer.system = ""  # system message of each prompt; "": none
+    c.tokenizer.template_options = ConfigDict(type_safe=False)  # such as enable_thinking
+
+
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.name = "base"
@@ -11,9 +30,7 @@ def get_config() -> ConfigDict:
     c.init_from = ""  # run directory whose newest parameters start this run; "" starts at random
     c.iterations = 100
 
-    c.task = ConfigDict()
-    c.task.name = "chain_sum"
-    c.task.options = ConfigDict(type_safe=False)  # arguments of the task's class
+    _asked(c)
 
     c.model = ConfigDict()
     c.model.preset = "tiny"

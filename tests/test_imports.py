@@ -6,14 +6,15 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = """
-types masked axes
+types masked axes checks
 gates ratios aggregations objectives advantages corrections sharding distributed tokenizer
+hf_tokenizer datasets
 model.config model.params model.attention model.moe model.head model.transformer model.hf model
-tasks.base tasks.chain_sum tasks.countdown tasks
-data rewards
+tasks.base tasks.chain_sum tasks.countdown tasks.prepared tasks.mixture tasks
+streams data rewards
 diagnostics sampling decoding sampler learner checkpoint rundir progress
 population gradlab evaluate report_words report_page report_plots report preflight
-settings experience startup
+inputs settings experience startup
 train
 sweep main
 """
