@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from sapo_jax import sampling
-from sapo_jax.model import attention, transformer
+from sapo_jax.model import attention, params, transformer
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.types import LENGTH, STOP, Prompts, Rollout
 
@@ -40,26 +40,26 @@ class Decoding:
 
 
 @partial(jax.jit, static_argnames="config")
-def _convert(params: Any, config: ModelConfig) -> Any:
-    cast = jax.tree.map(lambda x: x.astype(config.compute_dtype), params)
-    layers = [
-        {name: value[i] for name, value in cast["layers"].items()}
-        for i in range(config.num_hidden_layers)
-    ]
-    return {**cast, "layers": layers}
+def _convert(weights: Any, config: ModelConfig) -> Any:
+    def cast(path, x):  # a router decides in f32, in the sampler as in the learner
+        is_router = getattr(path[-1], "key", None) == "router"
+        return x if is_router else x.astype(config.compute_dtype)
+
+    converted = jax.tree.map_with_path(cast, weights)
+    return {**converted, "layers": params.unstack(converted["layers"], config)}
 
 
-def to_sampler(params: Any, config: ModelConfig) -> Any:
+def to_sampler(weights: Any, config: ModelConfig) -> Any:
     """Parameters as the sampler reads them: compute dtype, one leaf per layer.
 
     Decoding from slices of stacked weights would copy them at each step. What has the dtype and
     the layout already comes back as it is, buffers included.
     """
-    if isinstance(params["layers"], list):
-        return params
+    if isinstance(weights["layers"], list):
+        return weights
     dtype = jnp.dtype(config.compute_dtype)
-    same = {k: v for k, v in params.items() if k != "layers" and v.dtype == dtype}
-    return _convert({k: v for k, v in params.items() if k not in same}, config) | same
+    same = {k: jnp.asarray(v) for k, v in weights.items() if k != "layers" and v.dtype == dtype}
+    return _convert({k: v for k, v in weights.items() if k not in same}, config) | same
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
@@ -120,32 +120,32 @@ def _record(state: Decoding, config: ModelConfig, prompt_Q, index_Q, token_QG, l
 
 
 @partial(jax.jit, static_argnames=("config", "truncate"), donate_argnames="state")
-def fill_slots(params, config, prompts, base, controls, state, slot_F, prompt_F, *, truncate):
+def fill_slots(weights, config, prompts, base, controls, state, slot_F, prompt_F, *, truncate):
     """Fill slots with prompts (entries of slot_F that are Q fill nothing) and draw first tokens."""
     q, group = state.done.shape
     tokens_FN = prompts.tokens.at[prompt_F].get(mode="clip")
     length_F = prompts.length.at[prompt_F].get(mode="clip")
     ids_F = prompts.id.at[prompt_F].get(mode="clip")
     segments_FN = jnp.ones_like(tokens_FN)
-    rope = attention.rotary(attention.positions(segments_FN), config.head_dim, config.rope_theta)
-    x = transformer.embed(params, config, tokens_FN)
+    rope = attention.rotary(attention.positions(segments_FN), config)
+    x = transformer.embed(weights, config, tokens_FN)
     prompt_kv = []
-    for weights, cache in zip(params["layers"], state.prompt_kv, strict=True):
+    for layer, cache in zip(weights["layers"], state.prompt_kv, strict=True):
         fresh = []
 
         def attend(q_, k, v, fresh=fresh):
             fresh.extend(jnp.swapaxes(y, 1, 2).astype(config.cache_dtype) for y in (k, v))
             return attention.causal(q_, k, v, segments_FN)
 
-        x = transformer.layer(weights, config, x, rope, attend)
+        x, _ = transformer.layer(layer, config, x, rope, attend)
         prompt_kv.append(
             tuple(
                 old.at[slot_F].set(new, mode="drop") for old, new in zip(cache, fresh, strict=True)
             )
         )
     last_FD = jnp.take_along_axis(x, (length_F - 1)[:, None, None], 1)[:, 0]
-    last_FD = transformer.rms_norm(last_FD, params["final_norm"], config.rms_norm_eps)
-    logits_FV = transformer.logits_of(params, config, last_FD)
+    last_FD = transformer.rms_norm(last_FD, weights["final_norm"], config.rms_norm_eps)
+    logits_FV = transformer.logits_of(weights, config, last_FD)
     keys_FG = sampling.row_keys(base, ids_F, group)
     logits_FGV = jnp.broadcast_to(logits_FV[:, None], (*keys_FG.shape, logits_FV.shape[-1]))
     index_F = jnp.zeros_like(slot_F)
@@ -170,22 +170,22 @@ def fill_slots(params, config, prompts, base, controls, state, slot_F, prompt_F,
     )
 
 
-def _step(params, config, controls, truncate, state: Decoding) -> Decoding:
+def _step(weights, config, controls, truncate, state: Decoding) -> Decoding:
     """Feed the last tokens, draw the next."""
     _, n = state.prompt_kv[0][0].shape[1:3]
     c = state.own_kv[0][0].shape[3]
     t = state.tokens.shape[-1]
     index_Q = state.clock - state.start
     position_QG = jnp.broadcast_to((state.length + index_Q)[:, None], state.token.shape)
-    rope = attention.rotary(position_QG, config.head_dim, config.rope_theta)
+    rope = attention.rotary(position_QG, config)
     at = state.clock % t
     age_C = (state.clock - jnp.arange(c)) % t
     own_visible_QC = age_C[None, :] <= index_Q[:, None]
     prompt_visible_QN = jnp.arange(n)[None, :] < state.length[:, None]
-    x = transformer.embed(params, config, state.token)
+    x = transformer.embed(weights, config, state.token)
     own_kv = []
-    for weights, prompt_kv, cache in zip(
-        params["layers"], state.prompt_kv, state.own_kv, strict=True
+    for layer, prompt_kv, cache in zip(
+        weights["layers"], state.prompt_kv, state.own_kv, strict=True
     ):
         fresh = []
 
@@ -195,10 +195,10 @@ def _step(params, config, controls, truncate, state: Decoding) -> Decoding:
                 fresh.append(jax.lax.dynamic_update_slice_in_dim(old, update, at, 3))
             return attention.cached(q, prompt_kv, fresh, prompt_visible_QN, own_visible_QC)
 
-        x = transformer.layer(weights, config, x, rope, attend)
+        x, _ = transformer.layer(layer, config, x, rope, attend)
         own_kv.append(tuple(fresh))
-    x = transformer.rms_norm(x, params["final_norm"], config.rms_norm_eps)
-    logits_QGV = transformer.logits_of(params, config, x)
+    x = transformer.rms_norm(x, weights["final_norm"], config.rms_norm_eps)
+    logits_QGV = transformer.logits_of(weights, config, x)
     token_QG, logp_QG = _draw_all(state.keys, index_Q + 1, logits_QGV, controls, truncate)
     live_QG = ~state.done
     state, ended_QG = _record(
@@ -213,14 +213,14 @@ def _step(params, config, controls, truncate, state: Decoding) -> Decoding:
 
 
 @partial(jax.jit, static_argnames=("config", "truncate"), donate_argnames="state")
-def decode(params, config, controls, state, until, enough, *, truncate):
+def decode(weights, config, controls, state, until, enough, *, truncate):
     """Decode until the clock reaches ``until`` or at least ``enough`` slots have finished."""
 
     def go_on(s):
         finished = jnp.sum(jnp.all(s.done, -1))
         return (s.clock < until) & (finished < enough)
 
-    state = jax.lax.while_loop(go_on, partial(_step, params, config, controls, truncate), state)
+    state = jax.lax.while_loop(go_on, partial(_step, weights, config, controls, truncate), state)
     return state, jnp.all(state.done, -1)
 
 

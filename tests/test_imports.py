@@ -8,7 +8,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROWS = """
 types masked axes
 gates ratios aggregations objectives advantages corrections sharding distributed tokenizer
-model.config model.params model.attention model.moe model.head model.transformer model.hf model
+model.rope model.config model.params model.attention model.moe model.head model.transformer
+model.hf model
 tasks.base tasks.chain_sum tasks.countdown tasks
 data rewards
 diagnostics sampling decoding sampler learner checkpoint rundir progress
