@@ -217,3 +217,34 @@ def count(config: ModelConfig) -> int:
 def head_weight(params: Any) -> jax.Array:
     """The output matrix [V, D]: the embedding's where they are tied."""
     return params.get("head", params["embed"])
+
+
+PARTITION = {
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "expert_mlp": "tensor",
+    "experts": "expert",
+}  # logical axis: mesh axis; the others are replicated
+
+
+def shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Where the parameters lie on a mesh: each logical axis on its mesh axis, if the mesh has it.
+
+    Raises:
+      ValueError: a dimension that does not divide, naming parameter, axis and sizes.
+    """
+
+    def place(spec):
+        parts = [PARTITION.get(a) if PARTITION.get(a) in mesh.shape else None for a in spec.axes]
+        for axis, size, part in zip(spec.axes, spec.shape, parts, strict=True):
+            if part and size % mesh.shape[part]:
+                raise ValueError(
+                    f"{spec.hf_name}: axis {axis!r} of size {size} does not divide by the mesh "
+                    f"axis {part!r} of size {mesh.shape[part]}"
+                )
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*parts))
+
+    return _map(place, table(config))
