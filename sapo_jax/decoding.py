@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from sapo_jax import sampling
-from sapo_jax.model import attention, params, transformer
+from sapo_jax.model import attention, moe, params, transformer
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.types import LENGTH, STOP, Prompts, Rollout
 
@@ -37,6 +37,9 @@ class Decoding:
     logp: jax.Array  # f32[P + 1, G, T]
     count: jax.Array  # i32[P + 1, G], tokens of the completion
     finished: jax.Array  # i32[P + 1, G], STOP or LENGTH
+    routing: Any = (
+        None  # MoE: experts of prompts [P + 1, N, L', k], completions [P + 1, G, T, L', k]
+    )
 
 
 @partial(jax.jit, static_argnames="config")
@@ -89,7 +92,22 @@ def empty(
         logp=jnp.zeros((prompts + 1, group, t), jnp.float32),
         count=jnp.zeros((prompts + 1, group), jnp.int32),
         finished=jnp.zeros((prompts + 1, group), jnp.int32),
+        routing=_no_routing(config, (prompts + 1, width), (prompts + 1, group, t)),
     )
+
+
+def _no_routing(config: ModelConfig, *shapes: tuple[int, ...]) -> Any:
+    """Nothing recorded yet, −1; None for a dense model."""
+    if not config.num_experts:
+        return None
+    choice, dtype = (len(config.sparse_layers), config.num_experts_per_tok), moe.id_dtype(config)
+    return tuple(jnp.full((*shape, *choice), -1, dtype) for shape in shapes)
+
+
+def _join(routings: list) -> jax.Array | None:
+    """The experts of all sparse layers, [..., L', k]."""
+    chosen = [r.experts for r in routings if r is not None]
+    return jnp.stack(chosen, -2) if chosen else None
 
 
 def _draw_all(keys, index_Q, logits_QGV, controls, truncate):
@@ -129,7 +147,7 @@ def fill_slots(weights, config, prompts, base, controls, state, slot_F, prompt_F
     segments_FN = jnp.ones_like(tokens_FN)
     rope = attention.rotary(attention.positions(segments_FN), config)
     x = transformer.embed(weights, config, tokens_FN)
-    prompt_kv = []
+    prompt_kv, routings = [], []
     for layer, cache in zip(weights["layers"], state.prompt_kv, strict=True):
         fresh = []
 
@@ -137,7 +155,8 @@ def fill_slots(weights, config, prompts, base, controls, state, slot_F, prompt_F
             fresh.extend(jnp.swapaxes(y, 1, 2).astype(config.cache_dtype) for y in (k, v))
             return attention.causal(q_, k, v, segments_FN)
 
-        x, _ = transformer.layer(layer, config, x, rope, attend)
+        x, routed = transformer.layer(layer, config, x, rope, attend)
+        routings.append(routed)
         prompt_kv.append(
             tuple(
                 old.at[slot_F].set(new, mode="drop") for old, new in zip(cache, fresh, strict=True)
@@ -159,7 +178,7 @@ def fill_slots(weights, config, prompts, base, controls, state, slot_F, prompt_F
     def fill(old, new):
         return old.at[slot_F].set(new, mode="drop")
 
-    return state.replace(
+    return _keep_prompt_routing(state, routings, prompt_F).replace(
         prompt_kv=prompt_kv,
         prompt=fill(state.prompt, prompt_F),
         length=fill(state.length, length_F),
@@ -168,6 +187,25 @@ def fill_slots(weights, config, prompts, base, controls, state, slot_F, prompt_F
         done=fill(state.done, ended_FG),
         keys=fill(state.keys, keys_FG),
     )
+
+
+def _keep_prompt_routing(state: Decoding, routings: list, prompt_F: jax.Array) -> Decoding:
+    """Record what prefill routed; entries that fill nothing name a prompt out of range."""
+    if state.routing is None:
+        return state
+    prompts, completions = state.routing
+    prompts = prompts.at[prompt_F].set(_join(routings).astype(prompts.dtype), mode="drop")
+    return state.replace(routing=(prompts, completions))
+
+
+def _keep_routing(state: Decoding, routings: list, index_Q, live_QG) -> Decoding:
+    """Record what the tokens just fed were routed to, at their place in the completion."""
+    if state.routing is None:
+        return state
+    prompts, completions = state.routing
+    at = (state.prompt[:, None], jnp.arange(live_QG.shape[1])[None, :], index_Q[:, None])
+    new = jnp.where(live_QG[..., None, None], _join(routings), completions[at])
+    return state.replace(routing=(prompts, completions.at[at].set(new.astype(completions.dtype))))
 
 
 def _step(weights, config, controls, truncate, state: Decoding) -> Decoding:
@@ -183,7 +221,7 @@ def _step(weights, config, controls, truncate, state: Decoding) -> Decoding:
     own_visible_QC = age_C[None, :] <= index_Q[:, None]
     prompt_visible_QN = jnp.arange(n)[None, :] < state.length[:, None]
     x = transformer.embed(weights, config, state.token)
-    own_kv = []
+    own_kv, routings = [], []
     for layer, prompt_kv, cache in zip(
         weights["layers"], state.prompt_kv, state.own_kv, strict=True
     ):
@@ -195,12 +233,14 @@ def _step(weights, config, controls, truncate, state: Decoding) -> Decoding:
                 fresh.append(jax.lax.dynamic_update_slice_in_dim(old, update, at, 3))
             return attention.cached(q, prompt_kv, fresh, prompt_visible_QN, own_visible_QC)
 
-        x, _ = transformer.layer(layer, config, x, rope, attend)
+        x, routed = transformer.layer(layer, config, x, rope, attend)
+        routings.append(routed)
         own_kv.append(tuple(fresh))
     x = transformer.rms_norm(x, weights["final_norm"], config.rms_norm_eps)
     logits_QGV = transformer.logits_of(weights, config, x)
     token_QG, logp_QG = _draw_all(state.keys, index_Q + 1, logits_QGV, controls, truncate)
     live_QG = ~state.done
+    state = _keep_routing(state, routings, jnp.minimum(index_Q, t - 1), live_QG)
     state, ended_QG = _record(
         state, config, state.prompt, jnp.minimum(index_Q + 1, t - 1), token_QG, logp_QG, live_QG
     )
@@ -241,7 +281,7 @@ def take(state: Decoding, slots: jax.Array) -> Decoding:
 
 
 @partial(jax.jit, static_argnames="config")
-def assemble(config, results, prompts: Prompts, iteration) -> Rollout:
+def assemble(config, results, prompts: Prompts, iteration, routing=None) -> Rollout:
     """Join prompts and completions into left-aligned, gap-free rows."""
     tokens_PGT, logp_PGT, count_PG, finished_PG = (x[:-1] for x in results)
     p, n = prompts.tokens.shape
@@ -271,7 +311,21 @@ def assemble(config, results, prompts: Prompts, iteration) -> Rollout:
         policy_step=jnp.full(p * group, iteration, jnp.int32),
         finished=finished_PG.reshape(-1),
         segments=rows((inside | in_prompt).astype(jnp.int32)),
+        routing=None if routing is None else _assemble_routing(routing, offset, inside, in_prompt),
     )
+
+
+def _assemble_routing(routing, offset_PGS, inside_PGS, in_prompt_PGS) -> jax.Array:
+    """Routing of prompts and completions at their places in the rows, [B, S, L', k]."""
+    prompts, completions = (x[:-1] for x in routing)
+    p, g, s = inside_PGS.shape
+    t, *choice = completions.shape[2:]
+    prompts = jnp.pad(prompts, ((0, 0), (0, t), (0, 0), (0, 0)), constant_values=-1)[:, None]
+    index = jnp.broadcast_to(jnp.clip(offset_PGS, 0, t - 1), (p, g, s))[..., None, None]
+    own = jnp.take_along_axis(completions, index, 2)
+    own = jnp.where(inside_PGS[..., None, None], own, jnp.asarray(-1, own.dtype))
+    in_prompt = jnp.broadcast_to(in_prompt_PGS, (p, g, s))[..., None, None]
+    return jnp.where(in_prompt, prompts, own).reshape(p * g, s, *choice)
 
 
 def prefill(weights, config, prompts, base, controls, state, slot_F, prompt_F, *, truncate):

@@ -12,7 +12,7 @@ model.rope model.config model.params model.attention model.moe model.head model.
 model.hf_config model.hf model
 tasks.base tasks.chain_sum tasks.countdown tasks
 data rewards
-diagnostics sampling decoding sampler learner checkpoint rundir progress
+diagnostics routing sampling decoding sampler learner checkpoint rundir progress
 population gradlab evaluate report_words report_page report_plots report preflight
 settings experience
 train
