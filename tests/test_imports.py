@@ -9,7 +9,7 @@ ROWS = """
 types masked axes
 gates ratios aggregations objectives advantages corrections sharding distributed tokenizer
 model.rope model.config model.params model.attention model.moe model.head model.transformer
-model.hf_config model.hf model
+model.hf_config model.hf model.from_gguf model
 tasks.base tasks.chain_sum tasks.countdown tasks
 data rewards
 diagnostics routing sampling decoding sampler learner checkpoint rundir progress

@@ -269,6 +269,7 @@ def save(
         file = SINGLE if len(files) == 1 else f"model-{n:05}-of-{len(files):05}.safetensors"
         arrays = {name: _to_hf(specs[i], leaves[i], at) for i, at, name in content}
         save_file(arrays, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(0o644)
         where |= dict.fromkeys(arrays, file)
     if len(files) > 1:
         total = sum(leaf.size for leaf in leaves) * itemsize

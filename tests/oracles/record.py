@@ -4,6 +4,7 @@ Needs torch, transformers, safetensors and numpy; the package itself is not impo
 
     python tests/oracles/record.py                          # all recordings
     python tests/oracles/record.py --forward DIR OUT.npy    # logits of one saved model
+    python tests/oracles/record.py --generate DIR PROMPTS.json OUT.json
 """
 
 import argparse
@@ -103,13 +104,43 @@ def older(config):
     return config
 
 
-def forward(directory, tokens):
-    """Logits of a model directory, f32[B, S, V]."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+def load(directory):
+    """A model directory for evaluation in f32."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
         directory, attn_implementation="eager", dtype=torch.float32
-    )
+    ).eval()
+
+
+def forward(directory):
+    """Logits of a model directory for the drawn tokens, f32[B, S, V]."""
+    model = load(directory)
     with torch.no_grad():
-        return model.eval()(torch.tensor(tokens)).logits.numpy()
+        return model(torch.tensor(drawn.tokens(model.config.vocab_size))).logits.numpy()
+
+
+def generate(directory, prompts, length):
+    """Greedy completions of chat prompts, and the two best logits' distance at each token."""
+    model = load(directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    rows = []
+    for prompt in prompts:
+        chat = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        out = model.generate(
+            ids, max_new_tokens=length, do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        best = [torch.topk(x[0], 2).values for x in out.logits]
+        rows.append(
+            {
+                "text": text,
+                "prompt": ids[0].tolist(),
+                "completion": out.sequences[0, ids.shape[1] :].tolist(),
+                "margins": [float(b[0] - b[1]) for b in best],
+            }
+        )
+    return rows
 
 
 def record(name, out):
@@ -129,7 +160,7 @@ def record(name, out):
         if "older" in name:
             content = older(content)
             (folder / "config.json").write_text(json.dumps(content))
-        logits = forward(folder, drawn.tokens(VOCAB))
+        logits = forward(folder)
     shapes = {key: list(value.shape) for key, value in drawn_weights.items()}
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
     np.savez_compressed(
@@ -144,9 +175,15 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, default=HERE)
     parser.add_argument("--only", nargs="+", choices=CASES)
     parser.add_argument("--forward", nargs=2, metavar=("DIR", "OUT"))
+    parser.add_argument("--generate", nargs=3, metavar=("DIR", "PROMPTS.json", "OUT.json"))
     options = parser.parse_args()
     if options.forward:
-        np.save(options.forward[1], forward(options.forward[0], drawn.tokens(VOCAB)))
+        np.save(options.forward[1], forward(options.forward[0]))
+        return
+    if options.generate:
+        directory, prompts, out = options.generate
+        rows = generate(directory, json.loads(pathlib.Path(prompts).read_text()), 64)
+        pathlib.Path(out).write_text(json.dumps(rows))
         return
     for name in options.only or CASES:
         record(name, options.out)
