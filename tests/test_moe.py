@@ -47,26 +47,26 @@ def choices(kind, tokens, rng):
     return np.tile([first, (first + 1) % E], (tokens, 1))
 
 
-@pytest.mark.parametrize("kind", ["random", "all on one", "first", "last"])
 @pytest.mark.parametrize("tokens", [1, 5, 130])
-def test_values_and_gradients_equal_a_loop_over_experts(kind, tokens, rng):
+def test_values_and_gradients_equal_a_loop_over_experts(tokens, rng):
     """A capacity limit drops tokens when all choose one expert; here none may be lost."""
     weights = make_weights(rng)
-    hidden = rng.normal(size=(tokens, D)).astype(np.float32)
-    ids = choices(kind, tokens, rng).astype(np.int32)
-    cotangent = rng.normal(size=(tokens, D)).astype(np.float32)
+    hidden, cotangent = rng.normal(size=(2, tokens, D)).astype(np.float32)
 
     def run(function):
-        def total(w, h):
+        def total(w, h, ids):
             out = function(w, h, ids)
             return jnp.sum(out * cotangent), out
 
-        return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))(weights, hidden)
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
 
     with jax.default_matmul_precision("highest"):
-        got, expected = run(apply), run(loop)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
-    assert float(jnp.abs(expected[1][0]["router"]).max()) > 1e-4
+        runs = run(apply), run(loop)
+        for kind in ("random", "all on one", "first", "last"):
+            ids = choices(kind, tokens, rng).astype(np.int32)
+            got, expected = (f(weights, hidden, ids) for f in runs)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
+            assert float(jnp.abs(expected[1][0]["router"]).max()) > 1e-4
 
 
 def test_every_routed_pair_has_a_row_of_its_own(rng):
@@ -85,7 +85,7 @@ def test_every_routed_pair_has_a_row_of_its_own(rng):
             assert padding.sum() == len(padding) - ids.size
 
 
-@pytest.mark.parametrize("share", [64, 100, 512])
+@pytest.mark.parametrize("share", [64, 512])
 def test_executed_flops_follow_the_routed_rows(share, rng):
     """Forward and backward ≤ 1.15 × the routed matmuls; dense dispatch would be E/k = 4 ×."""
     d, f, tokens = 64, 128, share * E // K
