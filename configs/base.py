@@ -74,10 +74,11 @@ def get_config() -> ConfigDict:
     c.learner.warmup = 0  # updates
     c.learner.weight_decay = 0.0
     c.learner.max_grad_norm = 1.0
-    c.learner.b1 = 0.9
-    c.learner.b2 = 0.95
+    c.learner.b1, c.learner.b2 = 0.9, 0.95
     c.learner.eps = 1e-8
     c.learner.old_logp = "sampler"  # "sampler": its own; "recompute": the learner's, one more pass
+    c.learner.routing_replay = "none"  # "none", "R2" (old policy), "R3" (sampler)
+    c.learner.router_aux_coef = 0.0  # weight of the load-balancing loss
     c.learner.head_chunk = 1024  # rows whose logits exist at a time
     c.learner.remat = False
 

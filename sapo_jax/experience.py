@@ -78,7 +78,14 @@ def _batch(rollout: Rollout, rewards_B: jax.Array, *, estimator: str, group_size
         sampler_logp=rollout.sampler_logp,
         old_logp=rollout.sampler_logp,
         advantages=advantages.ESTIMATORS[estimator](rewards_B, group_size),
+        routing=rollout.routing,
     )
+
+
+def _with_routing(params: Any, batch: Batch, hp: learner.Hyperparameters) -> Batch:
+    """The batch with the old policy's log π and routing, for R2."""
+    logp, routing = learner.score_routing(params, batch, hp)
+    return batch.replace(old_logp=logp, routing=routing)
 
 
 def _rows(rollout: Rollout, examples, texts, rewards_B, advantages_B, iteration, count) -> list:
@@ -156,9 +163,12 @@ def from_rollout(
         batch = _batch(rollout, rewards_B, estimator=c["advantages"], group_size=group_size)
         minibatches = _split(batch, c["batch"]["minibatches"])
         score = partial(learner.score, hp=settings.hp)
-        if c["learner"]["old_logp"] == "recompute":
+        if settings.hp.routing_replay == "R2":
+            minibatches = tuple(_with_routing(params, b, settings.hp) for b in minibatches)
+        elif c["learner"]["old_logp"] == "recompute":
             minibatches = tuple(b.replace(old_logp=score(params, b)) for b in minibatches)
         if reference is not None:
+            score = partial(learner.score, hp=settings.hp.replace(routing_replay="none"))
             minibatches = tuple(b.replace(ref_logp=score(reference, b)) for b in minibatches)
         advantages_B = np.asarray(batch.advantages)
     rows = _rows(on_host, asked, texts, rewards_B, advantages_B, iteration, c["log"]["samples"])

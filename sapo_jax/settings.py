@@ -11,7 +11,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sapo_jax import advantages, inputs, learner, model, objectives, sampler, streams, tasks
+from sapo_jax import (
+    advantages,
+    inputs,
+    learner,
+    model,
+    objectives,
+    routing,
+    sampler,
+    streams,
+    tasks,
+)
 from sapo_jax.checks import choice as _choice
 from sapo_jax.checks import require as _require
 from sapo_jax.tasks.base import Example, Task
@@ -183,6 +193,13 @@ def _hyperparameters(
     options = c["learner"]
     _choice("learner.schedule", options["schedule"], learner.SCHEDULES)
     _choice("learner.old_logp", options["old_logp"], OLD_LOGP)
+    replay, aux = options["routing_replay"], options["router_aux_coef"]
+    _choice("learner.routing_replay", replay, routing.REPLAY)
+    sparse = "'none' for a model without experts"
+    _require(replay == "none" or shape.num_experts > 0, "learner.routing_replay", replay, sparse)
+    recompute = replay != "R2" or options["old_logp"] == "recompute"
+    only = "'recompute' with learner.routing_replay='R2', which records the old policy's routing"
+    _require(recompute, "learner.old_logp", options["old_logp"], only)
     updates = c["batch"]["minibatches"]
     return learner.Hyperparameters(
         objective=objective,
@@ -201,6 +218,8 @@ def _hyperparameters(
         b1=options["b1"],
         b2=options["b2"],
         eps=options["eps"],
+        routing_replay=replay,
+        router_aux_coef=aux or None,
     )
 
 

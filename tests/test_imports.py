@@ -9,10 +9,11 @@ ROWS = """
 types masked axes checks
 gates ratios aggregations objectives advantages corrections sharding distributed tokenizer
 hf_tokenizer datasets
-model.config model.params model.attention model.moe model.head model.transformer model.hf model
+model.rope model.config model.params model.attention model.moe model.head model.transformer
+model.hf_config model.hf model.from_gguf model
 tasks.base tasks.chain_sum tasks.countdown tasks.prepared tasks.mixture tasks
 streams data rewards
-diagnostics sampling decoding sampler learner checkpoint rundir progress
+diagnostics routing sampling decoding sampler learner checkpoint rundir progress
 population gradlab evaluate report_words report_page report_plots report preflight
 inputs settings experience startup
 train
