@@ -155,7 +155,7 @@ def rollout(
     state = decoding.empty(
         config, plan.slots[0], plan.cache[0], p, width, group_size, max_new_tokens
     )
-    if weights["final_norm"].committed:
+    if getattr(weights["final_norm"], "committed", False):  # arrays of NumPy have no place
         # Programs are compiled apart for placed and unplaced arguments: place them from the start.
         state = jax.device_put(state, weights["final_norm"].sharding)
     if warm_up:

@@ -234,3 +234,18 @@ def test_to_sampler_keeps_buffers_where_nothing_changes(peaked):
     assert again["layers"][0]["q"].unsafe_buffer_pointer() == (
         fast["layers"][0]["q"].unsafe_buffer_pointer()
     )
+
+
+def test_the_pad_may_be_a_stop_token(peaked):
+    """Many tokenizers pad with their end: rows carry lengths, so that nothing asks which it is."""
+    config, weights = peaked
+    prompts = fakes.prompts(P, N)
+    expected = roll(peaked, prompts)
+    stop = config.stop_tokens[1]
+    beyond_PN = np.arange(N) >= prompts.length[:, None]
+    same = prompts.replace(tokens=np.where(beyond_PN, stop, prompts.tokens))
+    got = roll((dataclasses.replace(config, pad_token=stop), weights), same)
+    np.testing.assert_array_equal(got.mask, expected.mask)
+    np.testing.assert_array_equal(got.tokens[got.mask], expected.tokens[got.mask])
+    np.testing.assert_array_equal(got.finished, expected.finished)
+    assert np.any((got.mask.sum(-1) == 1) & (got.finished == STOP))  # a stop as the first token
