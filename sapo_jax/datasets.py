@@ -224,14 +224,19 @@ class Records(Sequence[dict[str, str]]):
       split: a name, or a part of one such as ``train[:1000]``.
 
     Raises:
-      ValueError: nothing is prepared there, no such split, no records, or another file format.
+      ValueError: nothing is prepared there, no such split, no records, another file format, or
+        files that are missing or damaged.
     """
 
     def __init__(self, directory: epath.PathLike, split: str):
         import tensorflow_datasets as tfds
 
         directory = locate(directory)
-        builder = tfds.builder_from_directory(str(directory))
+        self._directory = directory
+        try:
+            builder = tfds.builder_from_directory(str(directory))
+        except Exception as error:  # protobuf's are its own
+            raise self._damaged(error) from error
         splits = [name for name in builder.info.splits if name != "all"]
         if split.partition("[")[0] not in splits:
             raise ValueError(f"{directory} has no split {split!r}; it has {', '.join(splits)}")
@@ -240,17 +245,30 @@ class Records(Sequence[dict[str, str]]):
                 f"{directory} is in the format {builder.info.file_format.value}: a run reads "
                 "array_record (download_and_prepare(file_format='array_record') writes it)"
             )
+        for path in builder.info.splits[split.partition("[")[0]].filepaths:
+            if not path.exists():
+                raise self._damaged(f"{path.name} is missing")
         self._source = builder.as_data_source(split)
         if not len(self._source):
             raise ValueError(f"{directory} has no records in the split {split!r}")
+        for end in (0, -1):
+            _ = self[end]
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> dict[str, str]:
         position = range(len(self))[index]  # the source itself raises no IndexError
-        record = self._source[position]
+        try:
+            record = self._source[position]
+        except RuntimeError as error:
+            raise self._damaged(error) from error
+        if None in record.values():  # what a cut file gives
+            raise self._damaged(f"record {position} cannot be read")
         return {k: v.decode() if isinstance(v, bytes) else v for k, v in record.items()}
+
+    def _damaged(self, why: object) -> ValueError:
+        return ValueError(f"{self._directory} is damaged: {why}; delete it and prepare it again")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -127,6 +128,29 @@ def test_missing_data_says_how_to_prepare_it(prepared, tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         datasets.prepare_jsonl({"train": tmp_path / "nothing.jsonl"}, tmp_path)
     assert time.monotonic() - begin < 5
+
+
+def damage(directory, what):
+    shard = next(directory.glob("*train.array_record*"))
+    if what == "missing":
+        shard.unlink()
+    elif what == "features":
+        (directory / "features.json").unlink()
+    elif what == "info":
+        (directory / "dataset_info.json").write_text("{")
+    else:
+        shard.write_bytes(shard.read_bytes()[: {"cut": 30_000, "empty": 0}[what]])
+
+
+@pytest.mark.parametrize("what", ["missing", "cut", "empty", "features", "info"])
+def test_damaged_files_are_refused(prepared, tmp_path, what):
+    """A shard that was cut short would otherwise give records of nothing."""
+    copy = tmp_path / "copy"
+    shutil.copytree(prepared / "prompts" / "1.0.0", copy)
+    assert len(datasets.Records(copy, "train")) == 50
+    damage(copy, what)
+    with pytest.raises(ValueError, match=r"copy is damaged: .*prepare it again"):
+        datasets.Records(copy, "train")
 
 
 def test_a_second_preparation_is_refused(prepared, tmp_path):
