@@ -242,6 +242,7 @@ class Scorer:
         return self._collect.submit(lambda: combine([f.result() for f in futures], self.recipe))
 
     def __enter__(self) -> Scorer:
+        getattr(self.task, "start", lambda: None)()
         return self
 
     def __exit__(self, *exception):

@@ -9,8 +9,13 @@ from typing import Any
 from sapo_jax.tasks.base import Task
 from sapo_jax.tasks.chain_sum import ChainSum
 from sapo_jax.tasks.countdown import Countdown
+from sapo_jax.tasks.math_answer import MathAnswer
 
-TASKS: dict[str, type] = {"chain_sum": ChainSum, "countdown": Countdown}
+TASKS: dict[str, type] = {
+    "chain_sum": ChainSum,
+    "countdown": Countdown,
+    "math_answer": MathAnswer,
+}
 
 
 def make(name: str, **options: Any) -> Task:
