@@ -10,11 +10,13 @@ from sapo_jax.tasks.base import Task
 from sapo_jax.tasks.chain_sum import ChainSum
 from sapo_jax.tasks.countdown import Countdown
 from sapo_jax.tasks.math_answer import MathAnswer
+from sapo_jax.tasks.reasoning import ReasoningGym
 
 TASKS: dict[str, type] = {
     "chain_sum": ChainSum,
     "countdown": Countdown,
     "math_answer": MathAnswer,
+    "reasoning_gym": ReasoningGym,
 }
 
 
