@@ -9,7 +9,7 @@ ROWS = """
 types masked axes
 gates ratios aggregations objectives advantages corrections sharding distributed tokenizer
 model.config model.params model.attention model.moe model.head model.transformer model.hf model
-tasks.base tasks.forks tasks.jsonl tasks.answers tasks.agreement tasks.sandbox
+tasks.base tasks.forks tasks.jsonl tasks.answers tasks.agreement tasks.jail tasks.sandbox
 tasks.chain_sum tasks.countdown tasks.math_answer tasks.reasoning tasks.programs tasks
 data rewards
 diagnostics sampling decoding sampler learner checkpoint rundir progress

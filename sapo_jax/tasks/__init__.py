@@ -10,6 +10,7 @@ from sapo_jax.tasks.base import Task
 from sapo_jax.tasks.chain_sum import ChainSum
 from sapo_jax.tasks.countdown import Countdown
 from sapo_jax.tasks.math_answer import MathAnswer
+from sapo_jax.tasks.programs import Programs
 from sapo_jax.tasks.reasoning import ReasoningGym
 
 TASKS: dict[str, type] = {
@@ -17,6 +18,7 @@ TASKS: dict[str, type] = {
     "countdown": Countdown,
     "math_answer": MathAnswer,
     "reasoning_gym": ReasoningGym,
+    "programs": Programs,
 }
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from etils import epath
 
 from sapo_jax.tasks.base import Example
 
 
-def read(path: str, required: Mapping[str, type | tuple[type, ...]]) -> list[dict[str, Any]]:
-    """The objects of a file, one a line; empty lines are skipped.
+def read(path: str, required: Mapping[str, type | tuple[type, ...]]) -> list[tuple[int, dict]]:
+    """The objects of a file, each with its line number; empty lines are skipped.
 
     Args:
         path: local, or anything that ``etils.epath`` opens.
@@ -42,7 +41,7 @@ def read(path: str, required: Mapping[str, type | tuple[type, ...]]) -> list[dic
                 raise ValueError(f"{path}, line {i}: no field {name!r}; it has {', '.join(row)}")
             if not isinstance(row[name], kind) or isinstance(row[name], bool):
                 raise ValueError(f"{path}, line {i}: field {name!r} is {row[name]!r:.60}")
-        rows.append(row)
+        rows.append((i, row))
     if not rows:
         raise ValueError(f"{path}: no problems in it")
     return rows

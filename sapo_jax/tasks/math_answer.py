@@ -60,7 +60,7 @@ class MathAnswer:
     def _read(self, path: str) -> tuple[Example, ...]:
         fields = {self.problem_field: str, self.answer_field: (str, int, float)}
         examples = []
-        for row in jsonl.read(path, fields):
+        for _, row in jsonl.read(path, fields):
             answer = str(row[self.answer_field]).rpartition("####")[2].strip()
             prompt = self.template.replace("{problem}", row[self.problem_field])
             examples.append(make_example(prompt, answer, ""))
