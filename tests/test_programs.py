@@ -22,7 +22,7 @@ from sapo_jax.tasks.sandbox import MODES, Limits, Sandbox
 
 PYTHONS = {"namespaces": "", "plain": "/usr/bin/python3"}  # plain: one that other users can read
 PATIENT = Limits(seconds=30.0, memory_mb=256)  # a busy machine changes no verdict
-LIMITS = Limits(seconds=1.0, memory_mb=256, disk_mb=8, output_bytes=1 << 16)
+LIMITS = Limits(seconds=0.5, memory_mb=256, disk_mb=8, output_bytes=1 << 16)
 GRACE = 0.5  # seconds past its limit in which a program must be judged
 
 
@@ -111,7 +111,7 @@ def test_threads_work_where_processes_are_counted():
 FORK = "import os\n"
 HOSTILE = {
     "fork bomb": FORK + "while True:\n  try: os.fork()\n  except OSError: pass",
-    "fork and exit": FORK
+    "daemon that forks on": FORK
     + "while True:\n  try:\n    if os.fork(): os._exit(0)\n  except OSError: 1",
     "daemon": FORK + "if os.fork() == 0:\n  os.setsid()\n  if os.fork() == 0:\n    while 1: pass",
     "daemon holds the output": FORK
@@ -162,7 +162,8 @@ HOSTILE = {
     "device": "import os\nos.mknod('disk', 0o60666, os.makedev(8, 0))",
     "crash": "import ctypes\nctypes.string_at(0)",
     "close the pipes": "import os\nos.closerange(0, 999)\nwhile True: pass",
-    "forge a result": 'import os\nfor i in range(99):\n  try: os.write(i, b\'{"status": "ok"}\\n\')\n'
+    "forge a result": "import os\nfor i in range(99):\n"
+    "  try: os.write(i, b'{}\\n'.replace(b'}', b'\"status\": \"ok\"}'))\n"
     "  except OSError: pass\nos.abort()",
     "not UTF-8": "\ud800",
     "NUL": "print(1)\x00",
@@ -190,8 +191,8 @@ def test_hostile_programs(mode, tmp_path):
                 start = time.perf_counter()
                 outcome = box.stdin("")
                 seconds.append(time.perf_counter() - start)
-        if name not in ("daemon", "daemon holds the output"):
-            assert outcome.status != "ok", (name, outcome.output[:80])
+        got_nothing = outcome.output in ("", "5\n")  # signals to the parent are ignored
+        assert outcome.status != "ok" or got_nothing, (name, outcome.output[:80])
         assert min(seconds) <= LIMITS.seconds + GRACE, name
         assert "root:" not in outcome.output
         assert canary.read_text() == "unharmed", name
@@ -232,12 +233,11 @@ def test_nothing_survives_a_sandbox(mode):
     assert not survivors() - before
 
 
-def test_no_folder_is_left_behind(mode, monkeypatch, tmp_path):
-    tmp_path.chmod(0o755)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def test_no_folder_is_left_behind(mode):
     with sandbox("open('f', 'w').write('x')", mode) as box:
         assert box.stdin("").status == "ok"
-    assert not list(tmp_path.iterdir())
+        assert os.path.isdir(box._folder)
+    assert not os.path.exists(box._folder)
 
 
 def test_a_program_sees_no_expected_output(mode):
@@ -270,16 +270,16 @@ def test_a_machine_without_the_sandbox_says_so(tmp_path):
         ("print(1)", None),
         ("", None),
         ("```python\n" + "x" * 10**6 + "\n```", None),
+        ("```python\nx\n```python\ny\n```", "x\n```python\ny\n"),
         ("```" * 10**5, None),
-        ("```\n" * 10**5, "```\n"),
+        ("```python\n" * 10**5, None),
+        ("```\n" * 10**5, ""),
     ],
 )
 def test_the_last_block_counts(completion, expected):
-    start = time.perf_counter()
-    found = last_block(completion)
-    assert time.perf_counter() - start < 1
-    if expected != "```\n":
-        assert found == expected
+    start = time.process_time()
+    assert last_block(completion) == expected
+    assert time.process_time() - start < 0.5
 
 
 def test_outputs_are_compared_by_line_and_number():

@@ -8,7 +8,6 @@ import functools
 import io
 import json
 import pickle
-import re
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ STDIN = "It reads the input from stdin and prints the output."
 FUNCTION = "Complete this code:"
 MAX_PROGRAM_CHARS = 1 << 16
 PYTHON = ("python", "python3", "py", "")  # the languages of a block that count
-_BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -172,8 +170,18 @@ class Programs:
 
 def last_block(completion: str) -> str | None:
     """The last fenced block of Python, or without a language; None for none, or one too long."""
-    blocks = [code for kind, code in _BLOCK.findall(completion) if kind.strip() in PYTHON]
-    return blocks[-1] if blocks and len(blocks[-1]) <= MAX_PROGRAM_CHARS else None
+    program, block, kind = None, None, ""
+    for line in completion.split("\n"):
+        if block is None:
+            if line.startswith("```"):
+                kind, block = line[3:].strip(), []
+        elif line.rstrip(" \t") == "```":
+            if kind in PYTHON:
+                program = "".join(part + "\n" for part in block)
+            block = None
+        else:
+            block.append(line)
+    return program if program is None or len(program) <= MAX_PROGRAM_CHARS else None
 
 
 def same_output(expected: str, found: str) -> bool:
