@@ -69,6 +69,7 @@ def evaluate(
     samples: int,
     width: int,
     batch: int,
+    recipe: rewards.Recipe | None = None,
 ) -> dict[str, float]:
     """Metrics of a policy on held-out examples.
 
@@ -80,6 +81,7 @@ def evaluate(
       samples: completions per prompt.
       width: tokens of room for a prompt.
       batch: prompts sampled at a time.
+      recipe: says which part of a completion is judged; its weights do not matter.
 
     Returns:
       ``eval/pass_at_1``, ``eval/pass_at_<samples>``, each with ``_low`` and ``_high``, and
@@ -93,7 +95,8 @@ def evaluate(
         tokens, mask, finished = (np.asarray(x) for x in (rows.tokens, rows.mask, rows.finished))
         texts = rewards.completion_texts(tokens, mask, tokenizer)
         repeated = [e for e in filled for _ in range(samples)]
-        scores_PN = rewards.score(task, repeated, texts, finished).reshape(batch, samples)
+        scores_B = rewards.score(task, repeated, texts, finished, recipe=recipe)
+        scores_PN = scores_B.reshape(batch, samples)
         verdicts.append(scores_PN[: len(real)] == 1)
         lengths.append(mask.sum(-1).reshape(batch, samples)[: len(real)])
     metrics = summarise(np.concatenate(verdicts))

@@ -131,7 +131,8 @@ def from_rollout(
     with clock("score"):
         asked = [e for e in examples for _ in range(group_size)]
         texts = rewards.completion_texts(on_host.tokens, on_host.mask, settings.tokenizer)
-        rewards_B = rewards.score(settings.task, asked, texts, on_host.finished)
+        scored = rewards.rows_of(asked, texts, on_host.finished, on_host.mask.sum(-1))
+        rewards_B, parts = rewards.score_rows(settings.task, scored, settings.recipe)
     with clock("update"):
         batch = _batch(rollout, rewards_B, estimator=c["advantages"], group_size=group_size)
         minibatches = _split(batch, c["batch"]["minibatches"])
@@ -142,7 +143,7 @@ def from_rollout(
             minibatches = tuple(b.replace(ref_logp=score(reference, b)) for b in minibatches)
         advantages_B = np.asarray(batch.advantages)
     rows = _rows(on_host, asked, texts, rewards_B, advantages_B, iteration, c["log"]["samples"])
-    return Experience(minibatches, _metrics(on_host, rewards_B, group_size), rows)
+    return Experience(minibatches, _metrics(on_host, rewards_B, group_size) | parts, rows)
 
 
 def from_demonstrations(
@@ -181,4 +182,5 @@ def held_out(
         samples=options["samples"],
         width=settings.width,
         batch=settings.eval_batch,
+        recipe=settings.recipe,
     )

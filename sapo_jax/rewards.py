@@ -44,7 +44,12 @@ def completion_texts(tokens_BS: np.ndarray, mask_BS: np.ndarray, tokenizer: Toke
 
 
 def score(
-    task: Task, examples: Sequence[Example], completions: Sequence[str], finished_B: np.ndarray
+    task: Task,
+    examples: Sequence[Example],
+    completions: Sequence[str],
+    finished_B: np.ndarray,
+    *,
+    recipe: Recipe | None = None,
 ) -> np.ndarray:
     """Reward every completion with its task's verdict; one that ran out of length gets 0.
 
@@ -53,6 +58,7 @@ def score(
         examples: B examples, what each row was asked.
         completions: B texts.
         finished_B: i32[B], ``types.STOP`` or ``types.LENGTH``.
+        recipe: says which part of a completion is judged (``think``); its weights do not matter.
 
     Returns:
         f32[B] in [0, 1], larger is better.
@@ -61,7 +67,9 @@ def score(
         ValueError: the lengths differ, or the task's verdict is no number of [0, 1].
     """
     rows = rows_of(examples, completions, finished_B, np.zeros(len(examples), np.int32))
-    return np.array([_verdict(task, row, i) for i, row in enumerate(rows)], np.float32)
+    judged = dataclasses.replace(recipe or Recipe(), **dict.fromkeys(PARTS, 0.0))
+    verdicts = [judge(task, row, judged, i)["accuracy"] for i, row in enumerate(rows)]
+    return np.array(verdicts, np.float32)
 
 
 class Row(NamedTuple):
@@ -213,6 +221,13 @@ def combine(parts: Sequence[dict[str, float]], recipe: Recipe) -> tuple[np.ndarr
         total_B += np.float32(weight) * columns[name]
     metrics = {f"reward/{n}": float(x.mean()) if len(parts) else 0.0 for n, x in columns.items()}
     return total_B, metrics
+
+
+def score_rows(
+    task: Task, rows: Sequence[Row], recipe: Recipe
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Judge rows one after the other, and ``combine`` their parts."""
+    return combine([judge(task, row, recipe, i) for i, row in enumerate(rows)], recipe)
 
 
 class Scorer:

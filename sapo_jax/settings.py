@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sapo_jax import advantages, learner, model, objectives, sampler, tasks
+from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Task
 from sapo_jax.tokenizer import CharTokenizer, Tokenizer
 
@@ -36,6 +37,7 @@ class Settings:
 
     config: dict[str, Any]
     task: Task
+    recipe: Recipe
     tokenizer: Tokenizer
     model: model.ModelConfig
     hp: learner.Hyperparameters
@@ -212,6 +214,14 @@ def _lengths(c: dict, task: Task, shape: model.ModelConfig) -> tuple[int, int]:
     return width, room
 
 
+def _recipe(c: dict, room: int) -> Recipe:
+    fields = dict(c["reward"])
+    try:
+        return Recipe(**{**fields, "max_length": fields["max_length"] or room})
+    except ValueError as error:
+        raise ValueError(f"config.{error}") from None
+
+
 def resolve(config: ConfigDict) -> Settings:
     """Check a config and build what it describes; compiles nothing.
 
@@ -236,6 +246,7 @@ def resolve(config: ConfigDict) -> Settings:
     return Settings(
         config=c,
         task=task,
+        recipe=_recipe(c, room),
         tokenizer=tokenizer,
         model=shape,
         hp=_hyperparameters(c, shape, objective),

@@ -26,10 +26,22 @@ LABELS = pathlib.Path(__file__).parent / "oracles" / "math_answers.txt"
 BOUND = 1.5  # seconds in which any answer is judged
 
 
+def slowdown():
+    """Wall time per processor time, here and now: 1 on an idle machine."""
+    start = time.perf_counter(), time.process_time()
+    while time.process_time() - start[1] < 0.05:
+        pass
+    return (time.perf_counter() - start[0]) / (time.process_time() - start[1])
+
+
+def in_time(seconds, bound=BOUND):
+    return seconds <= bound or seconds <= 1.5 * bound * slowdown()
+
+
 @pytest.fixture(scope="module")
 def forks():
     """Comparisons with more time than in a run, so that a busy machine changes no verdict."""
-    with Forks("sapo_jax.tasks.agreement:compare", seconds=10) as forks:
+    with Forks("sapo_jax.tasks.agreement:compare", seconds=5) as forks:
         yield forks
 
 
@@ -185,17 +197,17 @@ def test_hostile_answers(task, tmp_path, monkeypatch):
     golds = ["7", r"2\sqrt{3}", "[0,1)", "x^2+2x+1", r"\{1,2\}", r"\text{no}"]
     hostile = list(hostile_answers())
     assert len(hostile) >= 100
-    slowest = 0.0
+    late = 0
     for i, answer in enumerate(hostile):
         example = make_example("p", golds[i % len(golds)], "")
         seconds = []
-        while not seconds or (seconds[-1] > BOUND and len(seconds) < 4):  # the machine may be busy
+        while not seconds or (not in_time(seconds[-1]) and len(seconds) < 4):
             start = time.perf_counter()
             verdict = task.verify(example, rf"\boxed{{{answer}}}")
             seconds.append(time.perf_counter() - start)
             assert verdict == 0.0, (example.answer, answer[:80])
-        slowest = max(slowest, min(seconds))
-    assert slowest <= BOUND
+        late += not in_time(min(seconds))
+    assert not late
     assert not list(tmp_path.iterdir())
     assert task.verify(make_example("p", r"2\sqrt{3}", ""), r"\boxed{\sqrt{12}}") == 1.0
 
@@ -240,17 +252,17 @@ def test_a_killed_server_is_replaced():
     ],
 )
 def test_calls_that_hang_crash_or_say_too_much_give_nothing_in_time(function, arguments):
-    with Forks(function, seconds=0.3, memory_mb=512) as forks:
+    with Forks(function, seconds=0.3, wall=0.6, memory_mb=512) as forks:
         forks.start()
         before = {server._process.pid for server in forks._servers}
         start = time.perf_counter()
         assert forks.call(*arguments) is None
-        assert time.perf_counter() - start < BOUND
+        assert in_time(time.perf_counter() - start)
         assert {s._process.pid for s in forks._servers if s.alive} == before
 
 
 def test_servers_work_side_by_side_for_many_threads():
-    with Forks("time:sleep", workers=4, seconds=0.4) as forks:
+    with Forks("time:sleep", workers=4, wall=0.4) as forks:
         forks.start()
         start = time.perf_counter()
         threads = [threading.Thread(target=forks.call, args=(9,)) for _ in range(8)]
@@ -258,7 +270,7 @@ def test_servers_work_side_by_side_for_many_threads():
             thread.start()
         for thread in threads:
             thread.join()
-        assert time.perf_counter() - start < 2.0  # 8 · 0.4 s one after the other
+        assert in_time(time.perf_counter() - start, 2.0)  # 8 · 0.4 s one after the other
 
 
 def test_a_function_that_cannot_be_imported_says_so():

@@ -31,14 +31,21 @@ class Forks:
     Args:
         function: ``"package.module:name"``; a ``warm_up`` beside it is called once per server.
         workers: servers, started when they are first needed.
-        seconds: wall time of a call.
+        seconds: processor time of a call, so that verdicts do not depend on a busy machine.
+        wall: seconds of any kind after which a call is given up; None: ten times ``seconds``.
         memory_mb: address space of a call.
     """
 
     def __init__(
-        self, function: str, *, workers: int = 1, seconds: float = 1.0, memory_mb: int = 2048
+        self,
+        function: str,
+        *,
+        workers: int = 1,
+        seconds: float = 1.0,
+        wall: float | None = None,
+        memory_mb: int = 2048,
     ):
-        self._command = function, seconds, memory_mb
+        self._command = function, seconds, wall or 10 * seconds, memory_mb
         self._idle: queue.LifoQueue = queue.LifoQueue()
         for _ in range(workers):
             self._idle.put(None)
@@ -112,9 +119,9 @@ class Forks:
 class _Server:
     """The parent's end of one server; one call at a time."""
 
-    def __init__(self, function: str, seconds: float, memory_mb: int):
-        self._seconds = seconds
-        code = f"from {__name__} import serve; serve({function!r}, {seconds}, {memory_mb})"
+    def __init__(self, function: str, seconds: float, wall: float, memory_mb: int):
+        self._wall = wall
+        code = f"from {__name__} import serve; serve({function!r}, {seconds}, {wall}, {memory_mb})"
         path = os.pathsep.join(p or os.getcwd() for p in sys.path)
         self._process = subprocess.Popen(
             [sys.executable, "-c", code],
@@ -140,7 +147,7 @@ class _Server:
     def call(self, arguments: tuple[str, ...]) -> Any:
         self._process.stdin.write(json.dumps(arguments).encode() + b"\n")
         self._process.stdin.flush()
-        return json.loads(self._line(self._seconds + GRACE))
+        return json.loads(self._line(self._wall + GRACE))
 
     def kill(self) -> None:
         with contextlib.suppress(OSError):
@@ -164,7 +171,7 @@ class _Server:
         return line
 
 
-def serve(function: str, seconds: float, memory_mb: int) -> None:
+def serve(function: str, seconds: float, wall: float, memory_mb: int) -> None:
     """The server's loop: a line of JSON arguments in, a line with the JSON value out."""
     module, _, name = function.partition(":")
     loaded = importlib.import_module(module)
@@ -173,24 +180,24 @@ def serve(function: str, seconds: float, memory_mb: int) -> None:
     os.dup2(2, 1)  # nothing that a library prints is taken for a reply
     os.write(replies, b"ready\n")
     for line in requests:
-        reply = _in_child(getattr(loaded, name), line, seconds, memory_mb)
+        reply = _in_child(getattr(loaded, name), line, seconds, wall, memory_mb)
         os.write(replies, reply + b"\n")
 
 
-def _in_child(function, line: bytes, seconds: float, memory_mb: int) -> bytes:
+def _in_child(function, line: bytes, seconds: float, wall: float, memory_mb: int) -> bytes:
     """The value as JSON, computed in a child; ``null`` where there is none in time."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            os.setpgid(0, 0)
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal kills, also inside C code
             resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             os.write(writer, json.dumps(function(*json.loads(line))).encode()[:MAX_REPLY])
         finally:
             os._exit(0)
     os.close(writer)
-    reply, deadline = b"", time.monotonic() + seconds
+    reply, deadline = b"", time.monotonic() + wall
     while (left := deadline - time.monotonic()) > 0 and select.select([reader], [], [], left)[0]:
         data = os.read(reader, MAX_REPLY)
         reply += data
