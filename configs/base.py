@@ -22,6 +22,21 @@ def _asked(c: ConfigDict) -> None:
     c.tokenizer.template_options = ConfigDict(type_safe=False)  # such as enable_thinking
 
 
+def _reward() -> ConfigDict:
+    """R = Σ weight · part; see sapo_jax.rewards.Recipe."""
+    c = ConfigDict()
+    c.accuracy = 1.0
+    c.format = 0.0  # <think>…</think>, then an answer
+    c.overlong = 0.0  # a soft penalty in the last `buffer` tokens before `max_length`
+    c.repetition = 0.0
+    c.think = False  # judge only what follows </think>
+    c.opened = False  # prompts end with <think>
+    c.max_length = 0  # 0: the room for a completion
+    c.buffer = 0
+    c.ngram = 4
+    return c
+
+
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.name = "base"
@@ -54,6 +69,7 @@ def get_config() -> ConfigDict:
     ):  # fmt: skip
         c.objective[name] = config_dict.placeholder(float)  # None: the objective's own
 
+    c.reward = _reward()
     c.advantages = "group"  # group, leave_one_out, mean, reinforce_pp
 
     c.batch = ConfigDict()

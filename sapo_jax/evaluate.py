@@ -70,6 +70,7 @@ def evaluate(
     width: int,
     batch: int,
     names: Sequence[str] = (),
+    recipe: rewards.Recipe | None = None,
 ) -> dict[str, float]:
     """Metrics of a policy on held-out examples.
 
@@ -82,6 +83,7 @@ def evaluate(
       width: tokens of room for a prompt.
       batch: prompts sampled at a time.
       names: of the tasks that ``Example.task`` counts, for metrics of each of them.
+      recipe: says which part of a completion is judged; its weights do not matter.
 
     Returns:
       ``eval/pass_at_1``, ``eval/pass_at_<samples>``, each with ``_low`` and ``_high``, and
@@ -95,7 +97,8 @@ def evaluate(
         tokens, mask, finished = (np.asarray(x) for x in (rows.tokens, rows.mask, rows.finished))
         texts = rewards.completion_texts(tokens, mask, tokenizer)
         repeated = [e for e in filled for _ in range(samples)]
-        scores_PN = rewards.score(task, repeated, texts, finished).reshape(batch, samples)
+        scores_B = rewards.score(task, repeated, texts, finished, recipe=recipe)
+        scores_PN = scores_B.reshape(batch, samples)
         verdicts.append(scores_PN[: len(real)] == 1)
         lengths.append(mask.sum(-1).reshape(batch, samples)[: len(real)])
     correct_PN = np.concatenate(verdicts)

@@ -158,7 +158,8 @@ def from_rollout(
     with clock("score"):
         asked = [e for e in examples for _ in range(group_size)]
         texts = rewards.completion_texts(on_host.tokens, on_host.mask, settings.tokenizer)
-        rewards_B = rewards.score(settings.task, asked, texts, on_host.finished)
+        scored = rewards.rows_of(asked, texts, on_host.finished, on_host.mask.sum(-1))
+        rewards_B, parts = rewards.score_rows(settings.task, scored, settings.recipe)
     with clock("update"):
         batch = _batch(rollout, rewards_B, estimator=c["advantages"], group_size=group_size)
         minibatches = _split(batch, c["batch"]["minibatches"])
@@ -173,7 +174,7 @@ def from_rollout(
         advantages_B = np.asarray(batch.advantages)
     rows = _rows(on_host, asked, texts, rewards_B, advantages_B, iteration, c["log"]["samples"])
     metrics = _metrics(on_host, rewards_B, group_size) | _by_task(settings, asked, rewards_B)
-    metrics["data/dropped"] = float(stream.dropped)
+    metrics |= {"data/dropped": float(stream.dropped), **parts}
     return Experience(minibatches, metrics, rows)
 
 
@@ -222,4 +223,5 @@ def held_out(
         width=settings.width,
         batch=settings.eval_batch,
         names=tuple(settings.tasks) if len(settings.tasks) > 1 else (),
+        recipe=settings.recipe,
     )

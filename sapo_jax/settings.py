@@ -24,6 +24,7 @@ from sapo_jax import (
 )
 from sapo_jax.checks import choice as _choice
 from sapo_jax.checks import require as _require
+from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.tokenizer import Tokenizer
 
@@ -52,6 +53,7 @@ class Settings:
     config: dict[str, Any]
     tasks: Mapping[str, Task]
     shares: Mapping[str, float]
+    recipe: Recipe
     tokenizer: Tokenizer
     keep: streams.Fits | None
     model: model.ModelConfig
@@ -223,6 +225,14 @@ def _hyperparameters(
     )
 
 
+def _recipe(c: dict, room: int) -> Recipe:
+    fields = dict(c["reward"])
+    try:
+        return Recipe(**{**fields, "max_length": fields["max_length"] or room})
+    except ValueError as error:
+        raise ValueError(f"config.{error}") from None
+
+
 def resolve(config: ConfigDict) -> Settings:
     """Check a config and build what it describes; compiles nothing.
 
@@ -245,6 +255,7 @@ def resolve(config: ConfigDict) -> Settings:
         config=c,
         tasks=made,
         shares=shares,
+        recipe=_recipe(c, room),
         tokenizer=tokenizer,
         keep=keep,
         model=shape,

@@ -11,7 +11,9 @@ gates ratios aggregations objectives advantages corrections sharding distributed
 hf_tokenizer datasets
 model.rope model.config model.params model.attention model.moe model.head model.transformer
 model.hf_config model.hf model.from_gguf model
-tasks.base tasks.chain_sum tasks.countdown tasks.prepared tasks.mixture tasks
+tasks.base tasks.forks tasks.jsonl tasks.answers tasks.agreement tasks.jail tasks.sandbox
+tasks.chain_sum tasks.countdown tasks.math_answer tasks.reasoning tasks.programs
+tasks.prepared tasks.mixture tasks
 streams data rewards
 diagnostics routing sampling decoding sampler learner checkpoint rundir progress
 population gradlab evaluate report_words report_page report_plots report preflight
