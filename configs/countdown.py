@@ -1,11 +1,11 @@
 """Countdown: reach a target from three numbers, judged by evaluating the expression.
 
-Claim     Where the answer has to be found and not computed, SAPO raises Pass@1 towards the cold
-          start's Pass@16, slowly.
+Claim     Where the answer has to be found and not computed, SAPO should raise Pass@1 towards the
+          cold start's Pass@16, slowly. An expectation: no full run has been made yet.
 Command   python -m sapo_jax.main --config=configs/countdown.py --workdir=runs/countdown
           (after configs/countdown_sft.py)
-Time      TIME_C on 2 CPU cores.
-Result    RESULT_C
+Time      about 15 minutes on 2 CPU cores.
+Result    not measured yet.
 """
 
 from ml_collections import ConfigDict

@@ -1,10 +1,11 @@
 """Cold start of Countdown: imitate solutions without knowing how they were found.
 
-Claim     Solutions can be imitated in form (the numbers, each once, and operators) long before the
-          search for the right ones is learnt: Pass@1 stays low, Pass@16 is several times as high.
+Claim     Solutions should be imitated in form (the numbers, each once, and operators) long before
+          the search for the right ones: Pass@1 low, Pass@16 several times as high. An expectation:
+          no full run has been made yet.
 Command   python -m sapo_jax.main --config=configs/countdown_sft.py --workdir=runs/countdown_sft
-Time      TIME_CSFT on 2 CPU cores.
-Result    RESULT_CSFT
+Time      about 5 minutes on 2 CPU cores.
+Result    not measured yet.
 """
 
 from ml_collections import ConfigDict
