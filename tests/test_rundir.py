@@ -57,8 +57,8 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
     try:
         refusal = rf"{tmp_path} is in use by process {process.pid} on host .*another --workdir"
         for _ in range(2):
-            with pytest.raises(RuntimeError, match=refusal), Lease(tmp_path):
-                pass
+            with pytest.raises(RuntimeError, match=refusal):
+                Lease(tmp_path).__enter__()
         kill(process)
         os.kill(int(child), 0)  # the worker outlives its parent
         with Lease(tmp_path):
@@ -95,11 +95,11 @@ def test_remote_leases_go_by_the_heartbeat(tmp_path, monkeypatch):
     monkeypatch.setattr(rundir, "_is_remote", lambda path: True)
     other = {"host": "tpu-7", "pid": 12, "token": "x", "heartbeat": time.time() - 50}
     (tmp_path / "lease.json").write_text(json.dumps(other))
-    with pytest.raises(RuntimeError, match=r"process 12 on host tpu-7"), Lease(tmp_path):
-        pass
+    with pytest.raises(RuntimeError, match=r"process 12 on host tpu-7"):
+        Lease(tmp_path).__enter__()
     (tmp_path / "lease.json").write_text(json.dumps(other | {"heartbeat": time.time() - 70}))
     with Lease(tmp_path):
-        pass
+        assert json.loads((tmp_path / "lease.json").read_text())["pid"] == os.getpid()
 
 
 def test_a_run_that_lost_its_lease_stops(tmp_path, monkeypatch):
