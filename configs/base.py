@@ -3,6 +3,40 @@
 from ml_collections import ConfigDict, config_dict
 
 
+def _asked(c: ConfigDict) -> None:
+    c.task = ConfigDict()
+    c.task.name = "chain_sum"
+    c.task.options = ConfigDict(type_safe=False)  # arguments of the task's class
+    # A mixture in its place: {"a": {"name": …, "options": {…}, "share": 0.5}, …}. A share is of the
+    # prompts of every batch; shares add up to 1.
+    c.tasks = ConfigDict(type_safe=False)
+
+    c.data = ConfigDict()
+    c.data.max_prompt_tokens = 0  # longer prompts are dropped and counted; 0: the task's own bound
+    c.data.workers = 0  # processes that read ahead, for each task; speed, not results
+
+    c.tokenizer = ConfigDict()
+    c.tokenizer.directory = ""  # Hugging Face directory; "": one token per character of the task
+    c.tokenizer.chat = True  # prompts by the directory's chat template, not as plain text
+    c.tokenizer.system = ""  # system message of each prompt; "": none
+    c.tokenizer.template_options = ConfigDict(type_safe=False)  # such as enable_thinking
+
+
+def _reward() -> ConfigDict:
+    """R = Σ weight · part; see sapo_jax.rewards.Recipe."""
+    c = ConfigDict()
+    c.accuracy = 1.0
+    c.format = 0.0  # <think>…</think>, then an answer
+    c.overlong = 0.0  # a soft penalty in the last `buffer` tokens before `max_length`
+    c.repetition = 0.0
+    c.think = False  # judge only what follows </think>
+    c.opened = False  # prompts end with <think>
+    c.max_length = 0  # 0: the room for a completion
+    c.buffer = 0
+    c.ngram = 4
+    return c
+
+
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.name = "base"
@@ -11,9 +45,7 @@ def get_config() -> ConfigDict:
     c.init_from = ""  # run directory whose newest parameters start this run; "" starts at random
     c.iterations = 100
 
-    c.task = ConfigDict()
-    c.task.name = "chain_sum"
-    c.task.options = ConfigDict(type_safe=False)  # arguments of the task's class
+    _asked(c)
 
     c.model = ConfigDict()
     c.model.preset = "tiny"
@@ -37,6 +69,7 @@ def get_config() -> ConfigDict:
     ):  # fmt: skip
         c.objective[name] = config_dict.placeholder(float)  # None: the objective's own
 
+    c.reward = _reward()
     c.advantages = "group"  # group, leave_one_out, mean, reinforce_pp
 
     c.batch = ConfigDict()
@@ -57,10 +90,11 @@ def get_config() -> ConfigDict:
     c.learner.warmup = 0  # updates
     c.learner.weight_decay = 0.0
     c.learner.max_grad_norm = 1.0
-    c.learner.b1 = 0.9
-    c.learner.b2 = 0.95
+    c.learner.b1, c.learner.b2 = 0.9, 0.95
     c.learner.eps = 1e-8
     c.learner.old_logp = "sampler"  # "sampler": its own; "recompute": the learner's, one more pass
+    c.learner.routing_replay = "none"  # "none", "R2" (old policy), "R3" (sampler)
+    c.learner.router_aux_coef = 0.0  # weight of the load-balancing loss
     c.learner.head_chunk = 1024  # rows whose logits exist at a time
     c.learner.remat = False
 

@@ -1,9 +1,9 @@
-"""From a task's examples to arrays: a seeded stream with a resumable position, and encoding."""
+"""From examples to arrays: the held-out set, and the rows that the sampler and learner take."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -12,44 +12,31 @@ from sapo_jax.tokenizer import Tokenizer
 from sapo_jax.types import Batch, Prompts
 
 
-@dataclasses.dataclass
-class Stream:
-    """Examples in a shuffled order, epoch after epoch, from a position that a checkpoint keeps.
-
-    Args:
-      examples: where they come from.
-      seed: of the order; each epoch has its own.
-      position: examples taken so far.
-    """
-
-    examples: Sequence[Example]
-    seed: int
-    position: int = 0
-
-    def __post_init__(self):
-        import grain
-
-        self._order = grain.MapDataset.range(len(self.examples)).seed(self.seed).shuffle().repeat()
-
-    def take(self, count: int) -> list[Example]:
-        """The next examples."""
-        indices = range(self.position, self.position + count)
-        self.position += count
-        return [self.examples[int(self._order[i])] for i in indices]
-
-
-def held_out(examples: Sequence[Example], count: int) -> list[Example]:
-    """The first ``count`` examples that differ in their prompt: a fixed evaluation set.
+def held_out(
+    examples: Sequence[Example],
+    count: int,
+    *,
+    keep: Callable[[Example], bool] | None = None,
+    task: int = 0,
+) -> list[Example]:
+    """The first ``count`` kept examples that differ in their prompt: a fixed evaluation set.
 
     Raises:
       ValueError: the split has fewer.
     """
     distinct: dict[str, Example] = {}
     for index in range(len(examples)):
-        distinct.setdefault(examples[index].prompt, examples[index])
         if len(distinct) == count:
-            return list(distinct.values())
-    raise ValueError(f"eval.prompts={count}: the split holds only {len(distinct)} distinct prompts")
+            break
+        example = dataclasses.replace(examples[index], task=task)
+        if keep is None or keep(example):
+            distinct.setdefault(example.prompt, example)
+    if len(distinct) < count:
+        fitting = "" if keep is None else " that have room"
+        raise ValueError(
+            f"eval.prompts={count}: the split holds only {len(distinct)} distinct prompts{fitting}"
+        )
+    return list(distinct.values())
 
 
 def _left_aligned(rows: Sequence[Sequence[int]], width: int, pad: int) -> np.ndarray:
@@ -69,12 +56,12 @@ def encode_prompts(examples: Sequence[Example], tokenizer: Tokenizer, width: int
     Raises:
       ValueError: a prompt is longer, or has a character that the tokenizer lacks.
     """
-    rows = [tokenizer.encode(example.prompt) for example in examples]
+    rows = [tokenizer.encode_prompt(example.prompt) for example in examples]
     return Prompts(
         tokens=_left_aligned(rows, width, tokenizer.pad_id),
         length=np.array([len(row) for row in rows], np.int32),
         id=np.array([example.id for example in examples], np.uint32),
-        task=np.zeros(len(rows), np.int32),
+        task=np.array([example.task for example in examples], np.int32),
     )
 
 
@@ -87,7 +74,7 @@ def encode_demonstrations(examples: Sequence[Example], tokenizer: Tokenizer, wid
     for example in examples:
         if not example.demonstration:
             raise ValueError(f"the example {example.prompt!r} has no demonstration to learn from")
-    prompts = [tokenizer.encode(e.prompt) for e in examples]
+    prompts = [tokenizer.encode_prompt(e.prompt) for e in examples]
     answers = [[*tokenizer.encode(e.demonstration), tokenizer.stop_ids[0]] for e in examples]
     rows = [p + a for p, a in zip(prompts, answers, strict=True)]
     index_S = np.arange(width)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from sapo_jax import sampling
-from sapo_jax.model import attention, transformer
+from sapo_jax.model import attention, moe, params, transformer
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.types import LENGTH, STOP, Prompts, Rollout
 
@@ -37,29 +37,32 @@ class Decoding:
     logp: jax.Array  # f32[P + 1, G, T]
     count: jax.Array  # i32[P + 1, G], tokens of the completion
     finished: jax.Array  # i32[P + 1, G], STOP or LENGTH
+    routing: Any = (
+        None  # MoE: experts of prompts [P + 1, N, L', k], completions [P + 1, G, T, L', k]
+    )
 
 
 @partial(jax.jit, static_argnames="config")
-def _convert(params: Any, config: ModelConfig) -> Any:
-    cast = jax.tree.map(lambda x: x.astype(config.compute_dtype), params)
-    layers = [
-        {name: value[i] for name, value in cast["layers"].items()}
-        for i in range(config.num_hidden_layers)
-    ]
-    return {**cast, "layers": layers}
+def _convert(weights: Any, config: ModelConfig) -> Any:
+    def cast(path, x):  # a router decides in f32, in the sampler as in the learner
+        is_router = getattr(path[-1], "key", None) == "router"
+        return x if is_router else x.astype(config.compute_dtype)
+
+    converted = jax.tree.map_with_path(cast, weights)
+    return {**converted, "layers": params.unstack(converted["layers"], config)}
 
 
-def to_sampler(params: Any, config: ModelConfig) -> Any:
+def to_sampler(weights: Any, config: ModelConfig) -> Any:
     """Parameters as the sampler reads them: compute dtype, one leaf per layer.
 
     Decoding from slices of stacked weights would copy them at each step. What has the dtype and
     the layout already comes back as it is, buffers included.
     """
-    if isinstance(params["layers"], list):
-        return params
+    if isinstance(weights["layers"], list):
+        return weights
     dtype = jnp.dtype(config.compute_dtype)
-    same = {k: v for k, v in params.items() if k != "layers" and v.dtype == dtype}
-    return _convert({k: v for k, v in params.items() if k not in same}, config) | same
+    same = {k: jnp.asarray(v) for k, v in weights.items() if k != "layers" and v.dtype == dtype}
+    return _convert({k: v for k, v in weights.items() if k not in same}, config) | same
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
@@ -89,7 +92,22 @@ def empty(
         logp=jnp.zeros((prompts + 1, group, t), jnp.float32),
         count=jnp.zeros((prompts + 1, group), jnp.int32),
         finished=jnp.zeros((prompts + 1, group), jnp.int32),
+        routing=_no_routing(config, (prompts + 1, width), (prompts + 1, group, t)),
     )
+
+
+def _no_routing(config: ModelConfig, *shapes: tuple[int, ...]) -> Any:
+    """Nothing recorded yet, −1; None for a dense model."""
+    if not config.num_experts:
+        return None
+    choice, dtype = (len(config.sparse_layers), config.num_experts_per_tok), moe.id_dtype(config)
+    return tuple(jnp.full((*shape, *choice), -1, dtype) for shape in shapes)
+
+
+def _join(routings: list) -> jax.Array | None:
+    """The experts of all sparse layers, [..., L', k]."""
+    chosen = [r.experts for r in routings if r is not None]
+    return jnp.stack(chosen, -2) if chosen else None
 
 
 def _draw_all(keys, index_Q, logits_QGV, controls, truncate):
@@ -120,32 +138,33 @@ def _record(state: Decoding, config: ModelConfig, prompt_Q, index_Q, token_QG, l
 
 
 @partial(jax.jit, static_argnames=("config", "truncate"), donate_argnames="state")
-def fill_slots(params, config, prompts, base, controls, state, slot_F, prompt_F, *, truncate):
+def fill_slots(weights, config, prompts, base, controls, state, slot_F, prompt_F, *, truncate):
     """Fill slots with prompts (entries of slot_F that are Q fill nothing) and draw first tokens."""
     q, group = state.done.shape
     tokens_FN = prompts.tokens.at[prompt_F].get(mode="clip")
     length_F = prompts.length.at[prompt_F].get(mode="clip")
     ids_F = prompts.id.at[prompt_F].get(mode="clip")
     segments_FN = jnp.ones_like(tokens_FN)
-    rope = attention.rotary(attention.positions(segments_FN), config.head_dim, config.rope_theta)
-    x = transformer.embed(params, config, tokens_FN)
-    prompt_kv = []
-    for weights, cache in zip(params["layers"], state.prompt_kv, strict=True):
+    rope = attention.rotary(attention.positions(segments_FN), config)
+    x = transformer.embed(weights, config, tokens_FN)
+    prompt_kv, routings = [], []
+    for layer, cache in zip(weights["layers"], state.prompt_kv, strict=True):
         fresh = []
 
         def attend(q_, k, v, fresh=fresh):
             fresh.extend(jnp.swapaxes(y, 1, 2).astype(config.cache_dtype) for y in (k, v))
             return attention.causal(q_, k, v, segments_FN)
 
-        x = transformer.layer(weights, config, x, rope, attend)
+        x, routed = transformer.layer(layer, config, x, rope, attend)
+        routings.append(routed)
         prompt_kv.append(
             tuple(
                 old.at[slot_F].set(new, mode="drop") for old, new in zip(cache, fresh, strict=True)
             )
         )
     last_FD = jnp.take_along_axis(x, (length_F - 1)[:, None, None], 1)[:, 0]
-    last_FD = transformer.rms_norm(last_FD, params["final_norm"], config.rms_norm_eps)
-    logits_FV = transformer.logits_of(params, config, last_FD)
+    last_FD = transformer.rms_norm(last_FD, weights["final_norm"], config.rms_norm_eps)
+    logits_FV = transformer.logits_of(weights, config, last_FD)
     keys_FG = sampling.row_keys(base, ids_F, group)
     logits_FGV = jnp.broadcast_to(logits_FV[:, None], (*keys_FG.shape, logits_FV.shape[-1]))
     index_F = jnp.zeros_like(slot_F)
@@ -159,7 +178,7 @@ def fill_slots(params, config, prompts, base, controls, state, slot_F, prompt_F,
     def fill(old, new):
         return old.at[slot_F].set(new, mode="drop")
 
-    return state.replace(
+    return _keep_prompt_routing(state, routings, prompt_F).replace(
         prompt_kv=prompt_kv,
         prompt=fill(state.prompt, prompt_F),
         length=fill(state.length, length_F),
@@ -170,22 +189,41 @@ def fill_slots(params, config, prompts, base, controls, state, slot_F, prompt_F,
     )
 
 
-def _step(params, config, controls, truncate, state: Decoding) -> Decoding:
+def _keep_prompt_routing(state: Decoding, routings: list, prompt_F: jax.Array) -> Decoding:
+    """Record what prefill routed; entries that fill nothing name a prompt out of range."""
+    if state.routing is None:
+        return state
+    prompts, completions = state.routing
+    prompts = prompts.at[prompt_F].set(_join(routings).astype(prompts.dtype), mode="drop")
+    return state.replace(routing=(prompts, completions))
+
+
+def _keep_routing(state: Decoding, routings: list, index_Q, live_QG) -> Decoding:
+    """Record what the tokens just fed were routed to, at their place in the completion."""
+    if state.routing is None:
+        return state
+    prompts, completions = state.routing
+    at = (state.prompt[:, None], jnp.arange(live_QG.shape[1])[None, :], index_Q[:, None])
+    new = jnp.where(live_QG[..., None, None], _join(routings), completions[at])
+    return state.replace(routing=(prompts, completions.at[at].set(new.astype(completions.dtype))))
+
+
+def _step(weights, config, controls, truncate, state: Decoding) -> Decoding:
     """Feed the last tokens, draw the next."""
     _, n = state.prompt_kv[0][0].shape[1:3]
     c = state.own_kv[0][0].shape[3]
     t = state.tokens.shape[-1]
     index_Q = state.clock - state.start
     position_QG = jnp.broadcast_to((state.length + index_Q)[:, None], state.token.shape)
-    rope = attention.rotary(position_QG, config.head_dim, config.rope_theta)
+    rope = attention.rotary(position_QG, config)
     at = state.clock % t
     age_C = (state.clock - jnp.arange(c)) % t
     own_visible_QC = age_C[None, :] <= index_Q[:, None]
     prompt_visible_QN = jnp.arange(n)[None, :] < state.length[:, None]
-    x = transformer.embed(params, config, state.token)
-    own_kv = []
-    for weights, prompt_kv, cache in zip(
-        params["layers"], state.prompt_kv, state.own_kv, strict=True
+    x = transformer.embed(weights, config, state.token)
+    own_kv, routings = [], []
+    for layer, prompt_kv, cache in zip(
+        weights["layers"], state.prompt_kv, state.own_kv, strict=True
     ):
         fresh = []
 
@@ -195,12 +233,14 @@ def _step(params, config, controls, truncate, state: Decoding) -> Decoding:
                 fresh.append(jax.lax.dynamic_update_slice_in_dim(old, update, at, 3))
             return attention.cached(q, prompt_kv, fresh, prompt_visible_QN, own_visible_QC)
 
-        x = transformer.layer(weights, config, x, rope, attend)
+        x, routed = transformer.layer(layer, config, x, rope, attend)
+        routings.append(routed)
         own_kv.append(tuple(fresh))
-    x = transformer.rms_norm(x, params["final_norm"], config.rms_norm_eps)
-    logits_QGV = transformer.logits_of(params, config, x)
+    x = transformer.rms_norm(x, weights["final_norm"], config.rms_norm_eps)
+    logits_QGV = transformer.logits_of(weights, config, x)
     token_QG, logp_QG = _draw_all(state.keys, index_Q + 1, logits_QGV, controls, truncate)
     live_QG = ~state.done
+    state = _keep_routing(state, routings, jnp.minimum(index_Q, t - 1), live_QG)
     state, ended_QG = _record(
         state, config, state.prompt, jnp.minimum(index_Q + 1, t - 1), token_QG, logp_QG, live_QG
     )
@@ -213,14 +253,14 @@ def _step(params, config, controls, truncate, state: Decoding) -> Decoding:
 
 
 @partial(jax.jit, static_argnames=("config", "truncate"), donate_argnames="state")
-def decode(params, config, controls, state, until, enough, *, truncate):
+def decode(weights, config, controls, state, until, enough, *, truncate):
     """Decode until the clock reaches ``until`` or at least ``enough`` slots have finished."""
 
     def go_on(s):
         finished = jnp.sum(jnp.all(s.done, -1))
         return (s.clock < until) & (finished < enough)
 
-    state = jax.lax.while_loop(go_on, partial(_step, params, config, controls, truncate), state)
+    state = jax.lax.while_loop(go_on, partial(_step, weights, config, controls, truncate), state)
     return state, jnp.all(state.done, -1)
 
 
@@ -241,7 +281,7 @@ def take(state: Decoding, slots: jax.Array) -> Decoding:
 
 
 @partial(jax.jit, static_argnames="config")
-def assemble(config, results, prompts: Prompts, iteration) -> Rollout:
+def assemble(config, results, prompts: Prompts, iteration, routing=None) -> Rollout:
     """Join prompts and completions into left-aligned, gap-free rows."""
     tokens_PGT, logp_PGT, count_PG, finished_PG = (x[:-1] for x in results)
     p, n = prompts.tokens.shape
@@ -271,7 +311,21 @@ def assemble(config, results, prompts: Prompts, iteration) -> Rollout:
         policy_step=jnp.full(p * group, iteration, jnp.int32),
         finished=finished_PG.reshape(-1),
         segments=rows((inside | in_prompt).astype(jnp.int32)),
+        routing=None if routing is None else _assemble_routing(routing, offset, inside, in_prompt),
     )
+
+
+def _assemble_routing(routing, offset_PGS, inside_PGS, in_prompt_PGS) -> jax.Array:
+    """Routing of prompts and completions at their places in the rows, [B, S, L', k]."""
+    prompts, completions = (x[:-1] for x in routing)
+    p, g, s = inside_PGS.shape
+    t, *choice = completions.shape[2:]
+    prompts = jnp.pad(prompts, ((0, 0), (0, t), (0, 0), (0, 0)), constant_values=-1)[:, None]
+    index = jnp.broadcast_to(jnp.clip(offset_PGS, 0, t - 1), (p, g, s))[..., None, None]
+    own = jnp.take_along_axis(completions, index, 2)
+    own = jnp.where(inside_PGS[..., None, None], own, jnp.asarray(-1, own.dtype))
+    in_prompt = jnp.broadcast_to(in_prompt_PGS, (p, g, s))[..., None, None]
+    return jnp.where(in_prompt, prompts, own).reshape(p * g, s, *choice)
 
 
 def prefill(weights, config, prompts, base, controls, state, slot_F, prompt_F, *, truncate):

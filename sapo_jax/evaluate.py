@@ -69,6 +69,8 @@ def evaluate(
     samples: int,
     width: int,
     batch: int,
+    names: Sequence[str] = (),
+    recipe: rewards.Recipe | None = None,
 ) -> dict[str, float]:
     """Metrics of a policy on held-out examples.
 
@@ -80,10 +82,12 @@ def evaluate(
       samples: completions per prompt.
       width: tokens of room for a prompt.
       batch: prompts sampled at a time.
+      names: of the tasks that ``Example.task`` counts, for metrics of each of them.
+      recipe: says which part of a completion is judged; its weights do not matter.
 
     Returns:
       ``eval/pass_at_1``, ``eval/pass_at_<samples>``, each with ``_low`` and ``_high``, and
-      ``eval/length_mean``.
+      ``eval/length_mean``; with names, ``eval/<name>/pass_at_1`` and so on too.
     """
     verdicts, lengths = [], []
     for start in range(0, len(examples), batch):
@@ -93,8 +97,15 @@ def evaluate(
         tokens, mask, finished = (np.asarray(x) for x in (rows.tokens, rows.mask, rows.finished))
         texts = rewards.completion_texts(tokens, mask, tokenizer)
         repeated = [e for e in filled for _ in range(samples)]
-        scores_PN = rewards.score(task, repeated, texts, finished).reshape(batch, samples)
+        scores_B = rewards.score(task, repeated, texts, finished, recipe=recipe)
+        scores_PN = scores_B.reshape(batch, samples)
         verdicts.append(scores_PN[: len(real)] == 1)
         lengths.append(mask.sum(-1).reshape(batch, samples)[: len(real)])
-    metrics = summarise(np.concatenate(verdicts))
+    correct_PN = np.concatenate(verdicts)
+    metrics = summarise(correct_PN)
+    task_P = np.array([example.task for example in examples])
+    for k, name in enumerate(names):
+        if (task_P == k).any():
+            own = summarise(correct_PN[task_P == k])
+            metrics |= {key.replace("eval/", f"eval/{name}/"): x for key, x in own.items()}
     return metrics | {"eval/length_mean": float(np.concatenate(lengths).mean())}

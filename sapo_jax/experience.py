@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import operator
 from collections.abc import Callable
 from functools import partial
@@ -10,9 +11,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sapo_jax import advantages, data, evaluate, learner, rewards, sampler
+from sapo_jax import advantages, data, evaluate, learner, rewards, sampler, streams
 from sapo_jax.progress import Clock
 from sapo_jax.settings import Settings
+from sapo_jax.tasks.base import Example
 from sapo_jax.types import LENGTH, Batch, Prompts, Rollout
 
 
@@ -76,7 +78,14 @@ def _batch(rollout: Rollout, rewards_B: jax.Array, *, estimator: str, group_size
         sampler_logp=rollout.sampler_logp,
         old_logp=rollout.sampler_logp,
         advantages=advantages.ESTIMATORS[estimator](rewards_B, group_size),
+        routing=rollout.routing,
     )
+
+
+def _with_routing(params: Any, batch: Batch, hp: learner.Hyperparameters) -> Batch:
+    """The batch with the old policy's log π and routing, for R2."""
+    logp, routing = learner.score_routing(params, batch, hp)
+    return batch.replace(old_logp=logp, routing=routing)
 
 
 def _rows(rollout: Rollout, examples, texts, rewards_B, advantages_B, iteration, count) -> list:
@@ -111,11 +120,29 @@ def _metrics(rollout: Rollout, rewards_B: np.ndarray, group_size: int) -> dict[s
     }
 
 
+def _by_task(settings: Settings, asked: list[Example], rewards_B: np.ndarray) -> dict[str, float]:
+    """The mean reward of each task of a mixture."""
+    if len(settings.tasks) == 1:
+        return {}
+    task_B = np.array([example.task for example in asked])
+    return {
+        f"reward/{name}": float(rewards_B[task_B == k].mean())
+        for k, name in enumerate(settings.tasks)
+    }
+
+
+def open_stream(settings: Settings, *, workers: int = 0) -> streams.Stream:
+    """The training examples from the beginning, in the order of the run's seed."""
+    sources, seed = settings.sources("train"), settings.config["seed"]
+    shares, keep = settings.shares, settings.keep
+    return streams.Stream(sources, seed, shares=shares, keep=keep, workers=workers)
+
+
 def from_rollout(
     settings: Settings,
     params: Any,
     reference: Any,
-    stream: data.Stream,
+    stream: streams.Stream,
     iteration: int,
     clock: Clock,
     warm_up: Callable[[str], None] | None = None,
@@ -131,25 +158,31 @@ def from_rollout(
     with clock("score"):
         asked = [e for e in examples for _ in range(group_size)]
         texts = rewards.completion_texts(on_host.tokens, on_host.mask, settings.tokenizer)
-        rewards_B = rewards.score(settings.task, asked, texts, on_host.finished)
+        scored = rewards.rows_of(asked, texts, on_host.finished, on_host.mask.sum(-1))
+        rewards_B, parts = rewards.score_rows(settings.task, scored, settings.recipe)
     with clock("update"):
         batch = _batch(rollout, rewards_B, estimator=c["advantages"], group_size=group_size)
         minibatches = _split(batch, c["batch"]["minibatches"])
         score = partial(learner.score, hp=settings.hp)
-        if c["learner"]["old_logp"] == "recompute":
+        if settings.hp.routing_replay == "R2":
+            minibatches = tuple(_with_routing(params, b, settings.hp) for b in minibatches)
+        elif c["learner"]["old_logp"] == "recompute":
             minibatches = tuple(b.replace(old_logp=score(params, b)) for b in minibatches)
         if reference is not None:
+            score = partial(learner.score, hp=settings.hp.replace(routing_replay="none"))
             minibatches = tuple(b.replace(ref_logp=score(reference, b)) for b in minibatches)
         advantages_B = np.asarray(batch.advantages)
     rows = _rows(on_host, asked, texts, rewards_B, advantages_B, iteration, c["log"]["samples"])
-    return Experience(minibatches, _metrics(on_host, rewards_B, group_size), rows)
+    metrics = _metrics(on_host, rewards_B, group_size) | _by_task(settings, asked, rewards_B)
+    metrics |= {"data/dropped": float(stream.dropped), **parts}
+    return Experience(minibatches, metrics, rows)
 
 
 def from_demonstrations(
     settings: Settings,
     params: Any,
     reference: Any,
-    stream: data.Stream,
+    stream: streams.Stream,
     iteration: int,
     clock: Clock,
     warm_up: Callable[[str], None] | None = None,
@@ -160,7 +193,8 @@ def from_demonstrations(
         width = settings.width + settings.max_new_tokens
         batch = data.encode_demonstrations(stream.take(settings.rows), settings.tokenizer, width)
         minibatches = _split(batch, settings.config["batch"]["minibatches"])
-    return Experience(minibatches, {"length/mean": float(batch.mask.sum(-1).mean())}, [])
+    metrics = {"length/mean": float(batch.mask.sum(-1).mean())}
+    return Experience(minibatches, metrics | {"data/dropped": float(stream.dropped)}, [])
 
 
 SOURCES = {"rollout": from_rollout, "demonstrations": from_demonstrations}
@@ -173,12 +207,21 @@ def held_out(
     options = settings.config["eval"]
     count = settings.eval_batch if warm_up else options["prompts"]
     weights = sampler.to_sampler(params, settings.model)
+    parts = collections.Counter(streams.slots(settings.shares, count))
+    sources = list(settings.sources("test").values())
+    chosen = [
+        example
+        for k in sorted(parts)
+        for example in data.held_out(sources[k], parts[k], keep=settings.keep, task=k)
+    ]
     return evaluate.evaluate(
         partial(sample, settings, weights, iteration=0, domain="eval", warm_up=warm_up),
         settings.task,
-        data.held_out(settings.task.examples("test"), count),
+        chosen,
         settings.tokenizer,
         samples=options["samples"],
         width=settings.width,
         batch=settings.eval_batch,
+        names=tuple(settings.tasks) if len(settings.tasks) > 1 else (),
+        recipe=settings.recipe,
     )

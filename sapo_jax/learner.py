@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from sapo_jax import diagnostics, masked, objectives
+from sapo_jax import diagnostics, masked, objectives, routing
 from sapo_jax.aggregations import finish
 from sapo_jax.model import head, params, transformer
 from sapo_jax.model.config import ModelConfig
@@ -42,6 +42,9 @@ class Hyperparameters:
       kl: estimator of the KL penalty, see `objectives.kl_estimate`.
       schedule: one of SCHEDULES; ``warmup`` and ``total`` are in updates.
       b1, b2, eps: Adam's.
+      routing_replay: one of `routing.REPLAY`; other than "none", the experts are those of
+        ``batch.routing``, with the gates of the present router.
+      router_aux_coef: weight of the load-balancing loss; None switches it off.
     """
 
     objective: Objective
@@ -60,6 +63,8 @@ class Hyperparameters:
     b1: float = struct.field(pytree_node=False, default=0.9)
     b2: float = struct.field(pytree_node=False, default=0.95)
     eps: float = struct.field(pytree_node=False, default=1e-8)
+    routing_replay: str = struct.field(pytree_node=False, default="none")
+    router_aux_coef: jax.Array | float | None = None
 
 
 def learning_rate(hp: Hyperparameters, update: jax.Array) -> jax.Array:
@@ -103,9 +108,23 @@ def init(weights: Any, hp: Hyperparameters) -> TrainState:
     return TrainState(zero, zero, weights, opt_state)
 
 
-def logp_entropy(weights: Any, batch: Batch, hp: Hyperparameters) -> tuple[jax.Array, jax.Array]:
-    """log π and entropy of the tokens under the mask, (f32[B, S], f32[B, S]); 0 elsewhere."""
-    hidden_BSD = transformer.hidden(weights, hp.model, batch.tokens, batch.segments, remat=hp.remat)
+def forward(
+    weights: Any, batch: Batch, hp: Hyperparameters
+) -> tuple[jax.Array, jax.Array, routing.Summary | None]:
+    """log π and entropy of the tokens under the mask, and what the routers did.
+
+    Returns:
+      (f32[B, S], f32[B, S], summary): 0 outside the mask; no summary of a dense model.
+    """
+    replay = None
+    if hp.routing_replay != "none" and hp.model.num_experts:
+        if batch.routing is None:
+            raise ValueError(f"routing_replay={hp.routing_replay!r}: the batch has no routing")
+        replay = batch.routing
+    hidden_BSD, summary = transformer.hidden_routing(
+        weights, hp.model, batch.tokens, batch.segments, remat=hp.remat, replay_BSLk=replay,
+        summarise=lambda r: routing.summarise(r, batch.segments > 0, hp.model),
+    )  # fmt: skip
     logp_T, entropy_T = head.logp_entropy(
         hidden_BSD[:, :-1].reshape(-1, hp.model.hidden_size),
         params.head_weight(weights),
@@ -119,7 +138,7 @@ def logp_entropy(weights: Any, batch: Batch, hp: Hyperparameters) -> tuple[jax.A
     def align(x_T):
         return jnp.pad(x_T.reshape(rows, width - 1), ((0, 0), (1, 0)))
 
-    return align(logp_T), align(entropy_T)
+    return align(logp_T), align(entropy_T), summary
 
 
 def _micro(tree: Any, count: int) -> Any:
@@ -130,12 +149,29 @@ def _micro(tree: Any, count: int) -> Any:
 @jax.jit
 def score(weights: Any, batch: Batch, hp: Hyperparameters) -> jax.Array:
     """log π of the tokens, f32[B, S], by the programs and micro-batches of `update`."""
-    logp = jax.lax.map(lambda b: logp_entropy(weights, b, hp)[0], _micro(batch, hp.micro_batches))
+    logp = jax.lax.map(lambda b: forward(weights, b, hp)[0], _micro(batch, hp.micro_batches))
     return logp.reshape(batch.tokens.shape)
 
 
-def _loss_terms(weights: Any, batch: Batch, hp: Hyperparameters) -> dict[str, Any]:
-    logp_BS, entropy_BS = logp_entropy(weights, batch, hp)
+@jax.jit
+def score_routing(
+    weights: Any, batch: Batch, hp: Hyperparameters
+) -> tuple[jax.Array, jax.Array | None]:
+    """`score` and the routing that an update replays with R2, by the routers' own choice."""
+    hp = hp.replace(routing_replay="none")
+
+    def one(micro):
+        logp_BS, _, summary = forward(weights, micro, hp)
+        return logp_BS, summary and routing.recorded(summary, micro.segments)
+
+    out = jax.lax.map(one, _micro(batch, hp.micro_batches))
+    return jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], *x.shape[2:]), out)
+
+
+def _loss_terms(
+    weights: Any, batch: Batch, hp: Hyperparameters
+) -> tuple[dict[str, Any], routing.Summary | None]:
+    logp_BS, entropy_BS, summary = forward(weights, batch, hp)
     terms = objectives.policy_terms(
         hp.objective,
         logp_BS,
@@ -149,7 +185,30 @@ def _loss_terms(weights: Any, batch: Batch, hp: Hyperparameters) -> dict[str, An
     )
     logp_BS, entropy_BS = jax.lax.stop_gradient((logp_BS, entropy_BS))
     terms["policy/entropy"] = masked.mean(entropy_BS, batch.mask)
-    return terms | diagnostics.token_terms(hp.objective, logp_BS, batch)
+    if summary is not None:
+        terms |= routing.terms(summary, batch.segments, batch.routing)
+    return terms | diagnostics.token_terms(hp.objective, logp_BS, batch), summary
+
+
+def _balance(weights: Any, micros: Batch, hp: Hyperparameters):
+    """The load-balancing loss of a micro-batch as a function of its summary, or None.
+
+    Its fractions are those of the whole minibatch, hence one more forward pass; its sum is scaled
+    so that dividing by the policy loss's denominator makes it a mean over tokens.
+    """
+    if hp.router_aux_coef is None or not hp.model.num_experts:
+        return None
+
+    def forward_only(micro):
+        terms, _ = _loss_terms(weights, micro, hp)
+        return {key: terms[key] for key in ("loss", "router/load", "router/entropy")}
+
+    totals = merge(jax.lax.stop_gradient(jax.lax.map(forward_only, micros)))
+    share_LE = masked.ratio(totals["router/load"])
+    layers = share_LE.shape[0]
+    tokens = totals["router/entropy"].denominator / layers
+    scale = masked.ratio(Weighted(totals["loss"].denominator.astype(jnp.float32), tokens))
+    return lambda summary: hp.router_aux_coef * scale * routing.balance(summary, share_LE, layers)
 
 
 def gradient(weights: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict[str, Any]]:
@@ -157,9 +216,16 @@ def gradient(weights: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict
 
     Numerators and denominators add up and are divided once, so the split changes nothing.
     """
+    micros = _micro(batch, hp.micro_batches)
+    balance = _balance(weights, micros, hp)
 
     def numerator(w, micro):
-        terms = _loss_terms(w, micro, hp)
+        terms, summary = _loss_terms(w, micro, hp)
+        if balance is not None:
+            extra = balance(summary)
+            loss = terms["loss"]
+            terms["loss"] = loss.replace(numerator=loss.numerator + extra)
+            terms["router/balance"] = loss.replace(numerator=extra)
         return terms["loss"].numerator, terms
 
     def accumulate(total, micro):
@@ -167,8 +233,8 @@ def gradient(weights: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict
         return jax.tree.map(jnp.add, total, grads), terms
 
     zeros = jax.tree.map(jnp.zeros_like, weights)
-    grads, stacked = jax.lax.scan(accumulate, zeros, _micro(batch, hp.micro_batches))
-    terms = merge(stacked)
+    grads, stacked = jax.lax.scan(accumulate, zeros, micros)
+    terms = routing.finish_load(merge(stacked))
     count = terms["loss"].denominator
     grads = jax.tree.map(lambda g: masked.ratio(Weighted(g, count.astype(g.dtype))), grads)
     return grads, terms

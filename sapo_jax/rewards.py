@@ -1,14 +1,21 @@
-"""From sampled rows to rewards: decode the completions and have their task judge them."""
+"""From sampled rows to rewards: decode the completions, have their task judge them, add parts."""
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.tokenizer import Tokenizer
 from sapo_jax.types import STOP
+
+_THINK = re.compile(r"</?think>")
+PARTS = ("accuracy", "format", "overlong", "repetition")
 
 
 def completion_texts(tokens_BS: np.ndarray, mask_BS: np.ndarray, tokenizer: Tokenizer) -> list[str]:
@@ -37,7 +44,12 @@ def completion_texts(tokens_BS: np.ndarray, mask_BS: np.ndarray, tokenizer: Toke
 
 
 def score(
-    task: Task, examples: Sequence[Example], completions: Sequence[str], finished_B: np.ndarray
+    task: Task,
+    examples: Sequence[Example],
+    completions: Sequence[str],
+    finished_B: np.ndarray,
+    *,
+    recipe: Recipe | None = None,
 ) -> np.ndarray:
     """Reward every completion with its task's verdict; one that ran out of length gets 0.
 
@@ -46,6 +58,7 @@ def score(
         examples: B examples, what each row was asked.
         completions: B texts.
         finished_B: i32[B], ``types.STOP`` or ``types.LENGTH``.
+        recipe: says which part of a completion is judged (``think``); its weights do not matter.
 
     Returns:
         f32[B] in [0, 1], larger is better.
@@ -53,19 +66,210 @@ def score(
     Raises:
         ValueError: the lengths differ, or the task's verdict is no number of [0, 1].
     """
-    finished_B = np.asarray(finished_B)
+    rows = rows_of(examples, completions, finished_B, np.zeros(len(examples), np.int32))
+    judged = dataclasses.replace(recipe or Recipe(), **dict.fromkeys(PARTS, 0.0))
+    verdicts = [judge(task, row, judged, i)["accuracy"] for i, row in enumerate(rows)]
+    return np.array(verdicts, np.float32)
+
+
+class Row(NamedTuple):
+    """What the reward of one completion depends on."""
+
+    example: Example
+    completion: str
+    finished: int  # types.STOP or types.LENGTH
+    length: int  # tokens
+
+
+def rows_of(
+    examples: Sequence[Example],
+    completions: Sequence[str],
+    finished_B: np.ndarray,
+    length_B: np.ndarray,
+) -> list[Row]:
+    """The rows of a batch, one by one.
+
+    Args:
+        examples: B examples, what each row was asked.
+        completions: B texts.
+        finished_B: i32[B], ``types.STOP`` or ``types.LENGTH``.
+        length_B: i32[B], completion tokens.
+
+    Raises:
+        ValueError: the lengths differ.
+    """
+    finished_B, length_B = np.asarray(finished_B), np.asarray(length_B)
     rows = len(examples)
-    if len(completions) != rows or finished_B.shape != (rows,):
+    if len(completions) != rows or finished_B.shape != (rows,) or length_B.shape != (rows,):
         raise ValueError(
-            f"examples, completions and finished must have one entry per row, got {rows}, "
-            f"{len(completions)} and shape {finished_B.shape}"
+            f"examples, completions, finished and length must have one entry per row, got {rows}, "
+            f"{len(completions)} and shapes {finished_B.shape}, {length_B.shape}"
         )
-    rewards_B = np.zeros(rows, np.float32)
-    for row in np.flatnonzero(finished_B == STOP):
-        verdict = task.verify(examples[row], completions[row])
-        if not 0.0 <= verdict <= 1.0:  # NaN fails too
+    columns = examples, completions, finished_B.tolist(), length_B.tolist()
+    return [Row(*row) for row in zip(*columns, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A reward as a weighted sum of named parts: R = Σ weight · part.
+
+    The default is the task's verdict alone. DeepSeek-R1's (arXiv 2501.12948, §2.2.2) is
+    ``Recipe(format=…, think=True)``.
+
+    Args:
+        accuracy: weight of the task's verdict, in [0, 1]; 0 where the row ran out of length.
+        format: weight of "``<think>``, ``</think>``, answer", 0 or 1.
+        overlong: weight p of the soft penalty min(0, −(|y| − (max_length − buffer)) / buffer),
+            from 0 to −1 inside the buffer (DAPO, arXiv 2503.14476, Eq. 13).
+        repetition: weight of −(1 − distinct n-grams / n-grams), from 0 to −1, over the words.
+        think: the task judges only what follows ``</think>``; a row without it gets accuracy 0.
+        opened: the prompt already ends with ``<think>``, so that completions lack it.
+        max_length: L_max, tokens; needed for overlong.
+        buffer: B, tokens before L_max over which the penalty grows.
+        ngram: words of an n-gram.
+
+    Raises:
+        ValueError: a weight is negative, or a field is out of its range.
+    """
+
+    accuracy: float = 1.0
+    format: float = 0.0
+    overlong: float = 0.0
+    repetition: float = 0.0
+    think: bool = False
+    opened: bool = False
+    max_length: int = 0
+    buffer: int = 0
+    ngram: int = 4
+
+    def __post_init__(self):
+        for name in PARTS:
+            weight = getattr(self, name)
+            if not 0 <= weight < np.inf:
+                raise ValueError(f"reward.{name} must be a number >= 0, got {weight!r}")
+        if self.ngram < 1:
+            raise ValueError(f"reward.ngram must be at least 1, got {self.ngram}")
+        if self.overlong and not 1 <= self.buffer <= self.max_length:
             raise ValueError(
-                f"task {task.name!r} scored row {row} with {verdict!r}, outside [0, 1]"
+                f"reward.overlong={self.overlong} needs reward.buffer={self.buffer} in [1, "
+                f"reward.max_length={self.max_length}]"
             )
-        rewards_B[row] = verdict
-    return rewards_B
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The parts that count, with their weights; accuracy always does."""
+        return {n: getattr(self, n) for n in PARTS if n == "accuracy" or getattr(self, n)}
+
+
+def judge(task: Task, row: Row, recipe: Recipe, index: int = 0) -> dict[str, float]:
+    """The unweighted parts of one row, those of ``recipe.weights``.
+
+    Raises:
+        ValueError: the task's verdict is no number of [0, 1].
+    """
+    thought, answer = split_thought(row.completion, opened=recipe.opened)
+    judged = row
+    if recipe.think:
+        judged = row._replace(completion=answer) if thought is not None else None
+    values = {
+        "accuracy": lambda: _verdict(task, judged, index) if judged else 0.0,
+        "format": lambda: float(row.finished == STOP and thought is not None and bool(answer)),
+        "overlong": lambda: overlong(row.length, recipe.max_length, recipe.buffer),
+        "repetition": lambda: repetition(row.completion, recipe.ngram),
+    }
+    return {name: values[name]() for name in recipe.weights}
+
+
+def split_thought(completion: str, *, opened: bool = False) -> tuple[str | None, str]:
+    """Thought and answer of ``<think>thought</think>answer``, both stripped.
+
+    Returns:
+        (None, "") where the tags are not one at the start and one behind it.
+    """
+    text = f"<think>{completion}" if opened else completion.strip()
+    tags = list(_THINK.finditer(text))
+    if [tag[0] for tag in tags] != ["<think>", "</think>"] or tags[0].start():
+        return None, ""
+    return text[tags[0].end() : tags[1].start()].strip(), text[tags[1].end() :].strip()
+
+
+def overlong(length: int, max_length: int, buffer: int) -> float:
+    """min(0, −(length − (max_length − buffer)) / buffer), ≥ −1 (arXiv 2503.14476, Eq. 13)."""
+    return max(-1.0, min(0.0, -(length - (max_length - buffer)) / buffer))
+
+
+def repetition(text: str, ngram: int) -> float:
+    """−(1 − distinct / all) of the n-grams of words; 0 for fewer than two (arXiv 2502.03373)."""
+    words = text.split()
+    grams = [tuple(words[i : i + ngram]) for i in range(len(words) - ngram + 1)]
+    return len(set(grams)) / len(grams) - 1.0 if len(grams) > 1 else 0.0
+
+
+def combine(parts: Sequence[dict[str, float]], recipe: Recipe) -> tuple[np.ndarray, dict]:
+    """Rewards of judged rows, and the mean of every part.
+
+    Args:
+        parts: B results of ``judge``.
+        recipe: the weights.
+
+    Returns:
+        f32[B], larger is better; and ``reward/<part>`` (unweighted) for each part.
+    """
+    columns = {name: np.array([p[name] for p in parts], np.float32) for name in recipe.weights}
+    total_B = np.zeros(len(parts), np.float32)
+    for name, weight in recipe.weights.items():
+        total_B += np.float32(weight) * columns[name]
+    metrics = {f"reward/{n}": float(x.mean()) if len(parts) else 0.0 for n, x in columns.items()}
+    return total_B, metrics
+
+
+def score_rows(
+    task: Task, rows: Sequence[Row], recipe: Recipe
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Judge rows one after the other, and ``combine`` their parts."""
+    return combine([judge(task, row, recipe, i) for i, row in enumerate(rows)], recipe)
+
+
+class Scorer:
+    """Scores rows on threads, so that slow tasks overlap work on the device; a context manager.
+
+    A task that computes for long does so in processes of its own (``tasks.forks``,
+    ``tasks.sandbox``), which it replaces when they die: the threads here only wait for them.
+
+    Args:
+        task: judges the completions.
+        recipe: the parts and their weights.
+        workers: rows judged at a time.
+    """
+
+    def __init__(self, task: Task, recipe: Recipe | None = None, *, workers: int = 1):
+        self.task = task
+        self.recipe = recipe or Recipe()
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="score")
+        self._collect = ThreadPoolExecutor(1, thread_name_prefix="scored")
+
+    def submit(self, rows: Sequence[Row]) -> Future:
+        """Start to judge rows; the future holds what ``combine`` returns, in the order of rows."""
+        futures = [
+            self._threads.submit(judge, self.task, row, self.recipe, i)
+            for i, row in enumerate(rows)
+        ]
+        return self._collect.submit(lambda: combine([f.result() for f in futures], self.recipe))
+
+    def __enter__(self) -> Scorer:
+        getattr(self.task, "start", lambda: None)()
+        return self
+
+    def __exit__(self, *exception):
+        self._threads.shutdown(cancel_futures=True)
+        self._collect.shutdown()
+        getattr(self.task, "close", lambda: None)()
+
+
+def _verdict(task: Task, row: Row, index: int) -> float:
+    if row.finished != STOP:
+        return 0.0
+    verdict = task.verify(row.example, row.completion)
+    if not 0.0 <= verdict <= 1.0:  # NaN fails too
+        raise ValueError(f"task {task.name!r} scored row {index} with {verdict!r}, outside [0, 1]")
+    return verdict

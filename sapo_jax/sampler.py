@@ -163,7 +163,7 @@ def rollout(
     else:
         state = _run(plan, state, p, prefill, decode)
     results = (state.tokens, state.logp, state.count, state.finished)
-    return decoding.assemble(config, results, prompts, np.int32(iteration))
+    return decoding.assemble(config, results, prompts, np.int32(iteration), state.routing)
 
 
 def _run(plan: Plan, state: Decoding, total: int, prefill, decode) -> Decoding:

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from sapo_jax import advantages, learner, model, objectives, sampler, tasks
-from sapo_jax.tasks.base import Task
-from sapo_jax.tokenizer import CharTokenizer, Tokenizer
+from sapo_jax import (
+    advantages,
+    inputs,
+    learner,
+    model,
+    objectives,
+    routing,
+    sampler,
+    streams,
+    tasks,
+)
+from sapo_jax.checks import choice as _choice
+from sapo_jax.checks import require as _require
+from sapo_jax.rewards import Recipe
+from sapo_jax.tasks.base import Example, Task
+from sapo_jax.tokenizer import Tokenizer
 
 SOURCES = ("rollout", "demonstrations")
 OLD_LOGP = ("sampler", "recompute")
 MAY_DIFFER = {
     "iterations", "profile_steps", "compilation_cache", "checkpoint.every",
-    "log.samples", "log.samples_every",
+    "log.samples", "log.samples_every", "data.workers",
 }  # fmt: skip
 
 
@@ -29,20 +42,36 @@ class Settings:
 
     Attributes:
       config: the plain dictionary, as written to the run directory.
+      tasks: what is asked, by name.
+      shares: of each task in a batch.
+      keep: whether an example has room; None where all have.
       width: tokens of room for a prompt, N.
       max_new_tokens: T; rows have N + T tokens.
       plan, eval_plan: the sampler's shapes, for training and for evaluation.
     """
 
     config: dict[str, Any]
-    task: Task
+    tasks: Mapping[str, Task]
+    shares: Mapping[str, float]
+    recipe: Recipe
     tokenizer: Tokenizer
+    keep: streams.Fits | None
     model: model.ModelConfig
     hp: learner.Hyperparameters
     width: int
     max_new_tokens: int
     plan: sampler.Plan
     eval_plan: sampler.Plan
+
+    @property
+    def task(self) -> Task:
+        """The judge of every example: the only task, or all of them as one."""
+        only, *more = self.tasks.values()
+        return tasks.Mixture(self.tasks) if more else only
+
+    def sources(self, split: str) -> dict[str, Sequence[Example]]:
+        """The examples of each task."""
+        return {name: task.examples(split) for name, task in self.tasks.items()}
 
     @property
     def supervised(self) -> bool:
@@ -64,18 +93,6 @@ class Settings:
     def rows(self) -> int:
         """Rows of an iteration, B."""
         return self.config["batch"]["prompts"] * self.config["batch"]["group_size"]
-
-
-def _require(condition: bool, field: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"config.{field}={value!r}: must be {allowed}")
-
-
-def _choice(field: str, value: str, allowed) -> None:
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, 1, 0)
-        hint = f"; the nearest is {near[0]!r}" if near else ""
-        raise ValueError(f"config.{field}={value!r}: must be one of {', '.join(allowed)}{hint}")
 
 
 def _at_least(config: dict, bound: float, *fields: str) -> None:
@@ -102,7 +119,7 @@ def _check_numbers(c: dict) -> None:
     _at_least(
         c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "sampler.shrink", "eval.every",
         "eval.temperature", "learner.warmup", "learner.weight_decay", "log.samples",
-        "profile_steps", "learner.learning_rate",
+        "profile_steps", "learner.learning_rate", "data.max_prompt_tokens", "data.workers",
     )  # fmt: skip
     _positive(c, "sampler.temperature", "learner.max_grad_norm", "learner.eps")
     for name in ("b1", "b2"):
@@ -178,6 +195,13 @@ def _hyperparameters(
     options = c["learner"]
     _choice("learner.schedule", options["schedule"], learner.SCHEDULES)
     _choice("learner.old_logp", options["old_logp"], OLD_LOGP)
+    replay, aux = options["routing_replay"], options["router_aux_coef"]
+    _choice("learner.routing_replay", replay, routing.REPLAY)
+    sparse = "'none' for a model without experts"
+    _require(replay == "none" or shape.num_experts > 0, "learner.routing_replay", replay, sparse)
+    recompute = replay != "R2" or options["old_logp"] == "recompute"
+    only = "'recompute' with learner.routing_replay='R2', which records the old policy's routing"
+    _require(recompute, "learner.old_logp", options["old_logp"], only)
     updates = c["batch"]["minibatches"]
     return learner.Hyperparameters(
         objective=objective,
@@ -196,20 +220,17 @@ def _hyperparameters(
         b1=options["b1"],
         b2=options["b2"],
         eps=options["eps"],
+        routing_replay=replay,
+        router_aux_coef=aux or None,
     )
 
 
-def _lengths(c: dict, task: Task, shape: model.ModelConfig) -> tuple[int, int]:
-    """Tokens of room for a prompt and for a completion."""
-    width, needed = task.max_prompt_chars, task.max_completion_chars + 1
-    room = c["sampler"]["max_new_tokens"] or needed
-    if c["source"] == "demonstrations":
-        least = f"at least {needed}, the longest demonstration with its stop token (0 takes that)"
-        _require(room >= needed, "sampler.max_new_tokens", room, least)
-    context = shape.max_position_embeddings
-    least = f"at least {width + room}: prompts of {width} and completions of {room} tokens"
-    _require(width + room <= context, "model.max_position_embeddings", context, least)
-    return width, room
+def _recipe(c: dict, room: int) -> Recipe:
+    fields = dict(c["reward"])
+    try:
+        return Recipe(**{**fields, "max_length": fields["max_length"] or room})
+    except ValueError as error:
+        raise ValueError(f"config.{error}") from None
 
 
 def resolve(config: ConfigDict) -> Settings:
@@ -223,20 +244,20 @@ def resolve(config: ConfigDict) -> Settings:
     _choice("advantages", c["advantages"], tuple(advantages.ESTIMATORS))
     _check_numbers(c)
     _check_batch(c)
-    try:
-        task = tasks.make(c["task"]["name"], **c["task"]["options"])
-    except ValueError as error:
-        raise ValueError(f"config.task: {error}") from None
-    tokenizer = CharTokenizer(task.alphabet)
+    made, shares = inputs.make_tasks(c)
+    tokenizer = inputs.make_tokenizer(c, made)
     objective = _objective(c)
     shape = _model(c, tokenizer)
-    width, room = _lengths(c, task, shape)
+    width, room, keep = inputs.lengths(c, made, tokenizer, shape)
     slots, shrink = c["sampler"]["slots"], c["sampler"]["shrink"]
     plan = partial(sampler.make_plan, max_new_tokens=room, slots=slots, shrink=shrink)
     return Settings(
         config=c,
-        task=task,
+        tasks=made,
+        shares=shares,
+        recipe=_recipe(c, room),
         tokenizer=tokenizer,
+        keep=keep,
         model=shape,
         hp=_hyperparameters(c, shape, objective),
         width=width,

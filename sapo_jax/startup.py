@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from sapo_jax import checkpoint, data, experience, learner
+from sapo_jax import checkpoint, experience, learner, streams
 from sapo_jax.model import params as parameters
 from sapo_jax.progress import Clock, Progress
 from sapo_jax.settings import Settings
@@ -17,7 +17,7 @@ from sapo_jax.types import TrainState
 
 def start(
     settings: Settings, checkpoints: checkpoint.Checkpoints
-) -> tuple[TrainState, data.Stream, Any]:
+) -> tuple[TrainState, streams.Stream, Any]:
     """State, data stream and reference policy: of the newest checkpoint, or of a new run."""
     c, device = settings.config, jax.devices()[0]
     abstract, latest = parameters.abstract(settings.model), checkpoints.latest()
@@ -27,7 +27,7 @@ def start(
     if c["init_from"] and (latest is None or to_reference):
         source = epath.Path(c["init_from"]) / "checkpoints"
         weights = jax.device_put(checkpoint.restore_params(source, abstract), device)
-    stream = data.Stream(settings.task.examples("train"), c["seed"])
+    stream = experience.open_stream(settings, workers=c["data"]["workers"])
     if latest is None:
         start = parameters.init(settings.model, c["seed"]) if weights is None else weights
         state = learner.init(jax.tree.map(jnp.copy, start), settings.hp)
@@ -41,7 +41,7 @@ def start(
 
 def warm_up(settings: Settings, state: TrainState, reference: Any, bar: Progress) -> None:
     """Compile every program by one iteration and one evaluation on completions of length 0."""
-    examples = data.Stream(settings.task.examples("train"), settings.config["seed"])
+    examples = experience.open_stream(settings)
     collect = experience.SOURCES[settings.config["source"]]
     notes = (lambda text: bar.note(f"compiling: {text}"),)
     got = collect(settings, state.params, reference, examples, 0, Clock(), *notes)

@@ -25,6 +25,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, with no special ids added."""
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """Token ids of a prompt, in whatever format the policy is asked by."""
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``, with pad and stop ids dropped."""
 
@@ -69,6 +72,10 @@ class CharTokenizer:
                 f"{self.alphabet!r}"
             )
         return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The same as ``encode``: prompts are asked as they are."""
+        return self.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``, with pad and stop ids dropped.

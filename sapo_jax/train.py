@@ -8,7 +8,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from sapo_jax import checkpoint, data, experience, learner, rundir, startup
+from sapo_jax import checkpoint, experience, learner, rundir, startup, streams
 from sapo_jax.progress import Clock, Progress
 from sapo_jax.settings import Settings
 from sapo_jax.types import TrainState
@@ -48,7 +48,7 @@ def _loop(
     workdir: epath.Path,
     checkpoints: checkpoint.Checkpoints,
     state: TrainState,
-    stream: data.Stream,
+    stream: streams.Stream,
     reference: Any,
 ) -> None:
     c = settings.config

@@ -6,14 +6,18 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = """
-types masked axes
+types masked axes checks
 gates ratios aggregations objectives advantages corrections sharding distributed tokenizer
-model.config model.params model.attention model.moe model.head model.transformer model.hf model
-tasks.base tasks.chain_sum tasks.countdown tasks
-data rewards
-diagnostics sampling decoding sampler learner checkpoint rundir progress
+hf_tokenizer datasets
+model.rope model.config model.params model.attention model.moe model.head model.transformer
+model.hf_config model.hf model.from_gguf model
+tasks.base tasks.forks tasks.jsonl tasks.answers tasks.agreement tasks.jail tasks.sandbox
+tasks.chain_sum tasks.countdown tasks.math_answer tasks.reasoning tasks.programs
+tasks.prepared tasks.mixture tasks
+streams data rewards
+diagnostics routing sampling decoding sampler learner checkpoint rundir progress
 population gradlab evaluate report_words report_page report_plots report preflight
-settings experience startup
+inputs settings experience startup
 train
 sweep main
 """

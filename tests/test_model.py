@@ -12,6 +12,27 @@ from sapo_jax.model import attention, head, params, transformer
 from tests import fakes
 
 
+def reference_mlp(h, layer, config):
+    """SwiGLU, or the gated sum of each token's best experts, token by token."""
+
+    def swiglu(x, gate, up, down):
+        inner = x @ gate
+        return (inner / (1 + np.exp(-inner)) * (x @ up)) @ down
+
+    if "router" not in layer:
+        return swiglu(h, layer["gate"], layer["up"], layer["down"])
+    out = np.zeros_like(h)
+    for i, x in enumerate(h):
+        logits = x @ layer["router"]
+        probs = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+        chosen = np.argsort(-probs)[: config.num_experts_per_tok]
+        total = probs[chosen].sum() if config.norm_topk_prob else 1.0
+        for e in chosen:
+            matrices = (layer[f"experts_{name}"][e] for name in ("gate", "up", "down"))
+            out[i] += probs[e] / total * swiglu(x, *matrices)
+    return out
+
+
 def reference_logits(weights, config, tokens):
     """One row in numpy float64, written from the architecture's description, loop by loop."""
     w = jax.tree.map(lambda x: np.asarray(x, np.float64), weights)
@@ -29,30 +50,46 @@ def reference_logits(weights, config, tokens):
 
     x = w["embed"][tokens]
     group = config.num_attention_heads // config.num_key_value_heads
-    for i in range(config.num_hidden_layers):
-        layer = {name: value[i] for name, value in w["layers"].items()}
+    for layer in params.unstack(w["layers"], config):
         h = norm(x, layer["attn_norm"])
-        out = 0
+
+        def project(name, head_index, h=h, layer=layer):
+            out = h @ layer[name][:, head_index] + layer.get(name + "_bias", [0] * 99)[head_index]
+            return norm(out, layer[name + "_norm"]) if name + "_norm" in layer else out
+
+        out = layer.get("o_bias", 0)
         for head_index in range(config.num_attention_heads):
             kv = head_index // group
-            q = rotate(norm(h @ layer["q"][:, head_index], layer["q_norm"]))
-            k = rotate(norm(h @ layer["k"][:, kv], layer["k_norm"]))
+            q, k = rotate(project("q", head_index)), rotate(project("k", kv))
             scores = q @ k.T / np.sqrt(config.head_dim)
             scores[np.triu_indices(len(tokens), 1)] = -np.inf
             weight = np.exp(scores - scores.max(-1, keepdims=True))
             weight /= weight.sum(-1, keepdims=True)
-            out = out + weight @ (h @ layer["v"][:, kv]) @ layer["o"][head_index]
+            out = out + weight @ project("v", kv) @ layer["o"][head_index]
         x = x + out
-        h = norm(x, layer["mlp_norm"])
-        gate = h @ layer["gate"]
-        x = x + (gate / (1 + np.exp(-gate)) * (h @ layer["up"])) @ layer["down"]
+        x = x + reference_mlp(norm(x, layer["mlp_norm"]), layer, config)
     return norm(x, w["final_norm"]) @ w.get("head", w["embed"]).T
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_logits_match_a_float64_reference(tied, rng):
-    """A missing norm, a wrong rotation or a wrong head grouping moves the logits by percents."""
-    config = model.make("nano", vocab_size=23, tie_word_embeddings=tied)
+MIXED = {"num_hidden_layers": 4, "decoder_sparse_step": 2}
+ARCHITECTURES = {
+    "qwen3": ("nano", {}),
+    "untied": ("nano", {"tie_word_embeddings": False}),
+    "qwen3 biased": ("nano", {"attention_bias": True}),
+    "qwen2": ("nano", {"model_type": "qwen2", "num_key_value_heads": 1}),
+    "llama": ("nano", {"model_type": "llama", "num_key_value_heads": 4}),
+    "moe": ("nano_moe", {}),
+    "moe, gates not normalised": ("nano_moe", {"norm_topk_prob": False, "num_experts_per_tok": 3}),
+    "dense and sparse by turns": ("nano_moe", MIXED),
+    "a dense layer first": ("nano_moe", {"num_hidden_layers": 3, "mlp_only_layers": [0]}),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_match_a_float64_reference(name, rng):
+    """A missing norm or bias, a wrong rotation, head grouping or gate moves logits by percents."""
+    preset, fields = ARCHITECTURES[name]
+    config = model.make(preset, vocab_size=23, **fields)
     weights = fakes.perturbed(params.init(config, 3), 0.2)
     tokens = rng.integers(0, 23, (2, 11))
     logits = np.asarray(model.logits(weights, config, jnp.asarray(tokens)))
@@ -135,6 +172,7 @@ def test_head_equals_dense_softmax(chunk, masked_in, rng):
 @pytest.mark.parametrize("preset", sorted(model.PRESETS))
 def test_presets_have_their_published_sizes(preset):
     published = {"qwen3_0_6b": 0.596, "qwen3_1_7b": 1.72, "qwen3_4b": 4.02, "qwen3_8b": 8.19}
+    published |= {"qwen3_30b_a3b": 30.5}
     if preset in published:
         count = params.count(model.make(preset)) / 1e9
         assert count == pytest.approx(published[preset], rel=3e-3)
@@ -159,6 +197,13 @@ BAD = [
     ({"compute_dtype": "float16"}, "float32, bfloat16"),
     ({"stop_tokens": (99,)}, "vocab_size=23"),
     ({"stop_tokens": ()}, "at least one"),
+    ({"model_type": "gpt2"}, "qwen3, qwen3_moe, qwen2, llama"),
+    ({"num_experts": 4}, "model_type='qwen3_moe'"),
+    ({"model_type": "qwen3_moe"}, "num_experts=0"),
+    ({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 5}, "1, num_experts=4"),
+    ({"rope_scaling": {"rope_type": "longrope"}}, "default, linear, llama3, yarn"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "lacks factor"),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "knows no beta"),
 ]
 
 

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 
 import numpy as np
 import pytest
 
 from sapo_jax import types
-from sapo_jax.rewards import completion_texts, score
+from sapo_jax.rewards import (
+    Recipe,
+    Row,
+    Scorer,
+    combine,
+    completion_texts,
+    judge,
+    overlong,
+    repetition,
+    rows_of,
+    score,
+)
 from sapo_jax.tasks import make
+from sapo_jax.tasks.base import make_example
 from sapo_jax.tokenizer import CharTokenizer
 
 
@@ -122,3 +135,111 @@ def test_an_empty_batch_has_no_rewards():
     rewards_B = score(Fixed(1.0), [], [], np.zeros(0, np.int32))
     assert rewards_B.shape == (0,)
     assert rewards_B.dtype == np.float32
+
+
+def row(completion="", finished=types.STOP, length=0, example=None):
+    return Row(example or make_example("q", "a", ""), completion, finished, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Echo:
+    """Right iff the judged text is the answer; waits at a barrier first, if there is one."""
+
+    barrier: threading.Barrier | None = None
+    name: str = "echo"
+
+    def verify(self, example, completion):
+        if self.barrier:
+            self.barrier.wait()
+        return float(completion == example.answer)
+
+
+def test_the_default_recipe_is_the_verdict_alone():
+    task, tokenizer, examples, tokens_BS, mask_BS = task_rows(4)
+    texts = completion_texts(tokens_BS, mask_BS, tokenizer)
+    texts[1] = ""
+    finished_B = np.array([types.STOP, types.STOP, types.LENGTH, types.STOP])
+    rows = rows_of(examples, texts, finished_B, mask_BS.sum(-1))
+    total_B, metrics = combine([judge(task, r, Recipe()) for r in rows], Recipe())
+    np.testing.assert_array_equal(total_B, score(task, examples, texts, finished_B))
+    assert metrics == {"reward/accuracy": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("completion", "opened", "expected"),
+    [
+        ("<think>so</think>a", False, (1, 1)),
+        (" <think>\nso\n</think>\n\na\n", False, (1, 1)),
+        ("so</think>a", True, (1, 1)),
+        ("<think>so</think>b", False, (0, 1)),
+        ("<think>a</think>", False, (0, 0)),
+        ("<think></think>a", False, (1, 1)),
+        ("a", False, (0, 0)),
+        ("so</think>a", False, (0, 0)),
+        ("<think>so</think>a", True, (0, 0)),
+        ("<think>so<think></think>a", False, (0, 0)),
+        ("<think>so</think></think>a", False, (0, 0)),
+        ("<think>so</think>a<think>", False, (0, 0)),
+        ("x<think>so</think>a", False, (0, 0)),
+        ("</think><think>a", False, (0, 0)),
+        ("<think>a", False, (0, 0)),
+        ("<THINK>so</THINK>a", False, (0, 0)),
+        ("", False, (0, 0)),
+    ],
+)
+def test_thoughts_and_answers(completion, opened, expected):
+    """The answer is what follows the thought: an answer inside the thought is not one."""
+    recipe = Recipe(format=0.5, think=True, opened=opened)
+    parts = judge(Echo(), row(completion), recipe)
+    assert (parts["accuracy"], parts["format"]) == expected
+    cut = judge(Echo(), row(completion, types.LENGTH), recipe)
+    assert (cut["accuracy"], cut["format"]) == (0, 0)
+
+
+def test_overlong_is_soft():
+    """R += min(0, -(|y| - (L_max - B)) / B · p): 0 up to L_max - B, -p at L_max."""
+    found = [overlong(n, 100, 20) for n in (0, 79, 80, 81, 90, 100, 120)]
+    np.testing.assert_allclose(found, [0, 0, 0, -0.05, -0.5, -1, -1])
+    recipe = Recipe(overlong=0.5, max_length=100, buffer=20)
+    total_B, metrics = combine([judge(Echo(), row("a", length=90), recipe)], recipe)
+    np.testing.assert_allclose(total_B, [0.75])
+    assert metrics == {"reward/accuracy": 1.0, "reward/overlong": -0.5}
+
+
+def test_repetition_counts_repeated_ngrams():
+    assert repetition("a b c d e f", 2) == 0
+    assert repetition("a " * 101, 2) == pytest.approx(-0.99)
+    assert repetition("a b a b", 2) == pytest.approx(-1 / 3)
+    for text in ("", "a", "a b"):
+        assert repetition(text, 2) == 0
+
+
+def test_recipes_out_of_range_name_the_field():
+    for fields, message in (
+        ({"format": -1}, r"reward\.format"),
+        ({"accuracy": math.nan}, r"reward\.accuracy"),
+        ({"overlong": 1}, r"reward\.buffer=0"),
+        ({"overlong": 1, "buffer": 9, "max_length": 8}, r"reward\.max_length=8"),
+        ({"ngram": 0}, r"reward\.ngram"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Recipe(**fields)
+
+
+def test_a_scorer_keeps_the_order_and_judges_rows_at_the_same_time():
+    """No row passes the barrier until all twelve are there: submit() must not wait for any."""
+    rows = [row("a" if i % 3 else "b") for i in range(12)]
+    with Scorer(Echo(threading.Barrier(12, timeout=30)), workers=12) as scorer:
+        futures = [scorer.submit(rows[:6]), scorer.submit(rows[6:])]
+        totals = [future.result()[0] for future in futures]
+    np.testing.assert_array_equal(np.concatenate(totals), [float(i % 3 > 0) for i in range(12)])
+
+
+def test_a_scorer_reports_errors_and_goes_on():
+    with Scorer(Fixed(2.0), workers=2) as scorer:
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"'fixed'.*row 0"):
+                scorer.submit([row()]).result()
+        total_B, metrics = scorer.submit([]).result()
+        assert total_B.shape == (0,)
+        assert metrics == {"reward/accuracy": 0.0}

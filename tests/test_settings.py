@@ -13,10 +13,15 @@ from tests import fakes, tiny_config
 def changed(fields):
     config = tiny_config.get_config()
     with config.unlocked():
-        config.update_from_flattened_dict(fields)
+        for name in ("task", "tasks"):
+            if name in fields:
+                config[name] = ConfigDict(fields[name])
+        flat = {k: v for k, v in fields.items() if not isinstance(v, dict)}
+        config.update_from_flattened_dict(flat)
     return config
 
 
+HALF = {"name": "countdown", "share": 0.5}
 WRONG = [
     ({"objective.name": "sap"}, "'sap'", "nearest is 'sapo'"),
     ({"objective.tau_neg": -1.0}, "tau_neg=-1.0", "> 0"),
@@ -44,6 +49,19 @@ WRONG = [
     ({"task.name": "chainsum"}, "'chainsum'", "chain_sum"),
     ({"task.options.terms": 1}, "terms", ">= 2"),
     ({"task.options.colour": 1}, "'colour'", "terms"),
+    ({"task": {"name": "prepared", "options": {}}}, "directory=''", "sapo_jax.datasets --jsonl"),
+    ({"task": {"name": "gsm8k", "options": {}}}, "data/gsm8k", "--catalogue=NAME"),
+    ({"tasks": {"a": {"name": "countdown"}}}, "tasks.a", "dictionary of name, share"),
+    ({"tasks": {"a": HALF | {"weight": 1}}}, "tasks.a", "dictionary of name, share"),
+    ({"tasks": {"a": HALF}}, "tasks=", "add up to 1, not 0.5"),
+    ({"tasks": {"a": HALF | {"share": 0.3}}}, "tasks.a.share=0.3", "whole number of the 8"),
+    ({"tasks": {"a": HALF | {"share": 0}}}, "tasks.a.share=0", r"in \(0, 1\]"),
+    ({"tasks": {"a": HALF, "b": HALF}, "eval.prompts": 1}, "prompts=1", "at least 2"),
+    ({"tasks": {"a": HALF | {"name": "cuntdown"}}}, "tasks.a: unknown", "mean 'countdown'"),
+    ({"data.max_prompt_tokens": -1}, "max_prompt_tokens=-1", "at least 0"),
+    ({"data.workers": -1}, "workers=-1", "at least 0"),
+    ({"tokenizer.system": "Think."}, "system='Think.'", "empty without config.tokenizer.dir"),
+    ({"tokenizer.directory": "nowhere"}, "config.tokenizer: nowhere", "no tokenizer.json"),
     ({"learner.schedule": "cosin"}, "'cosin'", "nearest is 'cosine'"),
     ({"learner.old_logp": "sample"}, "'sample'", "nearest is 'sampler'"),
     ({"learner.learning_rate": -1e-3}, "learning_rate=-0.001", "at least 0"),

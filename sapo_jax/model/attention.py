@@ -7,6 +7,9 @@ import math
 import jax
 import jax.numpy as jnp
 
+from sapo_jax.model import rope
+from sapo_jax.model.config import ModelConfig
+
 HIGHEST = jax.lax.Precision.HIGHEST
 NEGATIVE = -1e30  # finite: a row without any key must not give NaN
 
@@ -38,16 +41,17 @@ def positions(segments_BS: jax.Array) -> jax.Array:
     return index_S - jax.lax.cummax(start_BS, axis=1)
 
 
-def rotary(positions_X: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rotary(positions_X: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """(cos, sin) f32[..., head_dim/2] of RoPE (arXiv 2104.09864) at integer positions."""
-    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    angle = positions_X.astype(jnp.float32)[..., None] * theta**-exponent
-    return jnp.cos(angle), jnp.sin(angle)
+    scaling = dict(config.rope_scaling)
+    inverse, factor = rope.frequencies(config.head_dim, config.rope_theta, scaling)
+    angle = positions_X.astype(jnp.float32)[..., None] * inverse
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
-def rotate(x_XHd: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x_XHd: jax.Array, cos_sin: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate the halves of each head: pairs are (i, i + head_dim/2), as Hugging Face has them."""
-    cos, sin = (t[..., None, :] for t in rope)
+    cos, sin = (t[..., None, :] for t in cos_sin)
     first, second = jnp.split(x_XHd.astype(jnp.float32), 2, -1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
     return rotated.astype(x_XHd.dtype)

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
+
+from sapo_jax.model.rope import check_scaling
 
 DTYPES = ("float32", "bfloat16")
+MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2", "llama")
+MAY_BE_ZERO = ("pad_token", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A Qwen3-architecture decoder; the names are those of Hugging Face's config.json.
+    """A decoder of the Qwen or Llama family; the names are those of Hugging Face's config.json.
 
     Attributes:
+      model_type: one of MODEL_TYPES. The Qwen3 ones normalise queries and keys; qwen2 has a bias
+        on q, k and v; the others have one on q, k, v and o if ``attention_bias``.
+      rope_scaling: type and parameters of the rotary scaling, see `rope`; given as a dict, kept
+        as sorted pairs.
+      num_experts: E; 0 for a dense model. Layer i is sparse if it is not in ``mlp_only_layers`` and
+        ``decoder_sparse_step`` divides i + 1.
+      num_experts_per_tok, moe_intermediate_size: k, and the width of one expert.
+      norm_topk_prob: divide the k probabilities by their sum.
       stop_tokens: any of these ends a completion, and is part of it.
       pad_token: fills rows after their end; never attended to.
       param_dtype, compute_dtype, cache_dtype: storage of the parameters, of activations and
@@ -26,10 +39,19 @@ class ModelConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    model_type: str = "qwen3"
+    attention_bias: bool = False
     rope_theta: float = 1e6
+    rope_scaling: tuple[tuple[str, float | str | bool], ...] = ()
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 40960
     tie_word_embeddings: bool = True
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = True
+    decoder_sparse_step: int = 1
+    mlp_only_layers: tuple[int, ...] = ()
     stop_tokens: tuple[int, ...] = (1,)
     pad_token: int = 0
     param_dtype: str = "float32"
@@ -37,14 +59,33 @@ class ModelConfig:
     cache_dtype: str = "float32"
 
     def __post_init__(self):
+        if isinstance(self.rope_scaling, Mapping):
+            pairs = tuple(sorted(dict(self.rope_scaling).items()))
+            object.__setattr__(self, "rope_scaling", pairs)
+        object.__setattr__(self, "mlp_only_layers", tuple(self.mlp_only_layers))
+        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
+        self._check_fields()
+        self._check_experts()
+        check_scaling(dict(self.rope_scaling))
+        for token in (*self.stop_tokens, self.pad_token):
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"token {token}: must be in [0, vocab_size={self.vocab_size})")
+        if not self.stop_tokens:
+            raise ValueError("model.stop_tokens=(): must name at least one token")
+
+    def _check_fields(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and field.name != "pad_token" and value < 1:
+            if field.type == "int" and field.name not in MAY_BE_ZERO and value < 1:
                 raise ValueError(f"model.{field.name}={value}: must be at least 1")
             if field.name.endswith("_dtype") and value not in DTYPES:
                 raise ValueError(
                     f"model.{field.name}={value!r}: must be one of {', '.join(DTYPES)}"
                 )
+        if self.model_type not in MODEL_TYPES:
+            raise ValueError(
+                f"model.model_type={self.model_type!r}: must be one of {', '.join(MODEL_TYPES)}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model.num_attention_heads={self.num_attention_heads}: must be a multiple of "
@@ -52,11 +93,41 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"model.head_dim={self.head_dim}: must be even (rotary embedding)")
-        for token in (*self.stop_tokens, self.pad_token):
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(f"token {token}: must be in [0, vocab_size={self.vocab_size})")
-        if not self.stop_tokens:
-            raise ValueError("model.stop_tokens=(): must name at least one token")
+
+    def _check_experts(self) -> None:
+        if (self.model_type == "qwen3_moe") != (self.num_experts > 0):
+            raise ValueError(
+                f"model.num_experts={self.num_experts}: must be at least 1 for "
+                f"model_type='qwen3_moe' and 0 for the others, this is {self.model_type!r}"
+            )
+        if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"model.num_experts_per_tok={self.num_experts_per_tok}: must be in "
+                f"[1, num_experts={self.num_experts}]"
+            )
+        if self.num_experts and self.moe_intermediate_size < 1:
+            raise ValueError(
+                f"model.moe_intermediate_size={self.moe_intermediate_size}: must be at least 1"
+            )
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised per head."""
+        return self.model_type in ("qwen3", "qwen3_moe")
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        """Which of the attention's projections have a bias."""
+        if self.model_type == "qwen2":
+            return ("q", "k", "v")
+        return ("q", "k", "v", "o") if self.attention_bias else ()
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """Layers whose feed-forward is a mixture of experts."""
+        step, dense = self.decoder_sparse_step, self.mlp_only_layers
+        layers = range(self.num_hidden_layers) if self.num_experts else ()
+        return tuple(i for i in layers if i not in dense and (i + 1) % step == 0)
 
 
 def _qwen3(hidden, intermediate, layers, heads, kv_heads, head_dim, *, tied=True) -> dict:
@@ -71,15 +142,29 @@ def _qwen3(hidden, intermediate, layers, heads, kv_heads, head_dim, *, tied=True
     }
 
 
+def _moe(experts: int, per_token: int, width: int) -> dict:
+    return {
+        "model_type": "qwen3_moe",
+        "num_experts": experts,
+        "num_experts_per_tok": per_token,
+        "moe_intermediate_size": width,
+    }
+
+
 PRESETS: dict[str, dict] = {
     # Rows of tens of tokens: with θ = 1e6 most rotary frequencies would hardly turn.
     "nano": _qwen3(64, 192, 2, 4, 2, 16) | {"rope_theta": 100.0},
+    "nano_moe": _qwen3(64, 192, 2, 4, 2, 16) | _moe(8, 2, 48) | {"rope_theta": 100.0},
     "tiny": _qwen3(128, 384, 6, 4, 2, 32) | {"rope_theta": 100.0},
+    "tiny_moe": _qwen3(128, 384, 6, 4, 2, 32) | _moe(8, 2, 96) | {"rope_theta": 100.0},
     "small": _qwen3(256, 768, 8, 8, 4, 32) | {"rope_theta": 100.0},
     "qwen3_0_6b": _qwen3(1024, 3072, 28, 16, 8, 128) | {"vocab_size": 151936},
     "qwen3_1_7b": _qwen3(2048, 6144, 28, 16, 8, 128) | {"vocab_size": 151936},
     "qwen3_4b": _qwen3(2560, 9728, 36, 32, 8, 128) | {"vocab_size": 151936},
     "qwen3_8b": _qwen3(4096, 12288, 36, 32, 8, 128, tied=False) | {"vocab_size": 151936},
+    "qwen3_30b_a3b": _qwen3(2048, 6144, 48, 32, 4, 128, tied=False)
+    | _moe(128, 8, 768)
+    | {"vocab_size": 151936},
 }
 
 

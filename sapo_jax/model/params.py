@@ -2,14 +2,15 @@
 
 From it come initial values, abstract values for ahead-of-time compilation, shardings, and the
 conversion of checkpoints. Parameters are a plain pytree:
-``{"embed", "final_norm", ["head"], "layers": {name: [L, ...]}}``, the layers stacked for the
-learner's scan.
+``{"embed", "final_norm", ["head"], "layers": {name: [L', ...]}}``, each name stacked over the L'
+layers that have it (all of them in a dense model) for the learner's scan.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,15 +21,16 @@ from sapo_jax.model.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """One parameter; those of layers are described without their leading L axis.
+    """One parameter; `layer_table` describes those of layers without their leading L axis.
 
     Attributes:
       shape: sizes of the axes.
       axes: logical names of the axes.
-      hf_name: name in a Hugging Face checkpoint, ``{}`` for the layer's number. Their linear
-        weights are [out, in]; ours are [in..., out...].
-      fan_in: 0 for norms (initialised to 1), else the variance is 1/fan_in.
-      scale: multiplies the initial standard deviation.
+      hf_name: name in a Hugging Face checkpoint, with a ``{}`` for the layer's number and one for
+        the expert's.
+      fan_in: inputs of a linear map, whose initial variance is 1/fan_in; 0 for norms and biases.
+      scale: multiplies the initial standard deviation; where fan_in is 0, the initial value.
+      layers: numbers of the layers that have it, the order along the leading axis.
     """
 
     shape: tuple[int, ...]
@@ -36,31 +38,74 @@ class Spec:
     hf_name: str
     fan_in: int = 0
     scale: float = 1.0
+    layers: tuple[int, ...] = ()
+
+    @property
+    def transposed(self) -> bool:
+        """Hugging Face's linear weights are [out, in]; ours are [in..., out...]."""
+        return self.fan_in > 0 and "vocab" not in self.axes
+
+
+def _attention_table(config: ModelConfig, residual: float) -> dict[str, Spec]:
+    d, hd = config.hidden_size, config.head_dim
+    h, k = config.num_attention_heads, config.num_key_value_heads
+    attn = "model.layers.{}.self_attn."
+    outputs = {"q": ("heads", h), "k": ("kv_heads", k), "v": ("kv_heads", k)}
+    table = {"attn_norm": Spec((d,), ("embed",), "model.layers.{}.input_layernorm.weight")}
+    for name, (axis, heads) in outputs.items():
+        axes, hf_name = ("embed", axis, "head_dim"), f"{attn}{name}_proj."
+        table[name] = Spec((d, heads, hd), axes, hf_name + "weight", d)
+        if name in config.biased:
+            table[name + "_bias"] = Spec((heads, hd), axes[1:], hf_name + "bias", scale=0.0)
+    if config.qk_norm:
+        for name in ("q_norm", "k_norm"):
+            table[name] = Spec((hd,), ("head_dim",), f"{attn}{name}.weight")
+    out_axes = ("heads", "head_dim", "embed")
+    table["o"] = Spec((h, hd, d), out_axes, attn + "o_proj.weight", h * hd, residual)
+    if "o" in config.biased:
+        table["o_bias"] = Spec((d,), ("embed",), attn + "o_proj.bias", scale=0.0)
+    return table
+
+
+def _mlp_table(config: ModelConfig, residual: float) -> dict[str, Spec]:
+    d, f = config.hidden_size, config.intermediate_size
+    mlp, axes = "model.layers.{}.mlp.", ("embed", "mlp")
+    return {
+        "gate": Spec((d, f), axes, mlp + "gate_proj.weight", d),
+        "up": Spec((d, f), axes, mlp + "up_proj.weight", d),
+        "down": Spec((f, d), axes[::-1], mlp + "down_proj.weight", f, residual),
+    }
+
+
+def _experts_table(config: ModelConfig, residual: float) -> dict[str, Spec]:
+    d, f, e = config.hidden_size, config.moe_intermediate_size, config.num_experts
+    mlp, axes = "model.layers.{}.mlp.", ("experts", "embed", "expert_mlp")
+    out_axes = ("experts", "expert_mlp", "embed")
+    return {
+        "router": Spec((d, e), ("embed", "router"), mlp + "gate.weight", d),
+        "experts_gate": Spec((e, d, f), axes, mlp + "experts.{}.gate_proj.weight", d),
+        "experts_up": Spec((e, d, f), axes, mlp + "experts.{}.up_proj.weight", d),
+        "experts_down": Spec((e, f, d), out_axes, mlp + "experts.{}.down_proj.weight", f, residual),
+    }
 
 
 def layer_table(config: ModelConfig) -> dict[str, Spec]:
-    """The parameters of one layer."""
-    d, f = config.hidden_size, config.intermediate_size
-    h, k, hd = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    attn, mlp = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
+    """The parameters of layers, dense and sparse, each with the layers that have it."""
     # Residual branches start smaller, so that the stream's variance does not grow with depth.
     residual = 1 / math.sqrt(2 * config.num_hidden_layers)
-    qkv_axes = ("embed", "heads", "head_dim")
-    kv_axes = ("embed", "kv_heads", "head_dim")
+    norm = Spec(
+        (config.hidden_size,), ("embed",), "model.layers.{}.post_attention_layernorm.weight"
+    )
+    every = tuple(range(config.num_hidden_layers))
+    sparse = config.sparse_layers
+    dense = tuple(i for i in every if i not in sparse)
+    parts = ((every, _attention_table(config, residual) | {"mlp_norm": norm}),)
+    parts += ((dense, _mlp_table(config, residual)),) if dense else ()
+    parts += ((sparse, _experts_table(config, residual)),) if sparse else ()
     return {
-        "attn_norm": Spec((d,), ("embed",), "model.layers.{}.input_layernorm.weight"),
-        "q": Spec((d, h, hd), qkv_axes, attn + "q_proj.weight", d),
-        "k": Spec((d, k, hd), kv_axes, attn + "k_proj.weight", d),
-        "v": Spec((d, k, hd), kv_axes, attn + "v_proj.weight", d),
-        "q_norm": Spec((hd,), ("head_dim",), attn + "q_norm.weight"),
-        "k_norm": Spec((hd,), ("head_dim",), attn + "k_norm.weight"),
-        "o": Spec(
-            (h, hd, d), ("heads", "head_dim", "embed"), attn + "o_proj.weight", h * hd, residual
-        ),
-        "mlp_norm": Spec((d,), ("embed",), "model.layers.{}.post_attention_layernorm.weight"),
-        "gate": Spec((d, f), ("embed", "mlp"), mlp + "gate_proj.weight", d),
-        "up": Spec((d, f), ("embed", "mlp"), mlp + "up_proj.weight", d),
-        "down": Spec((f, d), ("mlp", "embed"), mlp + "down_proj.weight", f, residual),
+        name: dataclasses.replace(spec, layers=layers)
+        for layers, table in parts
+        for name, spec in table.items()
     }
 
 
@@ -76,11 +121,67 @@ def table(config: ModelConfig) -> dict[str, Any]:
         top["head"] = Spec((v, d), vocab_axes, "lm_head.weight", d)
     stacked = {
         name: dataclasses.replace(
-            spec, shape=(config.num_hidden_layers, *spec.shape), axes=("layers", *spec.axes)
+            spec, shape=(len(spec.layers), *spec.shape), axes=("layers", *spec.axes)
         )
         for name, spec in layer_table(config).items()
     }
     return {**top, "layers": stacked}
+
+
+def unstack(layers: dict[str, Any], config: ModelConfig) -> list[dict[str, Any]]:
+    """The stacked parameters of layers as one dictionary for each layer."""
+    specs = layer_table(config)
+    return [
+        {
+            name: value[specs[name].layers.index(i)]
+            for name, value in layers.items()
+            if i in specs[name].layers
+        }
+        for i in range(config.num_hidden_layers)
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Layers that one scan visits: ``repeats`` times a period of ``period`` layers."""
+
+    start: int
+    period: int
+    repeats: int
+
+    @property
+    def stop(self) -> int:
+        """The layer after the last one."""
+        return self.start + self.period * self.repeats
+
+
+def groups(config: ModelConfig) -> tuple[Group, ...]:
+    """The layers as scans: over the shortest period of dense and sparse ones, else over runs."""
+    n = config.num_hidden_layers
+    sparse = [i in config.sparse_layers for i in range(n)]
+    for period in range(1, n // 2 + 1):
+        if n % period == 0 and sparse == sparse[:period] * (n // period):
+            return (Group(0, period, n // period),)
+    starts = [i for i in range(n) if i == 0 or sparse[i] != sparse[i - 1]]
+    return tuple(Group(a, 1, b - a) for a, b in zip(starts, [*starts[1:], n], strict=True))
+
+
+def by_period(value: Any, layers: tuple[int, ...], group: Group) -> Any:
+    """A group's part of what is stacked over ``layers``, as [repeats, layers of a period, ...]."""
+    inside = [n for n, i in enumerate(layers) if group.start <= i < group.stop]
+    part = value if len(inside) == len(layers) else value[inside[0] : inside[-1] + 1]
+    return part.reshape(group.repeats, -1, *value.shape[1:])
+
+
+def of_period(config: ModelConfig, group: Group) -> Iterator[dict[str, int]]:
+    """For each layer of a period: the names that it has, with their place in `by_period`."""
+    specs = layer_table(config)
+    for i in range(group.start, group.start + group.period):
+        yield {
+            name: sum(group.start <= j < i for j in spec.layers)
+            for name, spec in specs.items()
+            if i in spec.layers
+        }
 
 
 def _map(function, tree):
@@ -95,13 +196,13 @@ def abstract(config: ModelConfig) -> Any:
 
 
 def init(config: ModelConfig, seed: int | jax.Array) -> Any:
-    """Random parameters: norms 1, matrices normal with variance scale²/fan_in."""
+    """Random parameters: norms 1, biases 0, matrices normal with variance scale²/fan_in."""
     specs, treedef = jax.tree.flatten(table(config), is_leaf=lambda x: isinstance(x, Spec))
     keys = jax.random.split(jax.random.key(seed, impl="threefry2x32"), len(specs))
 
     def draw(key, spec):
         if not spec.fan_in:
-            return jnp.ones(spec.shape, config.param_dtype)
+            return jnp.full(spec.shape, spec.scale, config.param_dtype)
         std = spec.scale / math.sqrt(spec.fan_in)
         return (std * jax.random.normal(key, spec.shape, jnp.float32)).astype(config.param_dtype)
 
@@ -116,3 +217,34 @@ def count(config: ModelConfig) -> int:
 def head_weight(params: Any) -> jax.Array:
     """The output matrix [V, D]: the embedding's where they are tied."""
     return params.get("head", params["embed"])
+
+
+PARTITION = {
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "expert_mlp": "tensor",
+    "experts": "expert",
+}  # logical axis: mesh axis; the others are replicated
+
+
+def shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
+    """Where the parameters lie on a mesh: each logical axis on its mesh axis, if the mesh has it.
+
+    Raises:
+      ValueError: a dimension that does not divide, naming parameter, axis and sizes.
+    """
+
+    def place(spec):
+        parts = [PARTITION.get(a) if PARTITION.get(a) in mesh.shape else None for a in spec.axes]
+        for axis, size, part in zip(spec.axes, spec.shape, parts, strict=True):
+            if part and size % mesh.shape[part]:
+                raise ValueError(
+                    f"{spec.hf_name}: axis {axis!r} of size {size} does not divide by the mesh "
+                    f"axis {part!r} of size {mesh.shape[part]}"
+                )
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*parts))
+
+    return _map(place, table(config))

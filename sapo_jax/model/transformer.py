@@ -1,4 +1,4 @@
-"""The Qwen3 decoder as pure functions; one definition of a layer for learner and sampler."""
+"""The decoder as pure functions; one definition of a layer for learner and sampler."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.model import attention
+from sapo_jax.model import attention, moe, params
 from sapo_jax.model.attention import dense, einsum
 from sapo_jax.model.config import ModelConfig
+from sapo_jax.model.moe import Routing
 from sapo_jax.model.params import head_weight
 
 
@@ -21,32 +22,46 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * inverse * scale.astype(jnp.float32)).astype(x.dtype)
 
 
+def _project(w: dict[str, jax.Array], name: str, x: jax.Array, inputs: int = 1) -> jax.Array:
+    out = dense(x, w[name], inputs)
+    return out + w[name + "_bias"] if name + "_bias" in w else out
+
+
 def layer(
     weights: dict[str, jax.Array],
     config: ModelConfig,
     x_XD: jax.Array,
     rope: tuple[jax.Array, jax.Array],
     attend: Callable,
-) -> jax.Array:
-    """One pre-norm layer: grouped-query attention with QK-norm, then SwiGLU.
+    replay_Xk: jax.Array | None = None,
+) -> tuple[jax.Array, Routing | None]:
+    """One pre-norm layer: grouped-query attention, then SwiGLU or a mixture of them.
 
     Args:
-      weights: one layer of the parameter table.
+      weights: one layer of the parameter table; which parts the layer has follows from it.
       config: the model's shape.
       x_XD: the residual stream, any leading axes.
       rope: from `attention.rotary`, at the positions of x.
       attend: (q, k, v) [..., heads, d] → [..., H, d]; the only part that differs between the
         learner, prefill and decoding.
+      replay_Xk: experts to use, see `moe.route`.
+
+    Returns:
+      The stream after the layer, and what the router decided where there is one.
     """
     dtype, eps = jnp.dtype(config.compute_dtype), config.rms_norm_eps
     w = {name: value.astype(dtype) for name, value in weights.items()}
     h = rms_norm(x_XD, weights["attn_norm"], eps)
-    q, k, v = (dense(h, w[name]) for name in ("q", "k", "v"))
-    q = attention.rotate(rms_norm(q, weights["q_norm"], eps), rope)
-    k = attention.rotate(rms_norm(k, weights["k_norm"], eps), rope)
-    x_XD = x_XD + dense(attend(q, k, v), w["o"], 2)
+    q, k, v = (_project(w, name, h) for name in ("q", "k", "v"))
+    if "q_norm" in weights:
+        q, k = rms_norm(q, weights["q_norm"], eps), rms_norm(k, weights["k_norm"], eps)
+    q, k = attention.rotate(q, rope), attention.rotate(k, rope)
+    x_XD = x_XD + _project(w, "o", attend(q, k, v), 2)
     h = rms_norm(x_XD, weights["mlp_norm"], eps)
-    return x_XD + dense(jax.nn.silu(dense(h, w["gate"])) * dense(h, w["up"]), w["down"])
+    if "router" in weights:
+        routing = moe.route(h, weights["router"], config, replay_Xk)
+        return x_XD + moe.experts(w, config, h, routing), routing
+    return x_XD + dense(jax.nn.silu(dense(h, w["gate"])) * dense(h, w["up"]), w["down"]), None
 
 
 def embed(params: Any, config: ModelConfig, tokens: jax.Array) -> jax.Array:
@@ -54,8 +69,70 @@ def embed(params: Any, config: ModelConfig, tokens: jax.Array) -> jax.Array:
     return params["embed"].astype(config.compute_dtype)[tokens]
 
 
+def hidden_routing(
+    weights: Any,
+    config: ModelConfig,
+    tokens_BS: jax.Array,
+    segments_BS: jax.Array,
+    *,
+    remat: bool = False,
+    replay_BSLk: jax.Array | None = None,
+    summarise: Callable[[Routing], Any] = lambda routing: routing.experts,
+) -> tuple[jax.Array, Any]:
+    """`hidden`, and what ``summarise`` makes of each sparse layer's routing.
+
+    Args:
+      weights, config, tokens_BS, segments_BS, remat: see `hidden`.
+      replay_BSLk: experts to use in each sparse layer, −1 for the router's choice.
+      summarise: applied within the scan, so that what it drops is never stacked.
+
+    Returns:
+      (f[B, S, D], tree of [L_moe, ...] or None for a dense model).
+    """
+    rope = attention.rotary(attention.positions(segments_BS), config)
+    sparse = config.sparse_layers
+    replay = None if replay_BSLk is None else jnp.moveaxis(replay_BSLk, 2, 0)
+
+    def attend(q, k, v):
+        return attention.causal(q, k, v, segments_BS)
+
+    def visit(group):
+        places = list(params.of_period(config, group))
+        routed = [i in sparse for i in range(group.start, group.start + group.period)]
+
+        def step(x_BSD, inputs):
+            stacked, replayed = inputs
+            summaries = []
+            for place, is_sparse in zip(places, routed, strict=True):
+                w = {name: stacked[name][at] for name, at in place.items()}
+                experts = replayed[len(summaries)] if is_sparse and replayed is not None else None
+                x_BSD, routing = layer(w, config, x_BSD, rope, attend, experts)
+                if is_sparse:
+                    summaries.append(summarise(routing))
+            joined = jax.tree.map(lambda *x: jnp.stack(x), *summaries) if summaries else None
+            return x_BSD, joined
+
+        return jax.checkpoint(step) if remat else step
+
+    specs = params.layer_table(config)
+    x_BSD, collected = embed(weights, config, tokens_BS), []
+    for group in params.groups(config):
+        names = {name for place in params.of_period(config, group) for name in place}
+        stacked = {
+            name: params.by_period(weights["layers"][name], specs[name].layers, group)
+            for name in names
+        }
+        has_router = "router" in names and replay is not None
+        replayed = params.by_period(replay, sparse, group) if has_router else None
+        x_BSD, out = jax.lax.scan(visit(group), x_BSD, (stacked, replayed))
+        if out is not None:
+            collected.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out))
+    routing = jax.tree.map(lambda *x: jnp.concatenate(x), *collected) if collected else None
+    return rms_norm(x_BSD, weights["final_norm"], config.rms_norm_eps), routing
+
+
 def hidden(
-    params: Any,
+    weights: Any,
     config: ModelConfig,
     tokens_BS: jax.Array,
     segments_BS: jax.Array,
@@ -66,17 +143,7 @@ def hidden(
 
     Layers are scanned; with ``remat`` the backward pass recomputes each layer from its input.
     """
-    rope = attention.rotary(attention.positions(segments_BS), config.head_dim, config.rope_theta)
-
-    def step(x_BSD, weights):
-        def attend(q, k, v):
-            return attention.causal(q, k, v, segments_BS)
-
-        return layer(weights, config, x_BSD, rope, attend), None
-
-    x_BSD = embed(params, config, tokens_BS)
-    x_BSD, _ = jax.lax.scan(jax.checkpoint(step) if remat else step, x_BSD, params["layers"])
-    return rms_norm(x_BSD, params["final_norm"], config.rms_norm_eps)
+    return hidden_routing(weights, config, tokens_BS, segments_BS, remat=remat)[0]
 
 
 def logits_of(params: Any, config: ModelConfig, hidden_XD: jax.Array) -> jax.Array:

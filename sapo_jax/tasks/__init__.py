@@ -9,8 +9,21 @@ from typing import Any
 from sapo_jax.tasks.base import Task
 from sapo_jax.tasks.chain_sum import ChainSum
 from sapo_jax.tasks.countdown import Countdown
+from sapo_jax.tasks.math_answer import MathAnswer
+from sapo_jax.tasks.mixture import Mixture as Mixture
+from sapo_jax.tasks.prepared import Gsm8k, Prepared
+from sapo_jax.tasks.programs import Programs
+from sapo_jax.tasks.reasoning import ReasoningGym
 
-TASKS: dict[str, type] = {"chain_sum": ChainSum, "countdown": Countdown}
+TASKS: dict[str, type] = {
+    "chain_sum": ChainSum,
+    "countdown": Countdown,
+    "prepared": Prepared,
+    "gsm8k": Gsm8k,
+    "math_answer": MathAnswer,
+    "reasoning_gym": ReasoningGym,
+    "programs": Programs,
+}
 
 
 def make(name: str, **options: Any) -> Task:

@@ -23,6 +23,7 @@ class Example:
     prompt: str
     answer: str
     demonstration: str  # a worked completion for a supervised cold start; "" when there is none
+    task: int = 0  # which of the run's tasks it belongs to
 
 
 class Task(Protocol):
@@ -42,7 +43,7 @@ class Task(Protocol):
 
     @property
     def max_completion_chars(self) -> int:
-        """A bound on the length of every demonstration, without the stop token."""
+        """A bound on the length of every demonstration, without the stop token; 0: no bound."""
 
     def examples(self, split: str) -> Sequence[Example]:
         """The examples of ``"train"`` or ``"test"``: lazy, and the same in any process.

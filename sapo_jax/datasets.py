@@ -1,0 +1,310 @@
+"""Prepared datasets: from JSON lines to ArrayRecord files by TFDS, and their records read back.
+
+    python -m sapo_jax.datasets --jsonl=train=train.jsonl --jsonl=test=test.jsonl --out=data/sums
+    python -m sapo_jax.datasets --catalogue=gsm8k --out=data
+
+Only preparing downloads; a run reads what is there, or fails at once. No TensorFlow is needed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+VERSION = "1.0.0"
+FIELDS = ("prompt", "answer", "demonstration")
+CATALOGUE = {  # module that registers the builder, and where it downloads from
+    "gsm8k": ("tensorflow_datasets.text.gsm8k", "https://raw.githubusercontent.com"),
+}
+PROBE_SECONDS = 10  # the catalogue's own downloads go on trying for minutes
+HOW = (
+    "prepare it with `python -m sapo_jax.datasets --jsonl=train=FILE --jsonl=test=FILE --out=DIR`, "
+    f"or `--catalogue=NAME --out=DIR` for {', '.join(CATALOGUE)} (on a machine with network, then "
+    "copy DIR here)"
+)
+
+
+def read_jsonl(path: epath.PathLike) -> Iterator[tuple[int, dict]]:
+    """Objects of a file with their line numbers, from 1; empty lines are passed over.
+
+    Raises:
+      ValueError: there is no such file, or a line is no JSON object; the line is named.
+    """
+    path = epath.Path(path).expanduser()
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: no JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise ValueError(
+                f"{path}, line {number}: expected an object, got {type(record).__name__}"
+            )
+        yield number, record
+
+
+def _is_text(value: Any) -> bool:
+    """Half of a surrogate pair, which JSON can escape, is no character."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
+
+
+def prompt_records(path: epath.PathLike, fields: Mapping[str, str]) -> list[dict[str, str]]:
+    """Prompts and answers of a JSON-lines file.
+
+    Args:
+      path: the file.
+      fields: which field of the file holds the ``prompt`` and the ``answer`` (text, or a number),
+        and, if it has any, a worked ``demonstration``.
+
+    Raises:
+      ValueError: a line is broken or lacks a field, named by its number; or there are none.
+    """
+    records = []
+    for number, line in read_jsonl(path):
+        record = dict.fromkeys(FIELDS, "")
+        for field, source in fields.items():
+            value = line.get(source)
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                value = str(value)
+            if not _is_text(value) or (field == "prompt" and not value):
+                got = "nothing" if source not in line else repr(value)
+                raise ValueError(
+                    f"{path}, line {number}: {source!r} must be text or a number, got {got}; "
+                    f"the line has {', '.join(map(str, line)) or 'no field'}"
+                )
+            record[field] = value
+        records.append(record)
+    if not records:
+        raise ValueError(f"{path} is empty: it must hold at least one line")
+    return records
+
+
+def prepare_jsonl(
+    files: Mapping[str, epath.PathLike],
+    out: epath.PathLike,
+    fields: Mapping[str, str] | None = None,
+) -> epath.Path:
+    """Write a dataset of prompts and answers; returns the directory that ``source`` reads.
+
+    Args:
+      files: JSON-lines file of each split.
+      out: data directory; the dataset is ``<out>/prompts/1.0.0``, in the order of the files.
+      fields: see ``prompt_records``; by default ``prompt`` and ``answer``.
+
+    Raises:
+      ValueError: as ``prompt_records``, or the dataset is there already.
+    """
+    import tensorflow_datasets as tfds
+
+    names = fields or {"prompt": "prompt", "answer": "answer"}
+    splits = {split: prompt_records(path, names) for split, path in files.items()}
+
+    class Prompts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """Prompts with reference answers, and demonstrations where there are any."""
+
+        name = "prompts"
+        VERSION = tfds.core.Version(VERSION)
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({f: tfds.features.Text() for f in FIELDS})
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            del dl_manager
+            return {split: enumerate(records) for split, records in splits.items()}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    return write(Prompts(data_dir=str(out), file_format="array_record"))
+
+
+def prepare_catalogued(
+    name: str, out: epath.PathLike, files: Mapping[str, epath.PathLike] | None = None
+) -> epath.Path:
+    """Prepare a dataset of the TFDS catalogue by the catalogue's own builder.
+
+    Args:
+      name: one of ``CATALOGUE``.
+      out: data directory.
+      files: the raw file of each split, where they were downloaded already.
+
+    Raises:
+      ValueError: unknown name, a broken line, or the dataset is there already.
+      RuntimeError: the files are not given and the network is not there.
+    """
+    import importlib
+
+    if name not in CATALOGUE:
+        raise ValueError(f"unknown dataset {name!r}; the catalogue has {', '.join(CATALOGUE)}")
+    module, host = CATALOGUE[name]
+    importlib.import_module(module)
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_cls(name)
+    if files:
+        for path in files.values():
+            if not list(read_jsonl(path)):
+                raise ValueError(f"{path} is empty: it must hold at least one line")
+
+        class Local(builder, skip_registration=True):
+            """The catalogue's builder on files that are here."""
+
+            def _split_generators(self, dl_manager):
+                del dl_manager
+                return {k: self._generate_examples(path) for k, path in files.items()}
+
+        Local.name = name
+        builder = Local
+    else:
+        _probe(name, host)
+    return write(builder(data_dir=str(out), file_format="array_record"))
+
+
+def _probe(name: str, host: str) -> None:
+    try:
+        with urllib.request.urlopen(host, timeout=PROBE_SECONDS):
+            pass
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except OSError as error:
+        raise RuntimeError(
+            f"{name} cannot be downloaded from {host}: {error}; run this on a machine with network "
+            f"and copy the directory, or give the raw files: --jsonl=train=FILE --jsonl=test=FILE"
+        ) from None
+
+
+def write(builder: Any) -> epath.Path:
+    """Run a TFDS builder, once; returns the directory that ``source`` reads.
+
+    Raises:
+      ValueError: the dataset is there already, or what was written is empty.
+    """
+    directory = epath.Path(builder.data_dir)
+    if directory.exists():
+        raise ValueError(f"{directory} exists already: delete it, or choose another directory")
+    builder.download_and_prepare()
+    for split in builder.info.splits:
+        Records(directory, split)
+    return directory
+
+
+def locate(directory: epath.PathLike) -> epath.Path:
+    """The directory of a prepared dataset: itself, or the only one at most three levels below.
+
+    Raises:
+      ValueError: there is none, or several; the message says how to prepare one.
+    """
+    directory = epath.Path(directory).expanduser()
+    for levels in range(4):
+        found = [p.parent for p in directory.glob("*/" * levels + "dataset_info.json")]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(str(p) for p in sorted(found))
+            raise ValueError(f"{directory} holds several datasets: name one of {names}")
+    raise ValueError(f"no prepared dataset at {directory}: {HOW}")
+
+
+class Records(Sequence[dict[str, str]]):
+    """The records of one split, texts decoded, read where they are asked for.
+
+    Args:
+      directory: see ``locate``.
+      split: a name, or a part of one such as ``train[:1000]``.
+
+    Raises:
+      ValueError: nothing is prepared there, no such split, no records, another file format, or
+        files that are missing or damaged.
+    """
+
+    def __init__(self, directory: epath.PathLike, split: str):
+        import tensorflow_datasets as tfds
+
+        directory = locate(directory)
+        self._directory = directory
+        try:
+            builder = tfds.builder_from_directory(str(directory))
+        except Exception as error:  # protobuf's are its own
+            raise self._damaged(error) from error
+        splits = [name for name in builder.info.splits if name != "all"]
+        if split.partition("[")[0] not in splits:
+            raise ValueError(f"{directory} has no split {split!r}; it has {', '.join(splits)}")
+        if builder.info.file_format.value != "array_record":
+            raise ValueError(
+                f"{directory} is in the format {builder.info.file_format.value}: a run reads "
+                "array_record (download_and_prepare(file_format='array_record') writes it)"
+            )
+        for path in builder.info.splits[split.partition("[")[0]].filepaths:
+            if not path.exists():
+                raise self._damaged(f"{path.name} is missing")
+        self._source = builder.as_data_source(split)
+        if not len(self._source):
+            raise ValueError(f"{directory} has no records in the split {split!r}")
+        for end in (0, -1):
+            _ = self[end]
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        position = range(len(self))[index]  # the source itself raises no IndexError
+        try:
+            record = self._source[position]
+        except RuntimeError as error:
+            raise self._damaged(error) from error
+        if None in record.values():  # what a cut file gives
+            raise self._damaged(f"record {position} cannot be read")
+        return {k: v.decode() if isinstance(v, bytes) else v for k, v in record.items()}
+
+    def _damaged(self, why: object) -> ValueError:
+        return ValueError(f"{self._directory} is damaged: {why}; delete it and prepare it again")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prepare what the flags say."""
+    from absl import flags
+
+    given = flags.FLAGS
+    if len(argv) > 1 or not given.out or not (given.jsonl or given.catalogue):
+        sys.exit("error: expected --out=DIR and --jsonl=SPLIT=FILE… or --catalogue=NAME")
+    pairs = [item.partition("=") for item in given.jsonl]
+    files = {split if path else "train": path or split for split, _, path in pairs}
+    fields = {field: given[field].value for field in FIELDS if given[field].value}
+    try:
+        if given.catalogue:
+            path = prepare_catalogued(given.catalogue, given.out, files)
+        else:
+            path = prepare_jsonl(files, given.out, fields)
+        counts = {split: len(Records(path, split)) for split in _splits(path)}
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{path}: " + ", ".join(f"{count} in {split}" for split, count in counts.items()))
+
+
+def _splits(directory: epath.Path) -> list[str]:
+    import tensorflow_datasets as tfds
+
+    return list(tfds.builder_from_directory(str(directory)).info.splits)
+
+
+if __name__ == "__main__":
+    from absl import app, flags
+
+    flags.DEFINE_multi_string("jsonl", [], "SPLIT=FILE of JSON lines; a bare FILE is train's.")
+    flags.DEFINE_string("catalogue", "", "A dataset of the TFDS catalogue.")
+    flags.DEFINE_string("out", "", "Data directory.")
+    flags.DEFINE_string("prompt", "prompt", "Field of the file that holds the prompt.")
+    flags.DEFINE_string("answer", "answer", "Field of the file that holds the answer.")
+    flags.DEFINE_string("demonstration", "", "Field of the file that holds a worked answer.")
+    app.run(main)

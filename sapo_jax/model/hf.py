@@ -1,0 +1,283 @@
+"""Hugging Face directories in and out: safetensors, one tensor at a time, and what lies beside.
+
+Beyond the parameters themselves, `load` holds one tensor of the file and one per-device shard of
+one parameter (twice while the shard is handed to its device).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from sapo_jax.model import hf_config, params
+from sapo_jax.model.config import ModelConfig
+from sapo_jax.model.params import Spec
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = ("F32", "BF16", "F16", "F64")
+CARRIED = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
+)  # fmt: skip
+
+
+class Reader(contextlib.ExitStack):
+    """The tensors of a directory by name, read when asked for.
+
+    Raises:
+      ValueError: no safetensors file, or one that the index names is missing.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        super().__init__()
+        self.directory, self._open = directory, {}
+        if (directory / INDEX).is_file():
+            self.where = hf_config.read_json(directory / INDEX).get("weight_map", {})
+            for file in sorted(set(self.where.values())):
+                if not (directory / file).is_file():
+                    count = sum(f == file for f in self.where.values())
+                    raise ValueError(
+                        f"{directory / file}: missing shard; {INDEX} places {count} tensors in it"
+                    )
+        elif (directory / SINGLE).is_file():
+            self.where = dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
+        else:
+            raise ValueError(f"{directory}: has neither {SINGLE} nor {INDEX}")
+
+    def _file(self, name: str) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if name not in self._open:
+            try:
+                opened = safe_open(self.directory / name, framework="numpy", backend="pread")
+            except SafetensorError as error:
+                raise ValueError(f"{self.directory / name}: damaged: {error}") from None
+            self._open[name] = self.enter_context(opened)
+        return self._open[name]
+
+    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype of a tensor, from the header alone.
+
+        Raises:
+          ValueError: the index names a tensor that its file does not hold.
+        """
+        from safetensors import SafetensorError
+
+        try:
+            view = self._file(self.where[name]).get_slice(name)
+        except SafetensorError:
+            file = self.directory / self.where[name]
+            raise ValueError(f"{file}: lacks {name}, which {INDEX} places in it") from None
+        return tuple(view.get_shape()), view.get_dtype()
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One tensor."""
+        return self._file(self.where[name]).get_tensor(name)
+
+
+def _stacked(spec: Spec) -> tuple[int, ...]:
+    """Sizes of the leading axes along which tensors of the files are stacked: layers, experts."""
+    return spec.shape[: spec.hf_name.count("{}")]
+
+
+def _hf_name(spec: Spec, at: tuple[int, ...]) -> str:
+    numbers = (spec.layers[at[0]], *at[1:]) if at else ()
+    return spec.hf_name.format(*numbers)
+
+
+def _hf_shape(spec: Spec) -> tuple[int, ...]:
+    own = spec.shape[len(_stacked(spec)) :]
+    if spec.transposed:
+        return (math.prod(own) // spec.fan_in, spec.fan_in)
+    return own if "vocab" in spec.axes else (math.prod(own),)
+
+
+def tensors(spec: Spec) -> Iterator[tuple[tuple[int, ...], str]]:
+    """(place along the stacked axes, name in the files) of each tensor of a parameter."""
+    for at in itertools.product(*map(range, _stacked(spec))):
+        yield at, _hf_name(spec, at)
+
+
+def _leaves(config: ModelConfig) -> tuple[list[Spec], Any]:
+    return jax.tree.flatten(params.table(config), is_leaf=lambda x: isinstance(x, Spec))
+
+
+def _list(names: list[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
+
+
+def _check(reader: Reader, config: ModelConfig) -> None:
+    """Compare names, shapes and dtypes with the table before anything is read."""
+    expected = {
+        name: _hf_shape(spec) for spec in _leaves(config)[0] for _, name in tensors(spec)
+    }  # fmt: skip
+    missing = [name for name in expected if name not in reader.where]
+    extra = [
+        name
+        for name in reader.where
+        if name not in expected and not name.endswith("rotary_emb.inv_freq")
+    ]
+    if config.tie_word_embeddings and "lm_head.weight" in extra:
+        extra.remove("lm_head.weight")  # a copy of the embedding
+    if missing or extra:
+        raise ValueError(
+            f"{reader.directory}: tensors do not match config.json"
+            + (f"; missing: {_list(missing)}" if missing else "")
+            + (f"; left over: {_list(extra)}" if extra else "")
+        )
+    wrong = []
+    for name, shape in expected.items():
+        got, dtype = reader.describe(name)
+        if got != shape:
+            wrong.append(f"{name} is {list(got)}, must be {list(shape)}")
+        elif dtype not in DTYPES:
+            wrong.append(f"{name} is {dtype}, must be one of {'/'.join(DTYPES)}")
+    if wrong:
+        raise ValueError(f"{reader.directory}: {_list(wrong)}")
+
+
+def _read_part(reader: Reader, spec: Spec, index: tuple[slice, ...], dtype) -> np.ndarray:
+    """One shard of a parameter: ``index`` has a slice with start and stop for each axis."""
+    depth = len(_stacked(spec))
+    own_shape = spec.shape[depth:]
+    part = np.empty([i.stop - i.start for i in index], dtype)
+    for at in itertools.product(*(range(i.start, i.stop) for i in index[:depth])):
+        tensor = reader.tensor(_hf_name(spec, at))
+        own = (tensor.T if spec.transposed else tensor).reshape(own_shape)
+        part[tuple(n - i.start for n, i in zip(at, index[:depth], strict=True))] = own[
+            index[depth:]
+        ]
+    return part
+
+
+def _read(reader: Reader, spec: Spec, dtype, sharding: Any) -> jax.Array:
+    whole = tuple(slice(0, n) for n in spec.shape)
+    if sharding is None:
+        return jax.device_put(_read_part(reader, spec, whole, dtype))
+    devices: dict[tuple, list] = {}
+    for device, index in sharding.addressable_devices_indices_map(spec.shape).items():
+        bounds = tuple(i.indices(n)[:2] for i, n in zip(index, spec.shape, strict=True))
+        devices.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, copies in devices.items():
+        part = _read_part(reader, spec, tuple(slice(*b) for b in bounds), dtype)
+        arrays += [jax.block_until_ready(jax.device_put(part, device)) for device in copies]
+    return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
+
+
+def load(
+    directory: str | pathlib.Path, dtype: Any = "float32", mesh: jax.sharding.Mesh | None = None
+) -> tuple[ModelConfig, Any]:
+    """A model from a Hugging Face directory: config.json and safetensors, sharded or not.
+
+    Args:
+      directory: of a qwen3, qwen3_moe, qwen2 or llama model.
+      dtype: float32 or bfloat16, for parameters, computation and cache; `dataclasses.replace` the
+        config for a mixture.
+      mesh: places the parameters by `params.shardings`; None puts them on the default device.
+
+    Returns:
+      (config, params).
+
+    Raises:
+      ValueError: naming the file, field or tensor that is missing, left over or of a wrong shape.
+    """
+    directory = pathlib.Path(directory)
+    config = hf_config.read(directory, np.dtype(jax.numpy.dtype(dtype)).name)
+    specs, treedef = _leaves(config)
+    shardings = [None] * len(specs)
+    if mesh is not None:
+        shardings = jax.tree.leaves(params.shardings(config, mesh))
+    with Reader(directory) as reader:
+        _check(reader, config)
+        leaves = [
+            _read(reader, spec, jax.numpy.dtype(dtype), sharding)
+            for spec, sharding in zip(specs, shardings, strict=True)
+        ]
+    return config, treedef.unflatten(leaves)
+
+
+def _to_hf(spec: Spec, leaf: jax.Array, at: tuple[int, ...]) -> np.ndarray:
+    own = np.asarray(leaf[at])
+    if spec.transposed:
+        own = own.reshape(spec.fan_in, -1).T
+    return np.ascontiguousarray(own.reshape(_hf_shape(spec)))
+
+
+def _plan_files(specs: list[Spec], itemsize: int, limit: int) -> list[list[tuple[int, tuple, str]]]:
+    """Tensors (leaf, place, name) by file, each file up to ``limit`` bytes."""
+    files: list[list] = [[]]
+    size = 0
+    for number, spec in enumerate(specs):
+        each = math.prod(_hf_shape(spec)) * itemsize
+        for at, name in tensors(spec):
+            if files[-1] and size + each > limit:
+                files.append([])
+                size = 0
+            files[-1].append((number, at, name))
+            size += each
+    return files
+
+
+def save(
+    directory: str | pathlib.Path,
+    config: ModelConfig,
+    weights: Any,
+    *,
+    files_from: str | pathlib.Path | None = None,
+    shard_bytes: int = 4 * 2**30,
+) -> None:
+    """Write a directory that ``transformers`` loads; tensors keep the dtype of the parameters.
+
+    Args:
+      directory: made if need be; weights that lie there are replaced.
+      config: the model's shape.
+      weights: the parameters, as the learner has them.
+      files_from: directory whose tokenizer and generation files are carried along.
+      shard_bytes: a file holds at most this much, or one tensor; one file's worth is on the host.
+
+    Raises:
+      ValueError: ``files_from`` is no directory, or the parameters are not the config's.
+    """
+    from safetensors.numpy import save_file
+
+    directory = pathlib.Path(directory)
+    specs, treedef = _leaves(config)
+    if jax.tree.structure(weights) != treedef:
+        raise ValueError("save: the parameters are not those that the config describes")
+    if files_from is not None and not pathlib.Path(files_from).is_dir():
+        raise ValueError(f"files_from={str(files_from)!r}: no such directory")
+    leaves = jax.tree.leaves(weights)
+    directory.mkdir(parents=True, exist_ok=True)
+    for old in (*directory.glob("model*.safetensors"), *directory.glob(INDEX)):
+        old.unlink()
+    itemsize = np.dtype(leaves[0].dtype).itemsize
+    files = _plan_files(specs, itemsize, shard_bytes)
+    where = {}
+    for n, content in enumerate(files, 1):
+        file = SINGLE if len(files) == 1 else f"model-{n:05}-of-{len(files):05}.safetensors"
+        arrays = {name: _to_hf(specs[i], leaves[i], at) for i, at, name in content}
+        save_file(arrays, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(0o644)
+        where |= dict.fromkeys(arrays, file)
+    if len(files) > 1:
+        total = sum(leaf.size for leaf in leaves) * itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+    if files_from is not None and pathlib.Path(files_from).resolve() != directory.resolve():
+        for name in CARRIED:
+            if (pathlib.Path(files_from) / name).is_file():
+                shutil.copyfile(pathlib.Path(files_from) / name, directory / name)
+    content = json.dumps(hf_config.to_json(config), indent=2)
+    (directory / "config.json").write_text(content + "\n")

@@ -1,0 +1,203 @@
+"""Mixtures of experts: the router, dropless dispatch, and the grouped matmuls of the experts.
+
+Tokens are sorted by expert, each expert's group padded to whole blocks, so that the matmuls follow
+the routed tokens whatever the routing is: none is dropped if all go to one expert.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from sapo_jax.model.attention import HIGHEST, einsum
+from sapo_jax.model.config import ModelConfig
+
+
+@struct.dataclass
+class Routing:
+    """What a router decided for some tokens, X any axes of tokens."""
+
+    experts: jax.Array  # i32[X, k], the experts in use
+    own: jax.Array  # i32[X, k], the router's own choice: the same unless replayed
+    gates: jax.Array  # f32[X, k], the weights of the experts in use
+    probs: jax.Array  # f32[X, E]
+
+
+@struct.dataclass
+class Layout:
+    """Where the rows of the grouped matmuls come from and go to; M rows in blocks of equal size."""
+
+    source: jax.Array  # i32[M], token of each row; T where the row pads a block
+    position: jax.Array  # i32[T, k], row of each token's k-th expert
+    expert: jax.Array  # i32[blocks], expert of each block
+    sizes: jax.Array  # i32[E], rows of each expert, padding included
+
+
+def id_dtype(config: ModelConfig) -> jnp.dtype:
+    """The smallest integer that holds an expert's number, and −1 for none."""
+    return jnp.dtype(jnp.int8 if config.num_experts <= 128 else jnp.int16)
+
+
+def route(
+    hidden_XD: jax.Array,
+    router_DE: jax.Array,
+    config: ModelConfig,
+    replay_Xk: jax.Array | None = None,
+) -> Routing:
+    """Choose k experts a token by softmax probability, in f32.
+
+    Args:
+      hidden_XD: normalised hidden states.
+      router_DE: the router's matrix, in the dtype of the parameters.
+      config: k, and whether the k probabilities are normalised to 1.
+      replay_Xk: experts to use instead, −1 where none was recorded; their gates are this router's
+        probabilities, so that it keeps its gradient.
+    """
+    logits = einsum("...D,DE->...E", hidden_XD.astype(jnp.float32), router_DE.astype(jnp.float32))
+    probs = jax.nn.softmax(logits, -1)
+    own = jax.lax.top_k(probs, config.num_experts_per_tok)[1]
+    experts = own
+    if replay_Xk is not None:
+        experts = jnp.where(replay_Xk >= 0, replay_Xk.astype(jnp.int32), own)
+    gates = jnp.take_along_axis(probs, experts, -1)
+    if config.norm_topk_prob:
+        gates = gates / jnp.sum(gates, -1, keepdims=True)
+    return Routing(experts, own, gates, probs)
+
+
+def differs(first_Xk: jax.Array, second_Xk: jax.Array) -> jax.Array:
+    """Whether two choices of k experts are different sets, bool[X]."""
+    return jnp.any(jnp.sort(first_Xk, -1) != jnp.sort(second_Xk, -1), -1)
+
+
+def block_size(rows: int, experts: int) -> int:
+    """Rows of a block: an eighth of an expert's mean share, so that padding stays below that."""
+    size = 8
+    while size < 256 and 16 * size <= rows // experts:
+        size *= 2
+    return size
+
+
+def layout(experts_Tk: jax.Array, num_experts: int) -> Layout:
+    """Sort the (token, expert) pairs by expert and pad each expert's group to whole blocks."""
+    tokens, k = experts_Tk.shape
+    rows = tokens * k
+    block = block_size(rows, num_experts)
+    # The most that any routing needs: every expert in use ends in a block with one row.
+    blocks = max(1, (rows + min(num_experts, rows) * (block - 1)) // block)
+    flat_R = experts_Tk.reshape(-1)
+    order_R = jnp.argsort(flat_R, stable=True)
+    count_E = jnp.bincount(flat_R, length=num_experts)
+    sizes_E = (count_E + block - 1) // block * block
+    shift_E = (jnp.cumsum(sizes_E) - sizes_E) - (jnp.cumsum(count_E) - count_E)
+    row_R = jnp.arange(rows) + shift_E[flat_R[order_R]]
+    starts = jnp.arange(blocks) * block
+    owner = jnp.searchsorted(jnp.cumsum(sizes_E), starts, side="right")
+    return Layout(
+        source=jnp.full(blocks * block, tokens).at[row_R].set(order_R // k),
+        position=jnp.zeros(rows, row_R.dtype).at[order_R].set(row_R).reshape(tokens, k),
+        expert=jnp.minimum(owner, num_experts - 1),
+        sizes=sizes_E.astype(jnp.int32),
+    )
+
+
+def _by_blocks(x_MD, w_EDF, expert, sizes_E):
+    del sizes_E
+    blocks = x_MD.reshape(expert.shape[0], -1, x_MD.shape[-1])
+    out = jnp.matmul(blocks, w_EDF[expert], precision=HIGHEST)
+    return out.reshape(x_MD.shape[0], -1)
+
+
+def _weight_gradient_by_blocks(x_MD, y_MF, expert, sizes_E):
+    n = expert.shape[0]
+    x, y = (z.reshape(n, -1, z.shape[-1]) for z in (x_MD, y_MF))
+    each = jnp.matmul(jnp.swapaxes(x, 1, 2), y, precision=HIGHEST)
+    return jax.ops.segment_sum(each, expert, sizes_E.shape[0], indices_are_sorted=True)
+
+
+def _tiles(*arrays: jax.Array) -> tuple[tuple[int, int, int], list[jax.Array]]:
+    """Tile sizes for megablox, and the arrays with their rows padded to whole tiles."""
+    rows = arrays[0].shape[0]
+    tile = min(512, -(-rows // 128) * 128)
+    padded = [jnp.pad(x, ((0, -rows % tile), (0, 0))) for x in arrays]
+    return (tile, 512, 512), padded
+
+
+def _by_megablox(x_MD, w_EDF, expert, sizes_E, *, transpose=False, interpret=False):
+    from jax.experimental.pallas.ops.tpu.megablox import gmm
+
+    del expert
+    tiles, (x,) = _tiles(x_MD)
+    out = gmm(
+        x, w_EDF, sizes_E, x.dtype, tiles, transpose_rhs=transpose, interpret=interpret
+    )  # fmt: skip
+    return out[: x_MD.shape[0]]
+
+
+def _weight_gradient_by_megablox(x_MD, y_MF, expert, sizes_E, *, interpret=False):
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+
+    del expert
+    tiles, (x, y) = _tiles(x_MD, y_MF)
+    return tgmm(x.T, y, sizes_E, x.dtype, tiles, interpret=interpret)
+
+
+def _transposed_by_blocks(y_MF, w_EDF, expert, sizes_E):
+    return _by_blocks(y_MF, jnp.swapaxes(w_EDF, 1, 2), expert, sizes_E)
+
+
+@jax.custom_vjp
+def grouped_matmul(
+    x_MD: jax.Array, w_EDF: jax.Array, expert: jax.Array, sizes_E: jax.Array
+) -> jax.Array:
+    """Multiply each expert's rows with its matrix, [M, F].
+
+    The platform that the program is compiled for decides how: megablox on TPU, else a batch of
+    blocks. ``jax.lax.ragged_dot`` computes every expert for every row on CPU, and in the gradient
+    of the weights on TPU.
+    """
+    return jax.lax.platform_dependent(
+        x_MD, w_EDF, expert, sizes_E, tpu=_by_megablox, default=_by_blocks
+    )
+
+
+def _forward(x_MD, w_EDF, expert, sizes_E):
+    return grouped_matmul(x_MD, w_EDF, expert, sizes_E), (x_MD, w_EDF, expert, sizes_E)
+
+
+def _backward(saved, y_MF):
+    x_MD, w_EDF, expert, sizes_E = saved
+    d_x = jax.lax.platform_dependent(
+        y_MF, w_EDF, expert, sizes_E,
+        tpu=partial(_by_megablox, transpose=True), default=_transposed_by_blocks,
+    )  # fmt: skip
+    d_w = jax.lax.platform_dependent(
+        x_MD, y_MF, expert, sizes_E,
+        tpu=_weight_gradient_by_megablox, default=_weight_gradient_by_blocks,
+    )  # fmt: skip
+    return d_x, d_w.astype(w_EDF.dtype), None, None
+
+
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def experts(
+    weights: dict[str, jax.Array], config: ModelConfig, hidden_XD: jax.Array, routing: Routing
+) -> jax.Array:
+    """The gated sum of each token's experts, each a SwiGLU, [X, D]."""
+    *leading, d = hidden_XD.shape
+    k, dtype = config.num_experts_per_tok, hidden_XD.dtype
+    plan = layout(routing.experts.reshape(-1, k), config.num_experts)
+    x_MD = hidden_XD.reshape(-1, d).at[plan.source].get(mode="fill", fill_value=0)
+
+    def multiply(x, name):
+        return grouped_matmul(x, weights[name].astype(dtype), plan.expert, plan.sizes)
+
+    inner_MF = jax.nn.silu(multiply(x_MD, "experts_gate")) * multiply(x_MD, "experts_up")
+    out_TkD = multiply(inner_MF, "experts_down")[plan.position]
+    gates_Tk = routing.gates.reshape(-1, k)
+    out_TD = jnp.sum(out_TkD.astype(jnp.float32) * gates_Tk[..., None], 1)
+    return out_TD.astype(dtype).reshape(*leading, d)

