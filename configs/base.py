@@ -34,6 +34,7 @@ def _reward() -> ConfigDict:
     c.max_length = 0  # 0: the room for a completion
     c.buffer = 0
     c.ngram = 4
+    c.workers = 1  # rows judged at a time, while the device works
     return c
 
 
@@ -42,13 +43,13 @@ def get_config() -> ConfigDict:
     c.name = "base"
     c.seed = 0  # of parameters, data order and sampling noise
     c.source = "rollout"  # "rollout": RL; "demonstrations": supervised learning of worked answers
-    c.init_from = ""  # run directory whose newest parameters start this run; "" starts at random
+    c.init_from = ""  # run or Hugging Face directory with the first parameters; "": random ones
     c.iterations = 100
 
     _asked(c)
 
     c.model = ConfigDict()
-    c.model.preset = "tiny"
+    c.model.preset = "tiny"  # or a Hugging Face directory, whose config.json gives the shape
     for name in (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "max_position_embeddings",

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sapo_jax import advantages, data, evaluate, learner, rewards, sampler, streams
@@ -33,6 +34,7 @@ def sample(
     *,
     iteration: int,
     domain: str = "train",
+    on_groups: sampler.OnGroups | None = None,
     warm_up: Callable[[str], None] | None = None,
 ) -> Rollout:
     """A rollout with the run's settings; the domain "eval" takes those of the evaluation."""
@@ -58,6 +60,7 @@ def sample(
         seed=settings.config["seed"],
         iteration=iteration,
         domain=domain,
+        on_groups=on_groups,
         warm_up=warm_up,
         **controls,
     )
@@ -69,17 +72,39 @@ def _split(batch: Batch, parts: int) -> tuple[Batch, ...]:
     return tuple(jax.tree.map(operator.itemgetter(i), pieces) for i in range(parts))
 
 
-@partial(jax.jit, static_argnames=("estimator", "group_size"))
-def _batch(rollout: Rollout, rewards_B: jax.Array, *, estimator: str, group_size: int) -> Batch:
+@jax.jit
+def _batch(rollout: Rollout) -> Batch:
+    """The rows, whose advantages are not known yet."""
     return Batch(
         tokens=rollout.tokens,
         mask=rollout.mask,
         segments=rollout.segments,
         sampler_logp=rollout.sampler_logp,
         old_logp=rollout.sampler_logp,
-        advantages=advantages.ESTIMATORS[estimator](rewards_B, group_size),
+        advantages=jnp.zeros(len(rollout.tokens)),
         routing=rollout.routing,
     )
+
+
+@partial(jax.jit, static_argnames=("estimator", "group_size", "parts"))
+def _advantages(rewards_B: jax.Array, *, estimator: str, group_size: int, parts: int):
+    """Those of all rows, and those of each minibatch."""
+    advantages_B = advantages.ESTIMATORS[estimator](rewards_B, group_size)
+    return advantages_B, tuple(advantages_B.reshape(parts, -1))
+
+
+def _scored(settings: Settings, params: Any, reference: Any, batch: Batch) -> tuple[Batch, ...]:
+    """Minibatches with the log-probabilities, and the routing, that their update needs."""
+    minibatches = _split(batch, settings.config["batch"]["minibatches"])
+    score = partial(learner.score, hp=settings.hp)
+    if settings.hp.routing_replay == "R2":
+        minibatches = tuple(_with_routing(params, b, settings.hp) for b in minibatches)
+    elif settings.config["learner"]["old_logp"] == "recompute":
+        minibatches = tuple(b.replace(old_logp=score(params, b)) for b in minibatches)
+    if reference is not None:
+        score = partial(learner.score, hp=settings.hp.replace(routing_replay="none"))
+        minibatches = tuple(b.replace(ref_logp=score(reference, b)) for b in minibatches)
+    return minibatches
 
 
 def _with_routing(params: Any, batch: Batch, hp: learner.Hyperparameters) -> Batch:
@@ -145,33 +170,33 @@ def from_rollout(
     stream: streams.Stream,
     iteration: int,
     clock: Clock,
+    scorer: rewards.Scorer,
     warm_up: Callable[[str], None] | None = None,
 ) -> Experience:
     """Sample, judge, and attach advantages and the log-probabilities that the objective needs."""
     c = settings.config
     group_size = c["batch"]["group_size"]
     examples = stream.take(c["batch"]["prompts"])
+    groups = rewards.Groups(scorer, examples, settings.tokenizer)
     with clock("rollout"):
         prompts = data.encode_prompts(examples, settings.tokenizer, settings.width)
-        rollout = sample(settings, params, prompts, iteration=iteration, warm_up=warm_up)
+        controls = {"iteration": iteration, "on_groups": groups, "warm_up": warm_up}
+        rollout = sample(settings, params, prompts, **controls)
         on_host = jax.device_get(rollout)
-    with clock("score"):
-        asked = [e for e in examples for _ in range(group_size)]
-        texts = rewards.completion_texts(on_host.tokens, on_host.mask, settings.tokenizer)
-        scored = rewards.rows_of(asked, texts, on_host.finished, on_host.mask.sum(-1))
-        rewards_B, parts = rewards.score_rows(settings.task, scored, settings.recipe)
+    with clock("update"):  # needs no rewards: the device works while rows are judged
+        minibatches = _scored(settings, params, reference, _batch(rollout))
+    with clock("score_exposed"):
+        verdicts = groups.wait()
+    clock.add("score", sum(verdict.seconds for verdict in verdicts))
     with clock("update"):
-        batch = _batch(rollout, rewards_B, estimator=c["advantages"], group_size=group_size)
-        minibatches = _split(batch, c["batch"]["minibatches"])
-        score = partial(learner.score, hp=settings.hp)
-        if settings.hp.routing_replay == "R2":
-            minibatches = tuple(_with_routing(params, b, settings.hp) for b in minibatches)
-        elif c["learner"]["old_logp"] == "recompute":
-            minibatches = tuple(b.replace(old_logp=score(params, b)) for b in minibatches)
-        if reference is not None:
-            score = partial(learner.score, hp=settings.hp.replace(routing_replay="none"))
-            minibatches = tuple(b.replace(ref_logp=score(reference, b)) for b in minibatches)
-        advantages_B = np.asarray(batch.advantages)
+        rewards_B, parts = rewards.combine([v.parts for v in verdicts], settings.recipe)
+        shape = {"group_size": group_size, "parts": len(minibatches)}
+        advantages_B, split = _advantages(rewards_B, estimator=c["advantages"], **shape)
+        pairs = zip(minibatches, split, strict=True)
+        minibatches = tuple(b.replace(advantages=a) for b, a in pairs)
+        advantages_B = np.asarray(advantages_B)
+    asked = [e for e in examples for _ in range(group_size)]
+    texts = groups.texts
     rows = _rows(on_host, asked, texts, rewards_B, advantages_B, iteration, c["log"]["samples"])
     metrics = _metrics(on_host, rewards_B, group_size) | _by_task(settings, asked, rewards_B)
     metrics |= {"data/dropped": float(stream.dropped), **parts}
@@ -185,10 +210,11 @@ def from_demonstrations(
     stream: streams.Stream,
     iteration: int,
     clock: Clock,
+    scorer: rewards.Scorer,
     warm_up: Callable[[str], None] | None = None,
 ) -> Experience:
     """Worked answers as minibatches; nothing is sampled."""
-    del params, reference, iteration, warm_up
+    del params, reference, iteration, scorer, warm_up
     with clock("rollout"):
         width = settings.width + settings.max_new_tokens
         batch = data.encode_demonstrations(stream.take(settings.rows), settings.tokenizer, width)
@@ -201,7 +227,10 @@ SOURCES = {"rollout": from_rollout, "demonstrations": from_demonstrations}
 
 
 def held_out(
-    settings: Settings, params: Any, warm_up: Callable[[str], None] | None = None
+    settings: Settings,
+    params: Any,
+    scorer: rewards.Scorer,
+    warm_up: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """Metrics on the fixed evaluation set; the same noise at every iteration."""
     options = settings.config["eval"]
@@ -216,12 +245,11 @@ def held_out(
     ]
     return evaluate.evaluate(
         partial(sample, settings, weights, iteration=0, domain="eval", warm_up=warm_up),
-        settings.task,
+        scorer,
         chosen,
         settings.tokenizer,
         samples=options["samples"],
         width=settings.width,
         batch=settings.eval_batch,
         names=tuple(settings.tasks) if len(settings.tasks) > 1 else (),
-        recipe=settings.recipe,
     )

@@ -23,7 +23,11 @@ class Clock:
         try:
             yield
         finally:
-            self._seconds[phase] = self._seconds.get(phase, 0) + time.perf_counter() - start
+            self.add(phase, time.perf_counter() - start)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Add time that was spent elsewhere, such as on other threads, to a phase."""
+        self._seconds[phase] = self._seconds.get(phase, 0) + seconds
 
     def lap(self) -> dict[str, float]:
         """``time/<phase>`` of every phase, and start again."""

@@ -32,7 +32,7 @@ SOURCES = ("rollout", "demonstrations")
 OLD_LOGP = ("sampler", "recompute")
 MAY_DIFFER = {
     "iterations", "profile_steps", "compilation_cache", "checkpoint.every",
-    "log.samples", "log.samples_every", "data.workers",
+    "log.samples", "log.samples_every", "data.workers", "reward.workers",
 }  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def _check_numbers(c: dict) -> None:
     _at_least(
         c, 1, "iterations", "batch.prompts", "batch.group_size", "batch.minibatches",
         "batch.micro_batches", "eval.prompts", "eval.samples", "checkpoint.every",
-        "learner.head_chunk", "log.samples_every",
+        "learner.head_chunk", "log.samples_every", "reward.workers",
     )  # fmt: skip
     _at_least(
         c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "sampler.shrink", "eval.every",
@@ -177,18 +177,6 @@ def _objective(c: dict) -> objectives.Objective:
     return objective
 
 
-def _model(c: dict, tokenizer: Tokenizer) -> model.ModelConfig:
-    fields = {key: value for key, value in c["model"].items() if value is not None}
-    preset = fields.pop("preset")
-    dtypes = {f"{kind}_dtype": c["dtype"][kind] for kind in ("params", "compute", "cache")}
-    dtypes["param_dtype"] = dtypes.pop("params_dtype")
-    if "vocab_size" in model.PRESETS.get(preset, {}):
-        fields["vocab_size"] = max(model.PRESETS[preset]["vocab_size"], tokenizer.vocab_size)
-    fields = {"vocab_size": tokenizer.vocab_size, **fields, **dtypes}
-    stop = {"stop_tokens": tokenizer.stop_ids, "pad_token": tokenizer.pad_id}
-    return model.make(preset, **fields, **stop)
-
-
 def _hyperparameters(
     c: dict, shape: model.ModelConfig, objective: objectives.Objective
 ) -> learner.Hyperparameters:
@@ -227,6 +215,7 @@ def _hyperparameters(
 
 def _recipe(c: dict, room: int) -> Recipe:
     fields = dict(c["reward"])
+    del fields["workers"]
     try:
         return Recipe(**{**fields, "max_length": fields["max_length"] or room})
     except ValueError as error:
@@ -247,7 +236,7 @@ def resolve(config: ConfigDict) -> Settings:
     made, shares = inputs.make_tasks(c)
     tokenizer = inputs.make_tokenizer(c, made)
     objective = _objective(c)
-    shape = _model(c, tokenizer)
+    shape = inputs.make_model(c, tokenizer)
     width, room, keep = inputs.lengths(c, made, tokenizer, shape)
     slots, shrink = c["sampler"]["slots"], c["sampler"]["shrink"]
     plan = partial(sampler.make_plan, max_new_tokens=room, slots=slots, shrink=shrink)

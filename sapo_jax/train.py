@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 from absl import logging
 from etils import epath
 
-from sapo_jax import checkpoint, experience, learner, rundir, startup, streams
+from sapo_jax import checkpoint, experience, learner, rewards, rundir, startup, streams
 from sapo_jax.progress import Clock, Progress
 from sapo_jax.settings import Settings
 from sapo_jax.types import TrainState
@@ -28,7 +29,9 @@ def run(settings: Settings, workdir: epath.PathLike) -> epath.Path:
         with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
             state, stream, reference = startup.start(settings, checkpoints)
             rundir.write_config(workdir, settings.config)
-            _loop(settings, workdir, checkpoints, state, stream, reference)
+            workers = settings.config["reward"]["workers"]
+            with rewards.Scorer(settings.task, settings.recipe, workers=workers) as scorer:
+                _loop(settings, workdir, checkpoints, state, stream, reference, scorer)
         return _report(workdir)
 
 
@@ -50,9 +53,11 @@ def _loop(
     state: TrainState,
     stream: streams.Stream,
     reference: Any,
+    scorer: rewards.Scorer,
 ) -> None:
     c = settings.config
-    collect = experience.SOURCES[c["source"]]
+    collect = partial(experience.SOURCES[c["source"]], settings, scorer=scorer)
+    held_out = partial(experience.held_out, settings, scorer=scorer)
     total, done = c["iterations"], int(state.iteration)
     resumed = checkpoints.latest() is not None
     metrics = rundir.Metrics(workdir, first_iteration=done if resumed else -1)
@@ -61,9 +66,13 @@ def _loop(
         metrics.close()
         return
     bar, clock = Progress(total, done, c["name"]), Clock()
-    startup.warm_up(settings, state, reference, bar)
+    startup.warm_up(settings, state, reference, scorer, bar)
     if not resumed and c["eval"]["every"]:
-        record = {"iteration": 0, "update": 0, **experience.held_out(settings, state.params)}
+        record = {
+            "iteration": 0,
+            "update": 0,
+            **held_out(state.params),
+        }
         metrics.write(record)
         bar.show(record)
     trace = range(done + 3, done + 3 + c["profile_steps"])
@@ -71,7 +80,7 @@ def _loop(
         if trace and iteration == trace[0]:
             jax.profiler.start_trace(str(workdir / "profile"))
         with clock("iteration"):
-            got = collect(settings, state.params, reference, stream, iteration, clock)
+            got = collect(state.params, reference, stream, iteration, clock)
             with clock("update"):
                 state, record = learner.learn(state, got.minibatches, settings.hp)
         if iteration in trace and iteration == min(trace[-1], total):
@@ -80,7 +89,7 @@ def _loop(
         last = iteration == total
         if c["eval"]["every"] and (last or iteration % c["eval"]["every"] == 0):
             with clock("eval"):
-                record |= experience.held_out(settings, state.params)
+                record |= held_out(state.params)
         record |= clock.lap()
         tokens = record["length/mean"] * settings.rows
         record["time/tokens_per_second"] = tokens / record["time/iteration"]
