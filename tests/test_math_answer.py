@@ -286,7 +286,7 @@ def test_a_scorer_survives_the_death_of_the_processes(task):
     row = rewards.Row(example, r"\boxed{\sqrt{12}}", types.STOP, 5)
     with rewards.Scorer(make("math_answer"), workers=2) as scorer:
         assert [f.result().parts["accuracy"] for f in scorer.submit([row] * 4)] == [1, 1, 1, 1]
-        for server in list(scorer.task._forks._servers):
+        for server in list(scorer.task._judge._servers):
             kill(server)
         assert [f.result().parts["accuracy"] for f in scorer.submit([row] * 4)] == [1, 1, 1, 1]
 
