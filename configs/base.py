@@ -38,6 +38,21 @@ def _reward() -> ConfigDict:
     return c
 
 
+def _edge(c: ConfigDict) -> None:
+    c.distributed = ConfigDict()
+    c.distributed.timeout = 3600.0  # seconds without a finished phase that end a process; 0: none
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 20  # iterations; the last is always kept
+
+    c.log = ConfigDict()
+    c.log.samples_every = 10  # iterations between written samples
+    c.log.samples = 32  # rows
+
+    c.profile_steps = 0  # iterations to trace with the JAX profiler, after the first two
+    c.compilation_cache = ".cache/xla"  # compiled programs, reused by later runs; "" for none
+
+
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.name = "base"
@@ -107,13 +122,5 @@ def get_config() -> ConfigDict:
     c.eval.top_k = config_dict.placeholder(int)
     c.eval.top_p = config_dict.placeholder(float)
 
-    c.checkpoint = ConfigDict()
-    c.checkpoint.every = 20  # iterations; the last is always kept
-
-    c.log = ConfigDict()
-    c.log.samples_every = 10  # iterations between written samples
-    c.log.samples = 32  # rows
-
-    c.profile_steps = 0  # iterations to trace with the JAX profiler, after the first two
-    c.compilation_cache = ".cache/xla"  # compiled programs, reused by later runs; "" for none
+    _edge(c)
     return c.lock()

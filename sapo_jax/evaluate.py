@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -128,7 +129,7 @@ def parse_task(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
       ValueError: an option without a value.
     """
-    name, *pairs = text.split(",")
+    name, *pairs = re.split(r",(?=\w+(?:=|$))", text)
     options = {}
     for pair in pairs:
         option, equals, value = pair.partition("=")

@@ -32,7 +32,7 @@ SOURCES = ("rollout", "demonstrations")
 OLD_LOGP = ("sampler", "recompute")
 MAY_DIFFER = {
     "iterations", "profile_steps", "compilation_cache", "checkpoint.every",
-    "log.samples", "log.samples_every", "data.workers", "reward.workers",
+    "log.samples", "log.samples_every", "data.workers", "reward.workers", "distributed.timeout",
 }  # fmt: skip
 
 
@@ -120,6 +120,7 @@ def _check_numbers(c: dict) -> None:
         c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "sampler.shrink", "eval.every",
         "eval.temperature", "learner.warmup", "learner.weight_decay", "log.samples",
         "profile_steps", "learner.learning_rate", "data.max_prompt_tokens", "data.workers",
+        "distributed.timeout",
     )  # fmt: skip
     _positive(c, "sampler.temperature", "learner.max_grad_norm", "learner.eps")
     for name in ("b1", "b2"):

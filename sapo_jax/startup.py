@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from etils import epath
 from sapo_jax import checkpoint, experience, inputs, learner, rewards, streams
 from sapo_jax.model import hf
 from sapo_jax.model import params as parameters
-from sapo_jax.progress import Clock, Progress
+from sapo_jax.progress import Clock
 from sapo_jax.settings import Settings
 from sapo_jax.types import TrainState
 
@@ -48,14 +49,22 @@ def _weights(c: dict, abstract: Any) -> Any:
 
 
 def warm_up(
-    settings: Settings, state: TrainState, reference: Any, scorer: rewards.Scorer, bar: Progress
+    settings: Settings,
+    state: TrainState,
+    reference: Any,
+    scorer: rewards.Scorer,
+    notes: Sequence[Callable[[str], None]],
 ) -> None:
     """Compile every program by one iteration and one evaluation on completions of length 0."""
+
+    def note(text):
+        for each in notes:
+            each(f"compiling: {text}")
+
     examples = experience.open_stream(settings)
     collect = experience.SOURCES[settings.config["source"]]
-    notes = (lambda text: bar.note(f"compiling: {text}"),)
-    got = collect(settings, state.params, reference, examples, 0, Clock(), scorer, *notes)
-    bar.note("compiling: update")
+    got = collect(settings, state.params, reference, examples, 0, Clock(), scorer, note)
+    note("update")
     learner.learn(jax.tree.map(jnp.copy, state), got.minibatches, settings.hp)
     if settings.config["eval"]["every"]:
-        experience.held_out(settings, state.params, scorer, *notes)
+        experience.held_out(settings, state.params, scorer, note)

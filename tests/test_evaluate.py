@@ -67,3 +67,11 @@ def test_evaluation_counts_every_prompt_once():
             sample, scorer, examples, tokenizer, samples=2, width=task.max_prompt_chars, batch=4
         )
     assert metrics["eval/pass_at_1"] == pytest.approx(5 / 7)
+
+
+def test_tasks_of_the_command_line():
+    text = 'reasoning_gym,dataset=gcd,level=2,options={"a": 1, "b": 2},train=a=b.jsonl'
+    options = {"dataset": "gcd", "level": 2, "options": {"a": 1, "b": 2}, "train": "a=b.jsonl"}
+    assert evaluate.parse_task(text) == ("reasoning_gym", options)
+    with pytest.raises(ValueError, match="'terms' must be option=value"):
+        evaluate.parse_task("chain_sum,terms")
