@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     c.init_from = directory
     c.model.preset = directory
     c.tokenizer.directory = directory
-    c.iterations = 40
+    c.iterations = 24
     c.task.name = "reasoning_gym"
     c.task.options = ConfigDict(
         {
@@ -42,9 +42,9 @@ def get_config() -> ConfigDict:
     c.learner.schedule = "linear"  # at a constant rate Pass@1 peaks at iteration 30, and falls
     c.learner.warmup = 4
     c.learner.b2 = 0.99
-    c.eval.every = 10
+    c.eval.every = 8
     c.eval.prompts = 64
     c.eval.samples = 4
     c.eval.temperature = 0.5
-    c.checkpoint.every = 10
+    c.checkpoint.every = 8
     return c.lock()
