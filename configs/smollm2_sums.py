@@ -1,7 +1,7 @@
 """A real model: SAPO on SmolLM2-135M-Instruct, sums and differences of two numbers below 100.
 
-Claim     An instruction-tuned model that solves one in eight learns to solve nearly one in two by RL
-          alone: prompts go through its chat template, the last number of a completion is the answer.
+Claim     An instruction-tuned model that solves one in eight learns to solve nearly one in two by
+          RL alone: prompts by its chat template, the last number of a completion is the answer.
 Command   make smollm2
           .venv/bin/python -m sapo_jax.main --config=configs/smollm2_sums.py \
               --workdir=runs/smollm2_sums
