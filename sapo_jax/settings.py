@@ -79,6 +79,11 @@ class Settings:
         return self.config["source"] == "demonstrations"
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether a KL penalty compares the policy with the one that the run started from."""
+        return self.hp.objective.needs_reference
+
+    @property
     def eval_batch(self) -> int:
         """Prompts that an evaluation samples at a time."""
         return min(self.config["batch"]["prompts"], self.config["eval"]["prompts"])
@@ -169,11 +174,9 @@ def _objective(c: dict) -> objectives.Objective:
             objective = dataclasses.replace(objective, aggregation=aggregation)
     except ValueError as error:
         raise ValueError(f"config.objective: {error}") from None
-    if objective.kl_against == "ref":
-        kl_coef = objective.hyperparameters["kl_coef"]
-        has_reference = kl_coef == 0 or c["init_from"] != ""
-        only = "0 without config.init_from, whose policy is the reference"
-        _require(has_reference, "objective.kl_coef", kl_coef, only)
+    has_reference = not objective.needs_reference or c["init_from"] != ""
+    only = "0 without config.init_from, whose policy is the reference"
+    _require(has_reference, "objective.kl_coef", given.get("kl_coef"), only)
     return objective
 
 

@@ -7,7 +7,7 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = """
 types masked axes checks
-gates ratios aggregations objectives advantages corrections sharding distributed tokenizer
+gates ratios aggregations presets objectives advantages corrections sharding distributed tokenizer
 hf_tokenizer datasets
 model.rope model.config model.params model.attention model.moe model.head model.transformer
 model.hf_config model.hf model.from_gguf model
