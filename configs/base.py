@@ -34,6 +34,17 @@ def _reward() -> ConfigDict:
     c.max_length = 0  # 0: the room for a completion
     c.buffer = 0
     c.ngram = 4
+    c.kl_coef = 0.0  # R − kl_coef · Σ KL(π_old‖π_ref) over the completion; needs `init_from`
+    c.kl = "k1"  # its estimator: k1, k2, k3
+    return c
+
+
+def _correction() -> ConfigDict:
+    """Weights of tokens by π_old / π_sampler, see sapo_jax.corrections."""
+    c = ConfigDict()
+    c.name = "none"  # {token,sequence}_tis, {token,sequence}_mis, icepop, geometric
+    for name in ("low", "high"):
+        c[name] = config_dict.placeholder(float)  # bounds of the ratio; None: the correction's own
     return c
 
 
@@ -69,11 +80,13 @@ def get_config() -> ConfigDict:
     ):  # fmt: skip
         c.objective[name] = config_dict.placeholder(float)  # None: the objective's own
 
+    c.correction = _correction()
     c.reward = _reward()
     c.advantages = "group"  # group, leave_one_out, mean, reinforce_pp
 
     c.batch = ConfigDict()
     c.batch.prompts = 32  # per iteration
+    c.batch.oversample = 1  # draw that many times the prompts, learn from the first with a signal
     c.batch.group_size = 8  # completions per prompt
     c.batch.minibatches = 4  # updates per iteration
     c.batch.micro_batches = 1  # forward-backward passes per update; memory, not results
@@ -109,9 +122,7 @@ def get_config() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 20  # iterations; the last is always kept
 
-    c.log = ConfigDict()
-    c.log.samples_every = 10  # iterations between written samples
-    c.log.samples = 32  # rows
+    c.log = ConfigDict({"samples_every": 10, "samples": 32})  # iterations between them; rows
 
     c.profile_steps = 0  # iterations to trace with the JAX profiler, after the first two
     c.compilation_cache = ".cache/xla"  # compiled programs, reused by later runs; "" for none

@@ -9,9 +9,20 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from sapo_jax import advantages, data, evaluate, learner, rewards, sampler, streams
+from sapo_jax import (
+    advantages,
+    corrections,
+    data,
+    evaluate,
+    learner,
+    ratios,
+    rewards,
+    sampler,
+    streams,
+)
 from sapo_jax.progress import Clock
 from sapo_jax.settings import Settings
 from sapo_jax.tasks.base import Example
@@ -69,23 +80,73 @@ def _split(batch: Batch, parts: int) -> tuple[Batch, ...]:
     return tuple(jax.tree.map(operator.itemgetter(i), pieces) for i in range(parts))
 
 
-@partial(jax.jit, static_argnames=("estimator", "group_size"))
-def _batch(rollout: Rollout, rewards_B: jax.Array, *, estimator: str, group_size: int) -> Batch:
-    return Batch(
+@partial(jax.jit, static_argnames="parts")
+def _unscored(rollout: Rollout, parts: int) -> tuple[Batch, ...]:
+    """The rows of a rollout as minibatches, with the sampler's log π and no advantages yet."""
+    batch = Batch(
         tokens=rollout.tokens,
         mask=rollout.mask,
         segments=rollout.segments,
         sampler_logp=rollout.sampler_logp,
         old_logp=rollout.sampler_logp,
-        advantages=advantages.ESTIMATORS[estimator](rewards_B, group_size),
+        advantages=jnp.zeros(rollout.tokens.shape[0], jnp.float32),
         routing=rollout.routing,
     )
+    return _split(batch, parts)
+
+
+@jax.jit
+def _chosen(rollout: Rollout, rows_B: jax.Array, signal_B: jax.Array) -> Rollout:
+    """Some rows of a rollout; those without a signal count nowhere."""
+    chosen = jax.tree.map(lambda x: x[rows_B], rollout)
+    return chosen.replace(mask=chosen.mask & signal_B[:, None])
 
 
 def _with_routing(params: Any, batch: Batch, hp: learner.Hyperparameters) -> Batch:
     """The batch with the old policy's log π and routing, for R2."""
     logp, routing = learner.score_routing(params, batch, hp)
     return batch.replace(old_logp=logp, routing=routing)
+
+
+def _scored(settings: Settings, params: Any, reference: Any, parts: tuple) -> tuple[Batch, ...]:
+    """The minibatches with the log-probabilities that the objective needs."""
+    score = partial(learner.score, hp=settings.hp)
+    if settings.hp.routing_replay == "R2":
+        parts = tuple(_with_routing(params, b, settings.hp) for b in parts)
+    elif settings.config["learner"]["old_logp"] == "recompute":
+        parts = tuple(b.replace(old_logp=score(params, b)) for b in parts)
+    if reference is not None:
+        score = partial(learner.score, hp=settings.hp.replace(routing_replay="none"))
+        parts = tuple(b.replace(ref_logp=score(reference, b)) for b in parts)
+    return parts
+
+
+@partial(jax.jit, static_argnames=("estimator", "group_size", "kl", "correction"))
+def judged(
+    parts: tuple[Batch, ...],
+    rewards_B: jax.Array,
+    kl_coef: jax.Array,
+    bounds: dict[str, float],
+    *,
+    estimator: str,
+    group_size: int,
+    kl: str,
+    correction: str,
+) -> tuple[tuple[Batch, ...], dict[str, jax.Array]]:
+    """Minibatches with advantages and weights, from the rewards and the log-probabilities."""
+    whole, metrics = jax.tree.map(lambda *x: jnp.concatenate(x), *parts), {}
+    if whole.ref_logp is not None:
+        kl_B = ratios.sequence_kl(whole.old_logp, whole.ref_logp, whole.mask, kl)
+        rewards_B = rewards_B - kl_coef * kl_B
+        metrics["reward/kl"] = kl_B.mean()
+    whole = whole.replace(advantages=advantages.ESTIMATORS[estimator](rewards_B, group_size))
+    if correction != "none":
+        weights_BS, cut = corrections.weights(
+            correction, whole.old_logp, whole.sampler_logp, whole.mask,
+            segments_BT=whole.segments, **bounds,
+        )  # fmt: skip
+        whole, metrics = whole.replace(weights=weights_BS), metrics | cut
+    return _split(whole, len(parts)), metrics
 
 
 def _rows(rollout: Rollout, examples, texts, rewards_B, advantages_B, iteration, count) -> list:
@@ -149,8 +210,8 @@ def from_rollout(
 ) -> Experience:
     """Sample, judge, and attach advantages and the log-probabilities that the objective needs."""
     c = settings.config
-    group_size = c["batch"]["group_size"]
-    examples = stream.take(c["batch"]["prompts"])
+    group_size, wanted = c["batch"]["group_size"], c["batch"]["prompts"]
+    examples = stream.take(wanted * c["batch"]["oversample"])
     with clock("rollout"):
         prompts = data.encode_prompts(examples, settings.tokenizer, settings.width)
         rollout = sample(settings, params, prompts, iteration=iteration, warm_up=warm_up)
@@ -160,22 +221,32 @@ def from_rollout(
         texts = rewards.completion_texts(on_host.tokens, on_host.mask, settings.tokenizer)
         scored = rewards.rows_of(asked, texts, on_host.finished, on_host.mask.sum(-1))
         rewards_B, parts = rewards.score_rows(settings.task, scored, settings.recipe)
-    with clock("update"):
-        batch = _batch(rollout, rewards_B, estimator=c["advantages"], group_size=group_size)
-        minibatches = _split(batch, c["batch"]["minibatches"])
-        score = partial(learner.score, hp=settings.hp)
-        if settings.hp.routing_replay == "R2":
-            minibatches = tuple(_with_routing(params, b, settings.hp) for b in minibatches)
-        elif c["learner"]["old_logp"] == "recompute":
-            minibatches = tuple(b.replace(old_logp=score(params, b)) for b in minibatches)
-        if reference is not None:
-            score = partial(learner.score, hp=settings.hp.replace(routing_replay="none"))
-            minibatches = tuple(b.replace(ref_logp=score(reference, b)) for b in minibatches)
-        advantages_B = np.asarray(batch.advantages)
-    rows = _rows(on_host, asked, texts, rewards_B, advantages_B, iteration, c["log"]["samples"])
     metrics = _metrics(on_host, rewards_B, group_size) | _by_task(settings, asked, rewards_B)
     metrics |= {"data/dropped": float(stream.dropped), **parts}
-    return Experience(minibatches, metrics, rows)
+    rows_B = np.arange(wanted * group_size, dtype=np.int32)
+    with clock("update"):
+        if c["batch"]["oversample"] > 1:
+            rows_B, signal_B = advantages.informative(rewards_B, group_size, wanted)
+            rollout = _chosen(rollout, rows_B, signal_B)
+            metrics["advantage/kept_groups"] = float(signal_B.mean())
+        minibatches = _unscored(rollout, c["batch"]["minibatches"])
+        minibatches, more = judged(
+            _scored(settings, params, reference, minibatches),
+            rewards_B[rows_B],
+            c["reward"]["kl_coef"],
+            settings.bounds,
+            estimator=c["advantages"],
+            group_size=group_size,
+            kl=c["reward"]["kl"],
+            correction=c["correction"]["name"],
+        )
+        advantages_B = np.concatenate([b.advantages for b in minibatches])
+        metrics |= {key: float(value) for key, value in more.items()}
+    on_host = jax.tree.map(lambda x: x[rows_B], on_host)
+    asked, texts = [asked[i] for i in rows_B], [texts[i] for i in rows_B]
+    count = c["log"]["samples"]
+    shown = _rows(on_host, asked, texts, rewards_B[rows_B], advantages_B, iteration, count)
+    return Experience(minibatches, metrics, shown)
 
 
 def from_demonstrations(

@@ -82,7 +82,7 @@ def _loop(
             with clock("eval"):
                 record |= experience.held_out(settings, state.params)
         record |= clock.lap()
-        tokens = record["length/mean"] * settings.rows
+        tokens = record["length/mean"] * settings.sampled
         record["time/tokens_per_second"] = tokens / record["time/iteration"]
         metrics.write(record)
         if got.samples and (last or iteration % c["log"]["samples_every"] == 0):
