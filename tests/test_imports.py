@@ -16,14 +16,23 @@ tasks.chain_sum tasks.countdown tasks.math_answer tasks.reasoning tasks.programs
 tasks.prepared tasks.mixture tasks
 streams data rewards
 diagnostics routing sampling decoding sampler learner checkpoint rundir progress
-population gradlab evaluate report_words report_page report_plots report preflight
+population gradlab_fidelity gradlab_pull gradlab gradlab_tokens
+evaluate report_words report_page report_plots report gradlab_words gradlab_plots gradlab_report
+preflight
 inputs settings experience startup
 train
 sweep main
 """
 ORDER = {name: i for i, name in enumerate(ROWS.split())}
 CORE = {"jax", "flax", "optax", "orbax", "chex", "ml_collections", "absl", "numpy", "etils"}
-ANYWHERE = {"report", "report_page", "report_plots", "evaluate"}  # not part of a training step
+ANYWHERE = {
+    "report",
+    "report_page",
+    "report_plots",
+    "evaluate",
+    "gradlab_plots",
+    "gradlab_report",
+}  # not part of a training step
 
 
 def modules():
