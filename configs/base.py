@@ -34,6 +34,7 @@ def _reward() -> ConfigDict:
     c.max_length = 0  # 0: the room for a completion
     c.buffer = 0
     c.ngram = 4
+    c.workers = 1  # rows judged at a time, while the device works
     c.kl_coef = 0.0  # R − kl_coef · Σ KL(π_old‖π_ref) over the completion; needs `init_from`
     c.kl = "k1"  # its estimator: k1, k2, k3
     return c
@@ -48,18 +49,33 @@ def _correction() -> ConfigDict:
     return c
 
 
+def _edge(c: ConfigDict) -> None:
+    c.distributed = ConfigDict()
+    c.distributed.timeout = 3600.0  # seconds without a finished phase that end a process; 0: none
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 20  # iterations; the last is always kept
+
+    c.log = ConfigDict()
+    c.log.samples_every = 10  # iterations between written samples
+    c.log.samples = 32  # rows
+
+    c.profile_steps = 0  # iterations to trace with the JAX profiler, after the first two
+    c.compilation_cache = ".cache/xla"  # compiled programs, reused by later runs; "" for none
+
+
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.name = "base"
     c.seed = 0  # of parameters, data order and sampling noise
     c.source = "rollout"  # "rollout": RL; "demonstrations": supervised learning of worked answers
-    c.init_from = ""  # run directory whose newest parameters start this run; "" starts at random
+    c.init_from = ""  # run or Hugging Face directory with the first parameters; "": random ones
     c.iterations = 100
 
     _asked(c)
 
     c.model = ConfigDict()
-    c.model.preset = "tiny"
+    c.model.preset = "tiny"  # or a Hugging Face directory, whose config.json gives the shape
     for name in (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "max_position_embeddings",
@@ -119,11 +135,5 @@ def get_config() -> ConfigDict:
     c.eval.top_k = config_dict.placeholder(int)
     c.eval.top_p = config_dict.placeholder(float)
 
-    c.checkpoint = ConfigDict()
-    c.checkpoint.every = 20  # iterations; the last is always kept
-
-    c.log = ConfigDict({"samples_every": 10, "samples": 32})  # iterations between them; rows
-
-    c.profile_steps = 0  # iterations to trace with the JAX profiler, after the first two
-    c.compilation_cache = ".cache/xla"  # compiled programs, reused by later runs; "" for none
+    _edge(c)
     return c.lock()

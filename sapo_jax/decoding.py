@@ -280,6 +280,12 @@ def take(state: Decoding, slots: jax.Array) -> Decoding:
     return state.replace(**kept)
 
 
+@jax.jit
+def completions(results: tuple[jax.Array, ...], prompt_Q: jax.Array) -> tuple[jax.Array, ...]:
+    """What has been recorded of some prompts; entries out of range repeat the last prompt's."""
+    return jax.tree.map(lambda x: x.at[prompt_Q].get(mode="clip"), results)
+
+
 @partial(jax.jit, static_argnames="config")
 def assemble(config, results, prompts: Prompts, iteration, routing=None) -> Rollout:
     """Join prompts and completions into left-aligned, gap-free rows."""

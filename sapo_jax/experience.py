@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,17 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapo_jax import (
-    advantages,
-    corrections,
-    data,
-    evaluate,
-    learner,
-    ratios,
-    rewards,
-    sampler,
-    streams,
-)
+from sapo_jax import advantages, data, evaluate, learnable, learner, rewards, sampler, streams
 from sapo_jax.progress import Clock
 from sapo_jax.settings import Settings
 from sapo_jax.tasks.base import Example
@@ -44,6 +33,7 @@ def sample(
     *,
     iteration: int,
     domain: str = "train",
+    on_groups: sampler.OnGroups | None = None,
     warm_up: Callable[[str], None] | None = None,
 ) -> Rollout:
     """A rollout with the run's settings; the domain "eval" takes those of the evaluation."""
@@ -69,84 +59,48 @@ def sample(
         seed=settings.config["seed"],
         iteration=iteration,
         domain=domain,
+        on_groups=on_groups,
         warm_up=warm_up,
         **controls,
     )
 
 
-@partial(jax.jit, static_argnames="parts")
-def _split(batch: Batch, parts: int) -> tuple[Batch, ...]:
-    pieces = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    return tuple(jax.tree.map(operator.itemgetter(i), pieces) for i in range(parts))
-
-
-@partial(jax.jit, static_argnames="parts")
-def _unscored(rollout: Rollout, parts: int) -> tuple[Batch, ...]:
-    """The rows of a rollout as minibatches, with the sampler's log π and no advantages yet."""
-    batch = Batch(
+@jax.jit
+def _batch(rollout: Rollout) -> Batch:
+    """The rows, whose advantages are not known yet."""
+    return Batch(
         tokens=rollout.tokens,
         mask=rollout.mask,
         segments=rollout.segments,
         sampler_logp=rollout.sampler_logp,
         old_logp=rollout.sampler_logp,
-        advantages=jnp.zeros(rollout.tokens.shape[0], jnp.float32),
+        advantages=jnp.zeros(len(rollout.tokens)),
         routing=rollout.routing,
     )
-    return _split(batch, parts)
 
 
-@jax.jit
-def _chosen(rollout: Rollout, rows_B: jax.Array, signal_B: jax.Array) -> Rollout:
-    """Some rows of a rollout; those without a signal count nowhere."""
-    chosen = jax.tree.map(lambda x: x[rows_B], rollout)
-    return chosen.replace(mask=chosen.mask & signal_B[:, None])
+def _scored(settings: Settings, params: Any, reference: Any, batch: Batch) -> tuple[Batch, ...]:
+    """Minibatches with the log-probabilities, and the routing, that their update needs.
+
+    Of all prompts, also where more were drawn than are learnt from: that is not known yet.
+    """
+    options = settings.config["batch"]
+    minibatches = learnable.split(batch, options["minibatches"] * options["oversample"])
+    score = partial(learner.score, hp=settings.hp)
+    if settings.hp.routing_replay == "R2":
+        minibatches = tuple(_with_routing(params, b, settings.hp) for b in minibatches)
+    elif settings.config["learner"]["old_logp"] == "recompute":
+        minibatches = tuple(b.replace(old_logp=score(params, b)) for b in minibatches)
+    if reference is not None:
+        score = partial(learner.score, hp=settings.hp.replace(routing_replay="none"))
+        minibatches = tuple(b.replace(ref_logp=score(reference, b)) for b in minibatches)
+    return minibatches
 
 
 def _with_routing(params: Any, batch: Batch, hp: learner.Hyperparameters) -> Batch:
     """The batch with the old policy's log π and routing, for R2."""
     logp, routing = learner.score_routing(params, batch, hp)
     return batch.replace(old_logp=logp, routing=routing)
-
-
-def _scored(settings: Settings, params: Any, reference: Any, parts: tuple) -> tuple[Batch, ...]:
-    """The minibatches with the log-probabilities that the objective needs."""
-    score = partial(learner.score, hp=settings.hp)
-    if settings.hp.routing_replay == "R2":
-        parts = tuple(_with_routing(params, b, settings.hp) for b in parts)
-    elif settings.config["learner"]["old_logp"] == "recompute":
-        parts = tuple(b.replace(old_logp=score(params, b)) for b in parts)
-    if reference is not None:
-        score = partial(learner.score, hp=settings.hp.replace(routing_replay="none"))
-        parts = tuple(b.replace(ref_logp=score(reference, b)) for b in parts)
-    return parts
-
-
-@partial(jax.jit, static_argnames=("estimator", "group_size", "kl", "correction"))
-def judged(
-    parts: tuple[Batch, ...],
-    rewards_B: jax.Array,
-    kl_coef: jax.Array,
-    bounds: dict[str, float],
-    *,
-    estimator: str,
-    group_size: int,
-    kl: str,
-    correction: str,
-) -> tuple[tuple[Batch, ...], dict[str, jax.Array]]:
-    """Minibatches with advantages and weights, from the rewards and the log-probabilities."""
-    whole, metrics = jax.tree.map(lambda *x: jnp.concatenate(x), *parts), {}
-    if whole.ref_logp is not None:
-        kl_B = ratios.sequence_kl(whole.old_logp, whole.ref_logp, whole.mask, kl)
-        rewards_B = rewards_B - kl_coef * kl_B
-        metrics["reward/kl"] = kl_B.mean()
-    whole = whole.replace(advantages=advantages.ESTIMATORS[estimator](rewards_B, group_size))
-    if correction != "none":
-        weights_BS, cut = corrections.weights(
-            correction, whole.old_logp, whole.sampler_logp, whole.mask,
-            segments_BT=whole.segments, **bounds,
-        )  # fmt: skip
-        whole, metrics = whole.replace(weights=weights_BS), metrics | cut
-    return _split(whole, len(parts)), metrics
 
 
 def _rows(rollout: Rollout, examples, texts, rewards_B, advantages_B, iteration, count) -> list:
@@ -199,6 +153,31 @@ def open_stream(settings: Settings, *, workers: int = 0) -> streams.Stream:
     return streams.Stream(sources, seed, shares=shares, keep=keep, workers=workers)
 
 
+def _learnable(
+    settings: Settings, scored: tuple[Batch, ...], rewards_B: np.ndarray
+) -> tuple[tuple[Batch, ...], np.ndarray, dict[str, float]]:
+    """The iteration's minibatches, which rows they hold, and metrics of what was done to them."""
+    c = settings.config
+    group_size, prompts = c["batch"]["group_size"], c["batch"]["prompts"]
+    rows_B, signal_B = np.arange(len(rewards_B), dtype=np.int32), np.ones(len(rewards_B), bool)
+    metrics = {}
+    if c["batch"]["oversample"] > 1:
+        rows_B, signal_B = advantages.informative(rewards_B, group_size, prompts)
+        metrics["advantage/kept_groups"] = float(signal_B.mean())
+    minibatches, more = learnable.learnable(
+        learnable.take(scored, rows_B, signal_B),
+        rewards_B[rows_B],
+        c["reward"]["kl_coef"],
+        settings.bounds,
+        estimator=c["advantages"],
+        group_size=group_size,
+        kl=c["reward"]["kl"],
+        correction=c["correction"]["name"],
+        parts=c["batch"]["minibatches"],
+    )
+    return minibatches, rows_B, metrics | {key: float(value) for key, value in more.items()}
+
+
 def from_rollout(
     settings: Settings,
     params: Any,
@@ -206,47 +185,35 @@ def from_rollout(
     stream: streams.Stream,
     iteration: int,
     clock: Clock,
+    scorer: rewards.Scorer,
     warm_up: Callable[[str], None] | None = None,
 ) -> Experience:
     """Sample, judge, and attach advantages and the log-probabilities that the objective needs."""
     c = settings.config
-    group_size, wanted = c["batch"]["group_size"], c["batch"]["prompts"]
-    examples = stream.take(wanted * c["batch"]["oversample"])
+    group_size = c["batch"]["group_size"]
+    examples = stream.take(c["batch"]["prompts"] * c["batch"]["oversample"])
+    groups = rewards.Groups(scorer, examples, settings.tokenizer)
     with clock("rollout"):
         prompts = data.encode_prompts(examples, settings.tokenizer, settings.width)
-        rollout = sample(settings, params, prompts, iteration=iteration, warm_up=warm_up)
+        controls = {"iteration": iteration, "on_groups": groups, "warm_up": warm_up}
+        rollout = sample(settings, params, prompts, **controls)
         on_host = jax.device_get(rollout)
-    with clock("score"):
-        asked = [e for e in examples for _ in range(group_size)]
-        texts = rewards.completion_texts(on_host.tokens, on_host.mask, settings.tokenizer)
-        scored = rewards.rows_of(asked, texts, on_host.finished, on_host.mask.sum(-1))
-        rewards_B, parts = rewards.score_rows(settings.task, scored, settings.recipe)
-    metrics = _metrics(on_host, rewards_B, group_size) | _by_task(settings, asked, rewards_B)
-    metrics |= {"data/dropped": float(stream.dropped), **parts}
-    rows_B = np.arange(wanted * group_size, dtype=np.int32)
+    with clock("update"):  # needs no rewards: the device works while rows are judged
+        minibatches = _scored(settings, params, reference, _batch(rollout))
+    with clock("score_exposed"):
+        verdicts = groups.wait()
+    clock.add("score", sum(verdict.seconds for verdict in verdicts))
     with clock("update"):
-        if c["batch"]["oversample"] > 1:
-            rows_B, signal_B = advantages.informative(rewards_B, group_size, wanted)
-            rollout = _chosen(rollout, rows_B, signal_B)
-            metrics["advantage/kept_groups"] = float(signal_B.mean())
-        minibatches = _unscored(rollout, c["batch"]["minibatches"])
-        minibatches, more = judged(
-            _scored(settings, params, reference, minibatches),
-            rewards_B[rows_B],
-            c["reward"]["kl_coef"],
-            settings.bounds,
-            estimator=c["advantages"],
-            group_size=group_size,
-            kl=c["reward"]["kl"],
-            correction=c["correction"]["name"],
-        )
-        advantages_B = np.concatenate([b.advantages for b in minibatches])
-        metrics |= {key: float(value) for key, value in more.items()}
-    on_host = jax.tree.map(lambda x: x[rows_B], on_host)
-    asked, texts = [asked[i] for i in rows_B], [texts[i] for i in rows_B]
-    count = c["log"]["samples"]
-    shown = _rows(on_host, asked, texts, rewards_B[rows_B], advantages_B, iteration, count)
-    return Experience(minibatches, metrics, shown)
+        rewards_B, parts = rewards.combine([v.parts for v in verdicts], settings.recipe)
+        minibatches, learnt, more = _learnable(settings, minibatches, rewards_B)
+        advantages_B = np.zeros_like(rewards_B)
+        advantages_B[learnt] = np.concatenate([batch.advantages for batch in minibatches])
+    asked = [e for e in examples for _ in range(group_size)]
+    texts = groups.texts
+    rows = _rows(on_host, asked, texts, rewards_B, advantages_B, iteration, c["log"]["samples"])
+    metrics = _metrics(on_host, rewards_B, group_size) | _by_task(settings, asked, rewards_B)
+    metrics |= {"data/dropped": float(stream.dropped), **parts, **more}
+    return Experience(minibatches, metrics, rows)
 
 
 def from_demonstrations(
@@ -256,14 +223,15 @@ def from_demonstrations(
     stream: streams.Stream,
     iteration: int,
     clock: Clock,
+    scorer: rewards.Scorer,
     warm_up: Callable[[str], None] | None = None,
 ) -> Experience:
     """Worked answers as minibatches; nothing is sampled."""
-    del params, reference, iteration, warm_up
+    del params, reference, iteration, scorer, warm_up
     with clock("rollout"):
         width = settings.width + settings.max_new_tokens
         batch = data.encode_demonstrations(stream.take(settings.rows), settings.tokenizer, width)
-        minibatches = _split(batch, settings.config["batch"]["minibatches"])
+        minibatches = learnable.split(batch, settings.config["batch"]["minibatches"])
     metrics = {"length/mean": float(batch.mask.sum(-1).mean())}
     return Experience(minibatches, metrics | {"data/dropped": float(stream.dropped)}, [])
 
@@ -272,7 +240,10 @@ SOURCES = {"rollout": from_rollout, "demonstrations": from_demonstrations}
 
 
 def held_out(
-    settings: Settings, params: Any, warm_up: Callable[[str], None] | None = None
+    settings: Settings,
+    params: Any,
+    scorer: rewards.Scorer,
+    warm_up: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """Metrics on the fixed evaluation set; the same noise at every iteration."""
     options = settings.config["eval"]
@@ -287,12 +258,11 @@ def held_out(
     ]
     return evaluate.evaluate(
         partial(sample, settings, weights, iteration=0, domain="eval", warm_up=warm_up),
-        settings.task,
+        scorer,
         chosen,
         settings.tokenizer,
         samples=options["samples"],
         width=settings.width,
         batch=settings.eval_batch,
         names=tuple(settings.tasks) if len(settings.tasks) > 1 else (),
-        recipe=settings.recipe,
     )

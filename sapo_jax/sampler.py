@@ -24,6 +24,10 @@ from sapo_jax.types import Prompts, Rollout
 __all__ = ["Plan", "check", "make_plan", "rollout", "to_sampler"]
 
 
+OnGroups = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
+REPORTS = 8  # finished groups are reported in about this many parts
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The shapes that a rollout's programs are compiled for.
@@ -106,6 +110,7 @@ def rollout(
     top_k: int | None = None,
     top_p: float | None = None,
     plan: Plan | None = None,
+    on_groups: OnGroups | None = None,
     warm_up: Callable[[str], None] | None = None,
 ) -> Rollout:
     """Sample G completions of each prompt.
@@ -124,6 +129,9 @@ def rollout(
         the whole softmax.
       top_p: keep the smallest set of tokens of at least this probability; for evaluation only.
       plan: shapes to compile for; by default all prompts at once.
+      on_groups: called with the completions of some prompts as soon as they are finished, while the
+        others are decoded: (index i32[g], tokens i32[g, G, T], count i32[g, G], finished
+        i32[g, G]), NumPy arrays; each prompt comes once. With warm_up, all come at the end.
       warm_up: compile every program of the plan instead of sampling, and call this with a line
         about each; the result is a rollout without completions.
 
@@ -160,30 +168,36 @@ def rollout(
         state = jax.device_put(state, weights["final_norm"].sharding)
     if warm_up:
         state = _compile_all(plan, state, prefill, decode, warm_up)
+        if on_groups:
+            _report(on_groups, np.arange(p), (state.tokens, state.count, state.finished))
     else:
-        state = _run(plan, state, p, prefill, decode)
+        state = _run(plan, state, p, prefill, decode, on_groups)
     results = (state.tokens, state.logp, state.count, state.finished)
     return decoding.assemble(config, results, prompts, np.int32(iteration), state.routing)
 
 
-def _run(plan: Plan, state: Decoding, total: int, prefill, decode) -> Decoding:
+def _run(plan: Plan, state: Decoding, total: int, prefill, decode, on_groups) -> Decoding:
     """The host's part: refill, shrink, grow, and decode until all prompts are done."""
     waiting = level = size = clock = 0
     idle = np.ones(plan.slots[0], bool)
+    prompt_Q = np.full(plan.slots[0], total, np.int32)
+    report = _nothing
     while True:
         free = np.flatnonzero(idle)
         while waiting < total and (free.size >= plan.refill or idle.all()):
             count = min(plan.refill, total - waiting, free.size)
             new = np.arange(waiting, waiting + count)
             state = prefill(state, *_fill(plan, free[:count], new, total))
-            idle[free[:count]] = False
+            idle[free[:count]], prompt_Q[free[:count]] = False, new
             waiting, free = waiting + count, free[count:]
         if idle.all():
+            report()
             return state
         while waiting == total and _shrinks(plan, level, idle):
             level += 1
             order = np.argsort(idle, kind="stable")[: plan.slots[level]]
-            state, idle = decoding.take(state, order.astype(np.int32)), idle[order]
+            state = decoding.take(state, order.astype(np.int32))
+            idle, prompt_Q = idle[order], prompt_Q[order]
         if clock >= plan.cache[size] and size + 1 < len(plan.cache):
             size += 1
             state = state.replace(own_kv=decoding.grow(state.own_kv, plan.cache[size]))
@@ -192,9 +206,33 @@ def _run(plan: Plan, state: Decoding, total: int, prefill, decode) -> Decoding:
         enough = plan.refill
         if waiting == total:
             enough = plan.slots[level] - (plan.slots[level + 1 :] or (0,))[0]
-        state, idle = decode(state, np.int32(until), np.int32(enough))
-        clock, idle = jax.device_get((state.clock, idle))
-        idle = np.array(idle)
+        if on_groups:
+            enough = min(enough, np.sum(idle) + max(1, plan.slots[0] // REPORTS))
+        state, now_idle = decode(state, np.int32(until), np.int32(enough))
+        report()  # what had finished before, while the device decodes
+        clock, now_idle = jax.device_get((state.clock, now_idle))
+        if on_groups:
+            report = partial(
+                _report, on_groups, *_finished(plan, state, prompt_Q, now_idle & ~idle)
+            )
+        idle = np.array(now_idle)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _finished(plan: Plan, state: Decoding, prompt_Q, fresh_Q) -> tuple[np.ndarray, Any]:
+    """Prompts that have just finished, and their completions, still on the device."""
+    index = prompt_Q[fresh_Q]
+    padded = np.full(plan.slots[0], state.tokens.shape[0] - 1, np.int32)
+    padded[: len(index)] = index
+    return index, decoding.completions((state.tokens, state.count, state.finished), padded)
+
+
+def _report(on_groups: OnGroups, index: np.ndarray, results: Any) -> None:
+    if len(index):
+        on_groups(index, *(x[: len(index)] for x in jax.device_get(results)))
 
 
 def _fill(plan: Plan, slots, prompts, total: int) -> tuple[np.ndarray, np.ndarray]:
@@ -212,6 +250,7 @@ def _shrinks(plan: Plan, level: int, idle: np.ndarray) -> bool:
 def _compile_all(plan: Plan, state: Decoding, prefill, decode, report) -> Decoding:
     """Run every program once on empty slots: it compiles, and there is nothing to compute."""
     zero = np.int32(0)
+    _finished(plan, state, np.zeros(0, np.int32), np.zeros(0, bool))
     report(f"prefill of {plan.refill} prompts")
     state = prefill(state, *_fill(plan, [], [], state.tokens.shape[0] - 1))
     for level, slots in enumerate(plan.slots):

@@ -34,7 +34,7 @@ SOURCES = ("rollout", "demonstrations")
 OLD_LOGP = ("sampler", "recompute")
 MAY_DIFFER = {
     "iterations", "profile_steps", "compilation_cache", "checkpoint.every",
-    "log.samples", "log.samples_every", "data.workers",
+    "log.samples", "log.samples_every", "data.workers", "reward.workers", "distributed.timeout",
 }  # fmt: skip
 
 
@@ -129,13 +129,13 @@ def _check_numbers(c: dict) -> None:
     _at_least(
         c, 1, "iterations", "batch.prompts", "batch.group_size", "batch.minibatches",
         "batch.micro_batches", "batch.oversample", "eval.prompts", "eval.samples",
-        "checkpoint.every", "learner.head_chunk", "log.samples_every",
+        "checkpoint.every", "learner.head_chunk", "log.samples_every", "reward.workers",
     )  # fmt: skip
     _at_least(
         c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "sampler.shrink", "eval.every",
         "eval.temperature", "learner.warmup", "learner.weight_decay", "log.samples",
         "profile_steps", "learner.learning_rate", "data.max_prompt_tokens", "data.workers",
-        "reward.kl_coef",
+        "distributed.timeout", "reward.kl_coef",
     )  # fmt: skip
     _positive(c, "sampler.temperature", "learner.max_grad_norm", "learner.eps")
     for name in ("b1", "b2"):
@@ -194,18 +194,6 @@ def _objective(c: dict) -> objectives.Objective:
     return objective
 
 
-def _model(c: dict, tokenizer: Tokenizer) -> model.ModelConfig:
-    fields = {key: value for key, value in c["model"].items() if value is not None}
-    preset = fields.pop("preset")
-    dtypes = {f"{kind}_dtype": c["dtype"][kind] for kind in ("params", "compute", "cache")}
-    dtypes["param_dtype"] = dtypes.pop("params_dtype")
-    if "vocab_size" in model.PRESETS.get(preset, {}):
-        fields["vocab_size"] = max(model.PRESETS[preset]["vocab_size"], tokenizer.vocab_size)
-    fields = {"vocab_size": tokenizer.vocab_size, **fields, **dtypes}
-    stop = {"stop_tokens": tokenizer.stop_ids, "pad_token": tokenizer.pad_id}
-    return model.make(preset, **fields, **stop)
-
-
 def _hyperparameters(
     c: dict, shape: model.ModelConfig, objective: objectives.Objective
 ) -> learner.Hyperparameters:
@@ -261,7 +249,7 @@ def _bounds(c: dict) -> dict[str, float]:
 
 def _recipe(c: dict, room: int) -> Recipe:
     fields = dict(c["reward"])
-    kl_coef, kl = fields.pop("kl_coef"), fields.pop("kl")
+    kl_coef, kl, _ = (fields.pop(name) for name in ("kl_coef", "kl", "workers"))
     _choice("reward.kl", kl, KL_ESTIMATES)
     only = "0 without config.init_from, whose policy is the reference"
     _require(kl_coef == 0 or c["init_from"] != "", "reward.kl_coef", kl_coef, only)
@@ -285,7 +273,7 @@ def resolve(config: ConfigDict) -> Settings:
     made, shares = inputs.make_tasks(c)
     tokenizer = inputs.make_tokenizer(c, made)
     objective = _objective(c)
-    shape = _model(c, tokenizer)
+    shape = inputs.make_model(c, tokenizer)
     width, room, keep = inputs.lengths(c, made, tokenizer, shape)
     slots, shrink = c["sampler"]["slots"], c["sampler"]["shrink"]
     plan = partial(sampler.make_plan, max_new_tokens=room, slots=slots, shrink=shrink)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
-from sapo_jax import checkpoint, experience, learner, streams
+from sapo_jax import checkpoint, experience, inputs, learner, rewards, streams
+from sapo_jax.model import hf
 from sapo_jax.model import params as parameters
-from sapo_jax.progress import Clock, Progress
+from sapo_jax.progress import Clock
 from sapo_jax.settings import Settings
 from sapo_jax.types import TrainState
 
@@ -24,8 +26,7 @@ def start(
     to_reference = settings.needs_reference
     weights = None
     if c["init_from"] and (latest is None or to_reference):
-        source = epath.Path(c["init_from"]) / "checkpoints"
-        weights = jax.device_put(checkpoint.restore_params(source, abstract), device)
+        weights = jax.device_put(_weights(c, abstract), device)
     stream = experience.open_stream(settings, workers=c["data"]["workers"])
     if latest is None:
         start = parameters.init(settings.model, c["seed"]) if weights is None else weights
@@ -38,13 +39,31 @@ def start(
     return jax.device_put(state, device), stream, reference
 
 
-def warm_up(settings: Settings, state: TrainState, reference: Any, bar: Progress) -> None:
+def _weights(c: dict, abstract: Any) -> Any:
+    """The parameters that ``init_from`` names: of a Hugging Face directory, or of a run."""
+    source = epath.Path(c["init_from"]).expanduser()
+    if inputs.is_hf(c["init_from"]):
+        return hf.load(source, dtype=c["dtype"]["params"])[1]
+    return checkpoint.restore_params(source / "checkpoints", abstract)
+
+
+def warm_up(
+    settings: Settings,
+    state: TrainState,
+    reference: Any,
+    scorer: rewards.Scorer,
+    notes: Sequence[Callable[[str], None]],
+) -> None:
     """Compile every program by one iteration and one evaluation on completions of length 0."""
+
+    def note(text):
+        for each in notes:
+            each(f"compiling: {text}")
+
     examples = experience.open_stream(settings)
     collect = experience.SOURCES[settings.config["source"]]
-    notes = (lambda text: bar.note(f"compiling: {text}"),)
-    got = collect(settings, state.params, reference, examples, 0, Clock(), *notes)
-    bar.note("compiling: update")
+    got = collect(settings, state.params, reference, examples, 0, Clock(), scorer, note)
+    note("update")
     learner.learn(jax.tree.map(jnp.copy, state), got.minibatches, settings.hp)
     if settings.config["eval"]["every"]:
-        experience.held_out(settings, state.params, *notes)
+        experience.held_out(settings, state.params, scorer, note)

@@ -14,14 +14,14 @@ model.hf_config model.hf model.from_gguf model
 tasks.base tasks.forks tasks.jsonl tasks.answers tasks.agreement tasks.jail tasks.sandbox
 tasks.chain_sum tasks.countdown tasks.math_answer tasks.reasoning tasks.programs
 tasks.prepared tasks.mixture tasks
-streams data rewards
+streams data rewards learnable
 diagnostics routing sampling decoding sampler learner checkpoint rundir progress
 population gradlab_fidelity gradlab_pull gradlab gradlab_tokens
 evaluate report_words report_page report_plots report gradlab_words gradlab_plots gradlab_report
 preflight
 inputs settings experience startup
 train
-sweep main
+sweep main export
 """
 ORDER = {name: i for i, name in enumerate(ROWS.split())}
 CORE = {"jax", "flax", "optax", "orbax", "chex", "ml_collections", "absl", "numpy", "etils"}
