@@ -34,7 +34,6 @@ from sapo_jax import (
     sampler,
     settings,
     startup,
-    streams,
 )
 from sapo_jax.progress import Clock
 from sapo_jax.types import Batch
@@ -53,18 +52,14 @@ _FOCUS = flags.DEFINE_string("focus", "sapo", "The preset whose gate is split by
 _SUMMARISE = flags.DEFINE_list("summarise", [], "Names to put into one table; runs nothing.")
 
 
-def load(workdir: str) -> tuple[settings.Settings, Any, streams.Stream]:
-    """Settings, state and data stream of a run, without dynamic sampling and routing replay."""
+def load(workdir: str) -> settings.Settings:
+    """The settings of a run, without dynamic sampling and routing replay."""
     config = base.get_config()
-    stored = rundir.read_config(workdir)
     with config.unlocked():
-        config.update(ConfigDict(stored))
+        config.update(ConfigDict(rundir.read_config(workdir)))
         config.batch.oversample = 1
         config.learner.routing_replay = "none"
-    checked = settings.resolve(config)
-    with checkpoint.Checkpoints(pathlib.Path(workdir) / "checkpoints") as checkpoints:
-        state, stream, _ = startup.start(checked, checkpoints)
-    return checked, state, stream
+    return settings.resolve(config)
 
 
 def joined(parts: tuple[Batch, ...]) -> Batch:
@@ -72,82 +67,82 @@ def joined(parts: tuple[Batch, ...]) -> Batch:
     return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 
-def draw(checked: settings.Settings, params: Any, examples: list, group_size: int, salt: int):
+def draw(
+    checked: settings.Settings, scorer: rewards.Scorer, params: Any, examples: list,
+    group_size: int, salt: int,
+) -> tuple[Batch, np.ndarray]:  # fmt: skip
     """Fresh samples of the prompts by one policy: rows, and their rewards."""
-    prompts = data.encode_prompts(examples, checked.tokenizer, checked.width)
-    room = checked.max_new_tokens
+    groups = rewards.Groups(scorer, examples, checked.tokenizer)
     slots = max(1, 1024 // group_size)
     rollout = sampler.rollout(
         params,
         checked.model,
-        prompts,
+        data.encode_prompts(examples, checked.tokenizer, checked.width),
         group_size=group_size,
-        max_new_tokens=room,
+        max_new_tokens=checked.max_new_tokens,
         temperature=checked.config["sampler"]["temperature"],
         seed=checked.config["seed"],
         iteration=salt,
         domain="gradient_lab",
-        plan=sampler.make_plan(len(examples), room, slots=slots, shrink=0),
+        plan=sampler.make_plan(len(examples), checked.max_new_tokens, slots=slots, shrink=0),
+        on_groups=groups,
     )
-    rows = jax.device_get(rollout)
-    texts = rewards.completion_texts(rows.tokens, rows.mask, checked.tokenizer)
-    asked = [e for e in examples for _ in range(group_size)]
-    scored = rewards.rows_of(asked, texts, rows.finished, rows.mask.sum(-1))
-    rewards_B, _ = rewards.score_rows(checked.task, scored, checked.recipe)
-    batch = Batch(
-        rollout.tokens, rollout.mask, rollout.segments, rollout.sampler_logp,
-        rollout.sampler_logp, jnp.zeros(len(asked)),
-    )  # fmt: skip
-    return batch, rewards_B
+    rewards_B, _ = rewards.combine([v.parts for v in groups.wait()], checked.recipe)
+    logp_BS = rollout.sampler_logp
+    zeros_B = jnp.zeros(len(rewards_B))
+    rows = (rollout.tokens, rollout.mask, rollout.segments, logp_BS, logp_BS, zeros_B)
+    return Batch(*rows), rewards_B
 
 
-def stage(checked, params, frozen, examples, algorithms, updates, fresh, focus) -> dict[str, Any]:
+def measure(lab: gradlab.Lab, algorithms: dict, focus: str) -> dict[str, Any]:
     """Everything that the lab says at one policy."""
-    group_size = checked.config["batch"]["group_size"]
-    batch, rewards_B = draw(checked, params, examples, fresh * group_size, updates)
-    lab = gradlab.Lab(
-        params, frozen, batch, rewards_B, len(examples), checked.config["advantages"], checked.hp
-    )
-    found = {"updates": updates, "reward": float(rewards_B.mean())}
-    found["gradients"] = gradlab.compare(lab, algorithms)
-    found["tokens"] = gradlab_tokens.describe(algorithms, params, frozen, checked.hp)
+    found = {"reward": float(lab.rewards.mean()), "gradients": gradlab.compare(lab, algorithms)}
+    found["tokens"] = gradlab_tokens.describe(algorithms, lab.weights, lab.frozen, lab.hp)
     if focus:
-        kinds = gradlab_tokens.groups(*gradlab_tokens.score(params, frozen, checked.hp), frozen)
+        scored = gradlab_tokens.score(lab.weights, lab.frozen, lab.hp)
+        kinds = gradlab_tokens.groups(*scored, lab.frozen)
         flat = {(kind, name): m for kind, named in kinds.items() for name, m in named.items()}
         found["groups"] = gradlab.split(lab, algorithms[focus], flat)
     return found
 
 
-def examine(workdir: str, names: list[str], updates: list[int], fresh: int, focus: str) -> dict:
+def examine(
+    workdir: str, algorithms: dict, updates: list[int], fresh: int, focus: str
+) -> dict[str, Any]:
     """The run's policy at several numbers of updates after it sampled the same frozen rows."""
-    checked, state, stream = load(workdir)
-    iteration = int(state.iteration) + 1
-    position = stream.position
-
-    def minibatches(number: int) -> tuple[Batch, ...]:
-        got = experience.from_rollout(
-            checked, state.params, None, stream, iteration + number, Clock()
-        )
-        return got.minibatches
-
-    examples = stream.take(checked.config["batch"]["prompts"])
-    stream.position = position
-    frozen = joined(minibatches(0))
-    rollouts = -(-max(updates) // checked.config["batch"]["minibatches"])
-    queue = [b for j in range(rollouts) for b in minibatches(j + 1)]
-    algorithms = {name: objectives.OBJECTIVES[name] for name in names}
-    split_at = {max(u for u in updates if u <= 3), max(updates)}
-    stages = []
-    for k in range(max(updates) + 1):
-        if k in updates:
-            begun = time.monotonic()
-            params = jax.tree.map(jnp.copy, state.params)
-            only = focus if k in split_at else ""
-            stages.append(stage(checked, params, frozen, examples, algorithms, k, fresh, only))
-            print(f"{k} updates: {time.monotonic() - begun:.0f} s", flush=True)
-        if k < max(updates):
-            state, _ = learner.update(state, queue[k], checked.hp)
+    checked = load(workdir)
     c = checked.config
+    prompts, group_size = c["batch"]["prompts"], c["batch"]["group_size"]
+    with checkpoint.Checkpoints(pathlib.Path(workdir) / "checkpoints") as checkpoints:
+        state, stream, reference = startup.start(checked, checkpoints)
+    iteration, position = int(state.iteration) + 1, stream.position
+    examples = stream.take(prompts)
+    stream.position = position
+    with rewards.Scorer(checked.task, checked.recipe, workers=c["reward"]["workers"]) as scorer:
+
+        def rollouts(count: int) -> list[tuple[Batch, ...]]:
+            start = (checked, state.params, reference, stream)
+            each = (
+                experience.from_rollout(*start, iteration + i, Clock(), scorer)
+                for i in range(count)
+            )
+            return [got.minibatches for got in each]
+
+        first, *others = rollouts(1 + -(-max(updates) // c["batch"]["minibatches"]))
+        frozen, queue = joined(first), [batch for parts in others for batch in parts]
+        split_at = {max(u for u in updates if u <= 3), max(updates)}
+        stages = []
+        for k in range(max(updates) + 1):
+            if k in updates:
+                begun = time.monotonic()
+                params = jax.tree.map(jnp.copy, state.params)
+                batch, rewards_B = draw(checked, scorer, params, examples, fresh * group_size, k)
+                rows = (params, frozen, batch, rewards_B, prompts, c["advantages"], checked.hp)
+                found = measure(gradlab.Lab(*rows), algorithms, focus if k in split_at else "")
+                stages.append({"updates": k, **found})
+                print(f"{k} updates: {time.monotonic() - begun:.0f} s", flush=True)
+            if k < max(updates):
+                state, _ = learner.update(state, queue[k], checked.hp)
     return {
         "run": c["name"],
         "model": c["model"]["preset"],
@@ -155,9 +150,9 @@ def examine(workdir: str, names: list[str], updates: list[int], fresh: int, focu
         "iteration": iteration - 1,
         "trained_with": c["objective"]["name"],
         "learning_rate": c["learner"]["learning_rate"],
-        "prompts": len(examples),
-        "group_size": c["batch"]["group_size"],
-        "fresh": fresh * c["batch"]["group_size"],
+        "prompts": prompts,
+        "group_size": group_size,
+        "fresh": fresh * group_size,
         "focus": focus,
         "stages": stages,
     }
@@ -204,7 +199,8 @@ def main(argv: list[str]) -> None:
     if _WORKDIR.value is None or _FRESH.value < 16:
         raise app.UsageError(f"--workdir is needed, and --fresh={_FRESH.value} at least 16")
     updates = sorted({int(u) for u in _UPDATES.value})
-    found = examine(_WORKDIR.value, _OBJECTIVES.value, updates, _FRESH.value, _FOCUS.value)
+    algorithms = {name: objectives.OBJECTIVES[name] for name in _OBJECTIVES.value}
+    found = examine(_WORKDIR.value, algorithms, updates, _FRESH.value, _FOCUS.value)
     path = out / f"{_NAME.value}.json"
     path.write_text(json.dumps(found))
     print(gradlab_report.write(path))
