@@ -23,7 +23,9 @@ from sapo_jax.model.config import ModelConfig
 from sapo_jax.objectives import OBJECTIVES, Objective
 from sapo_jax.types import Batch
 
-UNGATED = "ungated"  # the bare ratio, with which every algorithm is compared
+# The bare ratio by either average: what an algorithm is compared with, by its own average.
+UNGATED = {"seq_mean": "ungated", "token_mean": "ungated_token"}
+Halves = tuple[Pulled, Pulled]
 
 
 def cosines(gram_KK: np.ndarray) -> np.ndarray:
@@ -57,7 +59,7 @@ class Lab:
     hp: learner.Hyperparameters
     hold: int = 16
 
-    def targets(self) -> tuple[Pulled, Pulled]:
+    def targets(self) -> Halves:
         """Three targets as loss gradients, from either half of each prompt's fresh samples.
 
         First the gradient of expected reward: leave-one-out advantages without standard
@@ -101,7 +103,7 @@ class Lab:
                 yield start, pull(self.weights, rows, blocks, self.hp)
 
     def products(
-        self, cotangents_KBS: jax.Array, halves: tuple[Pulled, Pulled]
+        self, cotangents_KBS: jax.Array, halves: Halves
     ) -> tuple[Products, dict[str, np.ndarray]]:
         """Inner products of K gradients with both halves of the targets, and with each other.
 
@@ -152,16 +154,23 @@ def _listed(values: np.ndarray) -> list:
     return [float(x) if np.isfinite(x) else None for x in values]
 
 
-def compare(lab: Lab, algorithms: Mapping[str, Objective]) -> dict[str, Any]:
+def _column(objective: Objective) -> int:
+    """Which of an own target's averages an objective has: 0 per sequence, 1 over tokens."""
+    return 0 if objective.aggregation == "seq_mean" else 1
+
+
+def compare(lab: Lab, halves: Halves, algorithms: Mapping[str, Objective]) -> dict[str, Any]:
     """Norms, cosines, fidelities, and what each gate removed, of algorithms on the same rows.
 
     Fidelity is cos(g, target)/√cos(half₁, half₂), see `gradlab_fidelity`. ``removed`` is the
     gradient of the `ungated` objective minus that of the objective: a fidelity below 0 says that
-    what the gate took away pointed the wrong way. Differences are to the algorithm ``ungated``.
+    what the gate took away pointed the wrong way. Differences are to the bare ratio of tokens with
+    the algorithm's own average.
 
     Args:
       lab: rows and policy.
-      algorithms: by name; the bare ratio with seq_mean is put before them as ``ungated``.
+      halves: of `Lab.targets`.
+      algorithms: by name; the bare ratio is put before them, by the names of UNGATED.
 
     Returns:
       JSON-able statistics.
@@ -170,15 +179,16 @@ def compare(lab: Lab, algorithms: Mapping[str, Objective]) -> dict[str, Any]:
       ValueError: an objective's hyperparameter is missing.
     """
     bare = ungated(OBJECTIVES["sapo"])
-    named = {UNGATED: bare, **algorithms}
+    plain = {name: dataclasses.replace(bare, aggregation=a) for a, name in UNGATED.items()}
+    named = {**plain, **algorithms}
     resolved = tuple(objectives.resolve(o) for o in named.values())
     logp_BS = learner.score(lab.weights, lab.frozen, lab.hp)
     kept_KBS = cotangents(resolved, logp_BS, lab.frozen, kl=lab.hp.kl)
     open_KBS = cotangents(tuple(map(ungated, resolved)), logp_BS, lab.frozen)
-    halves = lab.targets()
     products, matrices = lab.products(kept_KBS, halves)
     removed, _ = lab.products(open_KBS - kept_KBS, halves)
-    own = [1 if o.aggregation == "seq_mean" else 2 for o in resolved]
+    reference = [_column(objective) for objective in resolved]
+    own = [1 + column for column in reference]
     size_K = np.abs(np.asarray(open_KBS)).sum((1, 2))
     taken_K = np.abs(np.asarray(open_KBS - kept_KBS)).sum((1, 2))
     return {
@@ -186,18 +196,21 @@ def compare(lab: Lab, algorithms: Mapping[str, Objective]) -> dict[str, Any]:
         "aggregation": [o.aggregation for o in resolved],
         "norm": {part: _listed(np.sqrt(np.diag(m))) for part, m in matrices.items()},
         "cosine": {part: _listed(cosines(m)) for part, m in matrices.items()},
-        "fidelity": fidelities(products, own),
-        "removed": fidelities(removed, own) | {"mass": _listed(taken_K / size_K)},
+        "fidelity": fidelities(products, own, reference),
+        "removed": fidelities(removed, own, reference) | {"mass": _listed(taken_K / size_K)},
         "noise_scale": _listed(noise_scale(products)),
         "target_halves": _listed(products.reliability()),
     }
 
 
-def split(lab: Lab, objective: Objective, groups: Mapping[str, jax.Array]) -> dict[str, Any]:
+def split(
+    lab: Lab, halves: Halves, objective: Objective, groups: Mapping[str, jax.Array]
+) -> dict[str, Any]:
     """Fidelity of token groups: of their ungated gradient, and of what the gate removed there.
 
     Args:
       lab: rows and policy.
+      halves: of `Lab.targets`.
       objective: whose gate it is.
       groups: bool[B, S] by name; a group without a gradient gets None.
 
@@ -210,11 +223,11 @@ def split(lab: Lab, objective: Objective, groups: Mapping[str, jax.Array]) -> di
     pair = cotangents((resolved, ungated(resolved)), logp_BS, lab.frozen, kl=lab.hp.kl)
     open_BS, removed_BS = pair[1], pair[1] - pair[0]
     masks_QBS = jnp.stack(list(groups.values()))
-    halves, own = lab.targets(), [1 if resolved.aggregation == "seq_mean" else 2] * len(groups)
+    own = [1 + _column(resolved)] * len(groups)
     result = {"names": list(groups)}
     total = float(jnp.abs(open_BS).sum())
     for key, cotangent_BS in (("carried", open_BS), ("removed", removed_BS)):
         grouped_QBS = jnp.where(masks_QBS, cotangent_BS, 0)
-        result[key] = fidelities(lab.products(grouped_QBS, halves)[0], own)
+        result[key] = fidelities(lab.products(grouped_QBS, halves)[0], own, [0] * len(own))
         result[key]["mass"] = (np.abs(np.asarray(grouped_QBS)).sum((1, 2)) / total).tolist()
     return result

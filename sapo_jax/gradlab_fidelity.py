@@ -73,13 +73,13 @@ def _resampled(products: Products, draws_RF: np.ndarray) -> np.ndarray:
     return _fidelity(*same, form(h1, h1), form(h2, h2), form(h1, h2))
 
 
-def fidelities(products: Products, own: Sequence[int], *, reference: int = 0) -> dict[str, Any]:
+def fidelities(products: Products, own: Sequence[int], reference: Sequence[int]) -> dict[str, Any]:
     """Fidelities to the expected reward and to each algorithm's own target, with 95% intervals.
 
     Args:
       products: of K gradients with T targets, the first of which is the expected reward's.
       own: the target of each gradient's own aggregation and advantages.
-      reference: the gradient that ``difference`` is taken to.
+      reference: for each gradient, the one that its ``difference`` is taken to.
 
     Returns:
       For ``reward`` and ``own``: K entries of ``value``, ``low``, ``high``, and ``difference``
@@ -94,10 +94,10 @@ def fidelities(products: Products, own: Sequence[int], *, reference: int = 0) ->
     result = {}
     for key, column in (("reward", np.zeros(len(own), int)), ("own", np.asarray(own))):
         point_K, shift_RK = point_KT[rows, column], shift_RKT[:, rows, column]
-        base, moved_R = point_KT[reference, column], shift_RKT[:, reference, column]
+        base_K, moved_RK = point_KT[reference, column], shift_RKT[:, reference, column]
         result[key] = [
             _interval(point_K[k], shift_RK[:, k])
-            | {"difference": _interval(point_K[k] - base[k], shift_RK[:, k] - moved_R[:, k])}
+            | {"difference": _interval(point_K[k] - base_K[k], shift_RK[:, k] - moved_RK[:, k])}
             for k in rows
         ]
     return result

@@ -16,8 +16,8 @@ Draw = Callable[[FigureBase, Found], None]
 
 # Curves that get a colour where all algorithms would be too many; the rest stay pale.
 COLOURED = {
-    "ungated": "ink", "sapo": "blue", "grpo": "orange", "gspo": "green", "reinforce": "purple",
-    "cispo": "amber",
+    "ungated": "ink", "ungated_token": "soft", "sapo": "blue", "grpo": "orange", "gspo": "green",
+    "reinforce": "purple", "cispo": "amber",
 }  # fmt: skip
 SHOWN = ("sapo", "grpo", "gspo", "mhpo_unit")  # gates whose histograms are drawn
 
@@ -101,9 +101,9 @@ def _draw_difference(figure: FigureBase, found: Found) -> None:
     stages, names = _moved(found), _names(found)
     axes = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
     for ax, stage in zip(axes, stages, strict=True):
-        entries = stage["gradients"]["fidelity"]["reward"][1:]
-        _forest(ax, names[1:], [e["difference"] for e in entries])
-        ax.set(title=_at(stage), xlabel="fidelity minus that of ungated")
+        entries = stage["gradients"]["fidelity"]["reward"][2:]
+        _forest(ax, names[2:], [e["difference"] for e in entries])
+        ax.set(title=_at(stage), xlabel="fidelity minus that of the bare ratio")
 
 
 def _draw_removed(figure: FigureBase, found: Found) -> None:
@@ -112,7 +112,7 @@ def _draw_removed(figure: FigureBase, found: Found) -> None:
     for ax, stage in zip(axes, stages, strict=True):
         removed = stage["gradients"]["removed"]
         labels = [f"{n} ({m:.1%})" for n, m in zip(names, removed["mass"], strict=True)]
-        _forest(ax, labels[1:], removed["reward"][1:], "orange")
+        _forest(ax, labels[2:], removed["reward"][2:], "orange")
         ax.set(title=_at(stage), xlabel="fidelity of what was removed")
 
 
@@ -193,7 +193,7 @@ def _draw_layers(figure: FigureBase, found: Found) -> None:
     kinds = [p for p in parts if not p.startswith("layer")]
     axes = figure.subplots(1, 2, sharey=True, width_ratios=[max(3, len(layers)), 2 + len(kinds)])
     for ax, chosen in zip(axes, (layers, kinds), strict=True):
-        for k, name in enumerate(gradients["names"][1:], 1):
+        for k, name in enumerate(gradients["names"][2:], 2):
             y = [_number(gradients["cosine"][part][k][0]) for part in chosen]
             coloured = name in COLOURED
             ax.plot(

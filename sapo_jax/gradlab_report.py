@@ -75,7 +75,7 @@ def _table(found: Mapping[str, Any]) -> str:
             name,
             f"{gradients['norm']['whole'][i]:.3g}",
             _signed(entry),
-            _signed(entry["difference"]) if i else "–",
+            _signed(entry["difference"]) if i > 1 else "–",
             f"{gradients['removed']['mass'][i]:.2%}",
             _signed(gradients["removed"]["reward"][i]),
             *("–" if share is None else f"{share:.1%}" for share in shares),

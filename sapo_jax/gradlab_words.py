@@ -34,8 +34,8 @@ PANELS = {  # slug -> (title, what to look for)
     ),
     "difference": (
         "Fidelity minus that of the bare ratio",
-        "The same completions, the same noise: right of 0 an algorithm points better than r·A with "
-        "no gate at all. An interval that crosses 0 shows no difference.",
+        "The same completions, the same noise, the same average: right of 0 an algorithm points "
+        "better than r·A with no gate at all. An interval that crosses 0 shows no difference.",
     ),
     "removed": (
         "Fidelity of what each algorithm removed",
@@ -107,7 +107,8 @@ PANELS = {  # slug -> (title, what to look for)
 TERMS = {
     "update": "One step of the optimiser; 0 is the policy that wrote the completions.",
     "ratio r": "The probability of a token now, over its probability when it was sampled.",
-    "ungated": "r·A averaged per sequence: the importance ratio and nothing else.",
+    "ungated": "r·A averaged per sequence: the importance ratio and nothing else; "
+    "ungated_token averages over all tokens.",
     "advantage A": "How much better (A > 0) or worse (A < 0) a completion scored than the others "
     "of the same problem.",
     "fidelity": "Cosine with the target's gradient, corrected for the noise of the target: "

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from sapo_jax import gradlab, gradlab_fidelity, gradlab_pull, gradlab_tokens, learner, objectives
-from sapo_jax.aggregations import finish
 from sapo_jax.model import transformer
 from sapo_jax.objectives import OBJECTIVES
 from sapo_jax.types import Batch
@@ -39,46 +38,59 @@ def rows(rng, count, weights, hp, spread=0.3):
 
 @pytest.fixture(scope="module")
 def lab(nano):
+    """The fresh halves have the same rows and rewards that differ a little: they have to agree."""
     config, weights = nano
     rng = np.random.default_rng(5)
     hp = learner.Hyperparameters(
         OBJECTIVES["sapo"], 0.0, 0.0, 1.0, 0.9, model=config, head_chunk=16
     )
     frozen = rows(rng, PROMPTS * G, weights, hp)
-    fresh = rows(rng, PROMPTS * N, weights, hp, 0.0)
-    rewards = rng.integers(0, 2, PROMPTS * N).astype(np.float32)
+    half = rows(rng, PROMPTS * N // 2, weights, hp, 0.0)
+    twice = np.tile(np.arange(PROMPTS * N // 2).reshape(PROMPTS, 1, N // 2), (1, 2, 1)).reshape(-1)
+    rewards = rng.normal(size=PROMPTS * N // 2)[twice] + 0.3 * rng.normal(size=PROMPTS * N)
+    fresh = jax.tree.map(lambda x: x[twice], half)
+    rewards = rewards.astype(np.float32)
     return gradlab.Lab(weights, frozen, fresh, rewards, PROMPTS, "group", hp, hold=4)
 
 
 @pytest.fixture(scope="module")
-def compared(lab):
-    return gradlab.compare(lab, ALGORITHMS)
+def halves(lab):
+    return lab.targets()
+
+
+@pytest.fixture(scope="module")
+def compared(lab, halves):
+    return gradlab.compare(lab, halves, ALGORITHMS)
 
 
 @pytest.fixture(scope="module")
 def brute(lab):
-    """Gradients of the plain losses, flat, by name; and of the parts of the parameters."""
+    """One `jax.grad` of the plain loss for each algorithm, and for the expected reward's halves."""
+    bare = gradlab_pull.ungated(OBJECTIVES["sapo"])
+    token = dataclasses.replace(bare, aggregation="token_mean")
+    plain = dataclasses.replace(OBJECTIVES["reinforce"], aggregation="seq_sum")
+    named = {"ungated": bare, "ungated_token": token, **ALGORITHMS, "reward": plain}
+    every = objectives.switch(named)
 
-    def gradient(objective, batch, advantages):
+    @jax.jit
+    def gradient(name, batch):
         def loss(weights):
             logp = learner.forward(weights, batch, lab.hp)[0]
-            terms = objectives.policy_terms(
-                objective, logp, batch.old_logp, advantages, batch.mask, segments_BT=batch.segments
-            )
-            return finish(terms)[0]
+            objective = objectives.resolve(every, index=name)
+            given = (logp, batch.old_logp, batch.advantages, batch.mask)
+            return objectives.policy_loss(objective, *given, segments_BT=batch.segments)[0]
 
-        return jax.jit(jax.grad(loss))(lab.weights)
+        return jax.grad(loss)(lab.weights)
 
-    named = {"ungated": gradlab_pull.ungated(OBJECTIVES["sapo"]), **ALGORITHMS}
-    found = {n: gradient(o, lab.frozen, lab.frozen.advantages) for n, o in named.items()}
+    *names, reward = range(len(named))
+    found = {list(named)[i]: gradient(i, lab.frozen) for i in names}
     rewards = lab.rewards.reshape(PROMPTS, 2, N // 2)
-    plain = dataclasses.replace(OBJECTIVES["reinforce"], aggregation="seq_sum")
+    take = np.arange(PROMPTS * N).reshape(PROMPTS, 2, N // 2)
     for half in range(2):
-        mine = rewards[:, half]  # two samples: leave-one-out is the difference to the other
+        mine = rewards[:, half]  # of two samples: leave-one-out is the difference to the other
+        chosen = jax.tree.map(lambda x, h=half: x[take[:, h].reshape(-1)], lab.fresh)
         advantages = (mine - mine[:, ::-1]).reshape(-1)
-        take = np.arange(PROMPTS * N).reshape(PROMPTS, 2, N // 2)[:, half].reshape(-1)
-        chosen = jax.tree.map(lambda x, t=take: x[t], lab.fresh)
-        found[f"half {half}"] = gradient(plain, chosen, advantages)
+        found[f"half {half}"] = gradient(reward, chosen.replace(advantages=advantages))
     return found
 
 
@@ -91,8 +103,8 @@ def cosine(a, b):
 
 
 def test_norms_and_cosines_are_those_of_brute_force(compared, brute):
-    """Tiles of 4 for 6 gradients: those of different tiles must meet as well."""
-    assert compared["names"] == ["ungated", *NAMES]
+    """Two tiles of 4 for 7 gradients: those of different tiles must meet as well."""
+    assert compared["names"] == ["ungated", "ungated_token", *NAMES]
     vectors = [flat(brute[name]) for name in compared["names"]]
     norms = [np.linalg.norm(v) for v in vectors]
     np.testing.assert_allclose(compared["norm"]["whole"], norms, rtol=1e-5)
@@ -126,32 +138,37 @@ def test_fidelity_is_that_of_brute_force(compared, brute):
     h1, h2 = flat(brute["half 0"]), flat(brute["half 1"])
     reliability = cosine(h1, h2)
     assert compared["target_halves"][0] == pytest.approx(reliability, abs=1e-5)
-    if reliability <= 0:
-        pytest.fail("the seed gives halves that disagree: choose another")
+    assert reliability > 0.5
 
     def fidelity(g):
         return (cosine(g, h1) + cosine(g, h2)) / 2 / np.sqrt(reliability)
 
-    base = flat(brute["ungated"])
+    def base(name):
+        own = objectives.OBJECTIVES.get(name, OBJECTIVES["sapo"]).aggregation
+        token = name == "ungated_token" or own != "seq_mean"
+        return flat(brute["ungated_token" if token else "ungated"])
+
     for i, name in enumerate(compared["names"]):
         got = compared["fidelity"]["reward"][i]
         assert got["value"] == pytest.approx(fidelity(flat(brute[name])), abs=1e-4)
-        difference = fidelity(flat(brute[name])) - fidelity(base)
+        difference = fidelity(flat(brute[name])) - fidelity(base(name))
         assert got["difference"]["value"] == pytest.approx(difference, abs=1e-4)
-    for name in ("sapo", "grpo"):  # of the same ratio level and aggregation as ``ungated``
+    for name in ("sapo", "grpo", "cispo"):  # of token ratios, as ``ungated``
         got = compared["removed"]["reward"][compared["names"].index(name)]
-        assert got["value"] == pytest.approx(fidelity(base - flat(brute[name])), abs=1e-3)
+        assert got["value"] == pytest.approx(fidelity(base(name) - flat(brute[name])), abs=1e-3)
     assert compared["removed"]["reward"][0]["value"] is None  # the bare ratio removes nothing
     assert compared["removed"]["mass"][0] == 0
 
 
-def test_token_groups_add_up(lab):
+def test_token_groups_add_up(lab, halves):
     """Groups that divide up the tokens carry the whole gradient mass, and lose the whole of it."""
     mask = np.asarray(lab.frozen.mask)
     sides = {"up": lab.frozen.advantages[:, None] > 0, "down": lab.frozen.advantages[:, None] <= 0}
     groups = {name: jnp.asarray(mask & side) for name, side in sides.items()}
-    found = gradlab.split(lab, OBJECTIVES["sapo"], {**groups, "all": jnp.asarray(mask)})
-    assert found["names"] == ["up", "down", "all"]
+    groups |= {"none": jnp.zeros(mask.shape, bool), "all": jnp.asarray(mask)}
+    found = gradlab.split(lab, halves, OBJECTIVES["sapo"], groups)
+    assert found["names"] == ["up", "down", "none", "all"]
+    assert found["carried"]["reward"][2]["value"] is None
     *carried, whole = found["carried"]["mass"]
     assert sum(carried) == pytest.approx(1, rel=1e-5) == whole
     *removed, whole = found["removed"]["mass"]
@@ -179,10 +196,10 @@ def test_sapo_coefficients_in_closed_form(lab):
 def test_sketches_keep_inner_products(lab):
     """The bootstrap rests on them: unbiased, and within a few times 1/√width."""
     logp = learner.score(lab.weights, lab.frozen, lab.hp)
-    three = tuple(OBJECTIVES[name] for name in ("sapo", "gspo", "luspo"))
-    u = gradlab_pull.cotangents(three, logp, lab.frozen)
+    four = tuple(OBJECTIVES[name] for name in ("sapo", "gspo", "luspo", "cispo"))
+    u = gradlab_pull.cotangents(four, logp, lab.frozen)
     ((_, tile),) = lab.tiles(u)
-    grads = np.stack([flat(jax.tree.map(lambda x, k=k: x[k], tile.grads)) for k in range(3)])
+    grads = np.stack([flat(jax.tree.map(lambda x, k=k: x[k], tile.grads)) for k in range(4)])
     sketch = np.asarray(tile.sketches, np.float64).sum(0)
     norm = np.sqrt(np.diag(grads @ grads.T))
     error = (sketch @ sketch.T - grads @ grads.T) / np.outer(norm, norm)
@@ -215,7 +232,7 @@ def test_fidelity_divides_out_the_noise_of_the_target():
     points = []
     for _ in range(40):
         products = planted(rng, 0.7)
-        found = gradlab_fidelity.fidelities(products, [0, 0, 0])["reward"]
+        found = gradlab_fidelity.fidelities(products, [0, 0, 0], [0, 0, 0])["reward"]
         assert found[1]["value"] == pytest.approx(-found[0]["value"])
         assert found[2]["value"] is None
         assert found[0]["low"] < found[0]["value"] < found[0]["high"]

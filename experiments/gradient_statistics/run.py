@@ -96,13 +96,15 @@ def draw(
 
 def measure(lab: gradlab.Lab, algorithms: dict, focus: str) -> dict[str, Any]:
     """Everything that the lab says at one policy."""
-    found = {"reward": float(lab.rewards.mean()), "gradients": gradlab.compare(lab, algorithms)}
+    halves = lab.targets()
+    found: dict[str, Any] = {"reward": float(lab.rewards.mean())}
+    found["gradients"] = gradlab.compare(lab, halves, algorithms)
     found["tokens"] = gradlab_tokens.describe(algorithms, lab.weights, lab.frozen, lab.hp)
     if focus:
         scored = gradlab_tokens.score(lab.weights, lab.frozen, lab.hp)
         kinds = gradlab_tokens.groups(*scored, lab.frozen)
         flat = {(kind, name): m for kind, named in kinds.items() for name, m in named.items()}
-        found["groups"] = gradlab.split(lab, algorithms[focus], flat)
+        found["groups"] = gradlab.split(lab, halves, algorithms[focus], flat)
     return found
 
 
@@ -174,7 +176,7 @@ def summary(names: list[str]) -> str:
         return f"{np.mean(known):{form}} ({min(known):{form}} to {max(known):{form}})"
 
     stages = [[s for s in run["stages"] if s["updates"] > 0] for run in runs]
-    for i, algorithm in enumerate(runs[0]["stages"][0]["gradients"]["names"][1:], 1):
+    for i, algorithm in enumerate(runs[0]["stages"][0]["gradients"]["names"][2:], 2):
         for at in zip(*stages, strict=True):
             found = [s["gradients"] for s in at]
             moved = [g["fidelity"]["reward"][i]["difference"]["value"] for g in found]
