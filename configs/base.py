@@ -35,6 +35,17 @@ def _reward() -> ConfigDict:
     c.buffer = 0
     c.ngram = 4
     c.workers = 1  # rows judged at a time, while the device works
+    c.kl_coef = 0.0  # R − kl_coef · Σ KL(π_old‖π_ref) over the completion; needs `init_from`
+    c.kl = "k1"  # its estimator: k1, k2, k3
+    return c
+
+
+def _correction() -> ConfigDict:
+    """Weights of tokens by π_old / π_sampler, see sapo_jax.corrections."""
+    c = ConfigDict()
+    c.name = "none"  # {token,sequence}_tis, {token,sequence}_mis, icepop, geometric
+    for name in ("low", "high"):
+        c[name] = config_dict.placeholder(float)  # bounds of the ratio; None: the correction's own
     return c
 
 
@@ -85,11 +96,13 @@ def get_config() -> ConfigDict:
     ):  # fmt: skip
         c.objective[name] = config_dict.placeholder(float)  # None: the objective's own
 
+    c.correction = _correction()
     c.reward = _reward()
     c.advantages = "group"  # group, leave_one_out, mean, reinforce_pp
 
     c.batch = ConfigDict()
     c.batch.prompts = 32  # per iteration
+    c.batch.oversample = 1  # draw that many times the prompts, learn from the first with a signal
     c.batch.group_size = 8  # completions per prompt
     c.batch.minibatches = 4  # updates per iteration
     c.batch.micro_batches = 1  # forward-backward passes per update; memory, not results

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapo_jax import advantages, data, evaluate, learner, rewards, sampler, streams
+from sapo_jax import advantages, data, evaluate, learnable, learner, rewards, sampler, streams
 from sapo_jax.progress import Clock
 from sapo_jax.settings import Settings
 from sapo_jax.tasks.base import Example
@@ -66,12 +65,6 @@ def sample(
     )
 
 
-@partial(jax.jit, static_argnames="parts")
-def _split(batch: Batch, parts: int) -> tuple[Batch, ...]:
-    pieces = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    return tuple(jax.tree.map(operator.itemgetter(i), pieces) for i in range(parts))
-
-
 @jax.jit
 def _batch(rollout: Rollout) -> Batch:
     """The rows, whose advantages are not known yet."""
@@ -86,16 +79,13 @@ def _batch(rollout: Rollout) -> Batch:
     )
 
 
-@partial(jax.jit, static_argnames=("estimator", "group_size", "parts"))
-def _advantages(rewards_B: jax.Array, *, estimator: str, group_size: int, parts: int):
-    """Those of all rows, and those of each minibatch."""
-    advantages_B = advantages.ESTIMATORS[estimator](rewards_B, group_size)
-    return advantages_B, tuple(advantages_B.reshape(parts, -1))
-
-
 def _scored(settings: Settings, params: Any, reference: Any, batch: Batch) -> tuple[Batch, ...]:
-    """Minibatches with the log-probabilities, and the routing, that their update needs."""
-    minibatches = _split(batch, settings.config["batch"]["minibatches"])
+    """Minibatches with the log-probabilities, and the routing, that their update needs.
+
+    Of all prompts, also where more were drawn than are learnt from: that is not known yet.
+    """
+    options = settings.config["batch"]
+    minibatches = learnable.split(batch, options["minibatches"] * options["oversample"])
     score = partial(learner.score, hp=settings.hp)
     if settings.hp.routing_replay == "R2":
         minibatches = tuple(_with_routing(params, b, settings.hp) for b in minibatches)
@@ -163,6 +153,31 @@ def open_stream(settings: Settings, *, workers: int = 0) -> streams.Stream:
     return streams.Stream(sources, seed, shares=shares, keep=keep, workers=workers)
 
 
+def _learnable(
+    settings: Settings, scored: tuple[Batch, ...], rewards_B: np.ndarray
+) -> tuple[tuple[Batch, ...], np.ndarray, dict[str, float]]:
+    """The iteration's minibatches, which rows they hold, and metrics of what was done to them."""
+    c = settings.config
+    group_size, prompts = c["batch"]["group_size"], c["batch"]["prompts"]
+    rows_B, signal_B = np.arange(len(rewards_B), dtype=np.int32), np.ones(len(rewards_B), bool)
+    metrics = {}
+    if c["batch"]["oversample"] > 1:
+        rows_B, signal_B = advantages.informative(rewards_B, group_size, prompts)
+        metrics["advantage/kept_groups"] = float(signal_B.mean())
+    minibatches, more = learnable.learnable(
+        learnable.take(scored, rows_B, signal_B),
+        rewards_B[rows_B],
+        c["reward"]["kl_coef"],
+        settings.bounds,
+        estimator=c["advantages"],
+        group_size=group_size,
+        kl=c["reward"]["kl"],
+        correction=c["correction"]["name"],
+        parts=c["batch"]["minibatches"],
+    )
+    return minibatches, rows_B, metrics | {key: float(value) for key, value in more.items()}
+
+
 def from_rollout(
     settings: Settings,
     params: Any,
@@ -176,7 +191,7 @@ def from_rollout(
     """Sample, judge, and attach advantages and the log-probabilities that the objective needs."""
     c = settings.config
     group_size = c["batch"]["group_size"]
-    examples = stream.take(c["batch"]["prompts"])
+    examples = stream.take(c["batch"]["prompts"] * c["batch"]["oversample"])
     groups = rewards.Groups(scorer, examples, settings.tokenizer)
     with clock("rollout"):
         prompts = data.encode_prompts(examples, settings.tokenizer, settings.width)
@@ -190,16 +205,14 @@ def from_rollout(
     clock.add("score", sum(verdict.seconds for verdict in verdicts))
     with clock("update"):
         rewards_B, parts = rewards.combine([v.parts for v in verdicts], settings.recipe)
-        shape = {"group_size": group_size, "parts": len(minibatches)}
-        advantages_B, split = _advantages(rewards_B, estimator=c["advantages"], **shape)
-        pairs = zip(minibatches, split, strict=True)
-        minibatches = tuple(b.replace(advantages=a) for b, a in pairs)
-        advantages_B = np.asarray(advantages_B)
+        minibatches, learnt, more = _learnable(settings, minibatches, rewards_B)
+        advantages_B = np.zeros_like(rewards_B)
+        advantages_B[learnt] = np.concatenate([batch.advantages for batch in minibatches])
     asked = [e for e in examples for _ in range(group_size)]
     texts = groups.texts
     rows = _rows(on_host, asked, texts, rewards_B, advantages_B, iteration, c["log"]["samples"])
     metrics = _metrics(on_host, rewards_B, group_size) | _by_task(settings, asked, rewards_B)
-    metrics |= {"data/dropped": float(stream.dropped), **parts}
+    metrics |= {"data/dropped": float(stream.dropped), **parts, **more}
     return Experience(minibatches, metrics, rows)
 
 
@@ -218,7 +231,7 @@ def from_demonstrations(
     with clock("rollout"):
         width = settings.width + settings.max_new_tokens
         batch = data.encode_demonstrations(stream.take(settings.rows), settings.tokenizer, width)
-        minibatches = _split(batch, settings.config["batch"]["minibatches"])
+        minibatches = learnable.split(batch, settings.config["batch"]["minibatches"])
     metrics = {"length/mean": float(batch.mask.sum(-1).mean())}
     return Experience(minibatches, metrics | {"data/dropped": float(stream.dropped)}, [])
 

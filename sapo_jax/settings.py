@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from sapo_jax import (
     advantages,
+    corrections,
     inputs,
     learner,
     model,
@@ -24,6 +25,7 @@ from sapo_jax import (
 )
 from sapo_jax.checks import choice as _choice
 from sapo_jax.checks import require as _require
+from sapo_jax.ratios import KL_ESTIMATES
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.tokenizer import Tokenizer
@@ -47,6 +49,7 @@ class Settings:
       keep: whether an example has room; None where all have.
       width: tokens of room for a prompt, N.
       max_new_tokens: T; rows have N + T tokens.
+      bounds: of the sampler correction, where there is one.
       plan, eval_plan: the sampler's shapes, for training and for evaluation.
     """
 
@@ -60,6 +63,7 @@ class Settings:
     hp: learner.Hyperparameters
     width: int
     max_new_tokens: int
+    bounds: Mapping[str, float]
     plan: sampler.Plan
     eval_plan: sampler.Plan
 
@@ -79,6 +83,12 @@ class Settings:
         return self.config["source"] == "demonstrations"
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether a KL penalty compares the policy with the one that the run started from."""
+        in_reward = self.config["reward"]["kl_coef"] != 0
+        return self.hp.objective.needs_reference or in_reward
+
+    @property
     def eval_batch(self) -> int:
         """Prompts that an evaluation samples at a time."""
         return min(self.config["batch"]["prompts"], self.config["eval"]["prompts"])
@@ -91,8 +101,13 @@ class Settings:
 
     @property
     def rows(self) -> int:
-        """Rows of an iteration, B."""
+        """Rows that an iteration learns from, B."""
         return self.config["batch"]["prompts"] * self.config["batch"]["group_size"]
+
+    @property
+    def sampled(self) -> int:
+        """Rows that an iteration samples: more than B where prompts are drawn to spare."""
+        return self.rows * self.config["batch"]["oversample"]
 
 
 def _at_least(config: dict, bound: float, *fields: str) -> None:
@@ -113,14 +128,14 @@ def _positive(config: dict, *fields: str) -> None:
 def _check_numbers(c: dict) -> None:
     _at_least(
         c, 1, "iterations", "batch.prompts", "batch.group_size", "batch.minibatches",
-        "batch.micro_batches", "eval.prompts", "eval.samples", "checkpoint.every",
-        "learner.head_chunk", "log.samples_every", "reward.workers",
+        "batch.micro_batches", "batch.oversample", "eval.prompts", "eval.samples",
+        "checkpoint.every", "learner.head_chunk", "log.samples_every", "reward.workers",
     )  # fmt: skip
     _at_least(
         c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "sampler.shrink", "eval.every",
         "eval.temperature", "learner.warmup", "learner.weight_decay", "log.samples",
         "profile_steps", "learner.learning_rate", "data.max_prompt_tokens", "data.workers",
-        "distributed.timeout",
+        "distributed.timeout", "reward.kl_coef",
     )  # fmt: skip
     _positive(c, "sampler.temperature", "learner.max_grad_norm", "learner.eps")
     for name in ("b1", "b2"):
@@ -151,6 +166,9 @@ def _check_batch(c: dict) -> None:
             batch["group_size"],
             f"at least 2 for advantages={c['advantages']!r}, which compare the rows of a group",
         )
+    whole = c["advantages"] != "reinforce_pp" or batch["oversample"] == 1
+    only = "1 with advantages='reinforce_pp', which compare all rows"
+    _require(whole, "batch.oversample", batch["oversample"], only)
     slots = c["sampler"]["slots"]
     most = f"at most batch.prompts={batch['prompts']}"
     _require(slots <= batch["prompts"], "sampler.slots", slots, most)
@@ -162,7 +180,7 @@ def _objective(c: dict) -> objectives.Objective:
     if c["source"] == "demonstrations":
         only = "'reinforce' for source='demonstrations': likelihood is REINFORCE with advantage 1"
         _require(name == "reinforce", "objective.name", name, only)
-    _choice("objective.kl", kl, ("k1", "k2", "k3"))
+    _choice("objective.kl", kl, KL_ESTIMATES)
     try:
         given = {key: value for key, value in fields.items() if value is not None}
         objective = objectives.resolve(name, **given)
@@ -170,11 +188,9 @@ def _objective(c: dict) -> objectives.Objective:
             objective = dataclasses.replace(objective, aggregation=aggregation)
     except ValueError as error:
         raise ValueError(f"config.objective: {error}") from None
-    if objective.kl_against == "ref":
-        kl_coef = objective.hyperparameters["kl_coef"]
-        has_reference = kl_coef == 0 or c["init_from"] != ""
-        only = "0 without config.init_from, whose policy is the reference"
-        _require(has_reference, "objective.kl_coef", kl_coef, only)
+    has_reference = not objective.needs_reference or c["init_from"] != ""
+    only = "0 without config.init_from, whose policy is the reference"
+    _require(has_reference, "objective.kl_coef", given.get("kl_coef"), only)
     return objective
 
 
@@ -214,9 +230,29 @@ def _hyperparameters(
     )
 
 
+def _bounds(c: dict) -> dict[str, float]:
+    """Bounds of the sampler correction; π_old has to come from the learner."""
+    fields = dict(c["correction"])
+    name, source = fields.pop("name"), c["learner"]["old_logp"]
+    if name == "none":
+        given = {key: value for key, value in fields.items() if value is not None}
+        _require(not given, "correction", given, "empty with correction.name='none'")
+        return {}
+    _choice("correction.name", name, ("none", *corrections.CORRECTIONS))
+    only = f"'recompute' with correction.name={name!r}: the sampler's own ratio to itself is 1"
+    _require(source == "recompute" and c["source"] == "rollout", "learner.old_logp", source, only)
+    try:
+        return corrections.resolve(name, **fields)
+    except ValueError as error:
+        raise ValueError(f"config.correction: {error}") from None
+
+
 def _recipe(c: dict, room: int) -> Recipe:
     fields = dict(c["reward"])
-    del fields["workers"]
+    kl_coef, kl, _ = (fields.pop(name) for name in ("kl_coef", "kl", "workers"))
+    _choice("reward.kl", kl, KL_ESTIMATES)
+    only = "0 without config.init_from, whose policy is the reference"
+    _require(kl_coef == 0 or c["init_from"] != "", "reward.kl_coef", kl_coef, only)
     try:
         return Recipe(**{**fields, "max_length": fields["max_length"] or room})
     except ValueError as error:
@@ -252,6 +288,7 @@ def resolve(config: ConfigDict) -> Settings:
         hp=_hyperparameters(c, shape, objective),
         width=width,
         max_new_tokens=room,
-        plan=plan(c["batch"]["prompts"]),
+        bounds=_bounds(c),
+        plan=plan(c["batch"]["prompts"] * c["batch"]["oversample"]),
         eval_plan=plan(min(c["batch"]["prompts"], c["eval"]["prompts"])),
     )

@@ -23,8 +23,7 @@ def start(
     """State, data stream and reference policy: of the newest checkpoint, or of a new run."""
     c, device = settings.config, jax.devices()[0]
     abstract, latest = parameters.abstract(settings.model), checkpoints.latest()
-    objective = settings.hp.objective
-    to_reference = objective.kl_against == "ref" and objective.hyperparameters["kl_coef"] != 0
+    to_reference = settings.needs_reference
     weights = None
     if c["init_from"] and (latest is None or to_reference):
         weights = jax.device_put(_weights(c, abstract), device)

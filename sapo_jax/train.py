@@ -93,7 +93,7 @@ def _loop(settings: Settings, edge: Edge) -> bool:
                 with clock("eval"):
                     record |= held_out(state.params)
             record |= clock.lap()
-            tokens = record["length/mean"] * settings.rows
+            tokens = record["length/mean"] * settings.sampled
             record["time/tokens_per_second"] = tokens / record["time/iteration"]
             metrics.write(record)
             if got.samples and (last or iteration % c["log"]["samples_every"] == 0):

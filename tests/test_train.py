@@ -172,6 +172,30 @@ def test_recomputed_old_logp_and_reference_kl(tmp_path):
     assert record["policy/kl_ref"] == pytest.approx(0, abs=1e-9)
 
 
+def test_what_is_rejected_moves_nothing(tmp_path):
+    """Dynamic sampling, KL in the reward and a correction that rejects everything, in one run.
+
+    Overlong shaping over the whole length gives rewards that differ.
+    """
+    run(tmp_path / "start", iterations=1, **{"eval.every": 0})
+    fields = {
+        "learner.old_logp": "recompute", "reward.kl_coef": 0.1, "batch.oversample": 2,
+        "reward.overlong": 1.0, "reward.buffer": 6, "reward.max_length": 6,
+        "correction.name": "geometric", "correction.low": 2.0, "correction.high": 3.0,
+        "init_from": str(tmp_path / "start"), "iterations": 1, "eval.every": 0,
+    }  # fmt: skip
+    run(tmp_path / "run", **fields)
+    record = rundir.read_metrics(tmp_path / "run")[0]
+    assert record["correction/cut"] == 1
+    assert record["correction/rho_mean"] == pytest.approx(1, abs=1e-4)
+    assert record["grad/norm"] == 0
+    assert record["reward/mean"] == pytest.approx(-record["length/mean"] / 6)
+    assert record["reward/kl"] == pytest.approx(0, abs=1e-4)
+    # 16 prompts were drawn for 8: what has a signal is in the batch, up to all of it.
+    informative = 16 * (1 - record["advantage/zero_groups"])
+    assert record["advantage/kept_groups"] == pytest.approx(min(informative / 8, 1))
+
+
 def test_profile_steps_write_a_trace(tmp_path):
     run(tmp_path / "run", iterations=4, profile_steps=1, **{"eval.every": 0})
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
