@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sapo_jax import hf_tokenizer, model
-from sapo_jax.model import from_gguf, params
+from sapo_jax.model import from_gguf
 from tests import fakes
 
 gguf = pytest.importorskip("gguf")
@@ -22,8 +22,7 @@ def policy():
         num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-5, rope_theta=1e5,
         max_position_embeddings=64, stop_tokens=(2, 0), pad_token=2,
     )  # fmt: skip
-    weights = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), params.abstract(config))
-    return config, fakes.perturbed(weights)
+    return config, fakes.weights(config)
 
 
 def paired(weight, heads):
