@@ -1,12 +1,12 @@
 """A real model: SAPO on SmolLM2-135M-Instruct, sums and differences of two numbers below 100.
 
-Claim     From 0.16 Pass@1, the reward of an instruction-tuned model rises by RL alone: prompts go
-          through its chat template, answers are read as the last number of the completion.
+Claim     An instruction-tuned model that solves one in eight learns to solve nearly one in two by
+          RL alone: prompts by its chat template, the last number of a completion is the answer.
 Command   make smollm2
           .venv/bin/python -m sapo_jax.main --config=configs/smollm2_sums.py \
               --workdir=runs/smollm2_sums
-Time      not measured yet.
-Result    not measured yet.
+Time      18 minutes on 2 CPU cores, and 8 GB of memory.
+Result    Pass@1 0.14 → 0.46 on 64 held-out problems (one seed; experiments/smollm2).
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
     c.sampler.max_new_tokens = 16
     c.sampler.temperature = 0.5  # at 1.0 a model of this size rarely keeps to the question
     c.learner.learning_rate = 1e-5
-    c.learner.schedule = "linear"  # at a constant rate Pass@1 peaks at iteration 30, and falls
+    c.learner.schedule = "linear"  # a constant rate is unsteady: experiments/smollm2
     c.learner.warmup = 4
     c.learner.b2 = 0.99
     c.eval.every = 8

@@ -44,8 +44,9 @@ def export(workdir: epath.PathLike, out: epath.PathLike, *, which: str = "latest
 
 def main(argv: Sequence[str]) -> None:
     """Export what the flags say."""
-    from absl import flags
+    from absl import flags, logging
 
+    logging.set_verbosity(logging.WARNING)
     given = flags.FLAGS
     if len(argv) > 1 or not given.workdir or not given.out:
         sys.exit("error: expected --workdir=RUN and --out=DIR")
