@@ -105,8 +105,8 @@ def plot(name: str) -> str:
     c = {label: coefficient(name, r, sign) for sign, label, _, _ in SIDES}
     w = {label: values / r for label, values in c.items()}
     legend = "".join(
-        f'<path d="M{430 + 90 * i} 14h22" stroke="{colour}" stroke-width="2"{dash}/>'
-        f'<text x="{457 + 90 * i}" y="18">{label.replace("<", "&lt;").replace(">", "&gt;")}</text>'
+        f'<path d="M{520 + 66 * i} 14h18" stroke="{colour}" stroke-width="2"{dash}/>'
+        f'<text x="{542 + 66 * i}" y="18">{label.replace("<", "&lt;").replace(">", "&gt;")}</text>'
         for i, (_, label, colour, dash) in enumerate(SIDES)
     )
     body = _panel(name, "gate weight w", 0, w, r) + _panel(name, "coefficient c = r·w", 330, c, r)

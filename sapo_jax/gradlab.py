@@ -154,6 +154,12 @@ def _listed(values: np.ndarray) -> list:
     return [float(x) if np.isfinite(x) else None for x in values]
 
 
+def _removed(open_KBS: jax.Array, kept_KBS: jax.Array) -> jax.Array:
+    """What a gate took from the ungated cotangents; rounding errors are not taken for a removal."""
+    removed_KBS = open_KBS - kept_KBS
+    return jnp.where(jnp.abs(removed_KBS) > 1e-6 * jnp.abs(open_KBS), removed_KBS, 0)
+
+
 def _column(objective: Objective) -> int:
     """Which of an own target's averages an objective has: 0 per sequence, 1 over tokens."""
     return 0 if objective.aggregation == "seq_mean" else 1
@@ -185,12 +191,13 @@ def compare(lab: Lab, halves: Halves, algorithms: Mapping[str, Objective]) -> di
     logp_BS = learner.score(lab.weights, lab.frozen, lab.hp)
     kept_KBS = cotangents(resolved, logp_BS, lab.frozen, kl=lab.hp.kl)
     open_KBS = cotangents(tuple(map(ungated, resolved)), logp_BS, lab.frozen)
+    taken_KBS = _removed(open_KBS, kept_KBS)
     products, matrices = lab.products(kept_KBS, halves)
-    removed, _ = lab.products(open_KBS - kept_KBS, halves)
+    removed, _ = lab.products(taken_KBS, halves)
     reference = [_column(objective) for objective in resolved]
     own = [1 + column for column in reference]
     size_K = np.abs(np.asarray(open_KBS)).sum((1, 2))
-    taken_K = np.abs(np.asarray(open_KBS - kept_KBS)).sum((1, 2))
+    taken_K = np.abs(np.asarray(taken_KBS)).sum((1, 2))
     return {
         "names": list(named),
         "aggregation": [o.aggregation for o in resolved],
@@ -221,7 +228,7 @@ def split(
     resolved = objectives.resolve(objective)
     logp_BS = learner.score(lab.weights, lab.frozen, lab.hp)
     pair = cotangents((resolved, ungated(resolved)), logp_BS, lab.frozen, kl=lab.hp.kl)
-    open_BS, removed_BS = pair[1], pair[1] - pair[0]
+    open_BS, removed_BS = pair[1], _removed(pair[1], pair[0])
     masks_QBS = jnp.stack(list(groups.values()))
     own = [1 + _column(resolved)] * len(groups)
     result = {"names": list(groups)}

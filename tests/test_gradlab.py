@@ -153,11 +153,13 @@ def test_fidelity_is_that_of_brute_force(compared, brute):
         assert got["value"] == pytest.approx(fidelity(flat(brute[name])), abs=1e-4)
         difference = fidelity(flat(brute[name])) - fidelity(base(name))
         assert got["difference"]["value"] == pytest.approx(difference, abs=1e-4)
-    for name in ("sapo", "grpo", "cispo"):  # of token ratios, as ``ungated``
+    for name in ("sapo", "grpo"):  # of token ratios, as ``ungated``
         got = compared["removed"]["reward"][compared["names"].index(name)]
         assert got["value"] == pytest.approx(fidelity(base(name) - flat(brute[name])), abs=1e-3)
-    assert compared["removed"]["reward"][0]["value"] is None  # the bare ratio removes nothing
-    assert compared["removed"]["mass"][0] == 0
+    for name in ("ungated", "cispo"):  # no ratio is above CISPO's 5: no more than rounding errors
+        i = compared["names"].index(name)
+        assert compared["removed"]["reward"][i]["value"] is None
+        assert compared["removed"]["mass"][i] == 0
 
 
 def test_token_groups_add_up(lab, halves):
