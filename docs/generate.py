@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import pathlib
 import re
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,9 @@ from sapo_jax.aggregations import AGGREGATIONS
 from sapo_jax.objectives import OBJECTIVES, Objective
 
 OUT = pathlib.Path(__file__).parent / "algorithms"
+CURVE = tuple(np.round(np.linspace(0.02, 4, 200), 4).tolist())
 GRID = (0.1, 0.5, 0.8, 1.0, 1.2, 2.0, 5.0, 20.0)
-SIDES = ((1.0, "A > 0", "#0072b2", ""), (-1.0, "A < 0", "#d55e00", ' stroke-dasharray="6 4"'))
+SIDES = (("A > 0", "#0072b2", ""), ("A < 0", "#d55e00", ' stroke-dasharray="6 4"'))
 LEVELS = {
     "token": "of each token, r = π_θ/π_old",
     "sequence": "of the sequence, the geometric mean s of its tokens' ratios",
@@ -34,18 +35,24 @@ FAMILIES = {
 }
 
 
-def coefficient(name: str, ratios: Sequence[float], sign: float) -> np.ndarray:
-    """c of one-token completions with π_old = ½, by differentiating the loss, in f64."""
+@functools.cache
+def coefficients(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """c for A = 1 and A = −1 at the ratios CURVE and then GRID, in f64.
+
+    Of completions of one token with π_old = ½, by differentiating the loss.
+    """
     with jax.enable_x64(True):
         needed = {"max_length": 1.0} if "max_length" in OBJECTIVES[name].hyperparameters else {}
-        old = jnp.full((len(ratios), 1), math.log(0.5))
-        mask, a = jnp.ones(old.shape, bool), jnp.full(len(ratios), sign)
+        ratios = jnp.asarray((*CURVE, *GRID))
+        old = jnp.full((2 * len(ratios), 1), math.log(0.5))
+        mask, a = jnp.ones(old.shape, bool), jnp.repeat(jnp.array([1.0, -1.0]), len(ratios))
 
         def total(logp):
             loss, _ = objectives.policy_loss(name, logp, old, a, mask, kl_coef=0.0, **needed)
-            return -loss * len(ratios) * sign
+            return -loss * len(a)
 
-        return np.asarray(jax.grad(total)(old + jnp.log(jnp.asarray(ratios))[:, None]))[:, 0]
+        c = jax.grad(total)(old + jnp.tile(jnp.log(ratios), 2)[:, None])[:, 0] * a
+        return tuple(np.asarray(c).reshape(2, -1))
 
 
 def _described(gate) -> tuple[str, str]:
@@ -89,7 +96,7 @@ def _panel(name: str, title: str, x0: int, values: dict[str, np.ndarray], r: np.
             f'<path d="M{left} {y:.1f}h{width}" stroke="#dfe3e8"/>'
             f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{i * step:g}</text>'
         )
-    for (_, label, colour, dash), y_n in zip(SIDES, values.values(), strict=True):
+    for (label, colour, dash), y_n in zip(SIDES, values.values(), strict=True):
         points = " ".join(at(x, y) for x, y in zip(r, y_n, strict=True))
         parts.append(
             f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"{dash}>'
@@ -101,13 +108,14 @@ def _panel(name: str, title: str, x0: int, values: dict[str, np.ndarray], r: np.
 
 def plot(name: str) -> str:
     """An SVG of w and c over the ratio, for both signs of the advantage."""
-    r = np.round(np.linspace(0.02, 4, 200), 4)
-    c = {label: coefficient(name, r, sign) for sign, label, _, _ in SIDES}
+    r = np.array(CURVE)
+    pairs = zip(SIDES, coefficients(name), strict=True)
+    c = {side[0]: values[: len(CURVE)] for side, values in pairs}
     w = {label: values / r for label, values in c.items()}
     legend = "".join(
         f'<path d="M{520 + 66 * i} 14h18" stroke="{colour}" stroke-width="2"{dash}/>'
         f'<text x="{542 + 66 * i}" y="18">{label.replace("<", "&lt;").replace(">", "&gt;")}</text>'
-        for i, (_, label, colour, dash) in enumerate(SIDES)
+        for i, (label, colour, dash) in enumerate(SIDES)
     )
     body = _panel(name, "gate weight w", 0, w, r) + _panel(name, "coefficient c = r·w", 330, c, r)
     body = re.sub(r"(, A )([<>])", lambda m: m[1] + {"<": "&lt;", ">": "&gt;"}[m[2]], body)
@@ -120,8 +128,8 @@ def plot(name: str) -> str:
 
 def _table(name: str) -> list[str]:
     lines = ["| r | " + " | ".join(f"{r:g}" for r in GRID) + " |", "|---" * (len(GRID) + 1) + "|"]
-    for sign, label, _, _ in SIDES:
-        c = coefficient(name, GRID, sign)
+    for (label, *_), side in zip(SIDES, coefficients(name), strict=True):
+        c = side[len(CURVE) :]
         for symbol, values in (("w", c / np.array(GRID)), ("c", c)):
             cells = " | ".join(f"{v:.4g}" for v in values)
             lines.append(f"| {symbol}, {label} | {cells} |")
@@ -166,9 +174,8 @@ def index() -> str:
         "|---|---|---|---|---|",
     ]  # fmt: skip
     for name, preset in OBJECTIVES.items():
-        cells = [
-            ", ".join(f"{v:.3g}" for v in coefficient(name, (0.5, 2.0), sign)) for sign, *_ in SIDES
-        ]
+        at = [len(CURVE) + GRID.index(r) for r in (0.5, 2.0)]
+        cells = [", ".join(f"{v:.3g}" for v in side[at]) for side in coefficients(name)]
         row = (f"[{name}]({name}.md)", preset.ratio, preset.aggregation, *cells)
         lines.append("| " + " | ".join(row) + " |")
     lines += [
