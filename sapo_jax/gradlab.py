@@ -88,18 +88,16 @@ class Lab:
         return halves[0], halves[1]
 
     def tiles(self, cotangents_KBS: jax.Array, after: int = -1) -> Iterator[tuple[int, Pulled]]:
-        """Gradients of the frozen rows in tiles of one size, at most `hold`; with their start.
+        """Gradients of the frozen rows in tiles of `hold`, one executable; with their start.
 
         Cotangents of zeros fill the last tile up. Only tiles that start after ``after`` are pulled.
         """
-        count = -(-len(cotangents_KBS) // self.hold)
-        size = -(-len(cotangents_KBS) // count)
-        missing = count * size - len(cotangents_KBS)
+        missing = -len(cotangents_KBS) % self.hold
         padded_KBS = jnp.pad(cotangents_KBS, ((0, missing), (0, 0), (0, 0)))
         rows = blocks_of(self.frozen, self.prompts)
-        for start in range(0, count * size, size):
+        for start in range(0, len(padded_KBS), self.hold):
             if start > after:
-                blocks = blocks_of(padded_KBS[start : start + size], self.prompts, axis=1)
+                blocks = blocks_of(padded_KBS[start : start + self.hold], self.prompts, axis=1)
                 yield start, pull(self.weights, rows, blocks, self.hp)
 
     def products(
@@ -110,11 +108,10 @@ class Lab:
         The latter by part of the model, f64[K, K]. Beyond `hold` gradients, each tile is compared
         with later ones that are pulled back again: memory is two tiles, whatever K is.
         """
-        count, shape = len(cotangents_KBS), self.hp.model
+        count, size, shape = len(cotangents_KBS), self.hold, self.hp.model
         matrices: dict[str, np.ndarray] = {}
         with_halves, sketches, squares = ([], []), [], []
         for start, left in self.tiles(cotangents_KBS):
-            size = left.squares.shape[1]
             later = self.tiles(cotangents_KBS, after=start)
             for other, right in itertools.chain([(start, left)], later):
                 rows, columns = slice(start, start + size), slice(other, other + size)
@@ -229,12 +226,18 @@ def split(
     logp_BS = learner.score(lab.weights, lab.frozen, lab.hp)
     pair = cotangents((resolved, ungated(resolved)), logp_BS, lab.frozen, kl=lab.hp.kl)
     open_BS, removed_BS = pair[1], _removed(pair[1], pair[0])
-    masks_QBS = jnp.stack(list(groups.values()))
-    own = [1 + _column(resolved)] * len(groups)
-    result = {"names": list(groups)}
+    names, own = list(groups), [1 + _column(resolved)]
     total = float(jnp.abs(open_BS).sum())
+    result: dict[str, Any] = {"names": names}
     for key, cotangent_BS in (("carried", open_BS), ("removed", removed_BS)):
-        grouped_QBS = jnp.where(masks_QBS, cotangent_BS, 0)
-        result[key] = fidelities(lab.products(grouped_QBS, halves)[0], own, [0] * len(own))
-        result[key]["mass"] = (np.abs(np.asarray(grouped_QBS)).sum((1, 2)) / total).tolist()
+        whole: dict[str, list] = {"reward": [], "own": [], "mass": []}
+        for start in range(0, len(names), lab.hold):  # groups are not compared with each other
+            masks_QBS = jnp.stack([groups[name] for name in names[start : start + lab.hold]])
+            grouped_QBS = jnp.where(masks_QBS, cotangent_BS, 0)
+            count = len(grouped_QBS)
+            products, _ = lab.products(grouped_QBS, halves)
+            found = fidelities(products, own * count, [0] * count)
+            found["mass"] = (np.abs(np.asarray(grouped_QBS)).sum((1, 2)) / total).tolist()
+            whole = {name: [*values, *found[name]] for name, values in whole.items()}
+        result[key] = whole
     return result

@@ -73,7 +73,8 @@ def _curves(ax: Axes, found: Found, values: Callable[[Found, int], Any]) -> None
 
 def _legend(ax: Axes, columns: int = 6) -> None:
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
-    ax.legend(ncols=columns, handlelength=1.3, columnspacing=1.2, **place)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(ncols=columns, handlelength=1.3, columnspacing=1.2, **place)
 
 
 def _forest(ax: Axes, labels: Sequence[str], entries: Sequence[Mapping], colour: str = "blue"):
@@ -175,13 +176,22 @@ def _draw_cosines(figure: FigureBase, found: Found) -> None:
     tables = [np.array(s["gradients"]["cosine"]["whole"], float) for s in stages]
     low = min(np.nanmin(t) for t in tables)
     for ax, stage, table in zip(axes, stages, tables, strict=True):
-        ax.imshow(table, vmin=min(low, 0.9), vmax=1, cmap="Blues", aspect="auto")
+        ax.pcolormesh(table, vmin=min(low, 0.9), vmax=1, cmap="Blues")  # the page shows no images
+        ax.invert_yaxis()
         for i, j in np.ndindex(table.shape):
             dark = table[i, j] > (1 + min(low, 0.9)) / 2
-            colour = "white" if dark else "#24292f"
-            ax.text(j, i, f"{table[i, j]:.2f}", ha="center", va="center", fontsize=7, color=colour)
-        ax.set_xticks(range(len(names)), names, rotation=60, ha="right")
-        ax.set_yticks(range(len(names)), names)
+            colour = "#ffffff" if dark else "#111111"  # on a colour, in a dark page too
+            ax.text(
+                j + 0.5,
+                i + 0.5,
+                f"{table[i, j]:.2f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color=colour,
+            )
+        ax.set_xticks(np.arange(len(names)) + 0.5, names, rotation=60, ha="right")
+        ax.set_yticks(np.arange(len(names)) + 0.5, names)
         ax.set_title(_at(stage))
         ax.grid(False)
 

@@ -132,7 +132,6 @@ def examine(
 
         first, *others = rollouts(1 + -(-max(updates) // c["batch"]["minibatches"]))
         frozen, queue = joined(first), [batch for parts in others for batch in parts]
-        split_at = {max(u for u in updates if u <= 3), max(updates)}
         stages = []
         for k in range(max(updates) + 1):
             if k in updates:
@@ -140,7 +139,10 @@ def examine(
                 params = jax.tree.map(jnp.copy, state.params)
                 batch, rewards_B = draw(checked, scorer, params, examples, fresh * group_size, k)
                 rows = (params, frozen, batch, rewards_B, prompts, c["advantages"], checked.hp)
-                found = measure(gradlab.Lab(*rows), algorithms, focus if k in split_at else "")
+                hold = min(16, len(algorithms) + len(gradlab.UNGATED))
+                found = measure(
+                    gradlab.Lab(*rows, hold), algorithms, focus if k == max(updates) else ""
+                )
                 stages.append({"updates": k, **found})
                 print(f"{k} updates: {time.monotonic() - begun:.0f} s", flush=True)
             if k < max(updates):

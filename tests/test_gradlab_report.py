@@ -1,0 +1,103 @@
+"""The gradient lab's page, from statistics made up here: every plot has its words and its data."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from sapo_jax import gradlab_plots, gradlab_report, gradlab_tokens
+from sapo_jax.gradlab_words import PANELS, SECTIONS
+
+NAMES = ["ungated", "ungated_token", "sapo", "gspo"]
+
+
+def interval(rng):
+    value = float(rng.normal(0.5, 0.2))
+    return {"value": value, "low": value - 0.1, "high": value + 0.1}
+
+
+def fidelities(rng, count):
+    entries = [interval(rng) | {"difference": interval(rng)} for _ in range(count)]
+    return {"reward": entries, "own": entries}
+
+
+def stage(rng, updates):
+    matrix = np.eye(len(NAMES)).tolist()
+    parts = ("whole", "layer 0", "layer 1", "attention", "mlp", "embedding")
+    nothing = {"value": None, "low": None, "high": None}
+    removed = fidelities(rng, len(NAMES)) | {"mass": [0.0, 0.0, 0.01, 0.3]}
+    removed["reward"][0] = nothing | {"difference": nothing}
+    edges = gradlab_tokens.GATE_EDGES
+    counts = rng.integers(0, 50, len(edges) - 1).tolist()
+    sides = {side: {"w": counts, "c": counts} for side in ("positive", "negative")}
+    logits = {side: {"l1": 1.0, "l2": 2.0, "spread": 3.0} for side in sides}
+    algorithm = {
+        "histograms": sides, "ess": 0.9, "silenced": 0.1, "mass_off_policy": {"0.05": 0.2},
+        "dropped_sequences": 0.4, "collateral": None, "logits": logits,
+    }  # fmt: skip
+    return {
+        "updates": updates,
+        "gradients": {
+            "names": NAMES,
+            "norm": {part: [1.0, 1.1, 0.9, 0.5] for part in parts},
+            "cosine": dict.fromkeys(parts, matrix),
+            "fidelity": fidelities(rng, len(NAMES)),
+            "removed": removed,
+            "noise_scale": [3.0, None, 4.0, 5.0],
+            "target_halves": [0.8, 0.7, 0.7],
+        },
+        "tokens": {
+            "tokens": 100,
+            "abs_log_ratio": {"mean": 0.01, "max": 0.3},
+            "sequences": [gradlab_tokens.gate_spread(rng.normal(0, 0.3, 5), 1.0) for _ in range(9)],
+            "gate_edges": edges.tolist(),
+            "algorithms": {"sapo": algorithm, "gspo": algorithm},
+        },
+    }
+
+
+@pytest.fixture
+def found(rng):
+    stages = [stage(rng, 0), stage(rng, 3), stage(rng, 15)]
+    names = [("sign", "A > 0"), ("log_ratio", "0 to 0.01"), ("probability", "1"), ("entropy", "1")]
+    split = fidelities(rng, 4) | {"mass": [0.1] * 4}
+    stages[-1]["groups"] = {"names": names, "carried": split, "removed": split}
+    about = {"model": "tiny", "seed": 0, "iteration": 10, "trained_with": "sapo", "prompts": 32}
+    return about | {"group_size": 8, "fresh": 128, "focus": "sapo", "stages": stages}
+
+
+def test_the_page_holds_every_plot(found, tmp_path):
+    """Each plot with its title, what to look for, and at least one mark; nothing from elsewhere."""
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(found))
+    page = gradlab_report.write(path)
+    text = page.read_text()
+    assert page == tmp_path / "mine.html"
+    for slug in PANELS:
+        assert f'id="{slug}"' in text, slug
+    for title, _ in SECTIONS.values():
+        assert title in text
+    assert not re.search(r'(src|href)="(?!#)', text)
+    assert "<script" not in text
+    value = found["stages"][-1]["gradients"]["fidelity"]["reward"][2]["difference"]["value"]
+    assert f"{value:+.3f}" in text
+    assert gradlab_report.write(path).read_text() == text  # the same statistics, the same bytes
+
+
+def test_every_plot_has_words():
+    assert set(gradlab_plots.PLOTS) == set(PANELS)
+    assert {name for names in gradlab_report.CARDS.values() for name in names} == set(PANELS)
+
+
+def test_what_was_not_measured_is_left_out(found, tmp_path):
+    """No token groups, no clipped sequences: no empty frames."""
+    del found["stages"][-1]["groups"]
+    for each in found["stages"]:
+        del each["tokens"]["algorithms"]["gspo"]
+    path = tmp_path / "less.json"
+    path.write_text(json.dumps(found))
+    text = gradlab_report.write(path).read_text()
+    for slug in ("groups", "share", "collateral"):
+        assert f'id="{slug}"' not in text
+    assert 'id="fidelity"' in text
