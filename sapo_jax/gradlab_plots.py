@@ -181,15 +181,8 @@ def _draw_cosines(figure: FigureBase, found: Found) -> None:
         for i, j in np.ndindex(table.shape):
             dark = table[i, j] > (1 + min(low, 0.9)) / 2
             colour = "#ffffff" if dark else "#111111"  # on a colour, in a dark page too
-            ax.text(
-                j + 0.5,
-                i + 0.5,
-                f"{table[i, j]:.2f}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color=colour,
-            )
+            middle = {"ha": "center", "va": "center", "fontsize": 7, "color": colour}
+            ax.text(j + 0.5, i + 0.5, f"{table[i, j]:.2f}", **middle)
         ax.set_xticks(np.arange(len(names)) + 0.5, names, rotation=60, ha="right")
         ax.set_yticks(np.arange(len(names)) + 0.5, names)
         ax.set_title(_at(stage))
