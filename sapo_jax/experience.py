@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from sapo_jax import advantages, data, evaluate, learner, rewards, sampler, streams
+from sapo_jax import advantages, data, evaluate, learner, rewards, sampler, sharding, streams
 from sapo_jax.progress import Clock
 from sapo_jax.settings import Settings
 from sapo_jax.tasks.base import Example
@@ -63,10 +64,12 @@ def sample(
     )
 
 
-@partial(jax.jit, static_argnames="parts")
-def _split(batch: Batch, parts: int) -> tuple[Batch, ...]:
+@partial(jax.jit, static_argnames=("parts", "mesh"))
+def _split(batch: Batch, parts: int, mesh: Mesh | None) -> tuple[Batch, ...]:
+    """Minibatches: the same rows on any mesh, each split over all of it."""
     pieces = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    return tuple(jax.tree.map(operator.itemgetter(i), pieces) for i in range(parts))
+    minibatches = tuple(jax.tree.map(operator.itemgetter(i), pieces) for i in range(parts))
+    return sharding.constrain(minibatches, mesh, sharding.spec("rows"))
 
 
 @partial(jax.jit, static_argnames=("estimator", "group_size"))
@@ -151,9 +154,11 @@ def from_rollout(
     c = settings.config
     group_size = c["batch"]["group_size"]
     examples = stream.take(c["batch"]["prompts"])
+    with clock("to_sampler"):
+        weights = jax.block_until_ready(sampler.to_sampler(params, settings.model))
     with clock("rollout"):
         prompts = data.encode_prompts(examples, settings.tokenizer, settings.width)
-        rollout = sample(settings, params, prompts, iteration=iteration, warm_up=warm_up)
+        rollout = sample(settings, weights, prompts, iteration=iteration, warm_up=warm_up)
         on_host = jax.device_get(rollout)
     with clock("score"):
         asked = [e for e in examples for _ in range(group_size)]
@@ -161,8 +166,9 @@ def from_rollout(
         scored = rewards.rows_of(asked, texts, on_host.finished, on_host.mask.sum(-1))
         rewards_B, parts = rewards.score_rows(settings.task, scored, settings.recipe)
     with clock("update"):
-        batch = _batch(rollout, rewards_B, estimator=c["advantages"], group_size=group_size)
-        minibatches = _split(batch, c["batch"]["minibatches"])
+        scored_B = sharding.feed(rewards_B, settings.mesh)
+        batch = _batch(rollout, scored_B, estimator=c["advantages"], group_size=group_size)
+        minibatches = _split(batch, c["batch"]["minibatches"], settings.mesh)
         score = partial(learner.score, hp=settings.hp)
         if settings.hp.routing_replay == "R2":
             minibatches = tuple(_with_routing(params, b, settings.hp) for b in minibatches)
@@ -175,6 +181,7 @@ def from_rollout(
     rows = _rows(on_host, asked, texts, rewards_B, advantages_B, iteration, c["log"]["samples"])
     metrics = _metrics(on_host, rewards_B, group_size) | _by_task(settings, asked, rewards_B)
     metrics |= {"data/dropped": float(stream.dropped), **parts}
+    metrics["sampler/weights_moved_bytes"] = float(sampler.moved_bytes(params, weights))
     return Experience(minibatches, metrics, rows)
 
 
@@ -192,7 +199,8 @@ def from_demonstrations(
     with clock("rollout"):
         width = settings.width + settings.max_new_tokens
         batch = data.encode_demonstrations(stream.take(settings.rows), settings.tokenizer, width)
-        minibatches = _split(batch, settings.config["batch"]["minibatches"])
+        batch = sharding.feed(batch, settings.mesh)
+        minibatches = _split(batch, settings.config["batch"]["minibatches"], settings.mesh)
     metrics = {"length/mean": float(batch.mask.sum(-1).mean())}
     return Experience(minibatches, metrics | {"data/dropped": float(stream.dropped)}, [])
 
@@ -205,7 +213,7 @@ def held_out(
 ) -> dict[str, float]:
     """Metrics on the fixed evaluation set; the same noise at every iteration."""
     options = settings.config["eval"]
-    count = settings.eval_batch if warm_up else options["prompts"]
+    count = min(settings.eval_batch, options["prompts"]) if warm_up else options["prompts"]
     weights = sampler.to_sampler(params, settings.model)
     parts = collections.Counter(streams.slots(settings.shares, count))
     sources = list(settings.sources("test").values())

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sapo_jax import (
@@ -19,11 +20,13 @@ from sapo_jax import (
     objectives,
     routing,
     sampler,
+    sharding,
     streams,
     tasks,
 )
 from sapo_jax.checks import choice as _choice
 from sapo_jax.checks import require as _require
+from sapo_jax.model import params
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.tokenizer import Tokenizer
@@ -33,6 +36,7 @@ OLD_LOGP = ("sampler", "recompute")
 MAY_DIFFER = {
     "iterations", "profile_steps", "compilation_cache", "checkpoint.every",
     "log.samples", "log.samples_every", "data.workers",
+    "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",  # but for the last bits
 }  # fmt: skip
 
 
@@ -48,6 +52,8 @@ class Settings:
       width: tokens of room for a prompt, N.
       max_new_tokens: T; rows have N + T tokens.
       plan, eval_plan: the sampler's shapes, for training and for evaluation.
+      eval_batch: prompts that an evaluation samples at a time.
+      mesh: None on one device.
     """
 
     config: dict[str, Any]
@@ -62,6 +68,8 @@ class Settings:
     max_new_tokens: int
     plan: sampler.Plan
     eval_plan: sampler.Plan
+    eval_batch: int
+    mesh: Mesh | None
 
     @property
     def task(self) -> Task:
@@ -77,11 +85,6 @@ class Settings:
     def supervised(self) -> bool:
         """Whether batches come from demonstrations instead of rollouts."""
         return self.config["source"] == "demonstrations"
-
-    @property
-    def eval_batch(self) -> int:
-        """Prompts that an evaluation samples at a time."""
-        return min(self.config["batch"]["prompts"], self.config["eval"]["prompts"])
 
     @property
     def may_differ(self) -> frozenset[str]:
@@ -189,8 +192,25 @@ def _model(c: dict, tokenizer: Tokenizer) -> model.ModelConfig:
     return model.make(preset, **fields, **stop)
 
 
+def _mesh(c: dict, shape: model.ModelConfig, devices: Sequence[Any] | None) -> Mesh | None:
+    if devices is None and all(size == 1 for size in c["mesh"].values()):
+        return None
+    batch = c["batch"]
+    micro = batch["minibatches"] * batch["micro_batches"]
+    rows = {"a micro-batch": batch["prompts"] * batch["group_size"] // micro}
+    if c["source"] == "rollout":
+        rows |= {"batch.prompts": batch["prompts"], "sampler.slots": c["sampler"]["slots"]}
+    split = [sharding.Dimension(name, "rows", size) for name, size in rows.items()]
+    try:
+        mesh = sharding.make_mesh(**c["mesh"], devices=devices)
+        sharding.check(mesh, split + params.dimensions(shape))
+    except ValueError as error:
+        raise ValueError(f"config.mesh: {error}") from None
+    return mesh
+
+
 def _hyperparameters(
-    c: dict, shape: model.ModelConfig, objective: objectives.Objective
+    c: dict, shape: model.ModelConfig, objective: objectives.Objective, mesh: Mesh | None
 ) -> learner.Hyperparameters:
     options = c["learner"]
     _choice("learner.schedule", options["schedule"], learner.SCHEDULES)
@@ -222,6 +242,7 @@ def _hyperparameters(
         eps=options["eps"],
         routing_replay=replay,
         router_aux_coef=aux or None,
+        mesh=mesh,
     )
 
 
@@ -233,8 +254,12 @@ def _recipe(c: dict, room: int) -> Recipe:
         raise ValueError(f"config.{error}") from None
 
 
-def resolve(config: ConfigDict) -> Settings:
+def resolve(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> Settings:
     """Check a config and build what it describes; compiles nothing.
+
+    Args:
+      config: the experiment.
+      devices: those of the mesh, such as a topology description's; by default all of this run.
 
     Raises:
       ValueError: naming the field, its value and what is allowed.
@@ -250,7 +275,12 @@ def resolve(config: ConfigDict) -> Settings:
     shape = _model(c, tokenizer)
     width, room, keep = inputs.lengths(c, made, tokenizer, shape)
     slots, shrink = c["sampler"]["slots"], c["sampler"]["shrink"]
-    plan = partial(sampler.make_plan, max_new_tokens=room, slots=slots, shrink=shrink)
+    mesh = _mesh(c, shape, devices)
+    parts = sharding.parts(mesh)
+    options = {"slots": slots, "shrink": shrink, "parts": parts}
+    plan = partial(sampler.make_plan, max_new_tokens=room, **options)
+    # The last batch of an evaluation is filled up, and so is one that the mesh does not divide.
+    eval_batch = -(-min(c["batch"]["prompts"], c["eval"]["prompts"]) // parts) * parts
     return Settings(
         config=c,
         tasks=made,
@@ -259,9 +289,11 @@ def resolve(config: ConfigDict) -> Settings:
         tokenizer=tokenizer,
         keep=keep,
         model=shape,
-        hp=_hyperparameters(c, shape, objective),
+        hp=_hyperparameters(c, shape, objective, mesh),
         width=width,
         max_new_tokens=room,
         plan=plan(c["batch"]["prompts"]),
-        eval_plan=plan(min(c["batch"]["prompts"], c["eval"]["prompts"])),
+        eval_plan=plan(eval_batch),
+        eval_batch=eval_batch,
+        mesh=mesh,
     )

@@ -19,24 +19,37 @@ def start(
     settings: Settings, checkpoints: checkpoint.Checkpoints
 ) -> tuple[TrainState, streams.Stream, Any]:
     """State, data stream and reference policy: of the newest checkpoint, or of a new run."""
-    c, device = settings.config, jax.devices()[0]
-    abstract, latest = parameters.abstract(settings.model), checkpoints.latest()
+    c, latest = settings.config, checkpoints.latest()
+    wanted = learner.abstract(settings.hp)
     objective = settings.hp.objective
     to_reference = objective.kl_against == "ref" and objective.hyperparameters["kl_coef"] != 0
     weights = None
     if c["init_from"] and (latest is None or to_reference):
         source = epath.Path(c["init_from"]) / "checkpoints"
-        weights = jax.device_put(checkpoint.restore_params(source, abstract), device)
+        weights = _place(settings, checkpoint.restore_params(source, wanted.params))
     stream = experience.open_stream(settings, workers=c["data"]["workers"])
     if latest is None:
-        start = parameters.init(settings.model, c["seed"]) if weights is None else weights
+        start = random_parameters(settings) if weights is None else weights
         state = learner.init(jax.tree.map(jnp.copy, start), settings.hp)
     else:
-        wanted = jax.eval_shape(learner.init, abstract, settings.hp)
         state, meta = checkpoints.restore(latest, wanted)
         stream.position = meta["position"]
     reference = weights if to_reference else None
-    return jax.device_put(state, device), stream, reference
+    return _place(settings, state), stream, reference
+
+
+def random_parameters(settings: Settings) -> Any:
+    """Initial parameters, on a mesh each part where it belongs from the start."""
+    shape, seed, mesh = settings.model, settings.config["seed"], settings.mesh
+    if mesh is None:
+        return parameters.init(shape, seed)
+    places = parameters.shardings(shape, mesh)
+    return jax.jit(parameters.init, static_argnums=0, out_shardings=places)(shape, seed)
+
+
+def _place(settings: Settings, tree: Any) -> Any:
+    """The tree on one device; on a mesh it lies there already."""
+    return jax.device_put(tree, jax.devices()[0]) if settings.mesh is None else tree
 
 
 def warm_up(settings: Settings, state: TrainState, reference: Any, bar: Progress) -> None:
