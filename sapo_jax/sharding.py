@@ -93,7 +93,8 @@ def nearest(
 
     def distance(shape):
         wanted = {axis: size for axis, size in sizes.items() if axis in AXES and size > 0}
-        return sum(abs(math.log(shape[axis] / size)) for axis, size in wanted.items())
+        apart = sum(abs(math.log(shape[axis] / size)) for axis, size in wanted.items())
+        return round(apart, 6), -shape["data"], -shape["fsdp"]  # of equals, the simplest
 
     fitting = [s for s in _shapes(devices) if not any(_remainders(s, dimensions))]
     return min(fitting, key=distance, default=None)

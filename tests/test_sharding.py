@@ -55,12 +55,15 @@ def abstract(**sizes):
 QWEN = model.make("qwen3_0_6b")
 MOE = model.make("nano_moe", vocab_size=24)
 REFUSED = [
-    (params.dimensions(QWEN), {"tensor": 16}, "k_proj", "'kv_heads' of size 8", "tensor=8"),
-    (params.dimensions(QWEN), {"tensor": 3}, "'vocab' of size 151936", "size 3", "none works"),
+    (params.dimensions(QWEN), {"tensor": 16}, "k_proj", "'kv_heads' of size 8",
+     "data=2, fsdp=1, expert=1, tensor=8"),
+    (params.dimensions(QWEN), {"tensor": 3}, "'vocab' of size 151936", "size 3", "data=3, fsdp=1"),
+    ([*params.dimensions(QWEN), Dimension("batch.prompts", "rows", 8)], {"data": 3},
+     "batch.prompts", "size 3", "none works"),
     (params.dimensions(MOE), {"expert": 16}, "experts.{}", "'experts' of size 8", "expert=8"),
     (params.dimensions(MOE), {"fsdp": 128}, "'embed' of size 64", "'fsdp' of size 128", "fsdp=64"),
     ([Dimension("batch.prompts", "rows", 12)], {"data": 2, "fsdp": 4}, "batch.prompts: axis 'rows'",
-     "'data' × 'fsdp' of size 2 × 4", "data=1, fsdp=4, expert=1, tensor=2"),
+     "'data' × 'fsdp' of size 2 × 4", "data=2, fsdp=2, expert=1, tensor=2"),
 ]  # fmt: skip
 
 
