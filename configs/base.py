@@ -34,6 +34,9 @@ def _reward() -> ConfigDict:
     c.max_length = 0  # 0: the room for a completion
     c.buffer = 0
     c.ngram = 4
+    c.workers = 1  # rows judged at a time, while the device works
+    c.kl_coef = 0.0  # R − kl_coef · Σ KL(π_old‖π_ref) over the completion; needs `init_from`
+    c.kl = "k1"  # its estimator: k1, k2, k3
     return c
 
 
@@ -59,12 +62,36 @@ def _mesh() -> ConfigDict:
     return c
 
 
+def _correction() -> ConfigDict:
+    """Weights of tokens by π_old / π_sampler, see sapo_jax.corrections."""
+    c = ConfigDict()
+    c.name = "none"  # {token,sequence}_tis, {token,sequence}_mis, icepop, geometric
+    for name in ("low", "high"):
+        c[name] = config_dict.placeholder(float)  # bounds of the ratio; None: the correction's own
+    return c
+
+
+def _edge(c: ConfigDict) -> None:
+    c.distributed = ConfigDict()
+    c.distributed.timeout = 3600.0  # seconds without a finished phase that end a process; 0: none
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 20  # iterations; the last is always kept
+
+    c.log = ConfigDict()
+    c.log.samples_every = 10  # iterations between written samples
+    c.log.samples = 32  # rows
+
+    c.profile_steps = 0  # iterations to trace with the JAX profiler, after the first two
+    c.compilation_cache = ".cache/xla"  # compiled programs, reused by later runs; "" for none
+
+
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.name = "base"
     c.seed = 0  # of parameters, data order and sampling noise
     c.source = "rollout"  # "rollout": RL; "demonstrations": supervised learning of worked answers
-    c.init_from = ""  # run directory whose newest parameters start this run; "" starts at random
+    c.init_from = ""  # run or Hugging Face directory with the first parameters; "": random ones
     c.iterations = 100
 
     _asked(c)
@@ -85,11 +112,13 @@ def get_config() -> ConfigDict:
     ):  # fmt: skip
         c.objective[name] = config_dict.placeholder(float)  # None: the objective's own
 
+    c.correction = _correction()
     c.reward = _reward()
     c.advantages = "group"  # group, leave_one_out, mean, reinforce_pp
 
     c.batch = ConfigDict()
     c.batch.prompts = 32  # per iteration
+    c.batch.oversample = 1  # draw that many times the prompts, learn from the first with a signal
     c.batch.group_size = 8  # completions per prompt
     c.batch.minibatches = 4  # updates per iteration
     c.batch.micro_batches = 1  # forward-backward passes per update; memory, not results
@@ -122,13 +151,5 @@ def get_config() -> ConfigDict:
     c.eval.top_k = config_dict.placeholder(int)
     c.eval.top_p = config_dict.placeholder(float)
 
-    c.checkpoint = ConfigDict()
-    c.checkpoint.every = 20  # iterations; the last is always kept
-
-    c.log = ConfigDict()
-    c.log.samples_every = 10  # iterations between written samples
-    c.log.samples = 32  # rows
-
-    c.profile_steps = 0  # iterations to trace with the JAX profiler, after the first two
-    c.compilation_cache = ".cache/xla"  # compiled programs, reused by later runs; "" for none
+    _edge(c)
     return c.lock()

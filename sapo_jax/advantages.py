@@ -10,6 +10,7 @@ from __future__ import annotations
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sapo_jax import masked
 from sapo_jax.types import Weighted
@@ -118,6 +119,34 @@ def reinforce_pp(
         jnp.where(valid_B, rewards_B, jnp.inf)
     )
     return jnp.where(equal | ~valid_B, 0, centred_B / (jnp.sqrt(variance) + eps))
+
+
+def informative(rewards_B: np.ndarray, group_size: int, prompts: int) -> tuple[np.ndarray, ...]:
+    """Dynamic sampling: the first P prompts whose completions do not all get the same reward.
+
+    Where there are fewer, prompts without a signal follow, so that the number is always the same.
+    Source: DAPO, arXiv 2503.14476, section 3.2, which draws again until a batch is full.
+
+    Args:
+      rewards_B: f[B] of more prompts than are wanted, the rows of a prompt adjacent; on the host.
+      group_size: G.
+      prompts: P, the prompts to keep.
+
+    Returns:
+      (i32[P·G], rows in their order; bool[P·G], whether their group has a signal).
+
+    Raises:
+      ValueError: the group size does not divide B, or there are fewer than P prompts.
+    """
+    if len(rewards_B) % group_size or len(rewards_B) < prompts * group_size:
+        raise ValueError(
+            f"{len(rewards_B)} rewards: must be those of at least {prompts} groups of {group_size}"
+        )
+    rewards_PG = np.asarray(rewards_B).reshape(-1, group_size)
+    signal_P = rewards_PG.max(-1) > rewards_PG.min(-1)
+    chosen_P = np.argsort(~signal_P, kind="stable")[:prompts]
+    rows_PG = chosen_P[:, None] * group_size + np.arange(group_size)
+    return rows_PG.reshape(-1).astype(np.int32), np.repeat(signal_P[chosen_P], group_size)
 
 
 ESTIMATORS = {

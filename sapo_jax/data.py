@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -12,31 +13,37 @@ from sapo_jax.tokenizer import Tokenizer
 from sapo_jax.types import Batch, Prompts
 
 
-def held_out(
+def distinct(
     examples: Sequence[Example],
     count: int,
     *,
     keep: Callable[[Example], bool] | None = None,
     task: int = 0,
 ) -> list[Example]:
-    """The first ``count`` kept examples that differ in their prompt: a fixed evaluation set.
+    """The first kept examples that differ in their prompt, ``count`` at most."""
+    found: dict[str, Example] = {}
+    for index in range(len(examples)):
+        if len(found) == count:
+            break
+        example = dataclasses.replace(examples[index], task=task)
+        if keep is None or keep(example):
+            found.setdefault(example.prompt, example)
+    return list(found.values())
+
+
+def held_out(examples: Sequence[Example], count: int, **which: Any) -> list[Example]:
+    """A fixed evaluation set: `distinct` examples, of which there must be ``count``.
 
     Raises:
       ValueError: the split has fewer.
     """
-    distinct: dict[str, Example] = {}
-    for index in range(len(examples)):
-        if len(distinct) == count:
-            break
-        example = dataclasses.replace(examples[index], task=task)
-        if keep is None or keep(example):
-            distinct.setdefault(example.prompt, example)
-    if len(distinct) < count:
-        fitting = "" if keep is None else " that have room"
+    found = distinct(examples, count, **which)
+    if len(found) < count:
+        fitting = " that have room" if which.get("keep") else ""
         raise ValueError(
-            f"eval.prompts={count}: the split holds only {len(distinct)} distinct prompts{fitting}"
+            f"eval.prompts={count}: the split holds only {len(found)} distinct prompts{fitting}"
         )
-    return list(distinct.values())
+    return found
 
 
 def _left_aligned(rows: Sequence[Sequence[int]], width: int, pad: int) -> np.ndarray:

@@ -320,6 +320,15 @@ def take(state: Decoding, slots: jax.Array, mesh: Mesh | None = None) -> Decodin
     return sharding.split(local, mesh, (specs(), ROWS), specs())(state, slots)
 
 
+@partial(jax.jit, static_argnames="mesh")
+def completions(
+    results: tuple[jax.Array, ...], row_Q: jax.Array, mesh: Mesh | None = None
+) -> tuple[jax.Array, ...]:
+    """Some rows of the results, on every device; entries out of range repeat the last row."""
+    chosen = jax.tree.map(lambda x: x.at[row_Q].get(mode="clip"), results)
+    return sharding.constrain(chosen, mesh, WHOLE)
+
+
 def prefill(
     weights, config, prompts, base, controls, state, slot_F, prompt_F, *, truncate, mesh=None
 ):

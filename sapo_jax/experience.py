@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import collections
-import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from sapo_jax import advantages, data, evaluate, learner, rewards, sampler, sharding, streams
+from sapo_jax import (
+    advantages,
+    data,
+    evaluate,
+    learnable,
+    learner,
+    rewards,
+    sampler,
+    sharding,
+    streams,
+)
 from sapo_jax.progress import Clock
 from sapo_jax.settings import Settings
 from sapo_jax.tasks.base import Example
@@ -34,6 +43,7 @@ def sample(
     *,
     iteration: int,
     domain: str = "train",
+    on_groups: sampler.OnGroups | None = None,
     warm_up: Callable[[str], None] | None = None,
 ) -> Rollout:
     """A rollout with the run's settings; the domain "eval" takes those of the evaluation."""
@@ -59,30 +69,43 @@ def sample(
         seed=settings.config["seed"],
         iteration=iteration,
         domain=domain,
+        on_groups=on_groups,
         warm_up=warm_up,
         **controls,
     )
 
 
-@partial(jax.jit, static_argnames=("parts", "mesh"))
-def _split(batch: Batch, parts: int, mesh: Mesh | None) -> tuple[Batch, ...]:
-    """Minibatches: the same rows on any mesh, each split over all of it."""
-    pieces = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    minibatches = tuple(jax.tree.map(operator.itemgetter(i), pieces) for i in range(parts))
-    return sharding.constrain(minibatches, mesh, sharding.spec("rows"))
-
-
-@partial(jax.jit, static_argnames=("estimator", "group_size"))
-def _batch(rollout: Rollout, rewards_B: jax.Array, *, estimator: str, group_size: int) -> Batch:
+@jax.jit
+def _batch(rollout: Rollout) -> Batch:
+    """The rows, whose advantages are not known yet."""
     return Batch(
         tokens=rollout.tokens,
         mask=rollout.mask,
         segments=rollout.segments,
         sampler_logp=rollout.sampler_logp,
         old_logp=rollout.sampler_logp,
-        advantages=advantages.ESTIMATORS[estimator](rewards_B, group_size),
+        advantages=jnp.zeros(len(rollout.tokens)),
         routing=rollout.routing,
     )
+
+
+def _scored(settings: Settings, params: Any, reference: Any, batch: Batch) -> tuple[Batch, ...]:
+    """Minibatches with the log-probabilities, and the routing, that their update needs.
+
+    Of all prompts, also where more were drawn than are learnt from: that is not known yet.
+    """
+    options = settings.config["batch"]
+    parts = options["minibatches"] * options["oversample"]
+    minibatches = learnable.split(batch, parts, settings.mesh)
+    score = partial(learner.score, hp=settings.hp)
+    if settings.hp.routing_replay == "R2":
+        minibatches = tuple(_with_routing(params, b, settings.hp) for b in minibatches)
+    elif settings.config["learner"]["old_logp"] == "recompute":
+        minibatches = tuple(b.replace(old_logp=score(params, b)) for b in minibatches)
+    if reference is not None:
+        score = partial(learner.score, hp=settings.hp.replace(routing_replay="none"))
+        minibatches = tuple(b.replace(ref_logp=score(reference, b)) for b in minibatches)
+    return minibatches
 
 
 def _with_routing(params: Any, batch: Batch, hp: learner.Hyperparameters) -> Batch:
@@ -141,6 +164,32 @@ def open_stream(settings: Settings, *, workers: int = 0) -> streams.Stream:
     return streams.Stream(sources, seed, shares=shares, keep=keep, workers=workers)
 
 
+def _learnable(
+    settings: Settings, scored: tuple[Batch, ...], rewards_B: np.ndarray
+) -> tuple[tuple[Batch, ...], np.ndarray, dict[str, float]]:
+    """The iteration's minibatches, which rows they hold, and metrics of what was done to them."""
+    c = settings.config
+    group_size, prompts = c["batch"]["group_size"], c["batch"]["prompts"]
+    rows_B, signal_B = np.arange(len(rewards_B), dtype=np.int32), np.ones(len(rewards_B), bool)
+    metrics = {}
+    if c["batch"]["oversample"] > 1:
+        rows_B, signal_B = advantages.informative(rewards_B, group_size, prompts)
+        metrics["advantage/kept_groups"] = float(signal_B.mean())
+    minibatches, more = learnable.learnable(
+        learnable.take(scored, rows_B, signal_B, settings.mesh),
+        rewards_B[rows_B],
+        c["reward"]["kl_coef"],
+        settings.bounds,
+        estimator=c["advantages"],
+        group_size=group_size,
+        kl=c["reward"]["kl"],
+        correction=c["correction"]["name"],
+        parts=c["batch"]["minibatches"],
+        mesh=settings.mesh,
+    )
+    return minibatches, rows_B, metrics | {key: float(value) for key, value in more.items()}
+
+
 def from_rollout(
     settings: Settings,
     params: Any,
@@ -148,39 +197,36 @@ def from_rollout(
     stream: streams.Stream,
     iteration: int,
     clock: Clock,
+    scorer: rewards.Scorer,
     warm_up: Callable[[str], None] | None = None,
 ) -> Experience:
     """Sample, judge, and attach advantages and the log-probabilities that the objective needs."""
     c = settings.config
     group_size = c["batch"]["group_size"]
-    examples = stream.take(c["batch"]["prompts"])
+    examples = stream.take(c["batch"]["prompts"] * c["batch"]["oversample"])
+    groups = rewards.Groups(scorer, examples, settings.tokenizer)
     with clock("to_sampler"):
         weights = jax.block_until_ready(sampler.to_sampler(params, settings.model))
     with clock("rollout"):
         prompts = data.encode_prompts(examples, settings.tokenizer, settings.width)
-        rollout = sample(settings, weights, prompts, iteration=iteration, warm_up=warm_up)
+        controls = {"iteration": iteration, "on_groups": groups, "warm_up": warm_up}
+        rollout = sample(settings, weights, prompts, **controls)
         on_host = jax.device_get(rollout)
-    with clock("score"):
-        asked = [e for e in examples for _ in range(group_size)]
-        texts = rewards.completion_texts(on_host.tokens, on_host.mask, settings.tokenizer)
-        scored = rewards.rows_of(asked, texts, on_host.finished, on_host.mask.sum(-1))
-        rewards_B, parts = rewards.score_rows(settings.task, scored, settings.recipe)
+    with clock("update"):  # needs no rewards: the device works while rows are judged
+        minibatches = _scored(settings, params, reference, _batch(rollout))
+    with clock("score_exposed"):
+        verdicts = groups.wait()
+    clock.add("score", sum(verdict.seconds for verdict in verdicts))
     with clock("update"):
-        scored_B = sharding.feed(rewards_B, settings.mesh)
-        batch = _batch(rollout, scored_B, estimator=c["advantages"], group_size=group_size)
-        minibatches = _split(batch, c["batch"]["minibatches"], settings.mesh)
-        score = partial(learner.score, hp=settings.hp)
-        if settings.hp.routing_replay == "R2":
-            minibatches = tuple(_with_routing(params, b, settings.hp) for b in minibatches)
-        elif c["learner"]["old_logp"] == "recompute":
-            minibatches = tuple(b.replace(old_logp=score(params, b)) for b in minibatches)
-        if reference is not None:
-            score = partial(learner.score, hp=settings.hp.replace(routing_replay="none"))
-            minibatches = tuple(b.replace(ref_logp=score(reference, b)) for b in minibatches)
-        advantages_B = np.asarray(batch.advantages)
+        rewards_B, parts = rewards.combine([v.parts for v in verdicts], settings.recipe)
+        minibatches, learnt, more = _learnable(settings, minibatches, rewards_B)
+        advantages_B = np.zeros_like(rewards_B)
+        advantages_B[learnt] = np.concatenate([batch.advantages for batch in minibatches])
+    asked = [e for e in examples for _ in range(group_size)]
+    texts = groups.texts
     rows = _rows(on_host, asked, texts, rewards_B, advantages_B, iteration, c["log"]["samples"])
     metrics = _metrics(on_host, rewards_B, group_size) | _by_task(settings, asked, rewards_B)
-    metrics |= {"data/dropped": float(stream.dropped), **parts}
+    metrics |= {"data/dropped": float(stream.dropped), **parts, **more}
     metrics["sampler/weights_moved_bytes"] = float(sampler.moved_bytes(params, weights))
     return Experience(minibatches, metrics, rows)
 
@@ -192,15 +238,16 @@ def from_demonstrations(
     stream: streams.Stream,
     iteration: int,
     clock: Clock,
+    scorer: rewards.Scorer,
     warm_up: Callable[[str], None] | None = None,
 ) -> Experience:
     """Worked answers as minibatches; nothing is sampled."""
-    del params, reference, iteration, warm_up
+    del params, reference, iteration, scorer, warm_up
     with clock("rollout"):
         width = settings.width + settings.max_new_tokens
         batch = data.encode_demonstrations(stream.take(settings.rows), settings.tokenizer, width)
         batch = sharding.feed(batch, settings.mesh)
-        minibatches = _split(batch, settings.config["batch"]["minibatches"], settings.mesh)
+        minibatches = learnable.split(batch, settings.config["batch"]["minibatches"], settings.mesh)
     metrics = {"length/mean": float(batch.mask.sum(-1).mean())}
     return Experience(minibatches, metrics | {"data/dropped": float(stream.dropped)}, [])
 
@@ -209,7 +256,10 @@ SOURCES = {"rollout": from_rollout, "demonstrations": from_demonstrations}
 
 
 def held_out(
-    settings: Settings, params: Any, warm_up: Callable[[str], None] | None = None
+    settings: Settings,
+    params: Any,
+    scorer: rewards.Scorer,
+    warm_up: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """Metrics on the fixed evaluation set; the same noise at every iteration."""
     options = settings.config["eval"]
@@ -224,12 +274,11 @@ def held_out(
     ]
     return evaluate.evaluate(
         partial(sample, settings, weights, iteration=0, domain="eval", warm_up=warm_up),
-        settings.task,
+        scorer,
         chosen,
         settings.tokenizer,
         samples=options["samples"],
         width=settings.width,
         batch=settings.eval_batch,
         names=tuple(settings.tasks) if len(settings.tasks) > 1 else (),
-        recipe=settings.recipe,
     )

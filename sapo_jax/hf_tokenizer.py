@@ -10,6 +10,8 @@ from typing import Any
 
 from etils import epath
 
+from sapo_jax.tokenizer import CharTokenizer
+
 ENDS = ("<|im_end|>", "<|endoftext|>")  # stop a completion wherever they are special tokens
 PADDING = 1024  # rows by which a model's vocabulary may exceed its tokenizer's
 TEMPLATE_DATE = (2024, 7, 26)  # what a chat template takes for today: prompts never change by day
@@ -256,6 +258,29 @@ def load(
         found.encode_prompt("")  # refuses what has no template
     check_vocabulary(found, found.vocab_size if vocab_size is None else vocab_size, directory)
     return found
+
+
+def save_characters(directory: epath.PathLike, tokenizer: CharTokenizer) -> None:
+    """Write a tokenizer of single characters as `load` and ``transformers`` read it."""
+    import tokenizers
+
+    words = ["<pad>", "<stop>", *tokenizer.alphabet]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)})
+    )
+    backend.add_special_tokens(words[:2])
+    whole = tokenizers.Regex(r"[\s\S]")
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(whole, "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    described = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "pad_token": words[0],
+        "eos_token": words[1],
+        "clean_up_tokenization_spaces": False,
+    }
+    directory = epath.Path(directory)
+    (directory / "tokenizer.json").write_text(backend.to_str())
+    (directory / "tokenizer_config.json").write_text(json.dumps(described, indent=1))
 
 
 def check_vocabulary(tokenizer: HFTokenizer, vocab_size: int, directory: Any = "the model") -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+
+from etils import epath
 
 from sapo_jax import hf_tokenizer, model, streams, tasks
 from sapo_jax.checks import require
@@ -62,6 +65,47 @@ def make_tokenizer(c: dict, made: Mapping[str, Task]) -> Tokenizer:
         return hf_tokenizer.load(directory, **options)
     except ValueError as error:
         raise ValueError(f"config.tokenizer: {error}") from None
+
+
+def is_hf(directory: str) -> bool:
+    """Whether a directory is laid out as Hugging Face does, and is no run of this project."""
+    path = epath.Path(directory or "/").expanduser()
+    return (path / "config.json").exists() and not (path / "checkpoints").exists()
+
+
+def make_model(c: dict, tokenizer: Tokenizer) -> model.ModelConfig:
+    """The policy's shape: that of a preset, with the fields that the config gives, or of a
+    Hugging Face directory.
+
+    Raises:
+      ValueError: an unknown preset, a field out of range, or a vocabulary that is not the
+        tokenizer's.
+    """
+    fields = {key: value for key, value in c["model"].items() if value is not None}
+    preset = fields.pop("preset")
+    dtypes = {f"{kind}_dtype": c["dtype"][kind] for kind in ("compute", "cache")}
+    dtypes["param_dtype"] = c["dtype"]["params"]
+    stop = {"stop_tokens": tokenizer.stop_ids, "pad_token": tokenizer.pad_id}
+    if is_hf(c["init_from"]):
+        same = f"{c['init_from']!r} too, whose config.json gives the shape of the weights there"
+        require(preset == c["init_from"], "model.preset", preset, same)
+    if not is_hf(preset):
+        names = f"{', '.join(model.PRESETS)}, or a Hugging Face directory, which has config.json"
+        require("/" not in preset, "model.preset", preset, f"one of {names}")
+        if "vocab_size" in model.PRESETS.get(preset, {}):
+            fields["vocab_size"] = max(model.PRESETS[preset]["vocab_size"], tokenizer.vocab_size)
+        return model.make(
+            preset, **{"vocab_size": tokenizer.vocab_size, **fields, **dtypes, **stop}
+        )
+    alone = "None: the shape is that of config.model.preset, a Hugging Face directory"
+    for field, value in fields.items():
+        require(False, f"model.{field}", value, alone)
+    try:
+        shape = model.hf_config.read(epath.Path(preset).expanduser(), c["dtype"]["params"])
+        hf_tokenizer.check_vocabulary(tokenizer, shape.vocab_size, preset)
+    except ValueError as error:
+        raise ValueError(f"config.model.preset: {error}") from None
+    return dataclasses.replace(shape, **dtypes, **stop)
 
 
 def lengths(

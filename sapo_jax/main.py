@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
             raise
         sys.exit(f"error: {error}\n(--verbosity=0 shows where)")
     print(progress.reached(rundir.read_metrics(_WORKDIR.value)))
-    print(f"report: {path}")
+    print(f"report: {path}" if path else "stopped by SIGTERM and saved: the same command goes on")
 
 
 if __name__ == "__main__":

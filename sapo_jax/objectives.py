@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,105 +18,18 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from sapo_jax import gates, masked
-from sapo_jax.aggregations import AGGREGATIONS, aggregate, finish
+from sapo_jax.aggregations import aggregate, finish
+from sapo_jax.presets import DOMAINS, OBJECTIVES, Objective, switch
 from sapo_jax.ratios import LOG_RATIO_BOUND, LOGP_BOUND, RATIOS, bounded, kl_estimate
 from sapo_jax.types import Max, Min
 
+__all__ = [
+    "OBJECTIVES", "Objective", "coefficients", "finish", "policy_loss", "policy_terms", "resolve",
+    "switch", "token_inputs",
+]  # fmt: skip
 sg = jax.lax.stop_gradient
-
-_POSITIVE = (lambda v: v > 0, "a number > 0")
-_NOT_NEGATIVE = (lambda v: v >= 0, "a number ≥ 0")
-DOMAINS = {
-    "tau": _POSITIVE,
-    "tau_pos": _POSITIVE,
-    "tau_neg": _POSITIVE,
-    "eps_low": _NOT_NEGATIVE,
-    "eps_high": _NOT_NEGATIVE,
-    "kl_coef": _NOT_NEGATIVE,
-    **dict.fromkeys(("sigma", "bound", "scale"), _POSITIVE),
-    **dict.fromkeys(("k_pos", "k_neg", "lambda_pos", "lambda_neg"), _POSITIVE),
-    **dict.fromkeys(("alpha", "beta"), _NOT_NEGATIVE),
-    "dual_clip": (lambda v: v > 1, "a number > 1 (inf switches it off)"),
-    "max_length": (lambda v: v >= 1, "a number ≥ 1"),
-}
-
-
-@struct.dataclass
-class Objective:
-    """One algorithm: static gate, ratio level and aggregation; hyperparameters as traced data.
-
-    Attributes:
-      gate: per-token surrogate, see `gates`.
-      ratio: a name in RATIOS.
-      aggregation: a name in AGGREGATIONS.
-      hyperparameters: name → scalar; None where the user has to give one.
-      kl_against: what the KL penalty holds the policy to: "ref", the reference policy given as
-        ``ref_logp_BT``, or "old", the policy that sampled.
-    """
-
-    gate: Callable = struct.field(pytree_node=False)
-    ratio: str = struct.field(pytree_node=False)
-    aggregation: str = struct.field(pytree_node=False)
-    hyperparameters: dict[str, Any]
-    kl_against: str = struct.field(pytree_node=False, default="ref")
-
-    def __post_init__(self):
-        for field, allowed in (
-            ("ratio", RATIOS), ("aggregation", AGGREGATIONS), ("kl_against", ("ref", "old"))
-        ):  # fmt: skip
-            if getattr(self, field) not in allowed:
-                value = getattr(self, field)
-                raise ValueError(f"{field}={value!r}: must be one of {', '.join(allowed)}")
-
-
-def _preset(gate, ratio, aggregation, kl_against="ref", **hyperparameters) -> Objective:
-    hyperparameters = {"kl_coef": 0.0, **hyperparameters}
-    return Objective(gate, ratio, aggregation, hyperparameters, kl_against)
-
-
-def _clipped(ratio: str, aggregation: str, eps_low: float, eps_high: float, **more) -> Objective:
-    hyperparameters = {"eps_low": eps_low, "eps_high": eps_high, "dual_clip": float("inf"), **more}
-    return _preset(gates.clip, ratio, aggregation, **hyperparameters)
-
-
-# The coefficient of MHPO at r = 1, e^{−ζ} with ζ = (log 2)^1.5 + (log 2 / 0.8)².
-_MHPO_AT_1 = math.exp(-(math.log(2) ** 1.5) - (math.log(2) / 0.8) ** 2)
-
-
-def _mhpo(scale: float) -> Objective:
-    shape = {"bound": 1.5, "k_pos": 1.5, "lambda_pos": 1.0, "k_neg": 2.0, "lambda_neg": 0.8}
-    return _preset(gates.mhpo, "token", "seq_mean", scale=scale, **shape)
-
-
-def _vespo(**hyperparameters) -> Objective:
-    return _preset(gates.vespo, "product", "token_mean", **hyperparameters)
-
-
-OBJECTIVES: dict[str, Objective] = {
-    "sapo": _preset(gates.sapo, "token", "seq_mean", tau_pos=1.0, tau_neg=1.05),
-    **{
-        name: _preset(getattr(gates, name), "token", "seq_mean", tau_pos=1.0, tau_neg=1.05)
-        for name in ("sapo_erf", "sapo_arctan", "sapo_softsign")
-    },
-    "grpo": _clipped("token", "seq_mean", 0.2, 0.2),
-    "gspo": _clipped("sequence", "seq_mean", 3e-4, 4e-4),
-    "gspo_token": _clipped("sequence_token", "seq_mean", 3e-4, 4e-4),
-    "dapo": _clipped("token", "token_mean", 0.2, 0.28),
-    "dr_grpo": _clipped("token", "const_len", 0.2, 0.2, max_length=None),
-    "ppo": _clipped("token", "token_mean", 0.2, 0.2),
-    "cispo": _preset(gates.cispo, "token", "token_mean", eps_low=1.0, eps_high=4.0),
-    "p3o": _preset(gates.p3o, "token", "seq_mean", kl_against="old", tau=4.0, kl_coef=0.1),
-    "reinforce": _preset(gates.reinforce, "token", "seq_mean"),
-    "gmpo": _preset(gates.importance, "geo_clipped", "seq_mean", eps_low=0.4, eps_high=0.4),
-    "luspo": _clipped("sequence", "seq_sum", 3e-4, 4e-4),
-    "maspo": _preset(gates.maspo, "token", "token_mean", sigma=1.0, alpha=0.3, beta=0.03),
-    "mhpo": _mhpo(1.0),
-    "mhpo_unit": _mhpo(1 / _MHPO_AT_1),
-    "vespo": _vespo(k_pos=2.0, lambda_pos=3.0, k_neg=3.0, lambda_neg=2.0),
-}
 
 
 def resolve(objective: str | Objective, **hyperparameters) -> Objective:
@@ -136,13 +49,15 @@ def resolve(objective: str | Objective, **hyperparameters) -> Objective:
             )
         objective = OBJECTIVES[objective]
     allowed = objective.hyperparameters
-    for key in hyperparameters:
-        if key not in allowed:
+    merged = dict(allowed)
+    for key in sorted(hyperparameters, key=lambda k: k.count(".")):  # a member's own come last
+        value = hyperparameters[key]
+        meant = [k for k in allowed if k == key or k.endswith(f".{key}")]
+        if not meant:
             raise ValueError(f"{name} has no hyperparameter {key!r}; it has {', '.join(allowed)}")
-    given = {k: v for k, v in hyperparameters.items() if v is not None}
-    merged = {**allowed, **given}
+        merged |= dict.fromkeys(meant, value) if value is not None else {}
     for key, value in merged.items():
-        check, text = DOMAINS.get(key, (lambda v: v == v, "a number"))
+        check, text = _domain(objective, key)
         if value is None:
             raise ValueError(f"{name} needs the hyperparameter {key!r}: {text}")
         if not isinstance(value, jax.core.Tracer) and not np.all(check(np.asarray(value))):
@@ -150,6 +65,30 @@ def resolve(objective: str | Objective, **hyperparameters) -> Objective:
     return dataclasses.replace(objective, hyperparameters=merged)
 
 
+def _domain(objective: Objective, key: str) -> tuple[Callable, str]:
+    """A test of a hyperparameter's value, and what it asks for in words."""
+    if key == "index":
+        last = len(objective.members) - 1
+        return lambda v: (v == np.int32(v)) & (v >= 0) & (v <= last), f"an integer in 0..{last}"
+    return DOMAINS.get(key.split(".")[-1], (lambda v: v == v, "a number"))
+
+
+def _of_the_chosen(function: Callable) -> Callable:
+    """A function of an objective, applied to the member that a switch's index chooses."""
+
+    @functools.wraps(function)
+    def call(objective: Objective, *arguments, **more):
+        if not objective.members:
+            return function(objective, *arguments, **more)
+        members = [objective.member(i) for i in range(len(objective.members))]
+        branches = [functools.partial(function, m, *arguments, **more) for m in members]
+        index = jnp.asarray(objective.hyperparameters["index"], jnp.int32)
+        return jax.lax.switch(index, branches)
+
+    return call
+
+
+@_of_the_chosen
 def coefficients(
     objective: Objective, inputs: gates.TokenInputs, mask_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -173,6 +112,7 @@ def coefficients(
     return masked.keep(gradient_BT / safe_BT, counted_BT), counted_BT
 
 
+@_of_the_chosen
 def token_inputs(
     objective: Objective,
     logp_BT: jax.Array,
@@ -205,6 +145,7 @@ def token_inputs(
     return gates.TokenInputs(logp_BT, old_logp_BT, log_ratio_BT, advantages_BT), clipped_BT
 
 
+@_of_the_chosen
 def policy_terms(
     objective: Objective,
     logp_BT: jax.Array,
@@ -233,10 +174,11 @@ def policy_terms(
     terms = {}
     if objective.kl_against == "old":
         loss_BT = loss_BT + hp["kl_coef"] * gates.old_kl(inputs, mask_BT)
-    elif ref_logp_BT is not None:
+    if ref_logp_BT is not None:
         ref_logp_BT = masked.keep(bounded(ref_logp_BT, LOGP_BOUND), mask_BT)
         kl_BT = kl_estimate(inputs.logp, ref_logp_BT, kl)
-        loss_BT = loss_BT + hp["kl_coef"] * kl_BT
+        if objective.kl_against == "ref":
+            loss_BT = loss_BT + hp["kl_coef"] * kl_BT
         terms["policy/kl_ref"] = masked.mean(sg(kl_BT), mask_BT)
     terms["loss"] = aggregate(
         loss_BT,
@@ -300,10 +242,8 @@ def policy_loss(
         than f32 or f64, kl_coef ≠ 0 without ref_logp_BT (p3o, whose KL is to π_old, excepted).
     """
     objective = resolve(objective, **hyperparameters)
-    kl_coef = objective.hyperparameters["kl_coef"]
-    needs_ref = objective.kl_against == "ref" and ref_logp_BT is None
-    if needs_ref and not isinstance(kl_coef, jax.core.Tracer) and np.any(kl_coef != 0):
-        raise ValueError(f"kl_coef={kl_coef} needs ref_logp_BT, the reference's log-probabilities")
+    if ref_logp_BT is None and objective.needs_reference:
+        raise ValueError("kl_coef ≠ 0 needs ref_logp_BT, the reference's log-probabilities")
     return finish(
         policy_terms(
             objective,

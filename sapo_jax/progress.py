@@ -5,30 +5,67 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import jax
+from etils import epath
 
 WALL = ("time/iteration", "time/eval", "time/checkpoint")  # disjoint; their sum is the run's time
 
 
 class Clock:
-    """Seconds by phase since the last `lap`."""
+    """Seconds by phase since the last `lap`.
 
-    def __init__(self):
+    Args:
+      beat: called with the place whenever a phase starts or ends.
+    """
+
+    def __init__(self, beat: Callable[[str], None] = str):
         self._seconds: dict[str, float] = {}
+        self._beat = beat
+        self.iteration = 0
 
     @contextlib.contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Add the time inside the context to a phase."""
         start = time.perf_counter()
+        self._beat(f"phase {phase!r} of iteration {self.iteration}")
         try:
             yield
         finally:
-            self._seconds[phase] = self._seconds.get(phase, 0) + time.perf_counter() - start
+            self._beat(f"iteration {self.iteration}, after phase {phase!r}")
+            self.add(phase, time.perf_counter() - start)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Add time that was spent elsewhere, such as on other threads, to a phase."""
+        self._seconds[phase] = self._seconds.get(phase, 0) + seconds
 
     def lap(self) -> dict[str, float]:
         """``time/<phase>`` of every phase, and start again."""
         seconds, self._seconds = self._seconds, {}
         return {f"time/{phase}": value for phase, value in seconds.items()}
+
+
+class Profile:
+    """Traces some iterations with the JAX profiler.
+
+    Args:
+      directory: where the traces go.
+      first: iteration to trace.
+      count: of iterations; 0: none.
+    """
+
+    def __init__(self, directory: epath.Path, first: int, count: int):
+        self._directory, self._traced = directory, range(first, first + count)
+
+    @contextlib.contextmanager
+    def __call__(self, iteration: int) -> Iterator[None]:
+        """Trace what happens inside the context, if it is the iteration's turn."""
+        if iteration not in self._traced:
+            yield
+            return
+        with jax.profiler.trace(str(self._directory)):
+            yield
 
 
 class Progress:

@@ -14,6 +14,7 @@ from sapo_jax import masked
 sg = jax.lax.stop_gradient
 
 LOG_RATIO_BOUND = 20.0  # e^20 ≈ 5e8: beyond it no gate has a gradient that matters in f32
+KL_ESTIMATES = ("k1", "k2", "k3")
 LOGP_BOUND = 1e4  # keeps log-probabilities of ±∞ finite through a sequence's sum
 
 
@@ -65,6 +66,19 @@ def kl_estimate(logp: jax.Array, ref_logp: jax.Array, kind: str) -> jax.Array:
     """
     d = bounded(logp - sg(ref_logp), LOG_RATIO_BOUND)
     estimates = {"k1": lambda: d, "k2": lambda: d * d / 2, "k3": lambda: jnp.expm1(-d) + d}
-    if kind not in estimates:
-        raise ValueError(f"kl={kind!r}: must be one of {', '.join(estimates)}")
+    if kind not in KL_ESTIMATES:
+        raise ValueError(f"kl={kind!r}: must be one of {', '.join(KL_ESTIMATES)}")
     return estimates[kind]()
+
+
+def sequence_kl(
+    logp_BT: jax.Array, ref_logp_BT: jax.Array, mask_BT: jax.Array, kind: str
+) -> jax.Array:
+    """Σ_t `kl_estimate` of each row, f[B] in nats: what a KL penalty in the reward subtracts.
+
+    With k1, R − β Σ_t (log π − log π_ref) has the gradient of the reverse KL by REINFORCE.
+    """
+    logp_BT, ref_logp_BT = (
+        masked.keep(bounded(x, LOGP_BOUND), mask_BT) for x in (logp_BT, ref_logp_BT)
+    )
+    return jnp.sum(masked.keep(kl_estimate(logp_BT, ref_logp_BT, kind), mask_BT), -1)

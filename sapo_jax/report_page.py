@@ -161,7 +161,7 @@ def header(
     )
 
 
-def _svg(slug: str, figure: Figure) -> str:
+def _svg(slug: str, figure: Figure, title: str) -> str:
     """Inline SVG of a figure, with ids of its own and the page's colours and fonts."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": slug, "svg.fonttype": "none"}):
@@ -173,22 +173,22 @@ def _svg(slug: str, figure: Figure) -> str:
     svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{slug}-", svg)
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
-    return svg.replace('role="img"', f'role="img" aria-label="{text(PANELS[slug][0])}"', 1)
+    return svg.replace('role="img"', f'role="img" aria-label="{text(title)}"', 1)
 
 
-def figure(slug: str, drawing: Figure, *, wide: bool) -> str:
+def figure(slug: str, drawing: Figure, *, wide: bool, panels: Mapping = PANELS) -> str:
     """A plot with its title above and what to look for below."""
-    title, caption = PANELS[slug]
+    title, caption = panels[slug]
     return (
         f'<figure class="card{" wide" if wide else ""}" id="{slug}"><h3>{text(title)}</h3>'
-        f'<div class="plot">{_svg(slug, drawing)}</div>'
+        f'<div class="plot">{_svg(slug, drawing, title)}</div>'
         f"<figcaption>{text(caption)}</figcaption></figure>"
     )
 
 
-def _glossary() -> str:
+def _glossary(terms: Mapping[str, str]) -> str:
     """Words that the plots use, folded away."""
-    rows = "".join(f"<dt>{text(word)}</dt><dd>{text(said)}</dd>" for word, said in TERMS.items())
+    rows = "".join(f"<dt>{text(word)}</dt><dd>{text(said)}</dd>" for word, said in terms.items())
     return (
         f'<details class="glossary"><summary>What the words mean</summary><dl>{rows}</dl></details>'
     )
@@ -258,15 +258,22 @@ def _branches(node: Mapping[str, Any]) -> str:
     )
 
 
-def document(title: str, head: str, body: Mapping[str, str]) -> str:
+def document(
+    title: str,
+    head: str,
+    body: Mapping[str, str],
+    *,
+    sections: Mapping = SECTIONS,
+    terms: Mapping[str, str] = TERMS,
+) -> str:
     """The whole page; ``body`` is slug -> markup, for the sections that have something to show."""
-    links = "".join(f'<a href="#{slug}">{text(SECTIONS[slug][0])}</a>' for slug in body)
+    links = "".join(f'<a href="#{slug}">{text(sections[slug][0])}</a>' for slug in body)
     chapters = "\n".join(
-        f'<section id="{slug}"><h2>{text(SECTIONS[slug][0])}</h2>'
-        f'<p class="intro">{text(SECTIONS[slug][1])}</p>{markup}</section>'
+        f'<section id="{slug}"><h2>{text(sections[slug][0])}</h2>'
+        f'<p class="intro">{text(sections[slug][1])}</p>{markup}</section>'
         for slug, markup in body.items()
     )
-    words = _glossary() if body else ""
+    words = _glossary(terms) if body else ""
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     return (
         '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'

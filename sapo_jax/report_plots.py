@@ -79,6 +79,8 @@ def seconds(record: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of each phase; ``other`` is what is left of rollout, score and update together."""
     spent = {phase: record.get(f"time/{phase}") for phase in PHASES}
     spent = {phase: float(s) if is_number(s) else 0.0 for phase, s in spent.items()}
+    if is_number(exposed := record.get("time/score_exposed")):
+        spent["score"] = float(exposed)  # the rest of it overlapped with other phases
     loop = record.get("time/iteration")  # without evaluation and checkpoint
     inside = spent["rollout"] + spent["score"] + spent["update"]
     return spent | {"other": max(loop - inside, 0.0) if is_number(loop) else 0.0}

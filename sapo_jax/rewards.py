@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -16,60 +17,6 @@ from sapo_jax.types import STOP
 
 _THINK = re.compile(r"</?think>")
 PARTS = ("accuracy", "format", "overlong", "repetition")
-
-
-def completion_texts(tokens_BS: np.ndarray, mask_BS: np.ndarray, tokenizer: Tokenizer) -> list[str]:
-    """Decode the completion of every row.
-
-    Args:
-        tokens_BS: i32[B, S].
-        mask_BS: bool[B, S], true on completion tokens through the stop token.
-        tokenizer: the one that made the prompts.
-
-    Returns:
-        One text per row, without pad and stop tokens.
-
-    Raises:
-        ValueError: the shapes differ, or are not [B, S].
-    """
-    tokens_BS, mask_BS = np.asarray(tokens_BS), np.asarray(mask_BS, bool)
-    if tokens_BS.ndim != 2 or tokens_BS.shape != mask_BS.shape:
-        raise ValueError(
-            f"tokens and mask must both be [B, S], got {tokens_BS.shape} and {mask_BS.shape}"
-        )
-    return [
-        tokenizer.decode(tokens_S[mask_S].tolist())
-        for tokens_S, mask_S in zip(tokens_BS, mask_BS, strict=True)
-    ]
-
-
-def score(
-    task: Task,
-    examples: Sequence[Example],
-    completions: Sequence[str],
-    finished_B: np.ndarray,
-    *,
-    recipe: Recipe | None = None,
-) -> np.ndarray:
-    """Reward every completion with its task's verdict; one that ran out of length gets 0.
-
-    Args:
-        task: judges the completions.
-        examples: B examples, what each row was asked.
-        completions: B texts.
-        finished_B: i32[B], ``types.STOP`` or ``types.LENGTH``.
-        recipe: says which part of a completion is judged (``think``); its weights do not matter.
-
-    Returns:
-        f32[B] in [0, 1], larger is better.
-
-    Raises:
-        ValueError: the lengths differ, or the task's verdict is no number of [0, 1].
-    """
-    rows = rows_of(examples, completions, finished_B, np.zeros(len(examples), np.int32))
-    judged = dataclasses.replace(recipe or Recipe(), **dict.fromkeys(PARTS, 0.0))
-    verdicts = [judge(task, row, judged, i)["accuracy"] for i, row in enumerate(rows)]
-    return np.array(verdicts, np.float32)
 
 
 class Row(NamedTuple):
@@ -223,11 +170,11 @@ def combine(parts: Sequence[dict[str, float]], recipe: Recipe) -> tuple[np.ndarr
     return total_B, metrics
 
 
-def score_rows(
-    task: Task, rows: Sequence[Row], recipe: Recipe
-) -> tuple[np.ndarray, dict[str, float]]:
-    """Judge rows one after the other, and ``combine`` their parts."""
-    return combine([judge(task, row, recipe, i) for i, row in enumerate(rows)], recipe)
+class Verdict(NamedTuple):
+    """What ``judge`` found, and the seconds that it took."""
+
+    parts: dict[str, float]
+    seconds: float
 
 
 class Scorer:
@@ -240,21 +187,26 @@ class Scorer:
         task: judges the completions.
         recipe: the parts and their weights.
         workers: rows judged at a time.
+
+    Raises:
+        ValueError: workers is less than 1.
     """
 
     def __init__(self, task: Task, recipe: Recipe | None = None, *, workers: int = 1):
+        if workers < 1:
+            raise ValueError(f"workers={workers}: must be at least 1")
         self.task = task
         self.recipe = recipe or Recipe()
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="score")
-        self._collect = ThreadPoolExecutor(1, thread_name_prefix="scored")
 
-    def submit(self, rows: Sequence[Row]) -> Future:
-        """Start to judge rows; the future holds what ``combine`` returns, in the order of rows."""
-        futures = [
-            self._threads.submit(judge, self.task, row, self.recipe, i)
-            for i, row in enumerate(rows)
-        ]
-        return self._collect.submit(lambda: combine([f.result() for f in futures], self.recipe))
+    def submit(self, rows: Sequence[Row]) -> list[Future[Verdict]]:
+        """Start to judge rows; returns the future verdict of each."""
+        return [self._threads.submit(self._judge, row, i) for i, row in enumerate(rows)]
+
+    def _judge(self, row: Row, index: int) -> Verdict:
+        start = time.perf_counter()
+        parts = judge(self.task, row, self.recipe, index)
+        return Verdict(parts, time.perf_counter() - start)
 
     def __enter__(self) -> Scorer:
         getattr(self.task, "start", lambda: None)()
@@ -262,8 +214,42 @@ class Scorer:
 
     def __exit__(self, *exception):
         self._threads.shutdown(cancel_futures=True)
-        self._collect.shutdown()
         getattr(self.task, "close", lambda: None)()
+
+
+class Groups:
+    """Judges the groups of a rollout as they finish: the sampler's ``on_groups``.
+
+    Args:
+        scorer: judges the rows.
+        examples: P examples, one of each prompt of the rollout.
+        tokenizer: of the policy.
+    """
+
+    def __init__(self, scorer: Scorer, examples: Sequence[Example], tokenizer: Tokenizer):
+        self._scorer, self._examples, self._tokenizer = scorer, examples, tokenizer
+        self._texts: list[list[str]] = [[] for _ in examples]
+        self._futures: list[list[Future[Verdict]]] = [[] for _ in examples]
+
+    def __call__(self, index_g, tokens_gGT, count_gG, finished_gG) -> None:
+        """Decode and submit the completions of some prompts."""
+        columns = index_g.tolist(), tokens_gGT, count_gG, finished_gG
+        for p, tokens_GT, count_G, finished_G in zip(*columns, strict=True):
+            texts = [
+                self._tokenizer.decode(tokens_T[:count].tolist())
+                for tokens_T, count in zip(tokens_GT, count_G, strict=True)
+            ]
+            rows = rows_of([self._examples[p]] * len(texts), texts, finished_G, count_G)
+            self._texts[p], self._futures[p] = texts, self._scorer.submit(rows)
+
+    @property
+    def texts(self) -> list[str]:
+        """The completions of all rows, without stop tokens."""
+        return [text for group in self._texts for text in group]
+
+    def wait(self) -> list[Verdict]:
+        """The verdicts of all rows, in their order."""
+        return [future.result() for group in self._futures for future in group]
 
 
 def _verdict(task: Task, row: Row, index: int) -> float:

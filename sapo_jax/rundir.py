@@ -181,6 +181,12 @@ class Metrics:
         if self._events:
             self._events.close()
 
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     def _write_histogram(self, key: str, step: int, edges: list, counts: list) -> None:
         middles = np.add(edges[1:], edges[:-1]) / 2
         moments = sum(counts), np.dot(counts, middles), np.dot(counts, middles**2)

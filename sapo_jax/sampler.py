@@ -25,6 +25,10 @@ from sapo_jax.types import Prompts, Rollout
 __all__ = ["Plan", "check", "make_plan", "moved_bytes", "rollout", "to_sampler"]
 
 
+OnGroups = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
+REPORTS = 8  # finished groups are reported in about this many parts
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The shapes that a rollout's programs are compiled for.
@@ -112,6 +116,7 @@ def rollout(
     top_k: int | None = None,
     top_p: float | None = None,
     plan: Plan | None = None,
+    on_groups: OnGroups | None = None,
     warm_up: Callable[[str], None] | None = None,
 ) -> Rollout:
     """Sample G completions of each prompt.
@@ -130,6 +135,9 @@ def rollout(
         the whole softmax.
       top_p: keep the smallest set of tokens of at least this probability; for evaluation only.
       plan: shapes to compile for; by default all prompts at once.
+      on_groups: called with the completions of some prompts as soon as they are finished, while the
+        others are decoded: (index i32[g], tokens i32[g, G, T], count i32[g, G], finished
+        i32[g, G]), NumPy arrays; each prompt comes once. With warm_up, all come at the end.
       warm_up: compile every program of the plan instead of sampling, and call this with a line
         about each; the result is a rollout without completions.
 
@@ -174,48 +182,102 @@ def rollout(
         state = jax.device_put(state, weights["final_norm"].sharding)
     if warm_up:
         state = _compile_all(plan, state, p, mesh, prefill, decode, warm_up)
+        if on_groups:
+            index = np.arange(p)
+            _report(on_groups, index, _completions(plan, state, p, mesh, index))
     else:
-        state = _run(plan, state, p, mesh, prefill, decode)
+        state = _run(plan, state, p, mesh, prefill, decode, on_groups)
     results = (state.tokens, state.logp, state.count, state.finished)
     return assembly.assemble(config, results, prompts, np.int32(iteration), state.routing, mesh)
 
 
-def _run(plan: Plan, state: Decoding, total: int, mesh, prefill, decode) -> Decoding:
+def _run(plan: Plan, state: Decoding, total: int, mesh, prefill, decode, on_groups) -> Decoding:
     """The host's part: refill, shrink, grow, and decode until all prompts are done.
 
     Arrays over the n parts of the rows; each has as many prompts, in slots of its own.
     """
     parts = sharding.parts(mesh)
-    refill, total = plan.refill // parts, total // parts
-    slots = [count // parts for count in plan.slots]
+    own, slots = total // parts, [count // parts for count in plan.slots]
     level = size = clock = 0
     waiting_n, idle_nQ = np.zeros(parts, int), np.ones((parts, slots[0]), bool)
+    prompt_nQ = np.full(idle_nQ.shape, own)
+    report = _nothing
     while True:
-        while (count_n := _fillable(idle_nQ, total - waiting_n, refill)).any():
-            filled = _fill(plan, parts, total, idle_nQ, waiting_n, count_n)
-            state = prefill(state, *(sharding.feed(x, mesh) for x in filled))
+        while (count_n := _fillable(idle_nQ, own - waiting_n, plan.refill // parts)).any():
+            slot_nF, prompt_nF = _fill(plan, parts, own, idle_nQ, waiting_n, count_n)
+            arguments = (sharding.feed(x.ravel(), mesh) for x in (slot_nF, prompt_nF))
+            state = prefill(state, *arguments)
+            part, at = np.nonzero(slot_nF < slots[0])
+            prompt_nQ[part, slot_nF[part, at]] = prompt_nF[part, at]
+            idle_nQ[part, slot_nF[part, at]] = False
+            waiting_n += count_n
         if idle_nQ.all():
+            report()
             return state
-        done = bool((waiting_n == total).all())
+        done = bool((waiting_n == own).all())
         while done and level + 1 < len(slots) and (~idle_nQ).sum(-1).max() <= slots[level + 1]:
             level += 1
             order_nQ = np.argsort(idle_nQ, axis=-1, kind="stable")[:, : slots[level]]
             order = sharding.feed(order_nQ.astype(np.int32).ravel(), mesh)
             state = decoding.take(state, order, mesh)
-            idle_nQ = np.take_along_axis(idle_nQ, order_nQ, -1)
+            idle_nQ, prompt_nQ = (np.take_along_axis(x, order_nQ, -1) for x in (idle_nQ, prompt_nQ))
         if clock >= plan.cache[size] and size + 1 < len(plan.cache):
             size += 1
             state = state.replace(own_kv=decoding.grow(state.own_kv, plan.cache[size], mesh))
         grows = size + 1 < len(plan.cache)
         until = plan.cache[size] if grows else np.iinfo(np.int32).max
-        # While prompts wait, a part that can take one ends the decoding; then, all that can shrink.
-        enough_n = np.where(waiting_n < total, refill, slots[level] + 1)
-        if done:
-            enough_n = np.full(parts, slots[level] - [*slots[level + 1 :], 0][0])
-        enough = sharding.feed(enough_n.astype(np.int32), mesh)
-        state, idle = decode(state, np.int32(until), enough, np.int32(parts if done else 1))
+        smaller = [*slots[level + 1 :], 0][0]
+        need_n = np.where(waiting_n < own, plan.refill // parts, slots[level] + 1)
+        need_n = np.full(parts, slots[level] - smaller) if done else need_n
+        enough_n, quorum = _until(idle_nQ, need_n, (waiting_n < own).sum(), slots[0], on_groups)
+        enough = sharding.feed(enough_n, mesh)
+        state, idle = decode(state, np.int32(until), enough, quorum)
+        report()  # what had finished before, while the device decodes
         clock, idle = jax.device_get((state.clock, idle))
-        idle_nQ = np.array(idle).reshape(parts, -1)
+        now_nQ = np.array(idle).reshape(parts, -1)
+        if on_groups:
+            part, at = np.nonzero(now_nQ & ~idle_nQ)
+            index = part * own + prompt_nQ[part, at]
+            fresh = _completions(plan, state, total, mesh, index)
+            report = partial(_report, on_groups, index, fresh)
+        idle_nQ = now_nQ
+
+
+def _until(
+    idle_nQ: np.ndarray, need_n: np.ndarray, waiting: int, slots: int, on_groups: Any
+) -> tuple[np.ndarray, np.int32]:
+    """How many idle slots end the decoding in a part, and in how many parts.
+
+    While prompts wait, an eighth of the parts that can take some: the others wait for a refill.
+    Then, all that can shrink; or, for reports, some that have finished more.
+    """
+    parts, idle_n = len(idle_nQ), idle_nQ.sum(-1)
+    if on_groups:
+        need_n = np.minimum(need_n, idle_n + max(1, slots // REPORTS))
+    quorum = parts
+    if waiting or on_groups:
+        met = (idle_n >= need_n).sum()
+        quorum = min(waiting or parts, met + max(1, parts // REPORTS))
+    return need_n.astype(np.int32), np.int32(quorum)
+
+
+def _nothing() -> None:
+    pass
+
+
+def _completions(plan: Plan, state: Decoding, total: int, mesh, index: np.ndarray) -> Any:
+    """What has been recorded of some prompts, still on the device, as many as there are slots."""
+    parts = sharding.parts(mesh)
+    rows = index + index // (total // parts)  # each part keeps one row more than it has prompts
+    count = max(plan.slots[0], len(index))
+    padded = np.full(count, total + parts - 1, np.int32)
+    padded[: len(index)] = rows
+    return decoding.completions((state.tokens, state.count, state.finished), padded, mesh)
+
+
+def _report(on_groups: OnGroups, index: np.ndarray, results: Any) -> None:
+    if len(index):
+        on_groups(index, *(x[: len(index)] for x in jax.device_get(results)))
 
 
 def _fillable(idle_nQ: np.ndarray, rest_n: np.ndarray, refill: int) -> np.ndarray:
@@ -225,21 +287,18 @@ def _fillable(idle_nQ: np.ndarray, rest_n: np.ndarray, refill: int) -> np.ndarra
     return np.where(ready_n, np.minimum(np.minimum(refill, rest_n), free_n), 0)
 
 
-def _fill(plan: Plan, parts: int, total: int, idle_nQ, waiting_n, count_n):
-    """Slots and prompts of one refill, i32[n·F], each named by its place in its part of the rows.
+def _fill(plan: Plan, parts: int, own: int, idle_nQ, waiting_n, count_n):
+    """Slots and prompts of one refill, each named by its place in its part, i32[n, F] twice.
 
-    Takes the slots, and the prompts from those that wait. Entries that fill nothing name a slot out
-    of range.
+    Entries that fill nothing name a slot and a prompt out of range.
     """
     refill = plan.refill // parts
     slot_nF = np.full((parts, refill), plan.slots[0] // parts, np.int32)
-    prompt_nF = np.full((parts, refill), total, np.int32)
+    prompt_nF = np.full((parts, refill), own, np.int32)
     for i, count in enumerate(count_n):
         slot_nF[i, :count] = np.flatnonzero(idle_nQ[i])[:count]
         prompt_nF[i, :count] = waiting_n[i] + np.arange(count)
-        idle_nQ[i, slot_nF[i, :count]] = False
-        waiting_n[i] += count
-    return slot_nF.ravel(), prompt_nF.ravel()
+    return slot_nF, prompt_nF
 
 
 def _compile_all(
@@ -253,10 +312,11 @@ def _compile_all(
         order = np.tile(np.arange(plan.slots[level] // parts, dtype=np.int32), parts)
         return decoding.take(state, sharding.feed(order, mesh), mesh)
 
+    _completions(plan, state, total, mesh, np.zeros(0, int))
     report(f"prefill of {plan.refill} prompts")
     none, idle = np.zeros(parts, int), np.ones((parts, plan.slots[0] // parts), bool)
     nothing = _fill(plan, parts, total // parts, idle, none, none)
-    state = prefill(state, *(sharding.feed(x, mesh) for x in nothing))
+    state = prefill(state, *(sharding.feed(x.ravel(), mesh) for x in nothing))
     for level, slots in enumerate(plan.slots):
         last = level + 1 == len(plan.slots)
         smaller = None if last else keep(level + 1)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from sapo_jax import (
     advantages,
+    corrections,
     inputs,
     learner,
     model,
@@ -27,6 +28,7 @@ from sapo_jax import (
 from sapo_jax.checks import choice as _choice
 from sapo_jax.checks import require as _require
 from sapo_jax.model import params
+from sapo_jax.ratios import KL_ESTIMATES
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.tokenizer import Tokenizer
@@ -35,7 +37,7 @@ SOURCES = ("rollout", "demonstrations")
 OLD_LOGP = ("sampler", "recompute")
 MAY_DIFFER = {
     "iterations", "profile_steps", "compilation_cache", "checkpoint.every",
-    "log.samples", "log.samples_every", "data.workers",
+    "log.samples", "log.samples_every", "data.workers", "reward.workers", "distributed.timeout",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",  # but for the last bits
 }  # fmt: skip
 
@@ -51,6 +53,7 @@ class Settings:
       keep: whether an example has room; None where all have.
       width: tokens of room for a prompt, N.
       max_new_tokens: T; rows have N + T tokens.
+      bounds: of the sampler correction, where there is one.
       plan, eval_plan: the sampler's shapes, for training and for evaluation.
       eval_batch: prompts that an evaluation samples at a time.
       mesh: None on one device.
@@ -66,6 +69,7 @@ class Settings:
     hp: learner.Hyperparameters
     width: int
     max_new_tokens: int
+    bounds: Mapping[str, float]
     plan: sampler.Plan
     eval_plan: sampler.Plan
     eval_batch: int
@@ -87,6 +91,12 @@ class Settings:
         return self.config["source"] == "demonstrations"
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether a KL penalty compares the policy with the one that the run started from."""
+        in_reward = self.config["reward"]["kl_coef"] != 0
+        return self.hp.objective.needs_reference or in_reward
+
+    @property
     def may_differ(self) -> frozenset[str]:
         """Fields that may change when a run is started again: no result depends on them."""
         fixed_length = self.config["learner"]["schedule"] != "constant"
@@ -94,8 +104,13 @@ class Settings:
 
     @property
     def rows(self) -> int:
-        """Rows of an iteration, B."""
+        """Rows that an iteration learns from, B."""
         return self.config["batch"]["prompts"] * self.config["batch"]["group_size"]
+
+    @property
+    def sampled(self) -> int:
+        """Rows that an iteration samples: more than B where prompts are drawn to spare."""
+        return self.rows * self.config["batch"]["oversample"]
 
 
 def _at_least(config: dict, bound: float, *fields: str) -> None:
@@ -116,13 +131,14 @@ def _positive(config: dict, *fields: str) -> None:
 def _check_numbers(c: dict) -> None:
     _at_least(
         c, 1, "iterations", "batch.prompts", "batch.group_size", "batch.minibatches",
-        "batch.micro_batches", "eval.prompts", "eval.samples", "checkpoint.every",
-        "learner.head_chunk", "log.samples_every",
+        "batch.micro_batches", "batch.oversample", "eval.prompts", "eval.samples",
+        "checkpoint.every", "learner.head_chunk", "log.samples_every", "reward.workers",
     )  # fmt: skip
     _at_least(
         c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "sampler.shrink", "eval.every",
         "eval.temperature", "learner.warmup", "learner.weight_decay", "log.samples",
         "profile_steps", "learner.learning_rate", "data.max_prompt_tokens", "data.workers",
+        "distributed.timeout", "reward.kl_coef",
     )  # fmt: skip
     _positive(c, "sampler.temperature", "learner.max_grad_norm", "learner.eps")
     for name in ("b1", "b2"):
@@ -153,6 +169,9 @@ def _check_batch(c: dict) -> None:
             batch["group_size"],
             f"at least 2 for advantages={c['advantages']!r}, which compare the rows of a group",
         )
+    whole = c["advantages"] != "reinforce_pp" or batch["oversample"] == 1
+    only = "1 with advantages='reinforce_pp', which compare all rows"
+    _require(whole, "batch.oversample", batch["oversample"], only)
     slots = c["sampler"]["slots"]
     most = f"at most batch.prompts={batch['prompts']}"
     _require(slots <= batch["prompts"], "sampler.slots", slots, most)
@@ -164,7 +183,7 @@ def _objective(c: dict) -> objectives.Objective:
     if c["source"] == "demonstrations":
         only = "'reinforce' for source='demonstrations': likelihood is REINFORCE with advantage 1"
         _require(name == "reinforce", "objective.name", name, only)
-    _choice("objective.kl", kl, ("k1", "k2", "k3"))
+    _choice("objective.kl", kl, KL_ESTIMATES)
     try:
         given = {key: value for key, value in fields.items() if value is not None}
         objective = objectives.resolve(name, **given)
@@ -172,24 +191,10 @@ def _objective(c: dict) -> objectives.Objective:
             objective = dataclasses.replace(objective, aggregation=aggregation)
     except ValueError as error:
         raise ValueError(f"config.objective: {error}") from None
-    if objective.kl_against == "ref":
-        kl_coef = objective.hyperparameters["kl_coef"]
-        has_reference = kl_coef == 0 or c["init_from"] != ""
-        only = "0 without config.init_from, whose policy is the reference"
-        _require(has_reference, "objective.kl_coef", kl_coef, only)
+    has_reference = not objective.needs_reference or c["init_from"] != ""
+    only = "0 without config.init_from, whose policy is the reference"
+    _require(has_reference, "objective.kl_coef", given.get("kl_coef"), only)
     return objective
-
-
-def _model(c: dict, tokenizer: Tokenizer) -> model.ModelConfig:
-    fields = {key: value for key, value in c["model"].items() if value is not None}
-    preset = fields.pop("preset")
-    dtypes = {f"{kind}_dtype": c["dtype"][kind] for kind in ("params", "compute", "cache")}
-    dtypes["param_dtype"] = dtypes.pop("params_dtype")
-    if "vocab_size" in model.PRESETS.get(preset, {}):
-        fields["vocab_size"] = max(model.PRESETS[preset]["vocab_size"], tokenizer.vocab_size)
-    fields = {"vocab_size": tokenizer.vocab_size, **fields, **dtypes}
-    stop = {"stop_tokens": tokenizer.stop_ids, "pad_token": tokenizer.pad_id}
-    return model.make(preset, **fields, **stop)
 
 
 def _mesh(c: dict, shape: model.ModelConfig, devices: Sequence[Any] | None) -> Mesh | None:
@@ -199,7 +204,10 @@ def _mesh(c: dict, shape: model.ModelConfig, devices: Sequence[Any] | None) -> M
     micro = batch["minibatches"] * batch["micro_batches"]
     rows = {"a micro-batch": batch["prompts"] * batch["group_size"] // micro}
     if c["source"] == "rollout":
-        rows |= {"batch.prompts": batch["prompts"], "sampler.slots": c["sampler"]["slots"]}
+        rows |= {
+            "batch.prompts": batch["prompts"] * batch["oversample"],
+            "sampler.slots": c["sampler"]["slots"],
+        }
     split = [sharding.Dimension(name, "rows", size) for name, size in rows.items()]
     try:
         mesh = sharding.make_mesh(**c["mesh"], devices=devices)
@@ -246,8 +254,29 @@ def _hyperparameters(
     )
 
 
+def _bounds(c: dict) -> dict[str, float]:
+    """Bounds of the sampler correction; π_old has to come from the learner."""
+    fields = dict(c["correction"])
+    name, source = fields.pop("name"), c["learner"]["old_logp"]
+    if name == "none":
+        given = {key: value for key, value in fields.items() if value is not None}
+        _require(not given, "correction", given, "empty with correction.name='none'")
+        return {}
+    _choice("correction.name", name, ("none", *corrections.CORRECTIONS))
+    only = f"'recompute' with correction.name={name!r}: the sampler's own ratio to itself is 1"
+    _require(source == "recompute" and c["source"] == "rollout", "learner.old_logp", source, only)
+    try:
+        return corrections.resolve(name, **fields)
+    except ValueError as error:
+        raise ValueError(f"config.correction: {error}") from None
+
+
 def _recipe(c: dict, room: int) -> Recipe:
     fields = dict(c["reward"])
+    kl_coef, kl, _ = (fields.pop(name) for name in ("kl_coef", "kl", "workers"))
+    _choice("reward.kl", kl, KL_ESTIMATES)
+    only = "0 without config.init_from, whose policy is the reference"
+    _require(kl_coef == 0 or c["init_from"] != "", "reward.kl_coef", kl_coef, only)
     try:
         return Recipe(**{**fields, "max_length": fields["max_length"] or room})
     except ValueError as error:
@@ -272,7 +301,7 @@ def resolve(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> Sett
     made, shares = inputs.make_tasks(c)
     tokenizer = inputs.make_tokenizer(c, made)
     objective = _objective(c)
-    shape = _model(c, tokenizer)
+    shape = inputs.make_model(c, tokenizer)
     width, room, keep = inputs.lengths(c, made, tokenizer, shape)
     slots, shrink = c["sampler"]["slots"], c["sampler"]["shrink"]
     mesh = _mesh(c, shape, devices)
@@ -292,7 +321,8 @@ def resolve(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> Sett
         hp=_hyperparameters(c, shape, objective, mesh),
         width=width,
         max_new_tokens=room,
-        plan=plan(c["batch"]["prompts"]),
+        bounds=_bounds(c),
+        plan=plan(c["batch"]["prompts"] * c["batch"]["oversample"]),
         eval_plan=plan(eval_batch),
         eval_batch=eval_batch,
         mesh=mesh,

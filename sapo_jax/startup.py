@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
-from sapo_jax import checkpoint, experience, learner, streams
+from sapo_jax import checkpoint, experience, inputs, learner, rewards, streams
+from sapo_jax.model import hf
 from sapo_jax.model import params as parameters
-from sapo_jax.progress import Clock, Progress
+from sapo_jax.progress import Clock
 from sapo_jax.settings import Settings
 from sapo_jax.types import TrainState
 
@@ -21,12 +23,10 @@ def start(
     """State, data stream and reference policy: of the newest checkpoint, or of a new run."""
     c, latest = settings.config, checkpoints.latest()
     wanted = learner.abstract(settings.hp)
-    objective = settings.hp.objective
-    to_reference = objective.kl_against == "ref" and objective.hyperparameters["kl_coef"] != 0
+    to_reference = settings.needs_reference
     weights = None
     if c["init_from"] and (latest is None or to_reference):
-        source = epath.Path(c["init_from"]) / "checkpoints"
-        weights = _place(settings, checkpoint.restore_params(source, wanted.params))
+        weights = _place(settings, _weights(settings, wanted.params))
     stream = experience.open_stream(settings, workers=c["data"]["workers"])
     if latest is None:
         start = random_parameters(settings) if weights is None else weights
@@ -52,13 +52,32 @@ def _place(settings: Settings, tree: Any) -> Any:
     return jax.device_put(tree, jax.devices()[0]) if settings.mesh is None else tree
 
 
-def warm_up(settings: Settings, state: TrainState, reference: Any, bar: Progress) -> None:
+def _weights(settings: Settings, abstract: Any) -> Any:
+    """The parameters that ``init_from`` names: of a Hugging Face directory, or of a run."""
+    c = settings.config
+    source = epath.Path(c["init_from"]).expanduser()
+    if inputs.is_hf(c["init_from"]):
+        return hf.load(source, dtype=c["dtype"]["params"], mesh=settings.mesh)[1]
+    return checkpoint.restore_params(source / "checkpoints", abstract)
+
+
+def warm_up(
+    settings: Settings,
+    state: TrainState,
+    reference: Any,
+    scorer: rewards.Scorer,
+    notes: Sequence[Callable[[str], None]],
+) -> None:
     """Compile every program by one iteration and one evaluation on completions of length 0."""
+
+    def note(text):
+        for each in notes:
+            each(f"compiling: {text}")
+
     examples = experience.open_stream(settings)
     collect = experience.SOURCES[settings.config["source"]]
-    notes = (lambda text: bar.note(f"compiling: {text}"),)
-    got = collect(settings, state.params, reference, examples, 0, Clock(), *notes)
-    bar.note("compiling: update")
+    got = collect(settings, state.params, reference, examples, 0, Clock(), scorer, note)
+    note("update")
     learner.learn(jax.tree.map(jnp.copy, state), got.minibatches, settings.hp)
     if settings.config["eval"]["every"]:
-        experience.held_out(settings, state.params, *notes)
+        experience.held_out(settings, state.params, scorer, note)

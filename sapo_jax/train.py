@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import NamedTuple
 
 import jax
 from absl import logging
 from etils import epath
 
-from sapo_jax import checkpoint, experience, learner, rundir, startup, streams
-from sapo_jax.progress import Clock, Progress
+from sapo_jax import checkpoint, distributed, experience, learner, rewards, rundir, startup
+from sapo_jax.progress import Clock, Profile, Progress
 from sapo_jax.settings import Settings
-from sapo_jax.types import TrainState
 
 
-def run(settings: Settings, workdir: epath.PathLike) -> epath.Path:
-    """Train, or go on training, in a run directory; returns the path that its report has.
+class Edge(NamedTuple):
+    """What a run has to do with the world."""
+
+    workdir: epath.Path
+    checkpoints: checkpoint.Checkpoints
+    scorer: rewards.Scorer
+    watchdog: distributed.Watchdog
+    preempted: distributed.Preemption
+
+
+def run(settings: Settings, workdir: epath.PathLike) -> epath.Path | None:
+    """Train, or go on training, in a run directory.
+
+    Returns:
+      The path of the report; None where SIGTERM asked to stop, and the run was saved.
 
     Raises:
       ValueError: the directory belongs to a run with another config, or a checkpoint that is
         needed cannot be restored.
       RuntimeError: another process works in the directory.
     """
-    workdir = epath.Path(workdir)
+    workdir, c = epath.Path(workdir), settings.config
+    workers, timeout = c["reward"]["workers"], c["distributed"]["timeout"]
     with rundir.Lease(workdir):
-        rundir.check_config(workdir, settings.config, may_differ=settings.may_differ)
-        with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
-            state, stream, reference = startup.start(settings, checkpoints)
-            rundir.write_config(workdir, settings.config)
-            _loop(settings, workdir, checkpoints, state, stream, reference)
-        return _report(workdir)
+        rundir.check_config(workdir, c, may_differ=settings.may_differ)
+        with (
+            checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints,
+            rewards.Scorer(settings.task, settings.recipe, workers=workers) as scorer,
+            distributed.Watchdog(timeout, index=jax.process_index()) as watchdog,
+            distributed.preemption() as preempted,
+        ):
+            whole = _loop(settings, Edge(workdir, checkpoints, scorer, watchdog, preempted))
+        return _report(workdir) if whole else None
 
 
 def _report(workdir: epath.Path) -> epath.Path:
@@ -43,57 +60,52 @@ def _report(workdir: epath.Path) -> epath.Path:
         return workdir / "report.html"
 
 
-def _loop(
-    settings: Settings,
-    workdir: epath.Path,
-    checkpoints: checkpoint.Checkpoints,
-    state: TrainState,
-    stream: streams.Stream,
-    reference: Any,
-) -> None:
+def _loop(settings: Settings, edge: Edge) -> bool:
+    """The iterations that are left; returns whether all of them were done."""
     c = settings.config
-    collect = experience.SOURCES[c["source"]]
+    state, stream, reference = startup.start(settings, edge.checkpoints)
+    rundir.write_config(edge.workdir, c)
+    collect = partial(experience.SOURCES[c["source"]], settings, scorer=edge.scorer)
+    held_out = partial(experience.held_out, settings, scorer=edge.scorer)
     total, done = c["iterations"], int(state.iteration)
-    resumed = checkpoints.latest() is not None
-    metrics = rundir.Metrics(workdir, first_iteration=done if resumed else -1)
-    rundir.cut_samples(workdir, done)
-    if done >= total:
-        metrics.close()
-        return
-    bar, clock = Progress(total, done, c["name"]), Clock()
-    startup.warm_up(settings, state, reference, bar)
-    if not resumed and c["eval"]["every"]:
-        record = {"iteration": 0, "update": 0, **experience.held_out(settings, state.params)}
-        metrics.write(record)
-        bar.show(record)
-    trace = range(done + 3, done + 3 + c["profile_steps"])
-    for iteration in range(done + 1, total + 1):
-        if trace and iteration == trace[0]:
-            jax.profiler.start_trace(str(workdir / "profile"))
-        with clock("iteration"):
-            got = collect(settings, state.params, reference, stream, iteration, clock)
-            with clock("update"):
-                state, record = learner.learn(state, got.minibatches, settings.hp)
-        if iteration in trace and iteration == min(trace[-1], total):
-            jax.profiler.stop_trace()
-        record |= {"iteration": iteration, "update": int(state.update), **got.metrics}
-        last = iteration == total
-        if c["eval"]["every"] and (last or iteration % c["eval"]["every"] == 0):
-            with clock("eval"):
-                record |= experience.held_out(settings, state.params)
-        record |= clock.lap()
-        tokens = record["length/mean"] * settings.rows
-        record["time/tokens_per_second"] = tokens / record["time/iteration"]
-        metrics.write(record)
-        if got.samples and (last or iteration % c["log"]["samples_every"] == 0):
-            rundir.write_samples(workdir, iteration, got.samples)
-        if last or iteration % c["checkpoint"]["every"] == 0:
-            with clock("checkpoint"):
-                checkpoints.save(
-                    iteration, state, {"position": stream.position},
-                    score=record.get("eval/pass_at_1"),
-                )  # fmt: skip
-        bar.show(record)
-        bar.step()
-    metrics.close()
-    bar.close()
+    resumed = edge.checkpoints.latest() is not None
+    rundir.cut_samples(edge.workdir, done)
+    with rundir.Metrics(edge.workdir, first_iteration=done if resumed else -1) as metrics:
+        if done >= total:
+            return True
+        bar, clock = Progress(total, done, c["name"]), Clock(edge.watchdog.beat)
+        profile = Profile(edge.workdir / "profile", done + 3, c["profile_steps"])
+        notes = (edge.watchdog.beat, bar.note)
+        startup.warm_up(settings, state, reference, edge.scorer, notes)
+        if not resumed and c["eval"]["every"]:
+            record = {"iteration": 0, "update": 0, **held_out(state.params)}
+            metrics.write(record)
+            bar.show(record)
+        for iteration in range(done + 1, total + 1):
+            clock.iteration = iteration
+            with profile(iteration), clock("iteration"):
+                got = collect(state.params, reference, stream, iteration, clock)
+                with clock("update"):
+                    state, record = learner.learn(state, got.minibatches, settings.hp)
+            record |= {"iteration": iteration, "update": int(state.update), **got.metrics}
+            last = iteration == total
+            if c["eval"]["every"] and (last or iteration % c["eval"]["every"] == 0):
+                with clock("eval"):
+                    record |= held_out(state.params)
+            record |= clock.lap()
+            tokens = record["length/mean"] * settings.sampled
+            record["time/tokens_per_second"] = tokens / record["time/iteration"]
+            metrics.write(record)
+            if got.samples and (last or iteration % c["log"]["samples_every"] == 0):
+                rundir.write_samples(edge.workdir, iteration, got.samples)
+            stop = distributed.any_process(edge.preempted.requested)
+            if last or stop or iteration % c["checkpoint"]["every"] == 0:
+                meta, score = {"position": stream.position}, record.get("eval/pass_at_1")
+                with clock("checkpoint"):
+                    edge.checkpoints.save(iteration, state, meta, score=score)
+            bar.show(record)
+            bar.step()
+            if stop:
+                break
+        bar.close()
+    return iteration == total

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 
+from sapo_jax.model import params
 from sapo_jax.types import Prompts
 
 VOCAB = 23
@@ -14,6 +15,15 @@ def perturbed(tree, scale=0.1, seed=1):
     rng = np.random.default_rng(seed)
     noisy = [x + scale * rng.standard_normal(x.shape).astype(np.float32) for x in leaves]
     return treedef.unflatten([np.asarray(x, np.float32) for x in noisy])
+
+
+def weights(config, scale=0.1):
+    """Parameters of a model, with no program to compile: norms around 1, the rest around 0."""
+    table, is_spec = params.table(config), lambda x: isinstance(x, params.Spec)
+    whole = jax.tree.map(
+        lambda s: np.full(s.shape, "norm" in s.hf_name, np.float32), table, is_leaf=is_spec
+    )
+    return perturbed(whole, scale)
 
 
 def prompts(count, width, seed=0, vocab=VOCAB):

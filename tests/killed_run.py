@@ -14,16 +14,21 @@ def _die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _ask_to_stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _kill_at(place: str, iteration: int) -> None:
     """Patch the place so that it dies at the iteration, in the middle of its work."""
-    if place == "rollout":
+    if place in ("rollout", "sigterm"):
         whole = sampler.rollout
 
         def rollout(*arguments, **options):
             now = not options.get("warm_up") and options.get("domain", "train") == "train"
             if now and options["iteration"] == iteration:
-                whole(*arguments, **options)
-                _die()
+                result = whole(*arguments, **options)
+                (_die if place == "rollout" else _ask_to_stop)()
+                return result
             return whole(*arguments, **options)
 
         sampler.rollout = rollout

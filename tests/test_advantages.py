@@ -70,3 +70,16 @@ def test_reinforce_pp_whitens_the_valid_rows(rng):
 def test_wrong_group_sizes_are_refused(estimator, size, message):
     with pytest.raises(ValueError, match=message):
         advantages.ESTIMATORS[estimator](np.zeros(8, np.float32), size)
+
+
+def test_informative_groups_come_first_and_keep_their_order():
+    """Dynamic sampling: a fixed number of prompts, filled up with marked groups without signal."""
+    rewards = np.float32([1, 1, 0, 1, 0, 0, 1, 0, 0.5, 0.25])
+    rows, signal = advantages.informative(rewards, 2, 2)
+    np.testing.assert_array_equal(rows, [2, 3, 6, 7])
+    assert signal.all()
+    rows, signal = advantages.informative(rewards, 2, 4)
+    np.testing.assert_array_equal(rows, [2, 3, 6, 7, 8, 9, 0, 1])
+    np.testing.assert_array_equal(signal, [True] * 6 + [False] * 2)
+    with pytest.raises(ValueError, match="at least 6 groups of 2"):
+        advantages.informative(rewards, 2, 6)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from sapo_jax import data, evaluate, tasks
+from sapo_jax import data, evaluate, rewards, tasks
 from sapo_jax.tokenizer import CharTokenizer
 from sapo_jax.types import LENGTH, STOP, Rollout
 
@@ -44,7 +44,7 @@ def test_evaluation_counts_every_prompt_once():
     examples = data.held_out(task.examples("test"), 7)
     wrong, cut = examples[2].prompt, examples[5].prompt
 
-    def sample(prompts):
+    def sample(prompts, on_groups):
         texts = [
             tokenizer.decode(row[:n]) for row, n in zip(prompts.tokens, prompts.length, strict=True)
         ]
@@ -57,9 +57,21 @@ def test_evaluation_counts_every_prompt_once():
             tokens[i, : len(ids) + 1] = [*ids, 1]
             mask[i, : len(ids) + 1] = True
             finished[i] = LENGTH if texts[i // 2] == cut else STOP
+        index = np.array([2, 0, 3, 1])  # in any order
+        by_group = (x.reshape(4, 2, *x.shape[1:])[index] for x in (tokens, mask.sum(-1), finished))
+        on_groups(index, *by_group)
         return Rollout(tokens, mask, None, None, None, None, finished, None)
 
-    metrics = evaluate.evaluate(
-        sample, task, examples, tokenizer, samples=2, width=task.max_prompt_chars, batch=4
-    )
+    with rewards.Scorer(task) as scorer:
+        metrics = evaluate.evaluate(
+            sample, scorer, examples, tokenizer, samples=2, width=task.max_prompt_chars, batch=4
+        )
     assert metrics["eval/pass_at_1"] == pytest.approx(5 / 7)
+
+
+def test_tasks_of_the_command_line():
+    text = 'reasoning_gym,dataset=gcd,level=2,options={"a": 1, "b": 2},train=a=b.jsonl'
+    options = {"dataset": "gcd", "level": 2, "options": {"a": 1, "b": 2}, "train": "a=b.jsonl"}
+    assert evaluate.parse_task(text) == ("reasoning_gym", options)
+    with pytest.raises(ValueError, match="'terms' must be option=value"):
+        evaluate.parse_task("chain_sum,terms")

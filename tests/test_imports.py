@@ -7,8 +7,8 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = """
 types masked axes checks
-gates ratios aggregations objectives advantages corrections sharding collectives distributed
-tokenizer
+gates ratios aggregations presets objectives advantages corrections sharding collectives
+distributed tokenizer
 hf_tokenizer datasets
 model.rope model.splash model.config model.params model.attention model.vocab model.moe model.head
 model.transformer
@@ -16,17 +16,26 @@ model.hf_config model.hf model.from_gguf model
 tasks.base tasks.forks tasks.jsonl tasks.answers tasks.agreement tasks.jail tasks.sandbox
 tasks.chain_sum tasks.countdown tasks.math_answer tasks.reasoning tasks.programs
 tasks.prepared tasks.mixture tasks
-streams data rewards
+streams data rewards learnable
 diagnostics routing sampling handover decoding assembly sampler state learner checkpoint
 rundir progress
-population gradlab evaluate report_words report_page report_plots report preflight
+population gradlab_fidelity gradlab_pull gradlab gradlab_tokens
+evaluate report_words report_page report_plots report gradlab_words gradlab_plots gradlab_report
+preflight
 inputs settings experience startup
 train
-sweep main
+sweep main export
 """
 ORDER = {name: i for i, name in enumerate(ROWS.split())}
 CORE = {"jax", "flax", "optax", "orbax", "chex", "ml_collections", "absl", "numpy", "etils"}
-ANYWHERE = {"report", "report_page", "report_plots", "evaluate"}  # not part of a training step
+ANYWHERE = {
+    "report",
+    "report_page",
+    "report_plots",
+    "evaluate",
+    "gradlab_plots",
+    "gradlab_report",
+}  # not part of a training step
 
 
 def modules():

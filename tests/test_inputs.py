@@ -1,13 +1,14 @@
 """What a config asks: tasks in shares, tokenizers from a directory, room for prompts; in a run."""
 
 import json
+import pickle
 import shutil
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sapo_jax import data, datasets, experience, rundir, settings, train
+from sapo_jax import data, datasets, experience, rewards, rundir, settings, train
 from sapo_jax.tasks import prepared
 from tests import tiny_config
 from tests.test_hf_tokenizer import small
@@ -112,6 +113,17 @@ VERDICTS = [
 @pytest.mark.parametrize(("completion", "answer", "verdict"), VERDICTS)
 def test_last_number(completion, answer, verdict):
     assert prepared.last_number(completion, answer) == verdict
+
+
+def test_boxed_answers_are_compared_as_mathematics(dataset):
+    """The judge has processes; a copy in a process that reads data gets its own."""
+    task = prepared.Prepared(str(dataset), verifier="boxed")
+    example = task.examples("test")[3]
+    with rewards.Scorer(task):
+        assert task.verify(example, r"\boxed{7} \boxed{\frac{16}{2}}") == 1
+        assert task.verify(example, r"\boxed{9}") == task.verify(example, "8") == 0
+        copy = pickle.loads(pickle.dumps(task.examples("train")))
+        assert copy[0].prompt == "1+1="
 
 
 REFUSED = [

@@ -355,7 +355,8 @@ def test_live_code_bench_problems(tmp_path):
         assert task.verify(example, completion) == verdict, completion
     rows = [rewards.Row(e, completion, types.STOP, 9) for e, completion, _ in verdicts]
     with rewards.Scorer(task, workers=3) as scorer:
-        assert scorer.submit(rows).result()[0].tolist() == [v for _, _, v in verdicts]
+        found = [future.result().parts["accuracy"] for future in scorer.submit(rows)]
+    assert found == [v for _, _, v in verdicts]
 
 
 class Evil:

@@ -11,16 +11,15 @@ import pytest
 
 from sapo_jax import types
 from sapo_jax.rewards import (
+    Groups,
     Recipe,
     Row,
     Scorer,
     combine,
-    completion_texts,
     judge,
     overlong,
     repetition,
     rows_of,
-    score,
 )
 from sapo_jax.tasks import make
 from sapo_jax.tasks.base import make_example
@@ -38,60 +37,46 @@ class Fixed:
         return self.verdict
 
 
-def rollout_row(tokenizer, prompt, completion, width):
-    """A left-aligned row as the sampler lays it out, and its mask."""
-    start = tokenizer.encode(prompt)
-    rest = [*tokenizer.encode(completion), tokenizer.stop_ids[0]]
-    tokens = np.full(width, tokenizer.pad_id, np.int32)
-    tokens[: len(start) + len(rest)] = start + rest
-    mask = np.zeros(width, bool)
-    mask[len(start) : len(start) + len(rest)] = True
-    return tokens, mask
+def score(task, examples, completions, finished_B):
+    """Rewards of completions by the default recipe."""
+    rows = rows_of(examples, completions, finished_B, np.zeros(len(examples), np.int32))
+    return combine([judge(task, row, Recipe(), i) for i, row in enumerate(rows)], Recipe())[0]
+
+
+def finished_groups(tokenizer, completions, width):
+    """The arrays of groups of one row, as the sampler reports them, garbage behind the stop."""
+    ids = [[*tokenizer.encode(text), tokenizer.stop_ids[0]] for text in completions]
+    tokens_g1T = np.full((len(ids), 1, width), 3, np.int32)
+    for row_, tokens_T in zip(ids, tokens_g1T[:, 0], strict=True):
+        tokens_T[: len(row_)] = row_
+    count_g1 = np.array([[len(row_)] for row_ in ids])
+    return tokens_g1T, count_g1, np.full_like(count_g1, types.STOP)
 
 
 def task_rows(count=6):
     task = make("chain_sum")
-    tokenizer = CharTokenizer(task.alphabet)
     examples = [task.examples("train")[i] for i in range(count)]
-    width = task.max_prompt_chars + task.max_completion_chars + 1
-    rows = [rollout_row(tokenizer, e.prompt, e.demonstration, width) for e in examples]
-    tokens_BS, mask_BS = (np.stack(arrays) for arrays in zip(*rows, strict=True))
-    return task, tokenizer, examples, tokens_BS, mask_BS
+    return task, CharTokenizer(task.alphabet), examples, [e.demonstration for e in examples]
 
 
-def test_completion_texts_hold_the_completion_without_prompt_stop_and_pads():
+def test_groups_hold_completions_without_stop_and_what_lies_behind_it():
     """With a part of the prompt or a pad in the text, every strict verifier says 0."""
-    _, tokenizer, examples, tokens_BS, mask_BS = task_rows()
-    texts = completion_texts(tokens_BS, mask_BS, tokenizer)
-    assert texts == [example.demonstration for example in examples]
-
-
-def test_completion_texts_skip_holes_and_empty_rows():
-    tokenizer = CharTokenizer("abc")
-    tokens_BS = np.array([[2, 3, 4, 1], [2, 3, 4, 1]])
-    mask_BS = np.array([[True, False, True, True], [False] * 4])
-    assert completion_texts(tokens_BS, mask_BS, tokenizer) == ["ac", ""]
-
-
-def test_what_lies_outside_the_mask_does_not_matter():
-    _, tokenizer, _, tokens_BS, mask_BS = task_rows()
-    garbage_BS = np.where(mask_BS, tokens_BS, -7)
-    assert completion_texts(garbage_BS, mask_BS, tokenizer) == completion_texts(
-        tokens_BS, mask_BS, tokenizer
-    )
-
-
-@pytest.mark.parametrize("shapes", [((2, 3), (3, 2)), ((3,), (3,))])
-def test_completion_texts_refuse_other_shapes(shapes):
-    """A mask that broadcasts would decode the wrong tokens."""
-    tokens, mask = np.zeros(shapes[0], np.int32), np.ones(shapes[1], bool)
-    with pytest.raises(ValueError, match=r"\[B, S\]"):
-        completion_texts(tokens, mask, CharTokenizer("ab"))
+    task, tokenizer, examples, texts = task_rows()
+    width = 3 + task.max_completion_chars
+    order = np.array([3, 0, 5, 4, 1, 2])
+    arrays = finished_groups(tokenizer, [texts[i] for i in order], width)
+    with Scorer(task) as scorer:
+        groups = Groups(scorer, examples, tokenizer)
+        groups(order[:4], *(x[:4] for x in arrays))
+        groups(order[4:], *(x[4:] for x in arrays))
+        verdicts = groups.wait()
+    assert groups.texts == texts
+    assert [v.parts["accuracy"] for v in verdicts] == [1.0] * 6
+    assert all(v.seconds > 0 for v in verdicts)
 
 
 def test_each_row_is_judged_against_its_own_example():
-    task, tokenizer, examples, tokens_BS, mask_BS = task_rows()
-    texts = completion_texts(tokens_BS, mask_BS, tokenizer)
+    task, _, examples, texts = task_rows()
     finished_B = np.full(len(texts), types.STOP)
     rewards_B = score(task, examples, texts, finished_B)
     assert rewards_B.dtype == np.float32
@@ -103,8 +88,7 @@ def test_each_row_is_judged_against_its_own_example():
 
 def test_rows_cut_at_the_length_limit_get_zero_even_when_their_text_is_right():
     """A policy that never stops must not be paid for a prefix that happens to be right."""
-    task, tokenizer, examples, tokens_BS, mask_BS = task_rows(4)
-    texts = completion_texts(tokens_BS, mask_BS, tokenizer)
+    task, _, examples, texts = task_rows(4)
     finished_B = np.array([types.STOP, types.LENGTH, types.LENGTH, types.STOP])
     np.testing.assert_array_equal(score(task, examples, texts, finished_B), [1, 0, 0, 1])
 
@@ -155,11 +139,10 @@ class Echo:
 
 
 def test_the_default_recipe_is_the_verdict_alone():
-    task, tokenizer, examples, tokens_BS, mask_BS = task_rows(4)
-    texts = completion_texts(tokens_BS, mask_BS, tokenizer)
+    task, _, examples, texts = task_rows(4)
     texts[1] = ""
     finished_B = np.array([types.STOP, types.STOP, types.LENGTH, types.STOP])
-    rows = rows_of(examples, texts, finished_B, mask_BS.sum(-1))
+    rows = rows_of(examples, texts, finished_B, np.arange(4))
     total_B, metrics = combine([judge(task, r, Recipe()) for r in rows], Recipe())
     np.testing.assert_array_equal(total_B, score(task, examples, texts, finished_B))
     assert metrics == {"reward/accuracy": 0.5}
@@ -230,16 +213,15 @@ def test_a_scorer_keeps_the_order_and_judges_rows_at_the_same_time():
     """No row passes the barrier until all twelve are there: submit() must not wait for any."""
     rows = [row("a" if i % 3 else "b") for i in range(12)]
     with Scorer(Echo(threading.Barrier(12, timeout=30)), workers=12) as scorer:
-        futures = [scorer.submit(rows[:6]), scorer.submit(rows[6:])]
-        totals = [future.result()[0] for future in futures]
-    np.testing.assert_array_equal(np.concatenate(totals), [float(i % 3 > 0) for i in range(12)])
+        futures = scorer.submit(rows[:6]) + scorer.submit(rows[6:])
+        verdicts = [future.result().parts["accuracy"] for future in futures]
+    assert verdicts == [float(i % 3 > 0) for i in range(12)]
 
 
 def test_a_scorer_reports_errors_and_goes_on():
     with Scorer(Fixed(2.0), workers=2) as scorer:
         for _ in range(2):
             with pytest.raises(ValueError, match=r"'fixed'.*row 0"):
-                scorer.submit([row()]).result()
-        total_B, metrics = scorer.submit([]).result()
-        assert total_B.shape == (0,)
-        assert metrics == {"reward/accuracy": 0.0}
+                scorer.submit([row()])[0].result()
+    with pytest.raises(ValueError, match="workers=0"):
+        Scorer(Fixed(1.0), workers=0)

@@ -7,12 +7,13 @@ import pytest
 
 from sapo_jax import learner, model, objectives, routing, sampler
 from sapo_jax.aggregations import finish
-from sapo_jax.model import moe, params, transformer
+from sapo_jax.model import moe, transformer
 from sapo_jax.sampler import Plan
 from sapo_jax.types import Batch
 from tests import fakes
 
 P, N, G, T = 6, 5, 4, 10
+PLAN = Plan((2, 1), (T,), 1)  # slots refilled one by one and compacted: rows keep their routing
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +23,7 @@ def policy():
         "nano_moe", vocab_size=fakes.VOCAB, num_hidden_layers=4, decoder_sparse_step=2,
         stop_tokens=(1, 4), max_position_embeddings=64,
     )  # fmt: skip
-    weights = fakes.perturbed(jax.jit(params.init, static_argnums=0)(config, 0), 0.2)
-    return config, weights
+    return config, fakes.weights(config, 0.2)
 
 
 def settings(config, **kw):
@@ -33,19 +33,15 @@ def settings(config, **kw):
     )
 
 
-def roll(policy, **kw):
+@pytest.fixture(scope="module")
+def rollout(policy):
     config, weights = policy
     return jax.device_get(
         sampler.rollout(
             weights, config, fakes.prompts(P, N), group_size=G, max_new_tokens=T,
-            temperature=1.0, seed=3, iteration=1, **kw,
+            temperature=1.0, seed=3, iteration=1, plan=PLAN,
         )
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def rollout(policy):
-    return roll(policy)
 
 
 @pytest.fixture(scope="module")
@@ -57,90 +53,97 @@ def batch(rollout):
     )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def scored(policy, batch):
+    """log π and the routers' own choices, as the learner finds them."""
+    config, weights = policy
+    return learner.score_routing(weights, batch, settings(config, routing_replay="R2"))
+
+
+@jax.jit
+def update(weights, batch, hp):
+    """Gradient and metrics; R2 and R3 share a program, who recorded the experts is data."""
+    grads, terms = learner.gradient(weights, batch, hp)
+    return grads, finish(terms)[1]
+
+
 def known(rollout):
     """Positions whose token was fed: all but pads and the last token of a completion."""
     end = rollout.segments.sum(-1) - 1
     return np.arange(rollout.tokens.shape[1]) < end[:, None]
 
 
+def close(got, expected):
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale), got, expected)
+
+
 def test_the_sampler_records_every_token_that_it_feeds(policy, rollout):
     config, _ = policy
+    assert len(set(rollout.mask.sum(-1).tolist())) > 2
     assert rollout.routing.dtype == np.int8
     assert rollout.routing.shape == (P * G, N + T, 2, config.num_experts_per_tok)
     np.testing.assert_array_equal((rollout.routing >= 0).all((-1, -2)), known(rollout))
     np.testing.assert_array_equal((rollout.routing < 0).all((-1, -2)), ~known(rollout))
 
 
-@pytest.mark.parametrize("plan", [None, Plan((2, 1), (4, T), 1)])
-def test_sampler_and_learner_agree_on_positions(policy, plan):
+def test_sampler_and_learner_agree_on_positions(rollout, scored):
     """The learner's own routing is the recorded one; shifted by one it is not.
 
     A misaligned replay is silent: nothing crashes, the gradient is wrong.
     """
-    config, weights = policy
-    rollout = roll(policy, plan=plan)
-    data = Batch(
-        rollout.tokens, rollout.mask, rollout.segments, rollout.sampler_logp,
-        rollout.sampler_logp, np.zeros(P * G, np.float32), routing=rollout.routing,
-    )  # fmt: skip
-    _, own = learner.score_routing(weights, data, settings(config))
+    _, own = scored
     where = known(rollout)
-    differs = np.asarray(moe.differs(own, rollout.routing))[where]
-    assert differs.mean() <= 0.01
+    assert np.asarray(moe.differs(own, rollout.routing))[where].mean() <= 0.01
     shifted = np.asarray(moe.differs(own[:, 1:], rollout.routing[:, :-1]))
     assert shifted[where[:, 1:]].mean() > 0.5
+    swapped = np.asarray(moe.differs(own, rollout.routing[:, :, ::-1]))
+    assert swapped[where].mean() > 0.5
 
 
-def ratio_terms(weights, batch, hp):
-    _, terms = jax.jit(learner.gradient)(weights, batch, hp)
-    return {
-        k: float(v)
-        for k, v in finish(terms)[1].items()
-        if np.ndim(v) == 0 and "/" in k and not k.startswith("histogram")
-    }
-
-
-def test_r2_has_log_ratio_exactly_zero(policy, batch):
+def test_r2_has_log_ratio_exactly_zero(policy, batch, scored):
     """Same parameters, same micro-batches, same experts: the first update is on-policy, bitwise."""
+    logp, recorded = scored
+    again = batch.replace(old_logp=logp, sampler_logp=logp, routing=recorded)
     config, weights = policy
-    hp = settings(config, routing_replay="R2")
-    old_logp, recorded = learner.score_routing(weights, batch, hp)
-    again = batch.replace(old_logp=old_logp, routing=recorded)
-    np.testing.assert_array_equal(learner.score(weights, again, hp), old_logp)
-    values = ratio_terms(weights, again, hp)
+    _, values = update(weights, again, settings(config, routing_replay="R2"))
+    assert values["sampler/logp_gap_max"] == 0
     assert values["policy/ratio_max"] == values["policy/ratio_min"] == 1
     assert values["router/differs"] == 0
 
 
 def test_r3_restores_the_samplers_log_probs(policy, batch):
-    """With a router that has moved on, only replay reproduces the sampler's experts."""
+    """With a router that has moved on, only replay reproduces the sampler's experts.
+
+    The router keeps its gradient though its choice is replaced.
+    """
     config, weights = policy
-    gap = {}
-    for mode in ("none", "R3"):
-        logp = np.asarray(learner.score(weights, batch, settings(config, routing_replay=mode)))
-        gap[mode] = np.abs(logp - batch.sampler_logp)[batch.mask].max()
-    assert gap["R3"] <= 1e-5
-    nudged = jax.tree.map(jnp.copy, weights)
+    grads, values = update(weights, batch, settings(config, routing_replay="R2"))
+    assert values["sampler/logp_gap_max"] <= 1e-5
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(grads))
+    assert float(jnp.abs(grads["layers"]["router"]).max()) > 1e-3 * largest
     noise = np.random.default_rng(5).normal(size=weights["layers"]["router"].shape)
-    nudged["layers"]["router"] = weights["layers"]["router"] + np.float32(0.05 * noise)
-    # Once recorded, the learner replays what either mode recorded: R2 here saves a compilation.
-    values = {
-        mode: ratio_terms(nudged, batch, settings(config, routing_replay=mode))
-        for mode in ("none", "R2")
-    }
-    assert values["none"]["router/differs"] > 0.01
-    assert values["R2"]["router/differs"] > 0.01
-    assert values["R2"]["sampler/logp_gap_max"] < values["none"]["sampler/logp_gap_max"]
+    router = weights["layers"]["router"] + np.float32(0.05 * noise)
+    nudged = {**weights, "layers": {**weights["layers"], "router": router}}
+    logp, own = learner.score_routing(nudged, batch, settings(config, routing_replay="R2"))
+    _, replayed = update(nudged, batch, settings(config, routing_replay="R2"))
+    differs = np.asarray(moe.differs(own, batch.routing))[known(batch)].mean()
+    assert differs > 0.01
+    assert float(replayed["router/differs"]) == pytest.approx(differs, rel=0.3)
+    gap = np.abs(logp - batch.sampler_logp)[batch.mask].max()
+    assert gap > 1e-3
+    assert replayed["sampler/logp_gap_max"] < gap
 
 
-def test_replay_keeps_the_routers_gradient(policy, batch):
+@pytest.mark.slow  # test_moe compares one layer in the same way
+def test_replay_gives_the_gradient_of_forced_experts(policy, batch):
     """Changed parameters: the gradient is that of a model with the experts forced, router included.
 
     The reference sums every expert with gates that are 0 outside the forced ones.
     """
     config, weights = policy
     weights = fakes.perturbed(weights, 0.02, seed=9)
-    got, _ = jax.jit(learner.gradient)(weights, batch, settings(config, routing_replay="R2"))
+    got, _ = update(weights, batch, settings(config, routing_replay="R2"))
 
     def dense_experts(w, config, hidden, routed):
         chosen = jnp.sum(jax.nn.one_hot(routed.experts, config.num_experts), -2)
@@ -153,54 +156,73 @@ def test_replay_keeps_the_routers_gradient(policy, batch):
     hp = settings(config, routing_replay="R2", micro_batches=1)
     with pytest.MonkeyPatch.context() as patch, jax.default_matmul_precision("highest"):
         patch.setattr(moe, "experts", dense_experts)
-        expected, _ = jax.jit(lambda *a: learner.gradient(*a))(weights, batch, hp)
-    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale), got, expected)
-    assert float(jnp.abs(got["layers"]["router"]).max()) > 1e-3 * scale
+        expected = jax.jit(lambda *a: learner.gradient(*a)[0])(weights, batch, hp)
+    close(got, expected)
 
 
-def test_the_load_balancing_loss_does_not_depend_on_the_split(policy, batch):
-    """Fractions are taken over the minibatch: per micro-batch they would give another loss."""
-    config, weights = policy
-    runs = [
-        jax.jit(learner.gradient)(
-            weights, batch, settings(config, micro_batches=m, router_aux_coef=0.1)
-        )
-        for m in (1, 2)
-    ]
-    (first, first_terms), (second, second_terms) = runs
-    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(first))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * scale), first, second)
-    values = [finish(t)[1] for t in (first_terms, second_terms)]
-    assert float(values[0]["router/balance"]) == pytest.approx(
-        float(values[1]["router/balance"]), rel=1e-5
-    )
-    plain, _ = jax.jit(learner.gradient)(weights, batch, settings(config))
-    moved = jnp.abs(plain["layers"]["router"] - first["layers"]["router"]).max()
-    assert float(moved) > 1e-4
+def drawn_routing(rows):
+    """Two layers' routing of some rows of four tokens, by random routers; and which exist."""
+    rng = np.random.default_rng(rows)
+    probs = rng.dirichlet(np.full(8, 0.5), size=(2, rows, 4)).astype(np.float32)
+    experts = np.argsort(-probs, -1)[..., :2].astype(np.int32)
+    return moe.Routing(experts, experts, probs, probs), rng.random((rows, 4)) < 0.7
 
 
-def test_the_load_balancing_loss_by_hand(policy, batch):
-    """coef · E · mean over layers of Σ_e f_e P_e, over the tokens that exist; k if balanced."""
-    config, weights = policy
-    _, terms = jax.jit(learner.gradient)(weights, batch, settings(config, router_aux_coef=0.1))
-    _, summary = jax.jit(
-        lambda w: transformer.hidden_routing(
-            w, config, batch.tokens, batch.segments,
-            summarise=lambda r: (r.experts, r.probs),
-        )
-    )(weights)  # fmt: skip
-    experts, probs = (np.asarray(x) for x in summary)
-    valid = batch.segments > 0
+def test_the_load_balancing_loss_by_hand():
+    """E · mean over layers of Σ_e f_e P_e, over the tokens that exist; k if balanced.
+
+    Fractions of the whole minibatch: the parts of any split add up to the same.
+    """
+    config = model.make("nano_moe", vocab_size=23, num_experts=8)
+    decided, valid = drawn_routing(6)
+
+    @jax.jit
+    def summary(decided, valid):
+        return jax.vmap(lambda layer: routing.summarise(layer, valid, config))(decided)
+
+    def part(rows):
+        return summary(jax.tree.map(lambda x: x[:, rows], decided), valid[rows])
+
     total = 0.0
     for layer in range(2):
-        f = np.bincount(experts[layer][valid].ravel(), minlength=8) / valid.sum()
-        total += 8 * np.sum(f * probs[layer][valid].mean(0)) / 2
-    assert total > config.num_experts_per_tok
-    values = finish(terms)[1]
-    assert float(values["router/balance"]) == pytest.approx(0.1 * total, rel=1e-4)
-    assert 1 <= float(values["router/load_max"]) <= 8 / 2
-    assert 0 < float(values["router/entropy"]) < np.log(8)
+        f = np.bincount(decided.experts[layer][valid].ravel(), minlength=8) / valid.sum()
+        total += 8 * np.sum(f * decided.probs[layer][valid].mean(0)) / 2
+    share = part(slice(0, 6)).counts / (2 * valid.sum())
+    for split in ([slice(0, 6)], [slice(0, 2), slice(2, 6)]):
+        got = sum(routing.balance(part(rows), share, 2) for rows in split)
+        assert float(got) / valid.sum() == pytest.approx(total, rel=1e-5)
+    assert total > 2
+
+
+@pytest.mark.slow
+def test_the_load_balancing_loss_in_an_update(policy, batch):
+    """It does not depend on the split into micro-batches, moves the router, and is the formula's.
+
+    Fractions are taken over the minibatch: per micro-batch they would give another loss.
+    """
+    config, weights = policy
+    runs = [
+        update(weights, batch, settings(config, micro_batches=m, router_aux_coef=0.1))
+        for m in (1, 2)
+    ]
+    (first, _), (second, _) = runs
+    close(first, second)
+    plain, _ = update(weights, batch, settings(config, micro_batches=2, router_aux_coef=0.0))
+    assert float(jnp.abs(plain["layers"]["router"] - first["layers"]["router"]).max()) > 1e-4
+    _, (experts, probs) = jax.jit(
+        lambda w: transformer.hidden_routing(
+            w, config, batch.tokens, batch.segments, summarise=lambda r: (r.experts, r.probs)
+        )
+    )(weights)
+    valid, total = batch.segments > 0, 0.0
+    for layer in range(2):
+        f = np.bincount(np.asarray(experts)[layer][valid].ravel(), minlength=8) / valid.sum()
+        total += 8 * np.sum(f * np.asarray(probs)[layer][valid].mean(0)) / 2
+    for _, values in runs:
+        assert float(values["router/balance"]) == pytest.approx(0.1 * total, rel=1e-4)
+        assert values["router/differs"] <= 0.01
+        assert 1 <= values["router/load_max"] <= 8 / 2
+        assert 0 < values["router/entropy"] < np.log(8)
 
 
 def test_a_batch_without_routing_cannot_be_replayed(policy, batch):

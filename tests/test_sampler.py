@@ -127,6 +127,33 @@ def test_layouts_agree_up_to_near_ties(peaked):
         )
 
 
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_groups_are_reported_as_they_finish(peaked, name):
+    """Each prompt once, with the rows that the rollout ends with; reporting changes no bit."""
+    prompts = fakes.prompts(96, N, seed=5)
+    seen, parts = {}, []
+
+    def on_groups(index_g, tokens_gGT, count_gG, finished_gG):
+        parts.append(len(index_g))
+        for p, *group in zip(index_g.tolist(), tokens_gGT, count_gG, finished_gG, strict=True):
+            assert p not in seen
+            seen[p] = group
+
+    plan = LAYOUTS[name]
+    rollout = roll(peaked, prompts, plan=plan, on_groups=on_groups)
+    jax.tree.map(np.testing.assert_array_equal, rollout, roll(peaked, prompts, plan=plan))
+    assert len(seen) == 96
+    assert len(parts) > 4
+    for p, (tokens_GT, count_G, finished_G) in seen.items():
+        rows = slice(p * G, p * G + G)
+        np.testing.assert_array_equal(rollout.mask[rows].sum(-1), count_G)
+        np.testing.assert_array_equal(rollout.finished[rows], finished_G)
+        for tokens_S, mask_S, tokens_T, count in zip(
+            rollout.tokens[rows], rollout.mask[rows], tokens_GT, count_G, strict=True
+        ):
+            np.testing.assert_array_equal(tokens_S[mask_S], tokens_T[:count])
+
+
 def test_same_program_is_bitwise_repeatable(peaked):
     prompts = fakes.prompts(P, N)
     first, second = (roll(peaked, prompts) for _ in range(2))

@@ -22,6 +22,7 @@ def changed(fields):
 
 
 HALF = {"name": "countdown", "share": 0.5}
+TIS = {"correction.name": "token_tis", "learner.old_logp": "recompute"}
 WRONG = [
     ({"objective.name": "sap"}, "'sap'", "nearest is 'sapo'"),
     ({"objective.tau_neg": -1.0}, "tau_neg=-1.0", "> 0"),
@@ -32,6 +33,15 @@ WRONG = [
     ({"objective.aggregation": "mean"}, "'mean'", "token_mean"),
     ({"objective.kl": "k9"}, "'k9'", "k1, k2, k3"),
     ({"objective.kl_coef": 0.1}, "kl_coef=0.1", "init_from"),
+    ({"reward.kl_coef": 0.1}, "reward.kl_coef=0.1", "init_from"),
+    ({"reward.kl_coef": -0.1}, "reward.kl_coef=-0.1", "at least 0"),
+    ({"reward.kl": "k9"}, "reward.kl='k9'", "k1, k2, k3"),
+    ({"correction.name": "tis"}, "correction.name='tis'", "nearest is"),
+    ({"correction.name": "icepop"}, "learner.old_logp='sampler'", "'recompute'"),
+    ({"correction.high": 2.0}, "{'high': 2.0}", "empty with correction.name='none'"),
+    (TIS | {"correction.low": 2.0}, "no bound 'low'", "it has high"),
+    ({"batch.oversample": 0}, "batch.oversample=0", "at least 1"),
+    ({"batch.oversample": 2, "advantages": "reinforce_pp"}, "oversample=2", "compare all rows"),
     ({"source": "rollouts"}, "'rollouts'", "nearest is 'rollout'"),
     ({"source": "demonstrations"}, "'sapo'", "'reinforce'"),
     ({"advantages": "grop"}, "'grop'", "nearest is 'group'"),

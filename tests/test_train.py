@@ -64,18 +64,22 @@ def spawn(workdir, stop_at=None):
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
 
-STOPS = ["rollout 5", "minibatch 5", "checkpoint 6", "rollout 2"]
+STOPS = ["rollout 5", "minibatch 5", "checkpoint 6", "rollout 2", "sigterm 4"]
 
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_a_killed_run_ends_like_an_uninterrupted_one(whole, stop, tmp_path):
-    """SIGKILL in a rollout, in minibatch 2, in a checkpoint write; then the same command again.
+    """SIGKILL in a rollout, in minibatch 2, in a checkpoint write; or SIGTERM; then again.
 
     Noise keyed by process state, a data stream that restarts, or metrics kept from iterations that
     are run again would all show.
     """
     workdir = tmp_path / "run"
-    assert spawn(workdir, stop).wait() == -signal.SIGKILL
+    asked = stop.startswith("sigterm")
+    assert spawn(workdir, stop).wait() == (0 if asked else -signal.SIGKILL)
+    if asked:  # in iteration 4, of which it kept nothing otherwise
+        assert (workdir / "checkpoints" / "4").exists()
+        assert not (workdir / "report.html").exists()
     assert not (workdir / "checkpoints" / "6").exists()
     assert spawn(workdir).wait() == 0
     assert records(workdir) == records(whole)
@@ -166,6 +170,30 @@ def test_recomputed_old_logp_and_reference_kl(tmp_path):
     record = rundir.read_metrics(tmp_path / "run")[0]
     assert record["policy/ratio_max"] == pytest.approx(1, abs=1e-6)
     assert record["policy/kl_ref"] == pytest.approx(0, abs=1e-9)
+
+
+def test_what_is_rejected_moves_nothing(tmp_path):
+    """Dynamic sampling, KL in the reward and a correction that rejects everything, in one run.
+
+    Overlong shaping over the whole length gives rewards that differ.
+    """
+    run(tmp_path / "start", iterations=1, **{"eval.every": 0})
+    fields = {
+        "learner.old_logp": "recompute", "reward.kl_coef": 0.1, "batch.oversample": 2,
+        "reward.overlong": 1.0, "reward.buffer": 6, "reward.max_length": 6,
+        "correction.name": "geometric", "correction.low": 2.0, "correction.high": 3.0,
+        "init_from": str(tmp_path / "start"), "iterations": 1, "eval.every": 0,
+    }  # fmt: skip
+    run(tmp_path / "run", **fields)
+    record = rundir.read_metrics(tmp_path / "run")[0]
+    assert record["correction/cut"] == 1
+    assert record["correction/rho_mean"] == pytest.approx(1, abs=1e-4)
+    assert record["grad/norm"] == 0
+    assert record["reward/mean"] == pytest.approx(-record["length/mean"] / 6)
+    assert record["reward/kl"] == pytest.approx(0, abs=1e-4)
+    # 16 prompts were drawn for 8: what has a signal is in the batch, up to all of it.
+    informative = 16 * (1 - record["advantage/zero_groups"])
+    assert record["advantage/kept_groups"] == pytest.approx(min(informative / 8, 1))
 
 
 def test_profile_steps_write_a_trace(tmp_path):

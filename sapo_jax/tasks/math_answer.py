@@ -16,6 +16,25 @@ from sapo_jax.tasks.forks import Forks
 TEMPLATE = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
+class Boxed(Forks):
+    r"""Judges the last ``\boxed{}`` of a completion, in processes where symbols are compared.
+
+    Args:
+        workers: processes.
+    """
+
+    def __init__(self, workers: int = 1):
+        super().__init__("sapo_jax.tasks.agreement:compare", workers=workers, seconds=0.9)
+
+    def __call__(self, completion: str, answer: str) -> float:
+        """1.0 iff it agrees with the answer; see ``agreement.same``."""
+        found = last_boxed(completion)
+        return float(bool(found) and same(answer, found, self.call))
+
+    def __reduce__(self):  # a copy in a process that reads data starts its own
+        return Boxed, (self.workers,)
+
+
 @dataclass(frozen=True)
 class MathAnswer:
     r"""A problem is answered by text whose last ``\boxed{}`` holds the reference answer.
@@ -88,18 +107,16 @@ class MathAnswer:
 
     def verify(self, example: Example, completion: str) -> float:
         r"""1.0 iff the last ``\boxed{}`` holds the answer; see ``agreement.same``."""
-        answer = last_boxed(completion)
-        return float(bool(answer) and same(example.answer, answer, self._forks.call))
+        return self._judge(completion, example.answer)
 
     @functools.cached_property
-    def _forks(self) -> Forks:
-        return Forks("sapo_jax.tasks.agreement:compare", workers=self.workers, seconds=0.9)
+    def _judge(self) -> Boxed:
+        return Boxed(self.workers)
 
     def start(self) -> None:
         """Start the processes for symbolic comparison, so that no row waits for their imports."""
-        self._forks.start()
+        self._judge.start()
 
     def close(self) -> None:
         """End the processes; a later comparison starts new ones."""
-        if "_forks" in self.__dict__:
-            self._forks.close()
+        self._judge.close()

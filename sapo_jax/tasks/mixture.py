@@ -42,6 +42,16 @@ class Mixture:
         """The verdict of the example's own task."""
         return list(self.tasks.values())[example.task].verify(example, completion)
 
+    def start(self) -> None:
+        """Start what the tasks need before the first verdict."""
+        for task in self.tasks.values():
+            getattr(task, "start", lambda: None)()
+
+    def close(self) -> None:
+        """End the tasks' processes."""
+        for task in self.tasks.values():
+            getattr(task, "close", lambda: None)()
+
 
 @dataclass(frozen=True)
 class _InTurn(Sequence[Example]):

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from sapo_jax import datasets
 from sapo_jax.tasks.base import Example, make_example
+from sapo_jax.tasks.math_answer import Boxed
 
 _NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?|-?\d+(?:\.\d+)?", re.ASCII)
 MAX_DIGITS = 64
@@ -33,7 +34,12 @@ def last_number(completion: str, answer: str) -> float:
     return float(mine == reference)
 
 
-VERIFIERS: dict[str, Callable[[str, str], float]] = {"exact": exact, "last_number": last_number}
+# What makes the judge (completion, answer) -> score of a run.
+VERIFIERS: dict[str, Callable[[], Callable[[str, str], float]]] = {
+    "exact": lambda: exact,
+    "last_number": lambda: last_number,
+    "boxed": Boxed,
+}
 
 
 class PreparedExamples(Sequence[Example]):
@@ -65,7 +71,8 @@ class Prepared:
 
     Args:
         directory: of the dataset; see ``datasets.locate``.
-        verifier: one of ``VERIFIERS``.
+        verifier: one of ``VERIFIERS``: the whole text, the last number, or the last
+            ``\\boxed{}`` as ``math_answer`` judges it.
         template: the prompt of a policy, where ``{}`` stands for the dataset's.
         prompt, answer, demonstration: fields of the records; a dataset need not have the last.
         train, test: splits, or parts of one such as ``train[:95%]``.
@@ -125,7 +132,19 @@ class Prepared:
 
     def verify(self, example: Example, completion: str) -> float:
         """The verdict of the verifier."""
-        return VERIFIERS[self.verifier](completion, example.answer)
+        return self._judge(completion, example.answer)
+
+    @functools.cached_property
+    def _judge(self) -> Callable[[str, str], float]:
+        return VERIFIERS[self.verifier]()
+
+    def start(self) -> None:
+        """Start the verifier's processes, if it has any."""
+        getattr(self._judge, "start", lambda: None)()
+
+    def close(self) -> None:
+        """End them."""
+        getattr(self._judge, "close", lambda: None)()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,212 @@
+"""Write docs/algorithms/ from the presets and their docstrings: python -m docs.generate."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from docs.differences import DIFFERENCES
+from sapo_jax import corrections, objectives
+from sapo_jax.aggregations import AGGREGATIONS
+from sapo_jax.objectives import OBJECTIVES, Objective
+
+OUT = pathlib.Path(__file__).parent / "algorithms"
+CURVE = tuple(np.round(np.linspace(0.02, 4, 200), 4).tolist())
+GRID = (0.1, 0.5, 0.8, 1.0, 1.2, 2.0, 5.0, 20.0)
+SIDES = (("A > 0", "#0072b2", ""), ("A < 0", "#d55e00", ' stroke-dasharray="6 4"'))
+LEVELS = {
+    "token": "of each token, r = π_θ/π_old",
+    "sequence": "of the sequence, the geometric mean s of its tokens' ratios",
+    "sequence_token": "of the sequence, s, with the gradient of each token's own log π",
+    "product": "of the sequence, the product W of its tokens' ratios",
+    "geo_clipped": "of the sequence: the geometric mean after each token's log-ratio is clipped",
+}
+FAMILIES = {
+    "sapo_erf": "f(r) = (√π/2κ)·erf(κ(r − 1)); w = e^{−u²} with u = κ(r − 1)",
+    "sapo_arctan": "f(r) = arctan(κ(r − 1))/κ; w = 1/(1 + u²) with u = κ(r − 1)",
+    "sapo_softsign": "f(r) = (1/κ)·u/(1 + |u|); w = 1/(1 + |u|)² with u = κ(r − 1)",
+}
+
+
+@functools.cache
+def coefficients(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """c for A = 1 and A = −1 at the ratios CURVE and then GRID, in f64.
+
+    Of completions of one token with π_old = ½, by differentiating the loss.
+    """
+    with jax.enable_x64(True):
+        needed = {"max_length": 1.0} if "max_length" in OBJECTIVES[name].hyperparameters else {}
+        ratios = jnp.asarray((*CURVE, *GRID))
+        old = jnp.full((2 * len(ratios), 1), math.log(0.5))
+        mask, a = jnp.ones(old.shape, bool), jnp.repeat(jnp.array([1.0, -1.0]), len(ratios))
+
+        def total(logp):
+            loss, _ = objectives.policy_loss(name, logp, old, a, mask, kl_coef=0.0, **needed)
+            return -loss * len(a)
+
+        c = jax.grad(total)(old + jnp.tile(jnp.log(ratios), 2)[:, None])[:, 0] * a
+        return tuple(np.asarray(c).reshape(2, -1))
+
+
+def _described(gate) -> tuple[str, str]:
+    """Formula and source from a gate's docstring."""
+    text = inspect.getdoc(gate) or ""
+    body, _, source = text.partition("Source: ")
+    return " ".join(body.split()).rstrip("."), " ".join(source.split()).rstrip(".")
+
+
+def _formula(name: str, preset: Objective) -> tuple[str, str]:
+    if name in FAMILIES:
+        text = FAMILIES[name]
+        return f"{text}, κ = τ times a factor that gives it the half-width of SAPO's gate", (
+            "arXiv 2602.19345"
+        )
+    formula, source = _described(preset.gate)
+    extra = {
+        "dapo": "arXiv 2503.14476", "grpo": "arXiv 2402.03300", "dr_grpo": "arXiv 2503.20783",
+        "gspo": "arXiv 2507.18071", "gspo_token": "arXiv 2507.18071, Eq. 13",
+        "luspo": "arXiv 2602.05261",
+    }.get(name)  # fmt: skip
+    return formula, f"{extra}; the clip: {source}" if extra else source
+
+
+def _panel(name: str, title: str, x0: int, values: dict[str, np.ndarray], r: np.ndarray) -> str:
+    """One plot of an SVG: curves over r, with a frame, ticks and a label."""
+    top = max(1.25, min(5.0, max(float(v.max()) for v in values.values()) * 1.08))
+    left, width, height, base = x0 + 44, 270, 170, 200
+
+    def at(x: float, y: float) -> str:
+        return f"{left + width * x / 4:.1f},{base - height * min(y, top) / top:.1f}"
+
+    parts = [f'<text x="{left}" y="18" font-weight="bold">{title}</text>']
+    for tick in (0, 1, 2, 3, 4):
+        x = left + width * tick / 4
+        parts.append(f'<text x="{x:.1f}" y="{base + 16}" text-anchor="middle">{tick}</text>')
+    step = 0.5 if top < 3 else 1.0
+    for i in range(int(top / step) + 1):
+        y = base - height * i * step / top
+        parts.append(
+            f'<path d="M{left} {y:.1f}h{width}" stroke="#dfe3e8"/>'
+            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{i * step:g}</text>'
+        )
+    for (label, colour, dash), y_n in zip(SIDES, values.values(), strict=True):
+        points = " ".join(at(x, y) for x, y in zip(r, y_n, strict=True))
+        parts.append(
+            f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"{dash}>'
+            f"<title>{name}, {label}</title></polyline>"
+        )
+    parts.append(f'<text x="{left + width / 2}" y="{base + 32}" text-anchor="middle">r</text>')
+    return "".join(parts)
+
+
+def plot(name: str) -> str:
+    """An SVG of w and c over the ratio, for both signs of the advantage."""
+    r = np.array(CURVE)
+    pairs = zip(SIDES, coefficients(name), strict=True)
+    c = {side[0]: values[: len(CURVE)] for side, values in pairs}
+    w = {label: values / r for label, values in c.items()}
+    legend = "".join(
+        f'<path d="M{520 + 66 * i} 14h18" stroke="{colour}" stroke-width="2"{dash}/>'
+        f'<text x="{542 + 66 * i}" y="18">{label.replace("<", "&lt;").replace(">", "&gt;")}</text>'
+        for i, (label, colour, dash) in enumerate(SIDES)
+    )
+    body = _panel(name, "gate weight w", 0, w, r) + _panel(name, "coefficient c = r·w", 330, c, r)
+    body = re.sub(r"(, A )([<>])", lambda m: m[1] + {"<": "&lt;", ">": "&gt;"}[m[2]], body)
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 660 240" font-size="12" '
+        f'font-family="sans-serif" fill="#24292f"><rect width="660" height="240" fill="#fff"/>'
+        f"{body}{legend}</svg>\n"
+    )
+
+
+def _table(name: str) -> list[str]:
+    lines = ["| r | " + " | ".join(f"{r:g}" for r in GRID) + " |", "|---" * (len(GRID) + 1) + "|"]
+    for (label, *_), side in zip(SIDES, coefficients(name), strict=True):
+        c = side[len(CURVE) :]
+        for symbol, values in (("w", c / np.array(GRID)), ("c", c)):
+            cells = " | ".join(f"{v:.4g}" for v in values)
+            lines.append(f"| {symbol}, {label} | {cells} |")
+    return lines
+
+
+def page(name: str) -> str:
+    """The Markdown of one preset."""
+    preset = OBJECTIVES[name]
+    formula, source = _formula(name, preset)
+    held = preset.hyperparameters.items()
+    defaults = [f"| `{k}` | {'required' if v is None else f'{v:g}'} |" for k, v in held]
+    ratio = f"`{preset.ratio}`: {LEVELS[preset.ratio]}"
+    lines = [
+        f"# {name}", "",
+        f"{formula}.", "",
+        f"Source: {source}.", "",
+        f"- ratio: {ratio}",
+        f"- aggregation: `{preset.aggregation}`, {AGGREGATIONS[preset.aggregation]}",
+        "- `kl_coef` weighs a penalty on KL(π_old‖π_θ), estimated by r − 1 − log r"
+        if preset.kl_against == "old"
+        else "- `kl_coef` weighs a penalty on KL(π_θ‖π_ref), with the estimator `kl` (k1, k2, k3)",
+    ]  # fmt: skip
+    if "eps_low" in preset.hyperparameters:
+        unit = "of log r" if preset.ratio == "geo_clipped" else "of the ratio from 1"
+        lines.append(f"- ε are distances {unit}")
+    lines += ["", "| hyperparameter | default |", "|---|---|", *defaults, ""]
+    lines += [f"![w and c over the ratio]({name}.svg)", ""]
+    lines += ["For a completion of one token with π_old = ½, A = ±1, without a KL penalty:", ""]
+    lines += [*_table(name), "", "## Differences between implementations", ""]
+    lines += [f"- {text}" for text in DIFFERENCES[name]]
+    return "\n".join(lines) + "\n"
+
+
+def index() -> str:
+    """The overview: all presets, and the parts that go with any of them."""
+    lines = [
+        "# Algorithms", "",
+        "Written by `python -m docs.generate` from the presets; a test asserts that it is up to "
+        "date. Every method is Σ c·A·∇log π: its gate weight is w, its coefficient c = r·w.", "",
+        "| preset | ratio | aggregation | c at r = ½, 2 for A > 0 | for A < 0 |",
+        "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for name, preset in OBJECTIVES.items():
+        at = [len(CURVE) + GRID.index(r) for r in (0.5, 2.0)]
+        cells = [", ".join(f"{v:.3g}" for v in side[at]) for side in coefficients(name)]
+        row = (f"[{name}]({name}.md)", preset.ratio, preset.aggregation, *cells)
+        lines.append("| " + " | ".join(row) + " |")
+    lines += [
+        "", "## Sampler corrections", "",
+        "`config.correction.name`; weights of tokens by ρ = π_old/π_sampler, both of the same "
+        "parameters, the first by the learner (`learner.old_logp=\"recompute\"`).", "",
+        "| correction | level of ρ | bounds | source |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for name, rule in corrections.CORRECTIONS.items():
+        bounds = ", ".join(f"{k} {v:g}" for k, v in rule.bounds.items())
+        lines.append(f"| {name} | {rule.ratio} | {bounds} | {rule.source} |")
+    return "\n".join(lines) + "\n"
+
+
+def files() -> dict[str, str]:
+    """Every generated file by name."""
+    pages = {f"{name}.md": page(name) for name in OBJECTIVES}
+    return {"README.md": index(), **pages, **{f"{name}.svg": plot(name) for name in OBJECTIVES}}
+
+
+def main() -> None:
+    """Write what is new, remove what no preset has."""
+    OUT.mkdir(exist_ok=True)
+    wanted = files()
+    for old in OUT.iterdir():
+        if old.name not in wanted:
+            old.unlink()
+    for name, content in wanted.items():
+        (OUT / name).write_text(content, encoding="utf-8")
+    print(f"{len(wanted)} files in {OUT}")
+
+
+if __name__ == "__main__":
+    main()

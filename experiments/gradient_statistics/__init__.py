@@ -1,0 +1,1 @@
+"""What do algorithms make of the same stale completions, and which gradient is right?"""

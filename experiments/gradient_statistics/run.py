@@ -1,0 +1,212 @@
+"""Gradient statistics of a run: its newest policy, moved on by its own updates, in the lab.
+
+    python -m experiments.gradient_statistics.run --workdir=runs/quickstart --name=quickstart
+    python -m experiments.gradient_statistics.run --summarise=quickstart_0,quickstart_1,quickstart_2
+
+`results/<name>.json` and `results/<name>.html`; the second form writes `results/summary.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from configs import base
+from sapo_jax import (
+    checkpoint,
+    data,
+    experience,
+    gradlab,
+    gradlab_report,
+    gradlab_tokens,
+    learner,
+    objectives,
+    rewards,
+    rundir,
+    sampler,
+    settings,
+    startup,
+)
+from sapo_jax.progress import Clock
+from sapo_jax.types import Batch
+
+HERE = pathlib.Path(__file__).parent
+DEFAULT = [
+    "sapo", "sapo_softsign", "grpo", "dapo", "gspo", "gmpo", "cispo", "p3o", "reinforce", "maspo",
+    "mhpo_unit", "vespo",
+]  # fmt: skip
+_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
+_NAME = flags.DEFINE_string("name", "quickstart", "Of the files in results/.")
+_OBJECTIVES = flags.DEFINE_list("objectives", DEFAULT, "Presets to compare.")
+_UPDATES = flags.DEFINE_list("updates", ["0", "1", "2", "3", "15"], "Updates since sampling.")
+_FRESH = flags.DEFINE_integer("fresh", 16, "Fresh samples for each frozen one, at least 16.")
+_FOCUS = flags.DEFINE_string("focus", "sapo", "The preset whose gate is split by token groups.")
+_SUMMARISE = flags.DEFINE_list("summarise", [], "Names to put into one table; runs nothing.")
+
+
+def load(workdir: str) -> settings.Settings:
+    """The settings of a run, without dynamic sampling and routing replay."""
+    config = base.get_config()
+    with config.unlocked():
+        config.update(ConfigDict(rundir.read_config(workdir)))
+        config.batch.oversample = 1
+        config.learner.routing_replay = "none"
+    return settings.resolve(config)
+
+
+def joined(parts: tuple[Batch, ...]) -> Batch:
+    """Minibatches as one batch."""
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+
+def draw(
+    checked: settings.Settings, scorer: rewards.Scorer, params: Any, examples: list,
+    group_size: int, salt: int,
+) -> tuple[Batch, np.ndarray]:  # fmt: skip
+    """Fresh samples of the prompts by one policy: rows, and their rewards."""
+    groups = rewards.Groups(scorer, examples, checked.tokenizer)
+    slots = max(1, 1024 // group_size)
+    rollout = sampler.rollout(
+        params,
+        checked.model,
+        data.encode_prompts(examples, checked.tokenizer, checked.width),
+        group_size=group_size,
+        max_new_tokens=checked.max_new_tokens,
+        temperature=checked.config["sampler"]["temperature"],
+        seed=checked.config["seed"],
+        iteration=salt,
+        domain="gradient_lab",
+        plan=sampler.make_plan(len(examples), checked.max_new_tokens, slots=slots, shrink=0),
+        on_groups=groups,
+    )
+    rewards_B, _ = rewards.combine([v.parts for v in groups.wait()], checked.recipe)
+    logp_BS = rollout.sampler_logp
+    zeros_B = jnp.zeros(len(rewards_B))
+    rows = (rollout.tokens, rollout.mask, rollout.segments, logp_BS, logp_BS, zeros_B)
+    return Batch(*rows), rewards_B
+
+
+def measure(lab: gradlab.Lab, algorithms: dict, focus: str) -> dict[str, Any]:
+    """Everything that the lab says at one policy."""
+    halves = lab.targets()
+    found: dict[str, Any] = {"reward": float(lab.rewards.mean())}
+    found["gradients"] = gradlab.compare(lab, halves, algorithms)
+    found["tokens"] = gradlab_tokens.describe(algorithms, lab.weights, lab.frozen, lab.hp)
+    if focus:
+        scored = gradlab_tokens.score(lab.weights, lab.frozen, lab.hp)
+        kinds = gradlab_tokens.groups(*scored, lab.frozen)
+        flat = {(kind, name): m for kind, named in kinds.items() for name, m in named.items()}
+        found["groups"] = gradlab.split(lab, halves, algorithms[focus], flat)
+    return found
+
+
+def examine(
+    workdir: str, algorithms: dict, updates: list[int], fresh: int, focus: str
+) -> dict[str, Any]:
+    """The run's policy at several numbers of updates after it sampled the same frozen rows."""
+    checked = load(workdir)
+    c = checked.config
+    prompts, group_size = c["batch"]["prompts"], c["batch"]["group_size"]
+    with checkpoint.Checkpoints(pathlib.Path(workdir) / "checkpoints") as checkpoints:
+        state, stream, reference = startup.start(checked, checkpoints)
+    iteration, position = int(state.iteration) + 1, stream.position
+    examples = stream.take(prompts)
+    stream.position = position
+    with rewards.Scorer(checked.task, checked.recipe, workers=c["reward"]["workers"]) as scorer:
+
+        def rollouts(count: int) -> list[tuple[Batch, ...]]:
+            start = (checked, state.params, reference, stream)
+            each = (
+                experience.from_rollout(*start, iteration + i, Clock(), scorer)
+                for i in range(count)
+            )
+            return [got.minibatches for got in each]
+
+        first, *others = rollouts(1 + -(-max(updates) // c["batch"]["minibatches"]))
+        frozen, queue = joined(first), [batch for parts in others for batch in parts]
+        split_at = {max(u for u in updates if u <= 3), max(updates)}
+        stages = []
+        for k in range(max(updates) + 1):
+            if k in updates:
+                begun = time.monotonic()
+                params = jax.tree.map(jnp.copy, state.params)
+                batch, rewards_B = draw(checked, scorer, params, examples, fresh * group_size, k)
+                rows = (params, frozen, batch, rewards_B, prompts, c["advantages"], checked.hp)
+                found = measure(gradlab.Lab(*rows), algorithms, focus if k in split_at else "")
+                stages.append({"updates": k, **found})
+                print(f"{k} updates: {time.monotonic() - begun:.0f} s", flush=True)
+            if k < max(updates):
+                state, _ = learner.update(state, queue[k], checked.hp)
+    return {
+        "run": c["name"],
+        "model": c["model"]["preset"],
+        "seed": c["seed"],
+        "iteration": iteration - 1,
+        "trained_with": c["objective"]["name"],
+        "learning_rate": c["learner"]["learning_rate"],
+        "prompts": prompts,
+        "group_size": group_size,
+        "fresh": fresh * group_size,
+        "focus": focus,
+        "stages": stages,
+    }
+
+
+def summary(names: list[str]) -> str:
+    """Fidelity to the expected reward, and of what was removed, over runs, as Markdown."""
+    runs = [json.loads((HERE / f"results/{name}.json").read_text()) for name in names]
+    lines = [
+        "| algorithm | updates since sampling | fidelity minus that of the bare ratio: mean (range)"
+        " | gradient mass removed | fidelity of what was removed: mean (range) |",
+        "|---|---|---|---|---|",
+    ]
+
+    def spread(values: list[float | None], form: str) -> str:
+        known = [v for v in values if v is not None]
+        if not known:
+            return "–"
+        return f"{np.mean(known):{form}} ({min(known):{form}} to {max(known):{form}})"
+
+    stages = [[s for s in run["stages"] if s["updates"] > 0] for run in runs]
+    for i, algorithm in enumerate(runs[0]["stages"][0]["gradients"]["names"][2:], 2):
+        for at in zip(*stages, strict=True):
+            found = [s["gradients"] for s in at]
+            moved = [g["fidelity"]["reward"][i]["difference"]["value"] for g in found]
+            removed = [g["removed"]["reward"][i]["value"] for g in found]
+            mass = np.mean([g["removed"]["mass"][i] for g in found])
+            lines.append(
+                f"| {algorithm} | {at[0]['updates']} | {spread(moved, '+.3f')} | {mass:.1%} "
+                f"| {spread(removed, '+.2f')} |"
+            )
+    return f"Runs: {', '.join(names)}.\n\n" + "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    """Examine a run, or sum up several."""
+    del argv
+    out = HERE / "results"
+    out.mkdir(exist_ok=True)
+    if _SUMMARISE.value:
+        (out / "summary.md").write_text(summary(_SUMMARISE.value))
+        print(out / "summary.md")
+        return
+    if _WORKDIR.value is None or _FRESH.value < 16:
+        raise app.UsageError(f"--workdir is needed, and --fresh={_FRESH.value} at least 16")
+    updates = sorted({int(u) for u in _UPDATES.value})
+    algorithms = {name: objectives.OBJECTIVES[name] for name in _OBJECTIVES.value}
+    found = examine(_WORKDIR.value, algorithms, updates, _FRESH.value, _FOCUS.value)
+    path = out / f"{_NAME.value}.json"
+    path.write_text(json.dumps(found))
+    print(gradlab_report.write(path))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,240 @@
+"""The gradient lab: what algorithms make of the same rows, and whether that points where it should.
+
+Algorithms, token groups and targets are all cotangents, pulled back by the same forward pass. At
+most `Lab.hold` gradients (and as many of a second tile) exist at a time: they are reduced to Gram
+matrices and to sketches as they come.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sapo_jax import advantages, learner, objectives
+from sapo_jax.gradlab_fidelity import Products, fidelities, noise_scale
+from sapo_jax.gradlab_pull import Pulled, blocks_of, cotangents, gram, pull, ungated
+from sapo_jax.model.config import ModelConfig
+from sapo_jax.objectives import OBJECTIVES, Objective
+from sapo_jax.types import Batch
+
+# The bare ratio by either average: what an algorithm is compared with, by its own average.
+UNGATED = {"seq_mean": "ungated", "token_mean": "ungated_token"}
+Halves = tuple[Pulled, Pulled]
+
+
+def cosines(gram_KK: np.ndarray) -> np.ndarray:
+    """Cosine matrix of a Gram matrix; NaN where a gradient is 0."""
+    norm_K = np.sqrt(np.diag(gram_KK))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return gram_KK / np.outer(norm_K, norm_K)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lab:
+    """Frozen rows and fresh samples of the same prompts at one policy.
+
+    Attributes:
+      weights: the policy.
+      frozen: F·G off-policy rows, the rows of a prompt adjacent, with the run's advantages.
+      fresh: F·N on-policy rows of the same prompts, N even; advantages are not looked at.
+      rewards: f[F·N], of the fresh rows.
+      prompts: F.
+      estimator: the run's advantage estimator.
+      hp: the run's; its objective does not matter.
+      hold: gradients that may exist at a time (and as many of a second set).
+    """
+
+    weights: Any
+    frozen: Batch
+    fresh: Batch
+    rewards: np.ndarray
+    prompts: int
+    estimator: str
+    hp: learner.Hyperparameters
+    hold: int = 16
+
+    def targets(self) -> Halves:
+        """Three targets as loss gradients, from either half of each prompt's fresh samples.
+
+        First the gradient of expected reward: leave-one-out advantages without standard
+        deviation, summed over the sequence. Then the run's own advantages at r = 1, by seq_mean and
+        by token_mean, whose direction const_len and seq_sum share.
+        """
+        size = len(self.rewards) // self.prompts // 2
+        rewards_PHN = jnp.asarray(self.rewards, jnp.float32).reshape(self.prompts, 2, size)
+        rows = blocks_of(self.fresh, self.prompts)
+        halves = []
+        for half in range(2):
+            chosen = jax.tree.map(lambda x, h=half: x[:, h * size : (h + 1) * size], rows)
+            flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), chosen)
+            rewards_B = rewards_PHN[:, half].reshape(-1)
+            own_B = advantages.ESTIMATORS[self.estimator](rewards_B, size)
+            baseline_B = advantages.leave_one_out(rewards_B, size)
+            each = []
+            for aggregation, advantages_B in (
+                ("seq_sum", baseline_B), ("seq_mean", own_B), ("token_mean", own_B)
+            ):  # fmt: skip
+                plain = dataclasses.replace(OBJECTIVES["reinforce"], aggregation=aggregation)
+                batch = flat.replace(advantages=advantages_B, weights=None, ref_logp=None)
+                each.append(cotangents((plain,), flat.old_logp, batch)[0])
+            stacked = blocks_of(jnp.stack(each), self.prompts, axis=1)
+            halves.append(pull(self.weights, chosen, stacked, self.hp))
+        return halves[0], halves[1]
+
+    def tiles(self, cotangents_KBS: jax.Array, after: int = -1) -> Iterator[tuple[int, Pulled]]:
+        """Gradients of the frozen rows in tiles of one size, at most `hold`; with their start.
+
+        Cotangents of zeros fill the last tile up. Only tiles that start after ``after`` are pulled.
+        """
+        count = -(-len(cotangents_KBS) // self.hold)
+        size = -(-len(cotangents_KBS) // count)
+        missing = count * size - len(cotangents_KBS)
+        padded_KBS = jnp.pad(cotangents_KBS, ((0, missing), (0, 0), (0, 0)))
+        rows = blocks_of(self.frozen, self.prompts)
+        for start in range(0, count * size, size):
+            if start > after:
+                blocks = blocks_of(padded_KBS[start : start + size], self.prompts, axis=1)
+                yield start, pull(self.weights, rows, blocks, self.hp)
+
+    def products(
+        self, cotangents_KBS: jax.Array, halves: Halves
+    ) -> tuple[Products, dict[str, np.ndarray]]:
+        """Inner products of K gradients with both halves of the targets, and with each other.
+
+        The latter by part of the model, f64[K, K]. Beyond `hold` gradients, each tile is compared
+        with later ones that are pulled back again: memory is two tiles, whatever K is.
+        """
+        count, shape = len(cotangents_KBS), self.hp.model
+        matrices: dict[str, np.ndarray] = {}
+        with_halves, sketches, squares = ([], []), [], []
+        for start, left in self.tiles(cotangents_KBS):
+            size = left.squares.shape[1]
+            later = self.tiles(cotangents_KBS, after=start)
+            for other, right in itertools.chain([(start, left)], later):
+                rows, columns = slice(start, start + size), slice(other, other + size)
+                for part, block in jax.device_get(gram(left.grads, right.grads, shape)).items():
+                    width = -(-count // size) * size
+                    matrix = matrices.setdefault(part, np.zeros((width, width)))
+                    matrix[rows, columns], matrix[columns, rows] = block, block.T
+            for column, half in zip(with_halves, halves, strict=True):
+                column.append(_whole(left, half, shape))
+            sketches.append(np.asarray(left.sketches, np.float64))
+            squares.append(np.asarray(left.squares, np.float64))
+        matrices = {part: matrix[:count, :count] for part, matrix in matrices.items()}
+        first, second = halves
+        return Products(
+            aa=np.diag(matrices["whole"]),
+            a1=np.concatenate(with_halves[0])[:count],
+            a2=np.concatenate(with_halves[1])[:count],
+            h11=np.diag(_whole(first, first, shape)),
+            h22=np.diag(_whole(second, second, shape)),
+            h12=np.diag(_whole(first, second, shape)),
+            squares=np.concatenate(squares, 1)[:, :count],
+            sketches=(
+                np.concatenate(sketches, 1)[:, :count],
+                *(np.asarray(half.sketches, np.float64) for half in halves),
+            ),
+        ), matrices
+
+
+def _whole(x: Pulled, y: Pulled, config: ModelConfig) -> np.ndarray:
+    return np.asarray(gram(x.grads, y.grads, config)["whole"], np.float64)
+
+
+def _listed(values: np.ndarray) -> list:
+    """Nested lists for JSON, with None where a number is not finite."""
+    if values.ndim > 1:
+        return [_listed(row) for row in values]
+    return [float(x) if np.isfinite(x) else None for x in values]
+
+
+def _removed(open_KBS: jax.Array, kept_KBS: jax.Array) -> jax.Array:
+    """What a gate took from the ungated cotangents; rounding errors are not taken for a removal."""
+    removed_KBS = open_KBS - kept_KBS
+    return jnp.where(jnp.abs(removed_KBS) > 1e-6 * jnp.abs(open_KBS), removed_KBS, 0)
+
+
+def _column(objective: Objective) -> int:
+    """Which of an own target's averages an objective has: 0 per sequence, 1 over tokens."""
+    return 0 if objective.aggregation == "seq_mean" else 1
+
+
+def compare(lab: Lab, halves: Halves, algorithms: Mapping[str, Objective]) -> dict[str, Any]:
+    """Norms, cosines, fidelities, and what each gate removed, of algorithms on the same rows.
+
+    Fidelity is cos(g, target)/√cos(half₁, half₂), see `gradlab_fidelity`. ``removed`` is the
+    gradient of the `ungated` objective minus that of the objective: a fidelity below 0 says that
+    what the gate took away pointed the wrong way. Differences are to the bare ratio of tokens with
+    the algorithm's own average.
+
+    Args:
+      lab: rows and policy.
+      halves: of `Lab.targets`.
+      algorithms: by name; the bare ratio is put before them, by the names of UNGATED.
+
+    Returns:
+      JSON-able statistics.
+
+    Raises:
+      ValueError: an objective's hyperparameter is missing.
+    """
+    bare = ungated(OBJECTIVES["sapo"])
+    plain = {name: dataclasses.replace(bare, aggregation=a) for a, name in UNGATED.items()}
+    named = {**plain, **algorithms}
+    resolved = tuple(objectives.resolve(o) for o in named.values())
+    logp_BS = learner.score(lab.weights, lab.frozen, lab.hp)
+    kept_KBS = cotangents(resolved, logp_BS, lab.frozen, kl=lab.hp.kl)
+    open_KBS = cotangents(tuple(map(ungated, resolved)), logp_BS, lab.frozen)
+    taken_KBS = _removed(open_KBS, kept_KBS)
+    products, matrices = lab.products(kept_KBS, halves)
+    removed, _ = lab.products(taken_KBS, halves)
+    reference = [_column(objective) for objective in resolved]
+    own = [1 + column for column in reference]
+    size_K = np.abs(np.asarray(open_KBS)).sum((1, 2))
+    taken_K = np.abs(np.asarray(taken_KBS)).sum((1, 2))
+    return {
+        "names": list(named),
+        "aggregation": [o.aggregation for o in resolved],
+        "norm": {part: _listed(np.sqrt(np.diag(m))) for part, m in matrices.items()},
+        "cosine": {part: _listed(cosines(m)) for part, m in matrices.items()},
+        "fidelity": fidelities(products, own, reference),
+        "removed": fidelities(removed, own, reference) | {"mass": _listed(taken_K / size_K)},
+        "noise_scale": _listed(noise_scale(products)),
+        "target_halves": _listed(products.reliability()),
+    }
+
+
+def split(
+    lab: Lab, halves: Halves, objective: Objective, groups: Mapping[str, jax.Array]
+) -> dict[str, Any]:
+    """Fidelity of token groups: of their ungated gradient, and of what the gate removed there.
+
+    Args:
+      lab: rows and policy.
+      halves: of `Lab.targets`.
+      objective: whose gate it is.
+      groups: bool[B, S] by name; a group without a gradient gets None.
+
+    Returns:
+      JSON-able: for each group its share of the gradient mass Σ|u|, the share of it that was
+      removed, and both fidelities.
+    """
+    resolved = objectives.resolve(objective)
+    logp_BS = learner.score(lab.weights, lab.frozen, lab.hp)
+    pair = cotangents((resolved, ungated(resolved)), logp_BS, lab.frozen, kl=lab.hp.kl)
+    open_BS, removed_BS = pair[1], _removed(pair[1], pair[0])
+    masks_QBS = jnp.stack(list(groups.values()))
+    own = [1 + _column(resolved)] * len(groups)
+    result = {"names": list(groups)}
+    total = float(jnp.abs(open_BS).sum())
+    for key, cotangent_BS in (("carried", open_BS), ("removed", removed_BS)):
+        grouped_QBS = jnp.where(masks_QBS, cotangent_BS, 0)
+        result[key] = fidelities(lab.products(grouped_QBS, halves)[0], own, [0] * len(own))
+        result[key]["mass"] = (np.abs(np.asarray(grouped_QBS)).sum((1, 2)) / total).tolist()
+    return result

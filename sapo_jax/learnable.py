@@ -1,0 +1,79 @@
+"""From judged rows to what an update takes: advantages, KL in the reward, sampler corrections."""
+
+from __future__ import annotations
+
+import operator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from sapo_jax import advantages, corrections, ratios, sharding
+from sapo_jax.types import Batch
+
+
+@partial(jax.jit, static_argnames=("parts", "mesh"))
+def split(batch: Batch, parts: int, mesh: Mesh | None = None) -> tuple[Batch, ...]:
+    """Rows in their order as minibatches of one size, each split over all of a mesh."""
+    pieces = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    minibatches = tuple(jax.tree.map(operator.itemgetter(i), pieces) for i in range(parts))
+    return sharding.constrain(minibatches, mesh, sharding.spec("rows"))
+
+
+@partial(jax.jit, static_argnames="mesh")
+def take(
+    parts: tuple[Batch, ...], rows_B: jax.Array, signal_B: jax.Array, mesh: Mesh | None = None
+) -> Batch:
+    """Some rows of several batches as one; those without a signal count in no denominator."""
+    chosen = jax.tree.map(lambda *x: jnp.concatenate(x)[rows_B], *parts)
+    chosen = chosen.replace(mask=chosen.mask & signal_B[:, None])
+    return sharding.constrain(chosen, mesh, sharding.spec("rows"))
+
+
+@partial(jax.jit, static_argnames=("estimator", "group_size", "kl", "correction", "parts", "mesh"))
+def learnable(
+    batch: Batch,
+    rewards_B: jax.Array,
+    kl_coef: jax.Array | float,
+    bounds: dict[str, float],
+    *,
+    estimator: str,
+    group_size: int,
+    kl: str,
+    correction: str,
+    parts: int,
+    mesh: Mesh | None = None,
+) -> tuple[tuple[Batch, ...], dict[str, jax.Array]]:
+    """Minibatches with advantages and weights.
+
+    A = estimator(R − kl_coef · Σ_t KL_t), the sum over the completion, at π_old.
+
+    Args:
+      batch: an iteration's rows with their log-probabilities; its advantages are not looked at.
+      rewards_B: f[B].
+      kl_coef: weight of the KL in the reward; matters where the batch has ``ref_logp``.
+      bounds: of the correction, see `corrections.resolve`.
+      estimator: a name in `advantages.ESTIMATORS`.
+      group_size: G.
+      kl: the KL's estimator, see `ratios.kl_estimate`.
+      correction: a name in `corrections.CORRECTIONS`, or "none".
+      parts: minibatches.
+      mesh: over which each of them is split.
+
+    Returns:
+      (minibatches, metrics): ``reward/kl``, ``correction/…``, where there are any.
+    """
+    metrics = {}
+    if batch.ref_logp is not None:
+        kl_B = ratios.sequence_kl(batch.old_logp, batch.ref_logp, batch.mask, kl)
+        rewards_B = rewards_B - kl_coef * kl_B
+        metrics["reward/kl"] = kl_B.mean()
+    batch = batch.replace(advantages=advantages.ESTIMATORS[estimator](rewards_B, group_size))
+    if correction != "none":
+        weights_BS, cut = corrections.weights(
+            correction, batch.old_logp, batch.sampler_logp, batch.mask,
+            segments_BT=batch.segments, **bounds,
+        )  # fmt: skip
+        batch, metrics = batch.replace(weights=weights_BS), metrics | cut
+    return split(batch, parts, mesh), metrics

@@ -1,0 +1,34 @@
+"""The generated pages are those of the presets as they are."""
+
+import re
+
+import numpy as np
+
+from docs import generate
+from docs.differences import DIFFERENCES
+from sapo_jax.objectives import OBJECTIVES
+
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
+
+
+def test_pages_are_up_to_date():
+    """Numbers may differ in the last digit that is shown; otherwise: python -m docs.generate."""
+    wanted = generate.files()
+    assert {path.name for path in generate.OUT.iterdir()} == set(wanted)
+    for name, content in wanted.items():
+        stored = (generate.OUT / name).read_text(encoding="utf-8")
+        assert NUMBER.split(stored) == NUMBER.split(content), f"{name} is out of date"
+        old, new = (np.array(NUMBER.findall(text), float) for text in (stored, content))
+        np.testing.assert_allclose(old, new, rtol=2e-3, atol=0.11, err_msg=name)
+
+
+def test_every_preset_says_how_implementations_differ():
+    assert set(DIFFERENCES) == set(OBJECTIVES)
+
+
+def test_coefficients_are_those_of_the_table():
+    """The pages show c of the loss itself: GMPO's clip, which is part of its ratio, included."""
+    at = [len(generate.CURVE) + generate.GRID.index(r) for r in (1.0, 2.0)]
+    for name, expected in (("sapo", [[1, 1.5728954], [1, 1.5362196]]), ("gmpo", [[1, 0], [1, 2]])):
+        found = np.array(generate.coefficients(name))[:, at]
+        np.testing.assert_allclose(found, expected, rtol=1e-7)

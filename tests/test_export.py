@@ -1,0 +1,128 @@
+"""Policies out of a run and into the next: Hugging Face directories all the way."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from sapo_jax import checkpoint, export, hf_tokenizer, learner, model, rundir, settings, train
+from sapo_jax.model import params
+from tests import tiny_config
+
+
+def resolve(**fields):
+    config = tiny_config.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict(fields)
+    return settings.resolve(config)
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """A run of two iterations from random parameters, and its policy as a directory."""
+    root = tmp_path_factory.mktemp("export")
+    checked = resolve(iterations=2)
+    train.run(checked, root / "run")
+    export.export(root / "run", root / "policy")
+    return checked, root
+
+
+def start_from(policy, **fields):
+    checked = resolve()
+    return {
+        "init_from": str(policy),
+        "model.preset": str(policy),
+        "tokenizer.directory": str(policy),
+        "tokenizer.chat": False,
+        "data.max_prompt_tokens": checked.width,
+        "sampler.max_new_tokens": checked.max_new_tokens,
+        **fields,
+    }
+
+
+def final_params(workdir, checked):
+    abstract = params.abstract(checked.model)
+    return jax.device_get(checkpoint.restore_params(workdir / "checkpoints", abstract))
+
+
+def test_the_directory_holds_the_policy(first):
+    checked, root = first
+    config, weights = model.hf.load(root / "policy")
+    jax.tree.map(np.testing.assert_array_equal, weights, final_params(root / "run", checked))
+    assert config.rope_theta == 100.0
+    tokenizer = hf_tokenizer.load(root / "policy", vocab_size=config.vocab_size)
+    text = checked.tokenizer.alphabet * 2
+    assert tokenizer.encode(text) == checked.tokenizer.encode(text)
+    assert tokenizer.decode([*tokenizer.encode(text), 1, 0]) == text
+    assert (tokenizer.pad_id, tokenizer.stop_ids) == (0, (1,))
+
+
+def test_a_run_goes_on_from_the_directory(first, tmp_path):
+    """It starts where the other ended, can be interrupted, and hands its policy back."""
+    _, root = first
+    whole = resolve(**start_from(root / "policy", iterations=2, **{"checkpoint.every": 1}))
+    train.run(whole, tmp_path / "whole")
+    before, after = rundir.read_metrics(root / "run"), rundir.read_metrics(tmp_path / "whole")
+    assert after[0]["eval/pass_at_1"] == before[-1]["eval/pass_at_1"]
+    assert after[0]["eval/length_mean"] == before[-1]["eval/length_mean"]
+    part = resolve(**start_from(root / "policy", iterations=1, **{"checkpoint.every": 1}))
+    train.run(part, tmp_path / "part")
+    train.run(whole, tmp_path / "part")
+    states = []
+    for name in ("whole", "part"):
+        wanted = jax.eval_shape(learner.init, params.abstract(whole.model), whole.hp)
+        with checkpoint.Checkpoints(tmp_path / name / "checkpoints") as checkpoints:
+            states.append(jax.device_get(checkpoints.restore(2, wanted)))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    export.export(tmp_path / "whole", tmp_path / "policy")
+    _, weights = model.hf.load(tmp_path / "policy")
+    jax.tree.map(np.testing.assert_array_equal, weights, states[0][0].params)
+    assert hf_tokenizer.load(tmp_path / "policy").stop_ids == (1,)
+
+
+def test_a_directory_is_evaluated_from_the_command_line(first, tmp_path):
+    _, root = first
+    out = tmp_path / "found.json"
+    task = "chain_sum,terms=2,modulus=10"
+    command = [
+        sys.executable, "-m", "sapo_jax.evaluate", f"--hf={root / 'policy'}", f"--task={task}",
+        "--nochat", "--prompts=6", "--batch=4", "--samples=3", "--max_prompt_tokens=8",
+        "--max_new_tokens=5", f"--out={out}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())["sets"][task]
+    assert found["eval/prompts"] == 6
+    assert 0 <= found["eval/pass_at_1_low"] <= found["eval/pass_at_1"] <= 1
+    assert found["eval/pass_at_1"] <= found["eval/pass_at_3"]
+    assert f"Pass@1 {found['eval/pass_at_1']:.4f} (95% interval" in done.stdout
+    command[4] = "--task=chain_sum,terms"
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "'terms' must be option=value" in done.stderr
+
+
+REFUSED = [
+    ({"model.preset": "nano"}, r"model.preset='nano': must be .*policy' too"),
+    ({"model.hidden_size": 64}, r"model.hidden_size=64: must be None"),
+    ({"init_from": "", "model.preset": "models/none"}, r"models/none'.*Hugging Face directory"),
+    ({"tokenizer.directory": ""}, r"config.model.preset: the tokenizer does not match"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED)
+def test_what_does_not_belong_together_is_refused(first, fields, message):
+    _, root = first
+    given = start_from(root / "policy", **fields)
+    if not given["tokenizer.directory"]:  # an alphabet of 256 characters more than the policy has
+        given["task.name"], given["task.options"] = "reasoning_gym", {"dataset": "gcd"}
+    with pytest.raises(ValueError, match=message):
+        resolve(**given)
+
+
+def test_what_is_no_run_cannot_be_exported(tmp_path):
+    with pytest.raises(ValueError, match=r"has no config.json: name the --workdir"):
+        export.export(tmp_path, tmp_path / "out")
