@@ -42,7 +42,7 @@ def _reward() -> ConfigDict:
 
 def _model() -> ConfigDict:
     c = ConfigDict()
-    c.preset = "tiny"
+    c.preset = "tiny"  # or a Hugging Face directory, whose config.json gives the shape
     for name in (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "max_position_embeddings",

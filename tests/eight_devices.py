@@ -230,10 +230,21 @@ def test_rollouts_agree_up_to_near_ties(policies, references, kind, name):
 
 
 def test_slots_shrink_and_caches_grow_in_every_part(policies, references):
-    """Parts of the rows finish at different times; they only agree on when to stop decoding."""
+    """Parts of the rows finish at different times; each group is reported once, with its tokens."""
     mesh = sharding.make_mesh(**MESHES["tensor 4, data 2"])
-    got = roll(policies["dense"], mesh, plan=Plan((4, 2), (3, T), 2))
+    seen = {}
+
+    def on_groups(index, tokens, count, finished):
+        for prompt, *rows in zip(index, tokens, count, strict=True):
+            assert prompt not in seen
+            seen[prompt] = rows
+
+    got = roll(policies["dense"], mesh, plan=Plan((4, 2), (3, T), 2), on_groups=on_groups)
     np.testing.assert_array_equal(got.tokens, references["dense"].tokens)
+    assert sorted(seen) == list(range(P))
+    for row in range(P * G):
+        tokens, count = (x[row % G] for x in seen[row // G])
+        np.testing.assert_array_equal(got.tokens[row][got.mask[row]], tokens[:count])
 
 
 def test_greedy_and_truncated_draws_look_at_the_whole_vocabulary(policies):
