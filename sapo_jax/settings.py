@@ -18,6 +18,7 @@ from sapo_jax import (
     learner,
     model,
     objectives,
+    population,
     routing,
     sampler,
     streams,
@@ -268,6 +269,7 @@ def resolve(config: ConfigDict) -> Settings:
     c = json.loads(config.to_json_best_effort())
     _choice("source", c["source"], SOURCES)
     _choice("advantages", c["advantages"], tuple(advantages.ESTIMATORS))
+    _choice("population.method", c["population"]["method"], ("auto", *population.METHODS))
     _check_numbers(c)
     _check_batch(c)
     made, shares = inputs.make_tasks(c)

@@ -19,8 +19,8 @@ diagnostics routing sampling decoding sampler learner checkpoint rundir progress
 population gradlab_fidelity gradlab_pull gradlab gradlab_tokens
 evaluate report_words report_page report_plots report gradlab_words gradlab_plots gradlab_report
 preflight
-inputs settings experience startup
-train
+inputs settings experience startup cohorts joint
+train cohort_run
 sweep main export
 """
 ORDER = {name: i for i, name in enumerate(ROWS.split())}
