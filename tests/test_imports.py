@@ -18,10 +18,11 @@ streams data rewards learnable
 diagnostics routing sampling decoding sampler learner checkpoint rundir progress
 population gradlab_fidelity gradlab_pull gradlab gradlab_tokens
 evaluate report_words report_page report_plots report gradlab_words gradlab_plots gradlab_report
+sweep_stats sweep_words sweep_plots sweep_report
 preflight
 inputs settings experience startup cohorts joint
 train cohort_run
-sweep main export
+main sweep export
 """
 ORDER = {name: i for i, name in enumerate(ROWS.split())}
 CORE = {"jax", "flax", "optax", "orbax", "chex", "ml_collections", "absl", "numpy", "etils"}
@@ -32,6 +33,8 @@ ANYWHERE = {
     "evaluate",
     "gradlab_plots",
     "gradlab_report",
+    "sweep_plots",
+    "sweep_report",
 }  # not part of a training step
 
 
