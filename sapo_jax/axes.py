@@ -12,7 +12,7 @@ def axis(path: str, *values: Any) -> Overrides:
     """One run for each value of a field: ``axis("objective.tau_neg", 0.95, 1.0, 1.05)``.
 
     Raises:
-      ValueError: no value, values in a list, or one value twice.
+      ValueError: no value, or values in a list.
     """
     if not isinstance(path, str) or not path:
         raise ValueError(f"axis({path!r}, …): must begin with a field's name, such as 'seed'")
@@ -20,9 +20,6 @@ def axis(path: str, *values: Any) -> Overrides:
         raise ValueError(f"axis({path!r}, {values[0]!r}): write axis({path!r}, *values)")
     if not values:
         raise ValueError(f"axis({path!r}): must have at least one value")
-    twice = [v for i, v in enumerate(values) if v in values[:i]]
-    if twice:
-        raise ValueError(f"axis({path!r}, …): the value {twice[0]!r} must not come twice")
     return [{path: value} for value in values]
 
 

@@ -208,7 +208,7 @@ def _keep_routing(state: Decoding, routings: list, index_Q, live_QG) -> Decoding
     return state.replace(routing=(prompts, completions.at[at].set(new.astype(completions.dtype))))
 
 
-def _step(weights, config, controls, truncate, state: Decoding) -> Decoding:
+def step(weights, config, controls, truncate, state: Decoding) -> Decoding:
     """Feed the last tokens, draw the next."""
     _, n = state.prompt_kv[0][0].shape[1:3]
     c = state.own_kv[0][0].shape[3]
@@ -260,29 +260,8 @@ def decode(weights, config, controls, state, until, enough, *, truncate):
         finished = jnp.sum(jnp.all(s.done, -1))
         return (s.clock < until) & (finished < enough)
 
-    state = jax.lax.while_loop(go_on, partial(_step, weights, config, controls, truncate), state)
+    state = jax.lax.while_loop(go_on, partial(step, weights, config, controls, truncate), state)
     return state, jnp.all(state.done, -1)
-
-
-RUNS = Decoding(**{**dict.fromkeys(Decoding.__dataclass_fields__, 0), "clock": None})
-
-
-def decode_runs(weights, config, controls, state, until, *, truncate):
-    """`decode` for R runs at once, to the end of them all; all arrays but the clock have an axis R.
-
-    The predicate is reduced over the runs: under `jax.vmap` a loop whose predicate has their axis
-    would select, at each step, between the old and the new of everything, caches included. The
-    steps of a run that has finished change none of its results.
-    """
-    step = partial(_step, config=config, truncate=truncate)
-    advance = jax.vmap(
-        lambda w, c, s: step(w, controls=c, state=s), in_axes=(0, 0, RUNS), out_axes=RUNS
-    )
-    return jax.lax.while_loop(
-        lambda s: (s.clock < until) & ~jnp.all(s.done),
-        lambda s: advance(weights, controls, s),
-        state,
-    )
 
 
 @partial(jax.jit, static_argnames="size")

@@ -168,7 +168,7 @@ def hand_over(groups: rewards.Groups, rollout: Rollout, group_size: int) -> None
     """Have all completions of a rollout on the host judged."""
     tokens_BS, count_B = rollout.tokens, rollout.mask.sum(-1)
     start_B = rollout.mask.argmax(-1)
-    index_BT = start_B[:, None] + np.arange(count_B.max(initial=0))
+    index_BT = start_B[:, None] + np.arange(max(1, count_B.max()))
     index_BT = np.minimum(index_BT, tokens_BS.shape[1] - 1)
     completions_BT = np.take_along_axis(tokens_BS, index_BT, 1)
     columns = (completions_BT, count_B, rollout.finished)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sapo_jax import decoding, learnable, learner, objectives, sampling
+from sapo_jax.decoding import Decoding
 from sapo_jax.learner import Hyperparameters
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.objectives import Objective
@@ -104,6 +105,27 @@ def base_keys(seed_R: jax.Array, domain: str, iteration: jax.Array) -> jax.Array
     return jax.vmap(lambda seed: sampling.base_key(seed, domain, iteration))(seed_R)
 
 
+# A decoding state with an axis R on everything but the clock, which all runs share.
+RUNS = Decoding(**{**dict.fromkeys(Decoding.__dataclass_fields__, 0), "clock": None})
+
+
+def decode_runs(weights, config, controls, state, until, *, truncate) -> Decoding:
+    """`decoding.decode` for R runs at once, to the end of them all.
+
+    The predicate is reduced over the runs: under `jax.vmap` a loop whose predicate has their axis
+    would select, at each step, between the old and the new of everything, caches included. The
+    steps of a run that has finished change none of its results.
+    """
+
+    def advance(weights, controls, state):
+        return decoding.step(weights, config, controls, truncate, state)
+
+    step = jax.vmap(advance, in_axes=(0, 0, RUNS), out_axes=RUNS)
+    return jax.lax.while_loop(
+        lambda s: (s.clock < until) & ~jnp.all(s.done), lambda s: step(weights, controls, s), state
+    )
+
+
 @partial(
     jax.jit,
     static_argnames=("config", "group_size", "max_new_tokens", "cache", "truncate", "method"),
@@ -167,7 +189,7 @@ def rollout(
 
     if method == "map":
         return over(method, live_R, one, params, prompts, base_R, controls)
-    start_all = jax.vmap(start, out_axes=(0, decoding.RUNS))
+    start_all = jax.vmap(start, out_axes=(0, RUNS))
     weights, state = start_all(params, prompts, base_R, controls)
     state = state.replace(done=state.done | ~live_R[:, None, None])
     for i, size in enumerate(cache):
@@ -175,8 +197,8 @@ def rollout(
             own_kv = jax.vmap(partial(decoding.grow, size=size))(state.own_kv)
             state = state.replace(own_kv=own_kv)
         until = size if size < cache[-1] else none
-        state = decoding.decode_runs(weights, config, controls, state, until, truncate=truncate)
-    return jax.vmap(end, in_axes=(decoding.RUNS, 0))(state, prompts)
+        state = decode_runs(weights, config, controls, state, until, truncate=truncate)
+    return jax.vmap(end, in_axes=(RUNS, 0))(state, prompts)
 
 
 @partial(jax.jit, static_argnames=("method", "parts"))
