@@ -1,5 +1,7 @@
 """Populations: a run among others is the run alone, nothing compiles twice, resume, grouping."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -17,20 +19,19 @@ from sapo_jax import (
     rundir,
     sampler,
     sampling,
+    sweep,
     train,
 )
 from sapo_jax.model import params
 from sapo_jax.population import pick, stack
 from sapo_jax.progress import Clock
 from sapo_jax.types import Rollout
-from tests import fakes, tiny_config
+from tests import fakes, tiny_sweep
 from tests.test_sampler import G, N, P, T, peaked, perturbed_logits, roll
 from tests.test_train import digest, final_state, records
 
 __all__ = ["peaked"]  # a fixture
 
-# Rewards that differ within a group, so that there is something to learn: the shorter, the better.
-SHORT = {"reward.overlong": 1.0, "reward.buffer": 40, "reward.max_length": 40}
 RUNS = axes.zip_(
     axes.axis("seed", 3, 4, 5),
     axes.axis("objective.tau_neg", 1.05, 1.0, 2.0),
@@ -39,11 +40,8 @@ RUNS = axes.zip_(
 
 
 def base(**fields):
-    config = tiny_config.get_config()
-    fixed = {"sampler.slots": 0, "sampler.max_new_tokens": 40, **SHORT}
     times = {"iterations": 10, "eval.every": 5, "checkpoint.every": 5, "log.samples_every": 5}
-    config.update_from_flattened_dict({**fixed, **times, **fields})
-    return config
+    return tiny_sweep.get_config(**{**times, **fields})
 
 
 class Bar:
@@ -64,21 +62,20 @@ class Bar:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """A population of three for 10 iterations, and what was compiled after its start."""
+    """A population of three for 10 iterations; what it compiled, and what after its start."""
     workdir = tmp_path_factory.mktemp("together")
     (cohort,) = cohorts.resolve(base(), RUNS)
-    counter, warm_up = fakes.Compilations(), cohort_run._warm_up
+    bar, late, warm_up = Bar(), fakes.Compilations(), cohort_run._warm_up
 
     def counted(*arguments):
         warm_up(*arguments)
-        counter.__enter__()
+        late.__enter__()
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, fakes.Compilations() as compiled:
         patch.setattr(cohort_run, "_warm_up", counted)
-        bar = Bar()
         assert cohort_run.run(cohort, workdir, bar)
-        counter.__exit__()
-    return workdir, cohort, bar, counter.count
+        late.__exit__()
+    return workdir, cohort, bar, compiled, late
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +92,7 @@ def test_a_run_of_a_map_is_bitwise_the_run_alone(together, alone):
     A fusion across the loop over the runs, the noise or data order of another run, a learning rate
     that all share: each shows in the first update at the latest.
     """
-    workdir, cohort, _, _ = together
+    workdir, cohort, *_ = together
     assert cohort.method == "map"
     among, checked = workdir / cohort.names[1], cohort.runs[1]
     found, expected = records(among), records(alone)
@@ -111,13 +108,17 @@ def test_a_run_of_a_map_is_bitwise_the_run_alone(together, alone):
     )
 
 
-def test_nothing_compiles_after_the_start(together):
-    assert together[3] == 0
+def test_each_program_compiles_once(together):
+    """For all runs, iterations and evaluations, and nothing compiles after the start."""
+    *_, compiled, late = together
+    for program in ("rollout", "split", "learn_from", "update", "_finish"):
+        assert compiled.names[program] == 1, compiled.names
+    assert late.count == 0
 
 
 def test_every_run_has_its_own_values(together):
     """Runs of other seeds and learning rates differ, from the first iteration on."""
-    workdir, cohort, bar, _ = together
+    workdir, cohort, bar, *_ = together
     first = [rundir.read_metrics(workdir / name)[1] for name in cohort.names]
     assert len({r["policy/loss"] for r in first}) == 3
     rates = [r["learning_rate"] for r in first]
@@ -131,7 +132,7 @@ def test_a_population_goes_on_where_it_stopped(together, tmp_path):
     """5 iterations, then again for 10: one checkpoint holds parameters and positions of all."""
     (short,) = cohorts.resolve(base(iterations=5), RUNS)
     assert cohort_run.run(short, tmp_path, Bar())
-    whole, cohort, _, _ = together
+    whole, cohort, *_ = together
     bar = Bar()
     assert cohort_run.run(cohort, tmp_path, bar)
     assert bar.steps == 30
@@ -142,7 +143,7 @@ def test_a_population_goes_on_where_it_stopped(together, tmp_path):
 
 
 def test_a_directory_of_another_population_is_refused(together):
-    workdir, cohort, _, _ = together
+    workdir, cohort, *_ = together
     (other,) = cohorts.resolve(base(**{"advantages": "mean"}), RUNS)
     with pytest.raises(ValueError, match="advantages: stored 'group', given 'mean'"):
         cohort_run.run(other, workdir, Bar())
@@ -252,7 +253,7 @@ def test_vmap_of_decoding_selects_no_caches(peaked):
 
 def test_the_first_update_under_vmap(together):
     """To 1e-5, with other learning rates and temperatures of the gate."""
-    _, cohort, _, _ = together
+    cohort = together[1]
     states = [learner.init(params.init(r.model, r.config["seed"]), r.hp) for r in cohort.runs]
     given = [rows_of(checked, seed) for seed, checked in enumerate(cohort.runs)]
     batches = []
@@ -314,3 +315,84 @@ def test_runs_that_are_not_live_cost_nothing_and_give_zeros():
     jax.effects_barrier()
     np.testing.assert_array_equal(found, [1, 0, 3])
     assert len(calls) == 2
+
+
+@pytest.fixture(scope="module")
+def swept(together, tmp_path_factory):
+    """A sweep of two cohorts of three, without interruption, and what the second one compiled."""
+    workdir = tmp_path_factory.mktemp("swept")
+    parts = cohorts.resolve(tiny_sweep.get_config(), tiny_sweep.get_sweep(), most=3)
+    assert sweep.run(parts[:1], workdir / "first")
+    with fakes.Compilations() as compiled:
+        assert sweep.run(parts, workdir / "whole")
+    return workdir / "whole", parts, compiled
+
+
+def test_cohorts_of_one_size_share_their_programs(swept):
+    assert swept[2].count == 0
+
+
+class KilledError(Exception):
+    """Stands for SIGKILL; tests/test_sweep.py has the real one, which is slow."""
+
+
+def kill(patch, module, name, calls):
+    """The function raises at the call of that number."""
+    function, left = getattr(module, name), [calls]
+
+    def dies(*arguments, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KilledError
+        return function(*arguments, **options)
+
+    patch.setattr(module, name, dies)
+
+
+KILLS = [
+    (population, "update", 3),  # in the first iteration, before any checkpoint
+    (population, "update", 9),  # in iteration 4, after the checkpoint of iteration 2
+    (rundir, "read_metrics", 2),  # between the last checkpoints of the first cohort's runs
+    (train, "report", 3),
+    (rundir, "write_samples", 5),  # in the second cohort
+]
+
+
+def test_a_killed_sweep_loses_and_repeats_nothing(swept, tmp_path):
+    """Killed five times, then left alone: every run as if nothing had happened, none done twice."""
+    whole, parts, _ = swept
+    for module, name, calls in KILLS:
+        with pytest.MonkeyPatch.context() as patch:
+            kill(patch, module, name, calls)
+            with pytest.raises(KilledError):
+                sweep.run(parts, tmp_path)
+    first = {p: p.stat().st_mtime_ns for p in (tmp_path / "cohort-000").rglob("part-*.jsonl")}
+    assert len(first) == 3
+    assert sweep.run(parts, tmp_path)
+    listed = json.loads((tmp_path / "manifest.json").read_text())["runs"]
+    assert [run["overrides"] for run in listed] == tiny_sweep.get_sweep()
+    for run in listed:
+        found = records(tmp_path / run["directory"])
+        assert [r["iteration"] for r in found] == list(range(5))
+        assert found == records(whole / run["directory"])
+        assert digest(tmp_path / run["directory"]) == digest(whole / run["directory"])
+        assert (tmp_path / run["directory"] / "report.html").exists()
+    assert {p: p.stat().st_mtime_ns for p in first} == first
+
+
+def test_jobs_share_a_sweep(swept, tmp_path):
+    """Each job does its cohorts; the sweep is complete when both have ended."""
+    whole, parts, _ = swept
+    assert not sweep.run(parts, tmp_path, job=(1, 2))
+    assert not (tmp_path / "cohort-000").exists()
+    assert sweep.run(parts, tmp_path, job=(0, 2))
+    for run in json.loads((tmp_path / "manifest.json").read_text())["runs"]:
+        assert records(tmp_path / run["directory"]) == records(whole / run["directory"])
+
+
+def test_a_directory_of_another_sweep_is_refused(swept, tmp_path):
+    whole, parts, _ = swept
+    with pytest.raises(ValueError, match=r"has 6 runs, given are 3, .*'cohort-001/"):
+        sweep.run(parts[:1], whole)
+    with rundir.Lease(tmp_path / "cohort-000"), pytest.raises(RuntimeError, match="in use"):
+        sweep.run(parts, tmp_path)
