@@ -21,6 +21,7 @@ from sapo_jax.model import hf_config
 from sapo_jax.model.config import ModelConfig
 
 CONTROL = 3  # type of a special token
+END_OF_TEXT = "<|endoftext|>"  # ends a completion as well as the token that a file names
 BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -60,10 +61,10 @@ def model_config(fields: dict[str, Any], *, tied: bool) -> ModelConfig:
     if kind != ("llama", "smollm"):
         raise ValueError(f"architecture and tokenizer are {kind}: must be ('llama', 'smollm')")
     heads = fields["llama.attention.head_count"]
-    eos = fields["tokenizer.ggml.eos_token_id"]
+    tokens, eos = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.eos_token_id"]
     return ModelConfig(
         model_type="llama",
-        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        vocab_size=len(tokens),
         hidden_size=fields["llama.embedding_length"],
         intermediate_size=fields["llama.feed_forward_length"],
         num_hidden_layers=fields["llama.block_count"],
@@ -75,7 +76,7 @@ def model_config(fields: dict[str, Any], *, tied: bool) -> ModelConfig:
         rms_norm_eps=float(str(np.float32(fields["llama.attention.layer_norm_rms_epsilon"]))),
         max_position_embeddings=fields["llama.context_length"],
         tie_word_embeddings=tied,
-        stop_tokens=(eos,),
+        stop_tokens=tuple(dict.fromkeys([eos, tokens.index(END_OF_TEXT)])),
         pad_token=fields.get("tokenizer.ggml.padding_token_id", eos),
     )
 
@@ -173,12 +174,12 @@ def convert(source: str | pathlib.Path, directory: str | pathlib.Path) -> ModelC
         file.chmod(0o644)
         del reader
     contents = {
-        "config.json": hf_config.to_json(config),
         "generation_config.json": {
             "eos_token_id": list(config.stop_tokens), "pad_token_id": config.pad_token,
         },
         "tokenizer.json": tokenizer(fields),
         "tokenizer_config.json": _tokenizer_config(fields, config),
+        "config.json": hf_config.to_json(config),  # last: `make` takes it for the whole
     }  # fmt: skip
     for name, content in contents.items():
         (directory / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -105,18 +105,34 @@ def layout(experts_Tk: jax.Array, num_experts: int) -> Layout:
     )
 
 
-def _by_blocks(x_MD, w_EDF, expert, sizes_E):
+def _by_blocks(x_MD, w_EDF, expert, sizes_E, *, transpose=False):
+    """One block after another: all at once would hold a matrix for each block, not each expert."""
     del sizes_E
+
+    def multiply(_, block):
+        x, e = block
+        w = jax.lax.dynamic_index_in_dim(w_EDF, e, keepdims=False)
+        return None, jnp.matmul(x, w.T if transpose else w, precision=HIGHEST)
+
     blocks = x_MD.reshape(expert.shape[0], -1, x_MD.shape[-1])
-    out = jnp.matmul(blocks, w_EDF[expert], precision=HIGHEST)
-    return out.reshape(x_MD.shape[0], -1)
+    return jax.lax.scan(multiply, None, (blocks, expert))[1].reshape(x_MD.shape[0], -1)
 
 
 def _weight_gradient_by_blocks(x_MD, y_MF, expert, sizes_E):
-    n = expert.shape[0]
-    x, y = (z.reshape(n, -1, z.shape[-1]) for z in (x_MD, y_MF))
-    each = jnp.matmul(jnp.swapaxes(x, 1, 2), y, precision=HIGHEST)
-    return jax.ops.segment_sum(each, expert, sizes_E.shape[0], indices_are_sorted=True)
+    """Blocks come by expert: each adds to its expert's sum in f32, and the last one's is final."""
+    n, d, f = expert.shape[0], x_MD.shape[-1], y_MF.shape[-1]
+
+    def add(carry, block):
+        sum_DF, out_EDF, previous = carry
+        x, y, e = block
+        own_DF = jnp.matmul(x.T, y, precision=HIGHEST, preferred_element_type=jnp.float32)
+        sum_DF = jnp.where(e == previous, sum_DF, 0) + own_DF
+        out_EDF = jax.lax.dynamic_update_index_in_dim(out_EDF, sum_DF.astype(x.dtype), e, 0)
+        return (sum_DF, out_EDF, e), None
+
+    start = jnp.zeros((d, f)), jnp.zeros((sizes_E.shape[0], d, f), x_MD.dtype), expert[0]
+    blocks = x_MD.reshape(n, -1, d), y_MF.reshape(n, -1, f), expert
+    return jax.lax.scan(add, start, blocks)[0][1]
 
 
 def _tiles(*arrays: jax.Array) -> tuple[tuple[int, int, int], list[jax.Array]]:
@@ -146,19 +162,15 @@ def _weight_gradient_by_megablox(x_MD, y_MF, expert, sizes_E, *, interpret=False
     return tgmm(x.T, y, sizes_E, x.dtype, tiles, interpret=interpret)
 
 
-def _transposed_by_blocks(y_MF, w_EDF, expert, sizes_E):
-    return _by_blocks(y_MF, jnp.swapaxes(w_EDF, 1, 2), expert, sizes_E)
-
-
 @jax.custom_vjp
 def grouped_matmul(
     x_MD: jax.Array, w_EDF: jax.Array, expert: jax.Array, sizes_E: jax.Array
 ) -> jax.Array:
     """Multiply each expert's rows with its matrix, [M, F].
 
-    The platform that the program is compiled for decides how: megablox on TPU, else a batch of
+    The platform that the program is compiled for decides how: megablox on TPU, else a loop over
     blocks. ``jax.lax.ragged_dot`` computes every expert for every row on CPU, and in the gradient
-    of the weights on TPU.
+    of the weights on TPU; on GPU it may, by XLA's choice.
     """
     return jax.lax.platform_dependent(
         x_MD, w_EDF, expert, sizes_E, tpu=_by_megablox, default=_by_blocks
@@ -173,7 +185,7 @@ def _backward(saved, y_MF):
     x_MD, w_EDF, expert, sizes_E = saved
     d_x = jax.lax.platform_dependent(
         y_MF, w_EDF, expert, sizes_E,
-        tpu=partial(_by_megablox, transpose=True), default=_transposed_by_blocks,
+        tpu=partial(_by_megablox, transpose=True), default=partial(_by_blocks, transpose=True),
     )  # fmt: skip
     d_w = jax.lax.platform_dependent(
         x_MD, y_MF, expert, sizes_E,

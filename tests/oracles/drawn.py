@@ -4,6 +4,8 @@ import zlib
 
 import numpy as np
 
+SOME = 701  # of SmolLM2's logits, those of every 701st token are recorded
+
 
 def tensor(name, shape):
     """Values for a tensor of a checkpoint: norms around 1, biases and matrices around 0."""

