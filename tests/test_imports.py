@@ -6,7 +6,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = """
-types masked axes checks
+types masked axes checks hlo costs
 gates ratios aggregations objectives advantages corrections sharding collectives distributed
 tokenizer
 hf_tokenizer datasets
