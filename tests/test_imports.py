@@ -6,7 +6,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = """
-types masked axes checks hlo costs
+types masked axes checks hlo costs chips
 gates ratios aggregations objectives advantages corrections sharding collectives distributed
 tokenizer
 hf_tokenizer datasets
@@ -19,8 +19,9 @@ tasks.prepared tasks.mixture tasks
 streams data rewards
 diagnostics routing sampling handover decoding assembly sampler state learner checkpoint
 rundir progress
-population gradlab evaluate report_words report_page report_plots report preflight
+population gradlab evaluate report_words report_page report_plots report
 inputs settings experience startup
+programs preflight_checks preflight
 train
 sweep main
 """
