@@ -60,6 +60,7 @@ def devices(topology: str) -> tuple[list[Any], bool]:
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", f"{kind}-{count * (1 + (kind == 'v5p'))}")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is taken
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
         return list(found), True

@@ -178,16 +178,19 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
     cache = {"cache": (state.prompt_kv, state.own_kv)}
     results = {"results": state.replace(prompt_kv=None, own_kv=None)}
     given = {"sampler's parameters": weights, "prompts": prompts}
+    same = handover.unchanged(train.params, config)
+    kept = {name: value for name, value in train.params.items() if name in same}
+    rest = {name: value for name, value in train.params.items() if name not in same}
+    moved = {name: value for name, value in weights.items() if name not in same}
     rows = plan.slots[0] * group
     step = rows * (_layer_flops(settings) + _head_flops(settings))
     step += rows * _attention_flops(settings, n + t)
     fill = plan.refill * n * (_layer_flops(settings) + _attention_flops(settings, n / 2))
     return {
         "to_sampler": Program(
-            lambda: handover.convert.lower(train.params, config, mesh),
-            {"parameters": train.params}, resident={"optimizer": train.opt_state},
-            result={"sampler's parameters": weights}, tokens=0, turns=1, model_flops=0.0,
-            runs=1,
+            lambda: handover.convert.lower(rest, config, mesh),
+            {"parameters": rest}, resident={"optimizer": train.opt_state, "parameters kept": kept},
+            result={"sampler's parameters": moved}, tokens=0, turns=1, model_flops=0.0, runs=1,
         ),
         "prefill": Program(
             lambda: decoding.fill_slots.lower(
