@@ -188,11 +188,12 @@ def report(checked: settings.Settings, topology: str, only: list[str] | None, tp
             print(f"compiling: {name}", file=sys.stderr, flush=True)
             results.append(measure(checked, name, program, chip))
     demands = preflight_checks.checks(checked, results, chip.hbm)
+    mesh = {} if checked.mesh is None else checked.mesh.shape
     return {
         "name": checked.config["name"],
         "topology": topology,
         "tpu": tpu,
-        "mesh": sharding.describe({a: n for a, n in checked.mesh.shape.items() if n > 1}),
+        "mesh": sharding.describe({axis: n for axis, n in mesh.items() if n > 1}) or "one device",
         "chip": chip._asdict(),
         "versions": {"jax": jax.__version__},
         "programs": results,
