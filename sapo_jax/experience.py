@@ -11,7 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapo_jax import advantages, data, evaluate, learnable, learner, rewards, sampler, streams
+from sapo_jax import (
+    advantages,
+    data,
+    evaluate,
+    learnable,
+    learner,
+    rewards,
+    sampler,
+    sharding,
+    streams,
+)
 from sapo_jax.progress import Clock
 from sapo_jax.settings import Settings
 from sapo_jax.tasks.base import Example
@@ -85,7 +95,8 @@ def _scored(settings: Settings, params: Any, reference: Any, batch: Batch) -> tu
     Of all prompts, also where more were drawn than are learnt from: that is not known yet.
     """
     options = settings.config["batch"]
-    minibatches = learnable.split(batch, options["minibatches"] * options["oversample"])
+    parts = options["minibatches"] * options["oversample"]
+    minibatches = learnable.split(batch, parts, settings.mesh)
     score = partial(learner.score, hp=settings.hp)
     if settings.hp.routing_replay == "R2":
         minibatches = tuple(_with_routing(params, b, settings.hp) for b in minibatches)
@@ -165,7 +176,7 @@ def _learnable(
         rows_B, signal_B = advantages.informative(rewards_B, group_size, prompts)
         metrics["advantage/kept_groups"] = float(signal_B.mean())
     minibatches, more = learnable.learnable(
-        learnable.take(scored, rows_B, signal_B),
+        learnable.take(scored, rows_B, signal_B, settings.mesh),
         rewards_B[rows_B],
         c["reward"]["kl_coef"],
         settings.bounds,
@@ -174,6 +185,7 @@ def _learnable(
         kl=c["reward"]["kl"],
         correction=c["correction"]["name"],
         parts=c["batch"]["minibatches"],
+        mesh=settings.mesh,
     )
     return minibatches, rows_B, metrics | {key: float(value) for key, value in more.items()}
 
@@ -193,10 +205,12 @@ def from_rollout(
     group_size = c["batch"]["group_size"]
     examples = stream.take(c["batch"]["prompts"] * c["batch"]["oversample"])
     groups = rewards.Groups(scorer, examples, settings.tokenizer)
+    with clock("to_sampler"):
+        weights = jax.block_until_ready(sampler.to_sampler(params, settings.model))
     with clock("rollout"):
         prompts = data.encode_prompts(examples, settings.tokenizer, settings.width)
         controls = {"iteration": iteration, "on_groups": groups, "warm_up": warm_up}
-        rollout = sample(settings, params, prompts, **controls)
+        rollout = sample(settings, weights, prompts, **controls)
         on_host = jax.device_get(rollout)
     with clock("update"):  # needs no rewards: the device works while rows are judged
         minibatches = _scored(settings, params, reference, _batch(rollout))
@@ -213,6 +227,7 @@ def from_rollout(
     rows = _rows(on_host, asked, texts, rewards_B, advantages_B, iteration, c["log"]["samples"])
     metrics = _metrics(on_host, rewards_B, group_size) | _by_task(settings, asked, rewards_B)
     metrics |= {"data/dropped": float(stream.dropped), **parts, **more}
+    metrics["sampler/weights_moved_bytes"] = float(sampler.moved_bytes(params, weights))
     return Experience(minibatches, metrics, rows)
 
 
@@ -231,7 +246,8 @@ def from_demonstrations(
     with clock("rollout"):
         width = settings.width + settings.max_new_tokens
         batch = data.encode_demonstrations(stream.take(settings.rows), settings.tokenizer, width)
-        minibatches = learnable.split(batch, settings.config["batch"]["minibatches"])
+        batch = sharding.feed(batch, settings.mesh)
+        minibatches = learnable.split(batch, settings.config["batch"]["minibatches"], settings.mesh)
     metrics = {"length/mean": float(batch.mask.sum(-1).mean())}
     return Experience(minibatches, metrics | {"data/dropped": float(stream.dropped)}, [])
 
@@ -247,7 +263,7 @@ def held_out(
 ) -> dict[str, float]:
     """Metrics on the fixed evaluation set; the same noise at every iteration."""
     options = settings.config["eval"]
-    count = settings.eval_batch if warm_up else options["prompts"]
+    count = min(settings.eval_batch, options["prompts"]) if warm_up else options["prompts"]
     weights = sampler.to_sampler(params, settings.model)
     parts = collections.Counter(streams.slots(settings.shares, count))
     sources = list(settings.sources("test").values())

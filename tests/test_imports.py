@@ -7,15 +7,18 @@ import sys
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = """
 types masked axes checks
-gates ratios aggregations presets objectives advantages corrections sharding distributed tokenizer
+gates ratios aggregations presets objectives advantages corrections sharding collectives
+distributed tokenizer
 hf_tokenizer datasets
-model.rope model.config model.params model.attention model.moe model.head model.transformer
+model.rope model.splash model.config model.params model.attention model.vocab model.moe model.head
+model.transformer
 model.hf_config model.hf model.from_gguf model
 tasks.base tasks.forks tasks.jsonl tasks.answers tasks.agreement tasks.jail tasks.sandbox
 tasks.chain_sum tasks.countdown tasks.math_answer tasks.reasoning tasks.programs
 tasks.prepared tasks.mixture tasks
 streams data rewards learnable
-diagnostics routing sampling decoding sampler learner checkpoint rundir progress
+diagnostics routing sampling handover decoding assembly sampler state learner checkpoint
+rundir progress
 population gradlab_fidelity gradlab_pull gradlab gradlab_tokens
 evaluate report_words report_page report_plots report gradlab_words gradlab_plots gradlab_report
 preflight

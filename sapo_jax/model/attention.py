@@ -7,7 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.model import rope
+from sapo_jax import collectives
+from sapo_jax.model import rope, splash
 from sapo_jax.model.config import ModelConfig
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -62,9 +63,22 @@ def _softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
 
 
 def causal(
-    q_BSHd: jax.Array, k_BSKd: jax.Array, v_BSKd: jax.Array, segments_BS: jax.Array
+    q_BSHd: jax.Array,
+    k_BSKd: jax.Array,
+    v_BSKd: jax.Array,
+    segments_BS: jax.Array,
+    kernel: str = "auto",
 ) -> jax.Array:
-    """Grouped-query attention of each token to its own segment up to itself, [B, S, H, d]."""
+    """Grouped-query attention of each token to its own segment up to itself, [B, S, H, d].
+
+    Args:
+      q_BSHd, k_BSKd, v_BSKd: rotated queries and keys, and values.
+      segments_BS: i32[B, S], 0 at pads.
+      kernel: a name in `config.ATTENTION`; "auto" takes splash where the program is compiled for
+        TPU, else XLA.
+    """
+    if kernel == "splash" or (kernel == "auto" and collectives.platform() == "tpu"):
+        return splash.causal(q_BSHd, k_BSKd, v_BSKd, segments_BS)
     b, s, h, d = q_BSHd.shape
     kv = k_BSKd.shape[2]
     q = q_BSHd.reshape(b, s, kv, h // kv, d)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from sapo_jax import collectives
 from sapo_jax.model.attention import HIGHEST, einsum
 from sapo_jax.model.config import ModelConfig
 
@@ -196,20 +197,52 @@ def _backward(saved, y_MF):
 grouped_matmul.defvjp(_forward, _backward)
 
 
+def _local(experts_Tk: jax.Array, gates_Tk: jax.Array, config: ModelConfig):
+    """The layout of the pairs whose expert is on this device; the others get no row and gate 0."""
+    here = config.num_experts // collectives.size("expert")
+    if here == config.num_experts:
+        return layout(experts_Tk, here), gates_Tk
+    ids_Tk = experts_Tk - collectives.index("expert") * here
+    inside_Tk = (ids_Tk >= 0) & (ids_Tk < here)
+    # Pairs of other devices are sorted behind the last expert, into rows that nothing reads.
+    plan = layout(jnp.where(inside_Tk, ids_Tk, here), here + 1)
+    used = jnp.sum(plan.sizes[:-1])
+    rows_M = jnp.arange(plan.source.size)
+    plan = Layout(
+        source=jnp.where(rows_M < used, plan.source, experts_Tk.shape[0]),
+        position=jnp.where(inside_Tk, plan.position, plan.source.size),
+        expert=jnp.minimum(plan.expert, here - 1),
+        sizes=plan.sizes[:-1],
+    )
+    return plan, jnp.where(inside_Tk, gates_Tk, 0)
+
+
 def experts(
     weights: dict[str, jax.Array], config: ModelConfig, hidden_XD: jax.Array, routing: Routing
 ) -> jax.Array:
-    """The gated sum of each token's experts, each a SwiGLU, [X, D]."""
+    """The gated sum of each token's experts, each a SwiGLU, [X, D].
+
+    Over the mesh axis `expert`, every device has some of the experts: it gathers the tokens of all,
+    computes what its experts add to each, and gets back the sums of its own tokens. There is room
+    for any routing.
+    """
     *leading, d = hidden_XD.shape
     k, dtype = config.num_experts_per_tok, hidden_XD.dtype
-    plan = layout(routing.experts.reshape(-1, k), config.num_experts)
-    x_MD = hidden_XD.reshape(-1, d).at[plan.source].get(mode="fill", fill_value=0)
+    shared = (collectives.enter(hidden_XD.reshape(-1, d)), routing.experts.reshape(-1, k),
+              collectives.enter(routing.gates.reshape(-1, k)))  # fmt: skip
+    hidden_TD, experts_Tk, gates_Tk = (collectives.gather(x, ("expert",)) for x in shared)
+    plan, gates_Tk = _local(experts_Tk, gates_Tk, config)
+    x_MD = hidden_TD.at[plan.source].get(mode="fill", fill_value=0)
 
     def multiply(x, name):
         return grouped_matmul(x, weights[name].astype(dtype), plan.expert, plan.sizes)
 
     inner_MF = jax.nn.silu(multiply(x_MD, "experts_gate")) * multiply(x_MD, "experts_up")
-    out_TkD = multiply(inner_MF, "experts_down")[plan.position]
-    gates_Tk = routing.gates.reshape(-1, k)
+    out_MD = multiply(inner_MF, "experts_down")
+    if collectives.size("expert") > 1:
+        out_TkD = out_MD.at[plan.position].get(mode="fill", fill_value=0)
+    else:
+        out_TkD = out_MD[plan.position]
     out_TD = jnp.sum(out_TkD.astype(jnp.float32) * gates_Tk[..., None], 1)
+    out_TD = collectives.leave(collectives.scatter(out_TD, ("expert",)))
     return out_TD.astype(dtype).reshape(*leading, d)
