@@ -46,14 +46,8 @@ def convert(weights: Any, config: ModelConfig, mesh: Mesh | None = None) -> Any:
     return sharding.constrain(converted, mesh, some(specs(config)))
 
 
-def to_sampler(weights: Any, config: ModelConfig) -> Any:
-    """Parameters as the sampler reads them: compute dtype, one leaf per layer, no `fsdp`.
-
-    Decoding from slices of stacked weights would copy them at each step. What has the dtype and
-    the layout already comes back as it is, buffers included.
-    """
-    if isinstance(weights["layers"], list):
-        return weights
+def unchanged(weights: Any, config: ModelConfig) -> set[str]:
+    """Names of parameters, abstract ones too, that have the sampler's dtype and layout already."""
     dtype, mesh = jnp.dtype(config.compute_dtype), sharding.mesh_of(weights)
     target = specs(config)
 
@@ -64,9 +58,20 @@ def to_sampler(weights: Any, config: ModelConfig) -> Any:
             return True
         return value.sharding.is_equivalent_to(sharding.named(mesh, target[name]), value.ndim)
 
-    same = {name: jnp.asarray(value) for name, value in weights.items() if stays(name, value)}
+    return {name for name, value in weights.items() if stays(name, value)}
+
+
+def to_sampler(weights: Any, config: ModelConfig) -> Any:
+    """Parameters as the sampler reads them: compute dtype, one leaf per layer, no `fsdp`.
+
+    Decoding from slices of stacked weights would copy them at each step. What has the dtype and
+    the layout already comes back as it is, buffers included.
+    """
+    if isinstance(weights["layers"], list):
+        return weights
+    same = {name: jnp.asarray(weights[name]) for name in unchanged(weights, config)}
     rest = {name: value for name, value in weights.items() if name not in same}
-    return convert(rest, config, mesh) | same
+    return convert(rest, config, sharding.mesh_of(weights)) | same
 
 
 def moved_bytes(before: Any, after: Any) -> int:

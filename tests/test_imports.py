@@ -6,7 +6,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = """
-types masked axes checks
+types masked axes checks hlo costs chips
 gates ratios aggregations presets objectives advantages corrections sharding collectives
 distributed tokenizer
 hf_tokenizer datasets
@@ -21,8 +21,8 @@ diagnostics routing sampling handover decoding assembly sampler state learner ch
 rundir progress
 population gradlab_fidelity gradlab_pull gradlab gradlab_tokens
 evaluate report_words report_page report_plots report gradlab_words gradlab_plots gradlab_report
-preflight
 inputs settings experience startup
+programs preflight_checks preflight
 train
 sweep main export
 """

@@ -135,30 +135,46 @@ def _weight_gradient_by_blocks(x_MD, y_MF, expert, sizes_E):
     return jax.lax.scan(add, start, blocks)[0][1]
 
 
-def _tiles(*arrays: jax.Array) -> tuple[tuple[int, int, int], list[jax.Array]]:
-    """Tile sizes for megablox, and the arrays with their rows padded to whole tiles."""
-    rows = arrays[0].shape[0]
-    tile = min(512, -(-rows // 128) * 128)
-    padded = [jnp.pad(x, ((0, -rows % tile), (0, 0))) for x in arrays]
-    return (tile, 512, 512), padded
+def _tile(size: int) -> int:
+    """Columns of a tile: whole ones only, where that goes, since a part costs as much."""
+    return max((n for n in range(128, 1025, 128) if size % n == 0), default=min(size, 512))
+
+
+def _tiled(expert: jax.Array, *arrays: jax.Array) -> tuple[int, list[jax.Array]]:
+    """Rows of a tile of megablox, and the arrays with their rows padded to whole tiles.
+
+    A tile is a block of the layout, so that none has rows of two experts and is computed twice;
+    smaller blocks share one.
+    """
+    tile = max(128, arrays[0].shape[0] // expert.shape[0])
+    return tile, [jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0))) for x in arrays]
+
+
+def visited_rows(tokens: int, k: int, experts: int, here: int) -> float:
+    """Rows that megablox multiplies for ``here`` of the experts, if all are chosen as often.
+
+    Half a block pads each expert's rows; a tile of several blocks is computed once for each expert
+    that has one of them.
+    """
+    block = block_size(tokens * k, here + (here < experts))
+    return here * (tokens * k / experts + max(128, block) - block / 2)
 
 
 def _by_megablox(x_MD, w_EDF, expert, sizes_E, *, transpose=False, interpret=False):
     from jax.experimental.pallas.ops.tpu.megablox import gmm
 
-    del expert
-    tiles, (x,) = _tiles(x_MD)
-    out = gmm(
-        x, w_EDF, sizes_E, x.dtype, tiles, transpose_rhs=transpose, interpret=interpret
-    )  # fmt: skip
+    rows, (x,) = _tiled(expert, x_MD)
+    depth, width = w_EDF.shape[:0:-1] if transpose else w_EDF.shape[1:]
+    tiles = (rows, _tile(depth), _tile(width))
+    out = gmm(x, w_EDF, sizes_E, x.dtype, tiles, transpose_rhs=transpose, interpret=interpret)
     return out[: x_MD.shape[0]]
 
 
 def _weight_gradient_by_megablox(x_MD, y_MF, expert, sizes_E, *, interpret=False):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    del expert
-    tiles, (x, y) = _tiles(x_MD, y_MF)
+    rows, (x, y) = _tiled(expert, x_MD, y_MF)
+    tiles = (rows, _tile(x.shape[1]), _tile(y.shape[1]))
     return tgmm(x.T, y, sizes_E, x.dtype, tiles, interpret=interpret)
 
 

@@ -9,6 +9,12 @@ LANES = 128  # rows and head dimensions come in multiples of it
 SAVED = "attention"  # name of what the backward pass keeps, for `jax.checkpoint` policies
 
 
+def padded(rows: int) -> int:
+    """Rows of a length that the kernel's tiles divide."""
+    rows = -(-rows // LANES) * LANES
+    return -(-rows // min(512, rows)) * min(512, rows)
+
+
 def _blocks(rows: int):
     """Tile sizes for rows padded to a multiple of min(512, rows)."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
@@ -36,8 +42,7 @@ def causal(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     s, h, d = q_BSHd.shape[1:]
-    rows = -(-s // LANES) * LANES
-    rows = -(-rows // min(512, rows)) * min(512, rows)
+    rows = padded(s)
 
     def laid_out(x_BSHd):  # zeros change no score, and pads see pads alone: their segment is 0
         padding = ((0, 0), (0, rows - s), (0, 0), (0, -d % LANES))
@@ -55,3 +60,11 @@ def causal(
         splash.SegmentIds(segments_BS, segments_BS),
     )  # fmt: skip
     return jnp.swapaxes(out_BHSd, 1, 2)[:, :s, :, :d].astype(q_BSHd.dtype)
+
+
+def executed_scores(rows: int) -> int:
+    """Scores that the kernel computes for a head of one row: whole tiles up to the diagonal."""
+    rows = padded(rows)
+    blocks = _blocks(rows)
+    tile, wide = blocks.block_q, blocks.block_kv
+    return sum(tile * -(-end // wide) * wide for end in range(tile, rows + 1, tile))
