@@ -72,6 +72,11 @@ def _correction() -> ConfigDict:
 
 
 def _edge(c: ConfigDict) -> None:
+    c.population = ConfigDict()
+    c.population.method = (
+        "auto"  # how the runs of a sweep share a device: map, vmap; auto: measured
+    )
+
     c.distributed = ConfigDict()
     c.distributed.timeout = 3600.0  # seconds without a finished phase that end a process; 0: none
 

@@ -223,7 +223,7 @@ def _keep_routing(state: Decoding, routings: list, index_Q, live_QG) -> Decoding
     return state.replace(routing=(prompts, completions.at[at].set(new.astype(completions.dtype))))
 
 
-def _step(weights, config, controls, truncate, state: Decoding) -> Decoding:
+def step(weights, config, controls, truncate, state: Decoding) -> Decoding:
     """Feed the last tokens, draw the next."""
     _, n = state.prompt_kv[0][0].shape[1:3]
     c = state.own_kv[0][0].shape[3]
@@ -291,11 +291,11 @@ def _decode(config, truncate, weights, controls, state, until, enough_1, quorum)
         s, agreed = carry
         return (s.clock < until) & (agreed < quorum)
 
-    def step(carry):
-        s = _step(weights, config, controls, truncate, carry[0])
+    def advance(carry):
+        s = step(weights, config, controls, truncate, carry[0])
         return s, agree(s)
 
-    state, _ = jax.lax.while_loop(go_on, step, (state, agree(state)))
+    state, _ = jax.lax.while_loop(go_on, advance, (state, agree(state)))
     return state, collectives.gather(jnp.all(state.done, -1), sharding.ROWS)
 
 

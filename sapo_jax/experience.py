@@ -36,6 +36,14 @@ class Experience(NamedTuple):
     samples: list[dict]
 
 
+class Asked(NamedTuple):
+    """What an iteration asks, and what judges the answers."""
+
+    examples: list[Example]
+    prompts: Prompts
+    groups: rewards.Groups
+
+
 def sample(
     settings: Settings,
     params: Any,
@@ -76,7 +84,7 @@ def sample(
 
 
 @jax.jit
-def _batch(rollout: Rollout) -> Batch:
+def batch_of(rollout: Rollout) -> Batch:
     """The rows, whose advantages are not known yet."""
     return Batch(
         tokens=rollout.tokens,
@@ -164,30 +172,50 @@ def open_stream(settings: Settings, *, workers: int = 0) -> streams.Stream:
     return streams.Stream(sources, seed, shares=shares, keep=keep, workers=workers)
 
 
-def _learnable(
-    settings: Settings, scored: tuple[Batch, ...], rewards_B: np.ndarray
-) -> tuple[tuple[Batch, ...], np.ndarray, dict[str, float]]:
-    """The iteration's minibatches, which rows they hold, and metrics of what was done to them."""
+def ask(settings: Settings, stream: streams.Stream, scorer: rewards.Scorer) -> Asked:
+    """The prompts of the next iteration, more than P where some are drawn to spare."""
+    batch = settings.config["batch"]
+    examples = stream.take(batch["prompts"] * batch["oversample"])
+    prompts = data.encode_prompts(examples, settings.tokenizer, settings.width)
+    return Asked(examples, prompts, rewards.Groups(scorer, examples, settings.tokenizer))
+
+
+def kept(settings: Settings, rewards_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Which rows to learn from, whether their groups have a signal, and metrics of that."""
+    batch = settings.config["batch"]
+    if batch["oversample"] == 1:
+        return np.arange(len(rewards_B), dtype=np.int32), np.ones(len(rewards_B), bool), {}
+    rows_B, signal_B = advantages.informative(rewards_B, batch["group_size"], batch["prompts"])
+    return rows_B, signal_B, {"advantage/kept_groups": float(signal_B.mean())}
+
+
+def recipe_of(settings: Settings) -> dict[str, Any]:
+    """What is static in `learnable.learnable`."""
     c = settings.config
-    group_size, prompts = c["batch"]["group_size"], c["batch"]["prompts"]
-    rows_B, signal_B = np.arange(len(rewards_B), dtype=np.int32), np.ones(len(rewards_B), bool)
-    metrics = {}
-    if c["batch"]["oversample"] > 1:
-        rows_B, signal_B = advantages.informative(rewards_B, group_size, prompts)
-        metrics["advantage/kept_groups"] = float(signal_B.mean())
-    minibatches, more = learnable.learnable(
-        learnable.take(scored, rows_B, signal_B, settings.mesh),
-        rewards_B[rows_B],
-        c["reward"]["kl_coef"],
-        settings.bounds,
-        estimator=c["advantages"],
-        group_size=group_size,
-        kl=c["reward"]["kl"],
-        correction=c["correction"]["name"],
-        parts=c["batch"]["minibatches"],
-        mesh=settings.mesh,
-    )
-    return minibatches, rows_B, metrics | {key: float(value) for key, value in more.items()}
+    return {
+        "estimator": c["advantages"],
+        "group_size": c["batch"]["group_size"],
+        "kl": c["reward"]["kl"],
+        "correction": c["correction"]["name"],
+        "parts": c["batch"]["minibatches"],
+    }
+
+
+def told(
+    settings: Settings,
+    asked: Asked,
+    rollout: Rollout,
+    rewards_B: np.ndarray,
+    advantages_B: np.ndarray,
+    iteration: int,
+) -> tuple[dict[str, float], list[dict]]:
+    """Metrics of a judged rollout on the host, and rows of it for a person to read."""
+    c, group_size = settings.config, settings.config["batch"]["group_size"]
+    examples = [e for e in asked.examples for _ in range(group_size)]
+    arguments = (examples, asked.groups.texts, rewards_B, advantages_B, iteration)
+    rows = _rows(rollout, *arguments, c["log"]["samples"])
+    metrics = _metrics(rollout, rewards_B, group_size)
+    return metrics | _by_task(settings, examples, rewards_B), rows
 
 
 def from_rollout(
@@ -201,34 +229,35 @@ def from_rollout(
     warm_up: Callable[[str], None] | None = None,
 ) -> Experience:
     """Sample, judge, and attach advantages and the log-probabilities that the objective needs."""
-    c = settings.config
-    group_size = c["batch"]["group_size"]
-    examples = stream.take(c["batch"]["prompts"] * c["batch"]["oversample"])
-    groups = rewards.Groups(scorer, examples, settings.tokenizer)
+    asked = ask(settings, stream, scorer)
     with clock("to_sampler"):
         weights = jax.block_until_ready(sampler.to_sampler(params, settings.model))
     with clock("rollout"):
-        prompts = data.encode_prompts(examples, settings.tokenizer, settings.width)
-        controls = {"iteration": iteration, "on_groups": groups, "warm_up": warm_up}
-        rollout = sample(settings, weights, prompts, **controls)
+        controls = {"iteration": iteration, "on_groups": asked.groups, "warm_up": warm_up}
+        rollout = sample(settings, weights, asked.prompts, **controls)
         on_host = jax.device_get(rollout)
     with clock("update"):  # needs no rewards: the device works while rows are judged
-        minibatches = _scored(settings, params, reference, _batch(rollout))
+        minibatches = _scored(settings, params, reference, batch_of(rollout))
     with clock("score_exposed"):
-        verdicts = groups.wait()
+        verdicts = asked.groups.wait()
     clock.add("score", sum(verdict.seconds for verdict in verdicts))
     with clock("update"):
         rewards_B, parts = rewards.combine([v.parts for v in verdicts], settings.recipe)
-        minibatches, learnt, more = _learnable(settings, minibatches, rewards_B)
+        rows_B, signal_B, of_kept = kept(settings, rewards_B)
+        minibatches, more = learnable.learnable(
+            learnable.take(minibatches, rows_B, signal_B, settings.mesh),
+            rewards_B[rows_B],
+            settings.config["reward"]["kl_coef"],
+            settings.bounds,
+            mesh=settings.mesh,
+            **recipe_of(settings),
+        )
         advantages_B = np.zeros_like(rewards_B)
-        advantages_B[learnt] = np.concatenate([batch.advantages for batch in minibatches])
-    asked = [e for e in examples for _ in range(group_size)]
-    texts = groups.texts
-    rows = _rows(on_host, asked, texts, rewards_B, advantages_B, iteration, c["log"]["samples"])
-    metrics = _metrics(on_host, rewards_B, group_size) | _by_task(settings, asked, rewards_B)
-    metrics |= {"data/dropped": float(stream.dropped), **parts, **more}
+        advantages_B[rows_B] = np.concatenate([batch.advantages for batch in minibatches])
+    metrics, rows = told(settings, asked, on_host, rewards_B, advantages_B, iteration)
+    metrics |= {"data/dropped": float(stream.dropped), **parts, **of_kept}
     metrics["sampler/weights_moved_bytes"] = float(sampler.moved_bytes(params, weights))
-    return Experience(minibatches, metrics, rows)
+    return Experience(minibatches, metrics | {k: float(v) for k, v in more.items()}, rows)
 
 
 def from_demonstrations(
@@ -262,22 +291,34 @@ def held_out(
     warm_up: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """Metrics on the fixed evaluation set; the same noise at every iteration."""
-    options = settings.config["eval"]
-    count = min(settings.eval_batch, options["prompts"]) if warm_up else options["prompts"]
     weights = sampler.to_sampler(params, settings.model)
+    draw = partial(sample, settings, weights, iteration=0, domain="eval", warm_up=warm_up)
+    count = settings.config["eval"]["prompts"]
+    count = min(settings.eval_batch, count) if warm_up else count
+    return evaluated(settings, draw, scorer, test_set(settings, count))
+
+
+def test_set(settings: Settings, count: int) -> list[Example]:
+    """The first ``count`` examples of the evaluation set, in the tasks' shares."""
     parts = collections.Counter(streams.slots(settings.shares, count))
     sources = list(settings.sources("test").values())
-    chosen = [
+    return [
         example
         for k in sorted(parts)
         for example in data.held_out(sources[k], parts[k], keep=settings.keep, task=k)
     ]
+
+
+def evaluated(
+    settings: Settings, draw: Callable[..., Rollout], scorer: rewards.Scorer, chosen: list[Example]
+) -> dict[str, float]:
+    """Metrics of what ``draw`` writes to the chosen examples, see `evaluate.evaluate`."""
     return evaluate.evaluate(
-        partial(sample, settings, weights, iteration=0, domain="eval", warm_up=warm_up),
+        draw,
         scorer,
         chosen,
         settings.tokenizer,
-        samples=options["samples"],
+        samples=settings.config["eval"]["samples"],
         width=settings.width,
         batch=settings.eval_batch,
         names=tuple(settings.tasks) if len(settings.tasks) > 1 else (),

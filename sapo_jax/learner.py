@@ -222,7 +222,7 @@ def update(
 
 
 @jax.jit
-def _finish(metrics: tuple) -> tuple[dict, list[dict]]:
+def finish_iteration(metrics: tuple) -> tuple[dict, list[dict]]:
     """Metrics of an iteration, merged over its minibatches, and those of each minibatch."""
     loss, merged = finish(merge(jax.tree.map(lambda *x: jnp.stack(x), *metrics)))
     each = [finish(m) for m in metrics]
@@ -231,7 +231,14 @@ def _finish(metrics: tuple) -> tuple[dict, list[dict]]:
     return {"policy/loss": loss, **merged, **gap}, [{"policy/loss": x, **m} for x, m in each]
 
 
-_end_iteration = jax.jit(lambda s: s.replace(iteration=s.iteration + 1), donate_argnums=0)
+def record(merged: dict, each: list[dict]) -> dict[str, Any]:
+    """What `finish_iteration` gives, on the host, as plain numbers and lists."""
+    keys = [k for k in each[0] if k.startswith(("policy/", "grad/"))]
+    minibatches = [{k: float(m[k]) for k in keys} for m in each]
+    return {k: _plain(v) for k, v in merged.items()} | {"minibatch": minibatches}
+
+
+end_iteration = jax.jit(lambda s: s.replace(iteration=s.iteration + 1), donate_argnums=0)
 
 
 def learn(
@@ -247,11 +254,8 @@ def learn(
     for batch in minibatches:
         state, metrics = update(state, batch, hp)
         collected.append(metrics)
-    merged, each = jax.device_get(_finish(tuple(collected)))
-    record = {k: _plain(v) for k, v in merged.items()}
-    keys = [k for k in each[0] if k.startswith(("policy/", "grad/"))]
-    record["minibatch"] = [{k: float(m[k]) for k in keys} for m in each]
-    return _end_iteration(state), record
+    found = jax.device_get(finish_iteration(tuple(collected)))
+    return end_iteration(state), record(*found)
 
 
 def _plain(value: Any) -> Any:

@@ -28,15 +28,20 @@ def parse(argv: list[str]) -> list[str]:
     return rest
 
 
+def use_cache(directory: str) -> None:
+    """Keep compiled programs in a directory; "" keeps none."""
+    if directory:
+        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 def main(argv: list[str]) -> None:
     """Run the experiment, or go on with it."""
     if len(argv) > 1:
         sys.exit(f"error: unknown argument {argv[1]!r}; fields are set by --config.<field>=<value>")
     try:
         checked = settings.resolve(_CONFIG.value)
-        if checked.config["compilation_cache"]:
-            jax.config.update("jax_compilation_cache_dir", checked.config["compilation_cache"])
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        use_cache(checked.config["compilation_cache"])
         path = train.run(checked, _WORKDIR.value)
     except (ValueError, RuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) or flags.FLAGS["verbosity"].present:

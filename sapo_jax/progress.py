@@ -103,9 +103,9 @@ class Progress:
             parts.append(f"{record['time/tokens_per_second']:,.0f} tokens/s")
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
 
-    def step(self) -> None:
-        """One more iteration is done."""
-        self._bar.update()
+    def step(self, count: int = 1) -> None:
+        """One more iteration is done, or several."""
+        self._bar.update(count)
 
     def close(self) -> None:
         """Leave the bar as it stands."""

@@ -106,7 +106,12 @@ class Lease:
 
 def write_config(workdir: epath.PathLike, config: dict) -> None:
     """Store the resolved config of a run as config.json."""
-    _write(_path(workdir) / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_json(_path(workdir) / "config.json", config)
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Store a value as JSON, as a whole: a killed process leaves the old file or the new one."""
+    _write(_path(path), json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def read_config(workdir: epath.PathLike) -> dict | None:

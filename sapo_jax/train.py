@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -35,26 +37,36 @@ def run(settings: Settings, workdir: epath.PathLike) -> epath.Path | None:
         needed cannot be restored.
       RuntimeError: another process works in the directory.
     """
-    workdir, c = epath.Path(workdir), settings.config
-    workers, timeout = c["reward"]["workers"], c["distributed"]["timeout"]
+    workdir = epath.Path(workdir)
     with rundir.Lease(workdir):
-        rundir.check_config(workdir, c, may_differ=settings.may_differ)
-        with (
-            checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints,
-            rewards.Scorer(settings.task, settings.recipe, workers=workers) as scorer,
-            distributed.Watchdog(timeout, index=jax.process_index()) as watchdog,
-            distributed.preemption() as preempted,
-        ):
-            whole = _loop(settings, Edge(workdir, checkpoints, scorer, watchdog, preempted))
-        return _report(workdir) if whole else None
+        rundir.check_config(workdir, settings.config, may_differ=settings.may_differ)
+        with open_edge(settings, workdir) as edge:
+            whole = _loop(settings, edge)
+        return report(workdir) if whole else None
 
 
-def _report(workdir: epath.Path) -> epath.Path:
+@contextlib.contextmanager
+def open_edge(settings: Settings, workdir: epath.Path) -> Iterator[Edge]:
+    """What a run needs while it goes on."""
+    workers, timeout = (
+        settings.config["reward"]["workers"],
+        settings.config["distributed"]["timeout"],
+    )
+    with (
+        checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints,
+        rewards.Scorer(settings.task, settings.recipe, workers=workers) as scorer,
+        distributed.Watchdog(timeout, index=jax.process_index()) as watchdog,
+        distributed.preemption() as preempted,
+    ):
+        yield Edge(workdir, checkpoints, scorer, watchdog, preempted)
+
+
+def report(workdir: epath.Path) -> epath.Path:
     """Write the report, where this machine can draw."""
     try:
-        from sapo_jax import report
+        from sapo_jax.report import write
 
-        return report.write(workdir)
+        return write(workdir)
     except ImportError as error:
         logging.warning("No report: %s. Elsewhere: python -m sapo_jax.report %s", error, workdir)
         return workdir / "report.html"

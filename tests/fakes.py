@@ -1,5 +1,7 @@
 """Small stand-ins that several tests share."""
 
+import collections
+
 import jax
 import numpy as np
 
@@ -36,17 +38,19 @@ def prompts(count, width, seed=0, vocab=VOCAB):
 
 
 class Compilations:
-    """Counts XLA compilations (or loads of compiled programs) inside its context."""
+    """Counts XLA compilations (or loads of compiled programs) inside its context, also by name."""
 
     EVENT = "/jax/core/compile/backend_compile_duration"
 
     def __enter__(self):
         self.count = 0
+        self.names = collections.Counter()
         jax.monitoring.register_event_duration_secs_listener(self._listen)
         return self
 
     def __exit__(self, *exception):
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
-    def _listen(self, event, duration, **_):
+    def _listen(self, event, duration, fun_name="", **_):
         self.count += event == self.EVENT
+        self.names[fun_name] += event == self.EVENT

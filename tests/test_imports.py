@@ -21,10 +21,10 @@ diagnostics routing sampling handover decoding assembly sampler state learner ch
 rundir progress
 population gradlab_fidelity gradlab_pull gradlab gradlab_tokens
 evaluate report_words report_page report_plots report gradlab_words gradlab_plots gradlab_report
-inputs settings experience startup
-programs preflight_checks preflight
-train
-sweep main export
+sweep_stats sweep_words sweep_plots sweep_report
+inputs settings experience startup programs preflight_checks preflight cohorts joint
+train cohort_run
+main sweep export
 """
 ORDER = {name: i for i, name in enumerate(ROWS.split())}
 CORE = {"jax", "flax", "optax", "orbax", "chex", "ml_collections", "absl", "numpy", "etils"}
@@ -35,6 +35,8 @@ ANYWHERE = {
     "evaluate",
     "gradlab_plots",
     "gradlab_report",
+    "sweep_plots",
+    "sweep_report",
 }  # not part of a training step
 
 

@@ -1,0 +1,143 @@
+"""From a base config and a sweep to cohorts: runs that can share every executable."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from sapo_jax import population, settings
+from sapo_jax.axes import Overrides
+from sapo_jax.checks import require
+from sapo_jax.learner import Hyperparameters
+from sapo_jax.settings import Settings
+
+# What reaches the device as a value, or not at all. The objective's numbers are values too; its
+# name and aggregation are where several of them become one switch.
+TRACED = {
+    "seed", "init_from", "sampler.temperature", "reward.kl_coef", "correction.low",
+    "correction.high", "learner.learning_rate", "learner.weight_decay", "learner.max_grad_norm",
+}  # fmt: skip
+STATIC_OF_OBJECTIVE = {"objective.kl"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cohort:
+    """R runs whose settings differ in traced values only.
+
+    Attributes:
+      names: of the runs' directories.
+      overrides: what each run changes in the base config.
+      runs: their settings.
+      hp: their hyperparameters as arrays [R].
+      method: see `population.over`.
+    """
+
+    names: tuple[str, ...]
+    overrides: tuple[Mapping[str, Any], ...]
+    runs: tuple[Settings, ...]
+    hp: Hyperparameters
+    method: str
+
+    @property
+    def lead(self) -> Settings:
+        """The settings of the first run, for what all of them share."""
+        return self.runs[0]
+
+
+def name_of(override: Mapping[str, Any]) -> str:
+    """The directory of a run: ``objective.tau_neg=1.05,seed=3``."""
+    text = ",".join(f"{field}={value}" for field, value in override.items())
+    return re.sub(r"[^\w.,=+-]+", "_", text)[:200] or "base"
+
+
+def settings_of(base: ConfigDict, override: Mapping[str, Any]) -> Settings:
+    """The settings of one run of a sweep.
+
+    Raises:
+      ValueError: naming the run and the field.
+    """
+    config = base.copy_and_resolve_references()
+    try:
+        config.update_from_flattened_dict(override)
+        checked = settings.resolve(config)
+        _check(checked)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        text = " ".join(str(error.args[-1]).split()) if error.args else repr(error)
+        raise ValueError(f"the run {name_of(override)}: {text}") from None
+    return checked
+
+
+def _check(run: Settings) -> None:
+    for field in ("slots", "shrink"):
+        value = run.config["sampler"][field]
+        all_at_once = "0 in a sweep, whose runs sample all prompts at once"
+        require(value == 0, f"sampler.{field}", value, all_at_once)
+
+
+def _flat(c: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in c.items():
+        inner = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat
+
+
+def _is_traced(field: str) -> bool:
+    return field in TRACED or (field.startswith("objective.") and field not in STATIC_OF_OBJECTIVE)
+
+
+def static(run: Settings) -> str:
+    """Equal for runs that can share their executables."""
+    fields = {k: v for k, v in _flat(run.config).items() if not _is_traced(k)}
+    return json.dumps([fields, run.needs_reference], sort_keys=True)
+
+
+def _objective_name(run: Settings) -> str:
+    options = run.config["objective"]
+    own = options["aggregation"]
+    return options["name"] if own is None else f"{options['name']}/{own}"
+
+
+def _cohort(members: Sequence[tuple[str, Mapping[str, Any], Settings]]) -> Cohort:
+    names, overrides, runs = zip(*members, strict=True)
+    objectives = population.as_one([(_objective_name(run), run.hp.objective) for run in runs])
+    hp = [run.hp.replace(objective=o) for run, o in zip(runs, objectives, strict=True)]
+    method = runs[0].config["population"]["method"]
+    if method == "auto":
+        method = population.METHOD.get(jax.default_backend(), "map")
+    return Cohort(names, overrides, runs, population.values(hp), method)
+
+
+def resolve(base: ConfigDict, sweep: Overrides, *, most: int = 0) -> list[Cohort]:
+    """The cohorts of a sweep, in the order of their first runs.
+
+    Args:
+      base: the config that the runs change.
+      sweep: what each run changes, see `axes`.
+      most: runs of a cohort; larger ones are cut into parts of almost one size. 0: no limit.
+
+    Raises:
+      ValueError: a run is refused, two runs are the same, or there is none.
+    """
+    names = [name_of(override) for override in sweep]
+    twice = {name for name in names if names.count(name) > 1}
+    if not sweep or twice:
+        raise ValueError(f"a sweep needs runs with names of their own; twice: {sorted(twice)}")
+    groups: dict[str, list] = {}
+    for name, override in zip(names, sweep, strict=True):
+        run = settings_of(base, override)
+        groups.setdefault(static(run), []).append((name, override, run))
+    cohorts = []
+    for members in groups.values():
+        parts = math.ceil(len(members) / most) if most else 1
+        bounds = [len(members) * i // parts for i in range(parts + 1)]
+        cohorts += [_cohort(members[a:b]) for a, b in itertools.pairwise(bounds)]
+    return cohorts
