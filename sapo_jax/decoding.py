@@ -322,11 +322,14 @@ def take(state: Decoding, slots: jax.Array, mesh: Mesh | None = None) -> Decodin
 
 @partial(jax.jit, static_argnames="mesh")
 def completions(
-    results: tuple[jax.Array, ...], row_Q: jax.Array, mesh: Mesh | None = None
+    results: tuple[jax.Array, ...], prompt_Q: jax.Array, mesh: Mesh | None = None
 ) -> tuple[jax.Array, ...]:
-    """Some rows of the results, on every device; entries out of range repeat the last row."""
-    chosen = jax.tree.map(lambda x: x.at[row_Q].get(mode="clip"), results)
-    return sharding.constrain(chosen, mesh, WHOLE)
+    """What has been recorded of some prompts, named by their place in their part of the rows."""
+
+    def local(results, prompt_Q):
+        return jax.tree.map(lambda x: x[prompt_Q], results)
+
+    return sharding.split(local, mesh, ROWS, ROWS)(results, prompt_Q)
 
 
 def prefill(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -122,27 +123,29 @@ def _with_routing(params: Any, batch: Batch, hp: learner.Hyperparameters) -> Bat
     return batch.replace(old_logp=logp, routing=routing)
 
 
-def _rows(rollout: Rollout, examples, texts, rewards_B, advantages_B, iteration, count) -> list:
-    """The first two completions of as many prompts as ``count`` allows."""
-    chosen = np.flatnonzero(rollout.sample_index < 2)[:count]
+def _rows(
+    asked: Asked, group_size: int, finished_B, rewards_B, advantages_B, iteration: int, count: int
+) -> list[dict]:
+    """The first two completions of as many prompts as ``count`` allows, of those sampled here."""
+    texts = asked.groups.texts(group_size)
+    first = (i for i, text in enumerate(texts) if i % group_size < 2 and text is not None)
     return [
         {
             "iteration": iteration,
-            "prompt_id": int(rollout.prompt_id[i]),
-            "sample_index": int(rollout.sample_index[i]),
-            "prompt": examples[i].prompt,
+            "prompt_id": asked.examples[i // group_size].id,
+            "sample_index": i % group_size,
+            "prompt": asked.examples[i // group_size].prompt,
             "completion": texts[i],
-            "answer": examples[i].answer,
+            "answer": asked.examples[i // group_size].answer,
             "reward": float(rewards_B[i]),
             "advantage": float(advantages_B[i]),
-            "finished": int(rollout.finished[i]),
+            "finished": int(finished_B[i]),
         }
-        for i in chosen
+        for i in itertools.islice(first, count)
     ]
 
 
-def _metrics(rollout: Rollout, rewards_B: np.ndarray, group_size: int) -> dict[str, float]:
-    length_B = rollout.mask.sum(-1)
+def _metrics(length_B, finished_B, rewards_B: np.ndarray, group_size: int) -> dict[str, float]:
     rewards_PG = rewards_B.reshape(-1, group_size)
     return {
         "reward/mean": float(rewards_B.mean()),
@@ -150,15 +153,15 @@ def _metrics(rollout: Rollout, rewards_B: np.ndarray, group_size: int) -> dict[s
         "advantage/zero_groups": float(np.mean(rewards_PG.max(-1) == rewards_PG.min(-1))),
         "length/mean": float(length_B.mean()),
         "length/max": float(length_B.max()),
-        "length/truncated": float(np.mean(rollout.finished == LENGTH)),
+        "length/truncated": float(np.mean(finished_B == LENGTH)),
     }
 
 
-def _by_task(settings: Settings, asked: list[Example], rewards_B: np.ndarray) -> dict[str, float]:
+def _by_task(settings: Settings, asked: Asked, rewards_B: np.ndarray) -> dict[str, float]:
     """The mean reward of each task of a mixture."""
     if len(settings.tasks) == 1:
         return {}
-    task_B = np.array([example.task for example in asked])
+    task_B = np.repeat(asked.prompts.task, settings.config["batch"]["group_size"])
     return {
         f"reward/{name}": float(rewards_B[task_B == k].mean())
         for k, name in enumerate(settings.tasks)
@@ -204,18 +207,17 @@ def recipe_of(settings: Settings) -> dict[str, Any]:
 def told(
     settings: Settings,
     asked: Asked,
-    rollout: Rollout,
+    ends: tuple[np.ndarray, np.ndarray],
     rewards_B: np.ndarray,
     advantages_B: np.ndarray,
     iteration: int,
 ) -> tuple[dict[str, float], list[dict]]:
-    """Metrics of a judged rollout on the host, and rows of it for a person to read."""
-    c, group_size = settings.config, settings.config["batch"]["group_size"]
-    examples = [e for e in asked.examples for _ in range(group_size)]
-    arguments = (examples, asked.groups.texts, rewards_B, advantages_B, iteration)
-    rows = _rows(rollout, *arguments, c["log"]["samples"])
-    metrics = _metrics(rollout, rewards_B, group_size)
-    return metrics | _by_task(settings, examples, rewards_B), rows
+    """Metrics of a judged rollout, and rows of it for a person to read; ends: `sampler.ends`."""
+    c, (length_B, finished_B) = settings.config, ends
+    group_size, count = c["batch"]["group_size"], c["log"]["samples"]
+    rows = _rows(asked, group_size, finished_B, rewards_B, advantages_B, iteration, count)
+    metrics = _metrics(length_B, finished_B, rewards_B, group_size)
+    return metrics | _by_task(settings, asked, rewards_B), rows
 
 
 def from_rollout(
@@ -235,7 +237,7 @@ def from_rollout(
     with clock("rollout"):
         controls = {"iteration": iteration, "on_groups": asked.groups, "warm_up": warm_up}
         rollout = sample(settings, weights, asked.prompts, **controls)
-        on_host = jax.device_get(rollout)
+        ends = sampler.ends(rollout)
     with clock("update"):  # needs no rewards: the device works while rows are judged
         minibatches = _scored(settings, params, reference, batch_of(rollout))
     with clock("score_exposed"):
@@ -253,11 +255,12 @@ def from_rollout(
             **recipe_of(settings),
         )
         advantages_B = np.zeros_like(rewards_B)
-        advantages_B[rows_B] = np.concatenate([batch.advantages for batch in minibatches])
-    metrics, rows = told(settings, asked, on_host, rewards_B, advantages_B, iteration)
+        advantages_B[rows_B] = np.concatenate(sharding.fetch([b.advantages for b in minibatches]))
+    metrics, rows = told(settings, asked, ends, rewards_B, advantages_B, iteration)
     metrics |= {"data/dropped": float(stream.dropped), **parts, **of_kept}
     metrics["sampler/weights_moved_bytes"] = float(sampler.moved_bytes(params, weights))
-    return Experience(minibatches, metrics | {k: float(v) for k, v in more.items()}, rows)
+    metrics |= {key: float(value) for key, value in sharding.fetch(more).items()}
+    return Experience(minibatches, metrics, rows)
 
 
 def from_demonstrations(
@@ -275,9 +278,9 @@ def from_demonstrations(
     with clock("rollout"):
         width = settings.width + settings.max_new_tokens
         batch = data.encode_demonstrations(stream.take(settings.rows), settings.tokenizer, width)
+        metrics = {"length/mean": float(batch.mask.sum(-1).mean())}
         batch = sharding.feed(batch, settings.mesh)
         minibatches = learnable.split(batch, settings.config["batch"]["minibatches"], settings.mesh)
-    metrics = {"length/mean": float(batch.mask.sum(-1).mean())}
     return Experience(minibatches, metrics | {"data/dropped": float(stream.dropped)}, [])
 
 

@@ -254,7 +254,7 @@ def learn(
     for batch in minibatches:
         state, metrics = update(state, batch, hp)
         collected.append(metrics)
-    found = jax.device_get(finish_iteration(tuple(collected)))
+    found = sharding.fetch(finish_iteration(tuple(collected)))
     return end_iteration(state), record(*found)
 
 

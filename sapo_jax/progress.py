@@ -76,7 +76,7 @@ class Progress:
 
         self._bar = tqdm(
             total=total, initial=done, desc=description, unit="it", dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10,
+            mininterval=0.5 if sys.stderr.isatty() else 10, disable=jax.process_index() > 0,
         )  # fmt: skip
         self._pass_at_1: float | None = None
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sapo_jax import assembly, decoding, sampling, sharding
 from sapo_jax.decoding import Decoding
@@ -22,7 +24,7 @@ from sapo_jax.handover import moved_bytes, to_sampler
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.types import Prompts, Rollout
 
-__all__ = ["Plan", "check", "make_plan", "moved_bytes", "rollout", "to_sampler"]
+__all__ = ["Plan", "check", "ends", "make_plan", "moved_bytes", "rollout", "to_sampler"]
 
 
 OnGroups = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
@@ -183,8 +185,8 @@ def rollout(
     if warm_up:
         state = _compile_all(plan, state, p, mesh, prefill, decode, warm_up)
         if on_groups:
-            index = np.arange(p)
-            _report(on_groups, index, _completions(plan, state, p, mesh, index))
+            every_nP = np.tile(np.arange(p // parts), (parts, 1))
+            _report(on_groups, every_nP, p // parts, mesh, _completions(state, every_nP, mesh))
     else:
         state = _run(plan, state, p, mesh, prefill, decode, on_groups)
     results = (state.tokens, state.logp, state.count, state.finished)
@@ -236,10 +238,10 @@ def _run(plan: Plan, state: Decoding, total: int, mesh, prefill, decode, on_grou
         clock, idle = jax.device_get((state.clock, idle))
         now_nQ = np.array(idle).reshape(parts, -1)
         if on_groups:
-            part, at = np.nonzero(now_nQ & ~idle_nQ)
-            index = part * own + prompt_nQ[part, at]
-            fresh = _completions(plan, state, total, mesh, index)
-            report = partial(_report, on_groups, index, fresh)
+            fresh_nQ = np.full((parts, slots[0]), own)  # one size for all levels: one program
+            fresh_nQ[:, : now_nQ.shape[1]] = np.where(now_nQ & ~idle_nQ, prompt_nQ, own)
+            fresh = _completions(state, fresh_nQ, mesh)
+            report = partial(_report, on_groups, fresh_nQ, own, mesh, fresh)
         idle_nQ = now_nQ
 
 
@@ -265,19 +267,20 @@ def _nothing() -> None:
     pass
 
 
-def _completions(plan: Plan, state: Decoding, total: int, mesh, index: np.ndarray) -> Any:
-    """What has been recorded of some prompts, still on the device, as many as there are slots."""
-    parts = sharding.parts(mesh)
-    rows = index + index // (total // parts)  # each part keeps one row more than it has prompts
-    count = max(plan.slots[0], len(index))
-    padded = np.full(count, total + parts - 1, np.int32)
-    padded[: len(index)] = rows
-    return decoding.completions((state.tokens, state.count, state.finished), padded, mesh)
+def _completions(state: Decoding, prompt_nQ: np.ndarray, mesh: Mesh | None) -> Any:
+    """What has been recorded of some prompts of each part, still on the device."""
+    index = sharding.feed(prompt_nQ.astype(np.int32).ravel(), mesh)
+    return decoding.completions((state.tokens, state.count, state.finished), index, mesh)
 
 
-def _report(on_groups: OnGroups, index: np.ndarray, results: Any) -> None:
-    if len(index):
-        on_groups(index, *(x[: len(index)] for x in jax.device_get(results)))
+def _report(
+    on_groups: OnGroups, prompt_nQ: np.ndarray, own: int, mesh: Mesh | None, results: Any
+) -> None:
+    """Hand over the results of this process's parts; those that name no prompt are left out."""
+    for n, columns in sharding.own_parts(results, mesh).items():
+        real_Q = prompt_nQ[n] < own
+        if real_Q.any():
+            on_groups(n * own + prompt_nQ[n][real_Q], *(x[real_Q] for x in columns))
 
 
 def _fillable(idle_nQ: np.ndarray, rest_n: np.ndarray, refill: int) -> np.ndarray:
@@ -312,7 +315,7 @@ def _compile_all(
         order = np.tile(np.arange(plan.slots[level] // parts, dtype=np.int32), parts)
         return decoding.take(state, sharding.feed(order, mesh), mesh)
 
-    _completions(plan, state, total, mesh, np.zeros(0, int))
+    _completions(state, np.full((parts, plan.slots[0] // parts), total // parts), mesh)
     report(f"prefill of {plan.refill} prompts")
     none, idle = np.zeros(parts, int), np.ones((parts, plan.slots[0] // parts), bool)
     nothing = _fill(plan, parts, total // parts, idle, none, none)
@@ -329,3 +332,13 @@ def _compile_all(
             state, _ = decode(state, zero, zeros, zero)
         state = state if last else smaller
     return state
+
+
+@jax.jit
+def _ends(rollout: Rollout) -> tuple[jax.Array, jax.Array]:
+    return jnp.sum(rollout.mask, -1), rollout.finished
+
+
+def ends(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each completion, i32[B], and how it ended, i32[B], in every process."""
+    return sharding.fetch(_ends(rollout))

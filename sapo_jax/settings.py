@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -199,7 +200,8 @@ def _objective(c: dict) -> objectives.Objective:
 
 
 def _mesh(c: dict, shape: model.ModelConfig, devices: Sequence[Any] | None) -> Mesh | None:
-    if devices is None and all(size == 1 for size in c["mesh"].values()):
+    alone = devices is None and jax.process_count() == 1
+    if alone and all(size == 1 for size in c["mesh"].values()):
         return None
     batch = c["batch"]
     micro = batch["minibatches"] * batch["micro_batches"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -204,16 +205,49 @@ def split(function: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) 
 def feed(tree: Any, mesh: Mesh | None, partition: PartitionSpec | None = None) -> Any:
     """Place arrays of the host on a mesh, split by rows or by another spec; no mesh: as they are.
 
-    A process reads only the parts of its own devices.
+    Every process has whole arrays and places the parts of its own devices only.
     """
     if mesh is None:
         return tree
     sharding = named(mesh, spec("rows") if partition is None else partition)
 
     def place(x):
-        if isinstance(x, jax.Array):
+        if isinstance(x, jax.Array) and (jax.process_count() == 1 or not x.is_fully_addressable):
             return jax.device_put(x, sharding)
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(place, tree)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _whole(tree: Any, mesh: Mesh) -> Any:
+    return constrain(tree, mesh, PartitionSpec())
+
+
+def fetch(tree: Any) -> Any:
+    """Whole arrays on the host, of every process: for what is small, such as a number a row."""
+    mesh = None if jax.process_count() == 1 else mesh_of(tree)
+    return jax.device_get(tree if mesh is None else _whole(tree, mesh))
+
+
+def own_parts(tree: Any, mesh: Mesh | None) -> dict[int, Any]:
+    """The parts of arrays split by rows that this process is to read, by their places.
+
+    Together the processes have each part once; parts that lie on devices of several are the first
+    one's. No mesh: the whole is part 0.
+    """
+    if mesh is None:
+        return {0: jax.device_get(tree)}
+    count, index = parts(mesh), jax.process_index()
+    owners = [min(d.process_index for d in part) for part in mesh.devices.reshape(count, -1)]
+    mine = [n for n, owner in enumerate(owners) if owner == index]
+
+    def read(x):
+        rows = x.shape[0] // count
+        at = {(shard.index[0].start or 0) // rows: shard.data for shard in x.addressable_shards}
+        return [at[n] for n in mine]
+
+    columns = jax.device_get(jax.tree.map(read, tree))
+    leaves, treedef = jax.tree.flatten(columns, is_leaf=lambda x: isinstance(x, list))
+    return {n: treedef.unflatten([leaf[i] for leaf in leaves]) for i, n in enumerate(mine)}

@@ -7,9 +7,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
-from sapo_jax import checkpoint, experience, inputs, learner, rewards, streams
+from sapo_jax import (
+    checkpoint,
+    distributed,
+    experience,
+    inputs,
+    learner,
+    rewards,
+    rundir,
+    streams,
+)
 from sapo_jax.model import hf
 from sapo_jax.model import params as parameters
 from sapo_jax.progress import Clock
@@ -21,7 +31,7 @@ def start(
     settings: Settings, checkpoints: checkpoint.Checkpoints
 ) -> tuple[TrainState, streams.Stream, Any]:
     """State, data stream and reference policy: of the newest checkpoint, or of a new run."""
-    c, latest = settings.config, checkpoints.latest()
+    c, latest = settings.config, distributed.of_first(checkpoints.latest())
     wanted = learner.abstract(settings.hp)
     to_reference = settings.needs_reference
     weights = None
@@ -59,6 +69,22 @@ def _weights(settings: Settings, abstract: Any) -> Any:
     if inputs.is_hf(c["init_from"]):
         return hf.load(source, dtype=c["dtype"]["params"], mesh=settings.mesh)[1]
     return checkpoint.restore_params(source / "checkpoints", abstract)
+
+
+def check_shared(workdir: epath.Path, config: dict) -> None:
+    """Refuse processes that do not see the config that process 0 has just stored.
+
+    Raises:
+      RuntimeError: naming them.
+    """
+    distributed.any_process(False)  # stored before any of them looks
+    strange = distributed.gather(np.array(rundir.read_config(workdir) != config))
+    if strange.any():
+        raise RuntimeError(
+            f"processes {np.flatnonzero(strange).tolist()} have another config than process 0 "
+            f"stored in {workdir}, or do not see it: give all processes the same command, and a "
+            "--workdir that they share, such as gs://…"
+        )
 
 
 def warm_up(

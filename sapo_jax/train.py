@@ -38,7 +38,7 @@ def run(settings: Settings, workdir: epath.PathLike) -> epath.Path | None:
       RuntimeError: another process works in the directory.
     """
     workdir = epath.Path(workdir)
-    with rundir.Lease(workdir):
+    with distributed.only_first(rundir.Lease(workdir)):
         rundir.check_config(workdir, settings.config, may_differ=settings.may_differ)
         with open_edge(settings, workdir) as edge:
             whole = _loop(settings, edge)
@@ -77,10 +77,11 @@ def _loop(settings: Settings, edge: Edge) -> bool:
     c = settings.config
     state, stream, reference = startup.start(settings, edge.checkpoints)
     rundir.write_config(edge.workdir, c)
+    startup.check_shared(edge.workdir, c)
     collect = partial(experience.SOURCES[c["source"]], settings, scorer=edge.scorer)
     held_out = partial(experience.held_out, settings, scorer=edge.scorer)
     total, done = c["iterations"], int(state.iteration)
-    resumed = edge.checkpoints.latest() is not None
+    resumed = done > 0
     rundir.cut_samples(edge.workdir, done)
     with rundir.Metrics(edge.workdir, first_iteration=done if resumed else -1) as metrics:
         if done >= total:
