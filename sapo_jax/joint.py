@@ -100,6 +100,7 @@ def from_rollout(
         prompts = stack([one.prompts for one in asked])
         rollout = sample(cohort, live_R, params, prompts, iteration=iteration)
         on_host = jax.device_get(rollout)
+        ends = on_host.mask.sum(-1), on_host.finished
     for r, one in enumerate(asked):
         hand_over(one.groups, pick(on_host, r), group_size)
     with clock("update"):  # needs no rewards: the device works while rows are judged
@@ -131,9 +132,7 @@ def from_rollout(
     for r, (run, one, (rewards_B, parts)) in enumerate(zip(runs, asked, judged, strict=True)):
         advantages_B = np.zeros_like(rewards_B)
         advantages_B[rows_RB[r]] = learnt_RB[r]
-        found, rows = experience.told(
-            run, one, pick(on_host, r), rewards_B, advantages_B, iteration
-        )
+        found, rows = experience.told(run, one, pick(ends, r), rewards_B, advantages_B, iteration)
         found |= {"data/dropped": float(read[r].dropped), **parts, **kept[r][2]}
         metrics.append(found | {key: float(value[r]) for key, value in more.items()})
         samples.append(rows)

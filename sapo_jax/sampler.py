@@ -7,7 +7,6 @@ cache grow to its next size. What it decides follows from replicated values alon
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,56 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sapo_jax import assembly, decoding, sampling, sharding
+from sapo_jax import assembly, decoding, plans, sampling, sharding
 from sapo_jax.decoding import Decoding
 from sapo_jax.handover import moved_bytes, to_sampler
 from sapo_jax.model.config import ModelConfig
+from sapo_jax.plans import Plan, make_plan
 from sapo_jax.types import Prompts, Rollout
 
 __all__ = ["Plan", "check", "ends", "make_plan", "moved_bytes", "rollout", "to_sampler"]
 
 
 OnGroups = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
-REPORTS = 8  # finished groups are reported in about this many parts
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The shapes that a rollout's programs are compiled for.
-
-    Attributes:
-      slots: numbers of groups in flight, descending: the first while prompts wait, the others
-        when the last ones finish.
-      cache: completion cache sizes, ascending, the last one max_new_tokens.
-      refill: prompts prefilled at a time.
-
-    On a mesh the slots and the refill are those of all parts of the rows together.
-    """
-
-    slots: tuple[int, ...]
-    cache: tuple[int, ...]
-    refill: int
-
-
-def make_plan(
-    prompts: int, max_new_tokens: int, *, slots: int = 0, shrink: int = 2, parts: int = 1
-) -> Plan:
-    """A plan for a batch of prompts.
-
-    Args:
-      prompts: P.
-      max_new_tokens: the longest completion.
-      slots: groups in flight; 0 takes all prompts at once.
-      shrink: how many times the number of slots is halved while the last groups finish.
-      parts: of the rows (see `sharding.parts`), each with as many slots; divides P and the slots.
-    """
-    slots = min(slots or prompts, prompts)
-    levels = [parts * max(1, slots // parts >> i) for i in range(shrink + 1)]
-    sizes = [max_new_tokens]
-    while sizes[-1] > 32 and len(sizes) < 4:
-        sizes.append(-(-sizes[-1] // 2))
-    refill = slots if slots == prompts else parts * max(1, slots // parts // 4)
-    return Plan(tuple(dict.fromkeys(levels)), tuple(reversed(sizes)), refill)
 
 
 def check(
@@ -102,6 +62,20 @@ def check(
             f"prompts of {width} tokens and {max_new_tokens=} exceed the model's context, "
             f"max_position_embeddings={config.max_position_embeddings}"
         )
+
+
+def _checked(plan: Plan | None, prompts: int, max_new_tokens: int, mesh: Mesh | None) -> Plan:
+    """The plan, or one of its own, if prompts and plan divide among the parts of the rows."""
+    parts = sharding.parts(mesh)
+    if mesh is not None:
+        sharding.check(mesh, [sharding.Dimension("prompts", "rows", prompts)])
+    plan = plan or make_plan(prompts, max_new_tokens, parts=parts)
+    divided = all(n % parts == 0 for n in (*plan.slots, plan.refill))
+    if plan.cache[-1] != max_new_tokens or plan.slots[0] > prompts or not divided:
+        raise ValueError(
+            f"{plan} is not for {prompts} prompts in {parts} parts and {max_new_tokens=}"
+        )
+    return plan
 
 
 def rollout(
@@ -161,13 +135,7 @@ def rollout(
     )
     p, width = prompts.tokens.shape
     mesh = sharding.mesh_of(params)
-    parts = sharding.parts(mesh)
-    if mesh is not None:
-        sharding.check(mesh, [sharding.Dimension("prompts", "rows", p)])
-    plan = plan or make_plan(p, max_new_tokens, parts=parts)
-    divided = all(n % parts == 0 for n in (*plan.slots, plan.refill))
-    if plan.cache[-1] != max_new_tokens or plan.slots[0] > p or not divided:
-        raise ValueError(f"{plan} is not for {p} prompts in {parts} parts and {max_new_tokens=}")
+    plan = _checked(plan, p, max_new_tokens, mesh)
     prompts = sharding.feed(prompts, mesh)
     controls = sampling.controls(temperature, top_k, top_p)
     weights = to_sampler(params, config)
@@ -185,8 +153,9 @@ def rollout(
     if warm_up:
         state = _compile_all(plan, state, p, mesh, prefill, decode, warm_up)
         if on_groups:
-            every_nP = np.tile(np.arange(p // parts), (parts, 1))
-            _report(on_groups, every_nP, p // parts, mesh, _completions(state, every_nP, mesh))
+            own = p // sharding.parts(mesh)
+            every_nP = np.tile(np.arange(own), (p // own, 1))
+            _report(on_groups, every_nP, own, mesh, _completions(state, every_nP, mesh))
     else:
         state = _run(plan, state, p, mesh, prefill, decode, on_groups)
     results = (state.tokens, state.logp, state.count, state.finished)
@@ -205,8 +174,8 @@ def _run(plan: Plan, state: Decoding, total: int, mesh, prefill, decode, on_grou
     prompt_nQ = np.full(idle_nQ.shape, own)
     report = _nothing
     while True:
-        while (count_n := _fillable(idle_nQ, own - waiting_n, plan.refill // parts)).any():
-            slot_nF, prompt_nF = _fill(plan, parts, own, idle_nQ, waiting_n, count_n)
+        while (count_n := plans.fillable(idle_nQ, own - waiting_n, plan.refill // parts)).any():
+            slot_nF, prompt_nF = plans.fill(plan, parts, own, idle_nQ, waiting_n, count_n)
             arguments = (sharding.feed(x.ravel(), mesh) for x in (slot_nF, prompt_nF))
             state = prefill(state, *arguments)
             part, at = np.nonzero(slot_nF < slots[0])
@@ -231,7 +200,8 @@ def _run(plan: Plan, state: Decoding, total: int, mesh, prefill, decode, on_grou
         smaller = [*slots[level + 1 :], 0][0]
         need_n = np.where(waiting_n < own, plan.refill // parts, slots[level] + 1)
         need_n = np.full(parts, slots[level] - smaller) if done else need_n
-        enough_n, quorum = _until(idle_nQ, need_n, (waiting_n < own).sum(), slots[0], on_groups)
+        waiting, reports = (waiting_n < own).sum(), on_groups is not None
+        enough_n, quorum = plans.until(idle_nQ, need_n, waiting, slots[0], reports)
         enough = sharding.feed(enough_n, mesh)
         state, idle = decode(state, np.int32(until), enough, quorum)
         report()  # what had finished before, while the device decodes
@@ -243,24 +213,6 @@ def _run(plan: Plan, state: Decoding, total: int, mesh, prefill, decode, on_grou
             fresh = _completions(state, fresh_nQ, mesh)
             report = partial(_report, on_groups, fresh_nQ, own, mesh, fresh)
         idle_nQ = now_nQ
-
-
-def _until(
-    idle_nQ: np.ndarray, need_n: np.ndarray, waiting: int, slots: int, on_groups: Any
-) -> tuple[np.ndarray, np.int32]:
-    """How many idle slots end the decoding in a part, and in how many parts.
-
-    While prompts wait, an eighth of the parts that can take some: the others wait for a refill.
-    Then, all that can shrink; or, for reports, some that have finished more.
-    """
-    parts, idle_n = len(idle_nQ), idle_nQ.sum(-1)
-    if on_groups:
-        need_n = np.minimum(need_n, idle_n + max(1, slots // REPORTS))
-    quorum = parts
-    if waiting or on_groups:
-        met = (idle_n >= need_n).sum()
-        quorum = min(waiting or parts, met + max(1, parts // REPORTS))
-    return need_n.astype(np.int32), np.int32(quorum)
 
 
 def _nothing() -> None:
@@ -283,27 +235,6 @@ def _report(
             on_groups(n * own + prompt_nQ[n][real_Q], *(x[real_Q] for x in columns))
 
 
-def _fillable(idle_nQ: np.ndarray, rest_n: np.ndarray, refill: int) -> np.ndarray:
-    """How many slots of each part to fill: none before a whole refill fits, or all are idle."""
-    free_n = idle_nQ.sum(-1)
-    ready_n = (free_n >= refill) | idle_nQ.all(-1)
-    return np.where(ready_n, np.minimum(np.minimum(refill, rest_n), free_n), 0)
-
-
-def _fill(plan: Plan, parts: int, own: int, idle_nQ, waiting_n, count_n):
-    """Slots and prompts of one refill, each named by its place in its part, i32[n, F] twice.
-
-    Entries that fill nothing name a slot and a prompt out of range.
-    """
-    refill = plan.refill // parts
-    slot_nF = np.full((parts, refill), plan.slots[0] // parts, np.int32)
-    prompt_nF = np.full((parts, refill), own, np.int32)
-    for i, count in enumerate(count_n):
-        slot_nF[i, :count] = np.flatnonzero(idle_nQ[i])[:count]
-        prompt_nF[i, :count] = waiting_n[i] + np.arange(count)
-    return slot_nF, prompt_nF
-
-
 def _compile_all(
     plan: Plan, state: Decoding, total: int, mesh, prefill, decode, report
 ) -> Decoding:
@@ -318,7 +249,7 @@ def _compile_all(
     _completions(state, np.full((parts, plan.slots[0] // parts), total // parts), mesh)
     report(f"prefill of {plan.refill} prompts")
     none, idle = np.zeros(parts, int), np.ones((parts, plan.slots[0] // parts), bool)
-    nothing = _fill(plan, parts, total // parts, idle, none, none)
+    nothing = plans.fill(plan, parts, total // parts, idle, none, none)
     state = prefill(state, *(sharding.feed(x.ravel(), mesh) for x in nothing))
     for level, slots in enumerate(plan.slots):
         last = level + 1 == len(plan.slots)

@@ -17,7 +17,7 @@ tasks.base tasks.forks tasks.jsonl tasks.answers tasks.agreement tasks.jail task
 tasks.chain_sum tasks.countdown tasks.math_answer tasks.reasoning tasks.programs
 tasks.prepared tasks.mixture tasks
 streams data rewards learnable
-diagnostics routing sampling handover decoding assembly sampler state learner checkpoint
+diagnostics routing sampling handover decoding assembly plans sampler state learner checkpoint
 rundir progress
 population gradlab_fidelity gradlab_pull gradlab gradlab_tokens
 evaluate report_words report_page report_plots report gradlab_words gradlab_plots gradlab_report
