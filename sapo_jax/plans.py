@@ -6,6 +6,7 @@ Arrays over the n parts of the rows; each part has as many prompts, in slots of 
 from __future__ import annotations
 
 import dataclasses
+
 import numpy as np
 
 REPORTS = 8  # finished groups are reported in about this many parts

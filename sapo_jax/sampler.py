@@ -125,14 +125,9 @@ def rollout(
     """
     truncate = top_k is not None or top_p is not None
     check(
-        prompts,
-        config,
-        group_size=group_size,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        domain=domain,
-        truncate=truncate,
-    )
+        prompts, config, group_size=group_size, max_new_tokens=max_new_tokens,
+        temperature=temperature, domain=domain, truncate=truncate,
+    )  # fmt: skip
     p, width = prompts.tokens.shape
     mesh = sharding.mesh_of(params)
     plan = _checked(plan, p, max_new_tokens, mesh)
