@@ -48,7 +48,7 @@ def _model() -> ConfigDict:
         "num_key_value_heads", "head_dim", "max_position_embeddings",
     ):  # fmt: skip
         c[name] = config_dict.placeholder(int)  # None: the preset's
-    c.attention = "auto"  # "splash" on TPU, else "xla"
+    c.attention = "auto"  # "splash" on TPU, else "xla"; "cudnn" for long rows on GPU
     return c
 
 

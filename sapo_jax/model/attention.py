@@ -75,10 +75,12 @@ def causal(
       q_BSHd, k_BSKd, v_BSKd: rotated queries and keys, and values.
       segments_BS: i32[B, S], 0 at pads.
       kernel: a name in `config.ATTENTION`; "auto" takes splash where the program is compiled for
-        TPU, else XLA.
+        TPU, else XLA; "cudnn" is for GPU, and for rows of one segment.
     """
     if kernel == "splash" or (kernel == "auto" and collectives.platform() == "tpu"):
         return splash.causal(q_BSHd, k_BSKd, v_BSKd, segments_BS)
+    if kernel == "cudnn":
+        return fused(q_BSHd, k_BSKd, v_BSKd, segments_BS)
     b, s, h, d = q_BSHd.shape
     kv = k_BSKd.shape[2]
     q = q_BSHd.reshape(b, s, kv, h // kv, d)
@@ -88,6 +90,16 @@ def causal(
     visible_BST = same_BST & (index[:, None] >= index[None, :])
     weights = _softmax(scores, visible_BST[:, None, None]).astype(v_BSKd.dtype)
     return einsum("bkgst,btkd->bskgd", weights, v_BSKd).reshape(b, s, h, d)
+
+
+def fused(q_BSHd, k_BSKd, v_BSKd, segments_BS, implementation: str = "cudnn") -> jax.Array:
+    """As `causal`, by `jax.nn.dot_product_attention`; of each row one segment, then pads."""
+    length_B = jnp.sum(segments_BS > 0, -1, dtype=jnp.int32)
+    lengths = {"query_seq_lengths": length_B, "key_value_seq_lengths": length_B}
+    arguments = (q_BSHd, k_BSKd, v_BSKd)
+    return jax.nn.dot_product_attention(
+        *arguments, is_causal=True, implementation=implementation, **lengths
+    )
 
 
 def cached(

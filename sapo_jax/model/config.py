@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from sapo_jax.model.rope import check_scaling
 
 DTYPES = ("float32", "bfloat16")
-ATTENTION = ("auto", "xla", "splash")
+ATTENTION = ("auto", "xla", "splash", "cudnn")
 MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2", "llama")
 MAY_BE_ZERO = ("pad_token", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
@@ -89,6 +89,8 @@ class ModelConfig:
             value = getattr(self, field)
             if value not in allowed:
                 raise ValueError(f"model.{field}={value!r}: must be one of {', '.join(allowed)}")
+        if self.attention == "cudnn" and self.compute_dtype == "float32":
+            raise ValueError("model.attention='cudnn': needs dtype.compute='bfloat16' or 'float16'")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model.num_attention_heads={self.num_attention_heads}: must be a multiple of "
