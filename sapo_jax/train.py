@@ -30,7 +30,8 @@ def run(settings: Settings, workdir: epath.PathLike) -> epath.Path | None:
     """Train, or go on training, in a run directory.
 
     Returns:
-      The path of the report; None where SIGTERM asked to stop, and the run was saved.
+      The path of the report, which process 0 writes; None where SIGTERM asked to stop, and the run
+      was saved.
 
     Raises:
       ValueError: the directory belongs to a run with another config, or a checkpoint that is
@@ -42,7 +43,7 @@ def run(settings: Settings, workdir: epath.PathLike) -> epath.Path | None:
         rundir.check_config(workdir, settings.config, may_differ=settings.may_differ)
         with open_edge(settings, workdir) as edge:
             whole = _loop(settings, edge)
-        return report(workdir) if whole else None
+        return report(workdir) if whole and jax.process_index() == 0 else None
 
 
 @contextlib.contextmanager
