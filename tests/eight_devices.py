@@ -92,9 +92,10 @@ def batch_of(rollout):
 
 
 def hyperparameters(config, objective, mesh, **kw):
+    """With Adam's usual eps, the first step of a gradient near rounding would be noise."""
     return learner.Hyperparameters(
         objectives.resolve(objective), 1e-4, 0.1, 1e9, 1.0, model=config, mesh=mesh,
-        micro_batches=2, head_chunk=32, **kw,
+        micro_batches=2, head_chunk=32, eps=1e-6, **kw,
     )  # fmt: skip
 
 
