@@ -10,10 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from sapo_jax import population, settings
+from sapo_jax import population, settings, stacked
 from sapo_jax.axes import Overrides
 from sapo_jax.checks import require
 from sapo_jax.learner import Hyperparameters
@@ -37,7 +36,7 @@ class Cohort:
       overrides: what each run changes in the base config.
       runs: their settings.
       hp: their hyperparameters as arrays [R].
-      method: see `population.over`.
+      method: see `stacked`.
     """
 
     names: tuple[str, ...]
@@ -80,6 +79,9 @@ def _check(run: Settings) -> None:
         value = run.config["sampler"][field]
         all_at_once = "0 in a sweep, whose runs sample all prompts at once"
         require(value == 0, f"sampler.{field}", value, all_at_once)
+    for axis, size in run.config["mesh"].items():
+        alone = "1 in a sweep, whose runs have one device each (population.method='devices')"
+        require(size == 1, f"mesh.{axis}", size, alone)
 
 
 def _flat(c: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -106,14 +108,12 @@ def _objective_name(run: Settings) -> str:
     return options["name"] if own is None else f"{options['name']}/{own}"
 
 
-def _cohort(members: Sequence[tuple[str, Mapping[str, Any], Settings]]) -> Cohort:
-    names, overrides, runs = zip(*members, strict=True)
-    objectives = population.as_one([(_objective_name(run), run.hp.objective) for run in runs])
-    hp = [run.hp.replace(objective=o) for run, o in zip(runs, objectives, strict=True)]
-    method = runs[0].config["population"]["method"]
-    if method == "auto":
-        method = population.METHOD.get(jax.default_backend(), "map")
-    return Cohort(names, overrides, runs, population.values(hp), method)
+def _cohort(listed: Sequence[tuple[str, Mapping[str, Any], Settings]]) -> Cohort:
+    names, overrides, members = zip(*listed, strict=True)
+    objectives = population.as_one([(_objective_name(run), run.hp.objective) for run in members])
+    hp = [run.hp.replace(objective=o) for run, o in zip(members, objectives, strict=True)]
+    method = stacked.choose(members[0].config["population"]["method"], len(members))
+    return Cohort(names, overrides, members, stacked.values(hp), method)
 
 
 def resolve(base: ConfigDict, sweep: Overrides, *, most: int = 0) -> list[Cohort]:

@@ -53,4 +53,4 @@ class Compilations:
 
     def _listen(self, event, duration, fun_name="", **_):
         self.count += event == self.EVENT
-        self.names[fun_name] += event == self.EVENT
+        self.names[fun_name.removeprefix("jit(").removesuffix(")")] += event == self.EVENT
