@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import difflib
+import hashlib
 import itertools
 import json
 import math
@@ -54,7 +57,10 @@ class Cohort:
 def name_of(override: Mapping[str, Any]) -> str:
     """The directory of a run: ``objective.tau_neg=1.05,seed=3``."""
     text = ",".join(f"{field}={value}" for field, value in override.items())
-    return re.sub(r"[^\w.,=+-]+", "_", text)[:200] or "base"
+    name = re.sub(r"[^\w.,=+-]+", "_", text) or "base"
+    if len(name) > 200:  # file systems allow 255 bytes
+        name = f"{name[:180]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return name
 
 
 def settings_of(base: ConfigDict, override: Mapping[str, Any]) -> Settings:
@@ -63,14 +69,22 @@ def settings_of(base: ConfigDict, override: Mapping[str, Any]) -> Settings:
     Raises:
       ValueError: naming the run and the field.
     """
-    config = base.copy_and_resolve_references()
+    config, name = copy.deepcopy(base), name_of(override)
     try:
         config.update_from_flattened_dict(override)
+    except (KeyError, AttributeError):
+        known = _flat(base.to_dict())
+        wrong = next(field for field in override if field not in known)
+        near = difflib.get_close_matches(wrong, known, 1, cutoff=0.0)
+        text = f"the run {name}: there is no field {wrong!r}; the nearest is {near[0]!r}"
+        raise ValueError(text) from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the run {name}: {error}") from None
+    try:
         checked = settings.resolve(config)
         _check(checked)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        text = " ".join(str(error.args[-1]).split()) if error.args else repr(error)
-        raise ValueError(f"the run {name_of(override)}: {text}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the run {name}: {error}") from None
     return checked
 
 
@@ -127,13 +141,16 @@ def resolve(base: ConfigDict, sweep: Overrides, *, most: int = 0) -> list[Cohort
     Raises:
       ValueError: a run is refused, two runs are the same, or there is none.
     """
-    names = [name_of(override) for override in sweep]
-    twice = {name for name in names if names.count(name) > 1}
-    if not sweep or twice:
-        raise ValueError(f"a sweep needs runs with names of their own; twice: {sorted(twice)}")
+    if not sweep:
+        raise ValueError("the sweep has no runs: give at least one, see sapo_jax.axes")
     groups: dict[str, list] = {}
-    for name, override in zip(names, sweep, strict=True):
-        run = settings_of(base, override)
+    seen: dict[str, str] = {}
+    for override in sweep:
+        name, run = name_of(override), settings_of(base, override)
+        same = json.dumps(run.config, sort_keys=True)
+        if same in seen:
+            raise ValueError(f"two runs of the sweep are the same: {seen[same]} and {name}")
+        seen[same] = name
         groups.setdefault(static(run), []).append((name, override, run))
     cohorts = []
     for members in groups.values():

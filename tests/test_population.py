@@ -20,7 +20,7 @@ from sapo_jax import (
     sampler,
     sampling,
     stacked,
-    sweep,
+    sweep_run,
     train,
 )
 from sapo_jax.model import params
@@ -322,14 +322,19 @@ def test_runs_that_are_not_live_cost_nothing_and_give_zeros():
     assert len(calls) == 2
 
 
+def test_a_population_on_eight_devices():
+    """`eight_runs.py`, in a process whose CPU counts as eight devices."""
+    fakes.on_eight_devices("tests/eight_runs.py")
+
+
 @pytest.fixture(scope="module")
 def swept(together, tmp_path_factory):
     """A sweep of two cohorts of three, without interruption, and what the second one compiled."""
     workdir = tmp_path_factory.mktemp("swept")
     parts = cohorts.resolve(tiny_sweep.get_config(), tiny_sweep.get_sweep(), most=3)
-    assert sweep.run(parts[:1], workdir / "first")
+    assert sweep_run.run(parts[:1], workdir / "first")
     with fakes.Compilations() as compiled:
-        assert sweep.run(parts, workdir / "whole")
+        assert sweep_run.run(parts, workdir / "whole")
     return workdir / "whole", parts, compiled
 
 
@@ -370,10 +375,10 @@ def test_a_killed_sweep_loses_and_repeats_nothing(swept, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             kill(patch, module, name, calls)
             with pytest.raises(KilledError):
-                sweep.run(parts, tmp_path)
+                sweep_run.run(parts, tmp_path)
     first = {p: p.stat().st_mtime_ns for p in (tmp_path / "cohort-000").rglob("part-*.jsonl")}
     assert len({p.parents[1] for p in first}) == 3
-    assert sweep.run(parts, tmp_path)
+    assert sweep_run.run(parts, tmp_path)
     listed = json.loads((tmp_path / "manifest.json").read_text())["runs"]
     assert [run["overrides"] for run in listed] == tiny_sweep.get_sweep()
     for run in listed:
@@ -388,9 +393,9 @@ def test_a_killed_sweep_loses_and_repeats_nothing(swept, tmp_path):
 def test_jobs_share_a_sweep(swept, tmp_path):
     """Each job does its cohorts; the sweep is complete when both have ended."""
     whole, parts, _ = swept
-    assert not sweep.run(parts, tmp_path, job=(1, 2))
+    assert not sweep_run.run(parts, tmp_path, job=(1, 2))
     assert not (tmp_path / "cohort-000").exists()
-    assert sweep.run(parts, tmp_path, job=(0, 2))
+    assert sweep_run.run(parts, tmp_path, job=(0, 2))
     for run in json.loads((tmp_path / "manifest.json").read_text())["runs"]:
         assert records(tmp_path / run["directory"]) == records(whole / run["directory"])
 
@@ -398,6 +403,6 @@ def test_jobs_share_a_sweep(swept, tmp_path):
 def test_a_directory_of_another_sweep_is_refused(swept, tmp_path):
     whole, parts, _ = swept
     with pytest.raises(ValueError, match=r"has 6 runs, given are 3, .*'cohort-001/"):
-        sweep.run(parts[:1], whole)
+        sweep_run.run(parts[:1], whole)
     with rundir.Lease(tmp_path / "cohort-000"), pytest.raises(RuntimeError, match="in use"):
-        sweep.run(parts, tmp_path)
+        sweep_run.run(parts, tmp_path)
