@@ -41,13 +41,20 @@ def run_main(argv: list[str]) -> None:
             raise ValueError(f"--job_index={given.job_index}: below --job_count={given.job_count}")
         overrides = read_sweep(config_flags.get_config_filename(given["config"]))
         parts = cohorts.resolve(given.config, overrides, most=given.most)
+        if given.job_count > len(parts):
+            raise ValueError(
+                f"--job_count={given.job_count}: the sweep has {len(parts)} cohort(s) for them; "
+                f"--most={-(-len(overrides) // given.job_count)} makes more of its "
+                f"{len(overrides)} runs"
+            )
         main.use_cache(given.config.compilation_cache)
         whole = sweep_run.run(parts, given.workdir, job=(given.job_index, given.job_count))
     except (ValueError, RuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) or given["verbosity"].present:
             raise
         sys.exit(f"error: {error}\n(--verbosity=0 shows where)")
-    print(_report(given.workdir) if whole else "not complete: the same command goes on")
+    goes_on = "the same command goes on" if given.job_count == 1 else "each job goes on by itself"
+    print(_report(given.workdir) if whole else f"the sweep is not complete yet: {goes_on}")
 
 
 def _report(workdir: str) -> str:

@@ -6,9 +6,10 @@ import json
 import time
 from collections.abc import Sequence
 
+import jax
 from etils import epath
 
-from sapo_jax import cohort_run, rundir
+from sapo_jax import cohort_run, rundir, sharding
 from sapo_jax.cohorts import Cohort
 from sapo_jax.progress import Progress
 
@@ -56,6 +57,13 @@ def _is_done(part: Cohort, place: epath.Path) -> bool:
     return path.exists() and json.loads(path.read_text())["iterations"] == wanted
 
 
+def _how(part: Cohort) -> str:
+    if part.method != "devices":
+        return part.method
+    used, all_of_them = sharding.run_mesh(len(part.runs)).size, jax.local_device_count()
+    return f"devices ({used} of {all_of_them}, as many as divide the runs)"
+
+
 def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int] = (0, 1)) -> bool:
     """Train what is left of a sweep; killed at any moment, the same call goes on with it.
 
@@ -83,7 +91,7 @@ def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int
     for (part, place), ended in zip(mine, done, strict=True):
         if ended:
             continue
-        bar.line(f"{place.name}: {len(part.runs)} runs, by {part.method}")
+        bar.line(f"{place.name}: {len(part.runs)} runs, by {_how(part)}")
         start = time.time()
         if not cohort_run.run(part, place, bar):
             break

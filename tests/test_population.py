@@ -99,6 +99,8 @@ def test_a_run_of_a_map_is_bitwise_the_run_alone(together, alone):
     found, expected = records(among), records(alone)
     assert len(found) == 11
     assert found == expected
+    every = [[set(r) for r in rundir.read_metrics(place)] for place in (among, alone)]
+    assert every[0] == every[1]  # phases that are timed, too
     assert all(r["grad/norm"] > 0 and r["length/max"] > 20 for r in found[1:])
     assert digest(among) == digest(alone)
     (state, meta), (wanted, wanted_meta) = (final_state(w, checked) for w in (among, alone))
