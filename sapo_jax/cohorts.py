@@ -150,6 +150,8 @@ def resolve(base: ConfigDict, sweep: Overrides, *, most: int = 0) -> list[Cohort
         same = json.dumps(run.config, sort_keys=True)
         if same in seen:
             raise ValueError(f"two runs of the sweep are the same: {seen[same]} and {name}")
+        if name in seen.values():
+            raise ValueError(f"two runs of the sweep would share the directory {name}")
         seen[same] = name
         groups.setdefault(static(run), []).append((name, override, run))
     cohorts = []

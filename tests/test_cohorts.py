@@ -96,6 +96,7 @@ REFUSED = [
     (axis("seed", 1, 1), "two runs of the sweep are the same: seed=1 and seed=1"),
     ([{"seed": 1, "name": "a"}, {"name": "a", "seed": 1}], "the same: seed=1,name=a and name=a,"),
     (axis("learner.learning_rate", 1, 1.0), "the same: learner.learning_rate=1 and "),
+    (axis("name", "a/b", "a_b"), "would share the directory name=a_b"),
     ([], "the sweep has no runs"),
 ]
 
