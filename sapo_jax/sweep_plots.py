@@ -42,8 +42,9 @@ def _colours(found: Found) -> list:
 def _curves(key: str, unit: str, *, percent: bool = False) -> Callable[[Figure, Found], None]:
     def draw(figure: Figure, found: Found) -> None:
         ax = figure.subplots()
-        bands = len(found["settings"]) <= MOST_BANDS
-        for entry, colour in zip(found["settings"], _colours(found), strict=True):
+        count = len(found["settings"])
+        bands = count <= MOST_BANDS
+        for i, (entry, colour) in enumerate(zip(found["settings"], _colours(found), strict=True)):
             curve = entry["curves"].get(key)
             if not curve or not curve["iteration"]:
                 continue
@@ -54,11 +55,13 @@ def _curves(key: str, unit: str, *, percent: bool = False) -> Callable[[Figure, 
                 ax.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
             named = label(found, entry["setting"])
             marker = "o" if len(x) <= FEW else ""
-            ax.plot(x, mean, marker=marker, ms=4, color=colour, linewidth=1.6, label=named)
+            # Thinner and thinner: where curves lie on each other, all of them show.
+            width = 1.5 + (0.9 * (count - 1 - i) if count <= 4 else 0)
+            ax.plot(x, mean, marker=marker, ms=3 + width, color=colour, lw=width, label=named)
         ax.set(xlabel="iteration", ylabel=unit)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         if ax.has_data():
-            ax.legend(fontsize=7.5, ncols=1 + (len(found["settings"]) > 8))
+            ax.legend(fontsize=7.5, ncols=1 + (count > 8))
 
     return draw
 
