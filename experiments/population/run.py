@@ -33,9 +33,7 @@ _METHODS = flags.DEFINE_integer("method_runs", 4, "Runs by which map and vmap ar
 COMPILED = "/jax/core/compile/backend_compile_duration"
 CLOCKS = ("seconds", "cpu_seconds")
 TAUS = (1.0, 1.05, 2.0)
-SHOWN = tuple(
-    f"time/{k}" for k in ("iteration", "to_sampler", "rollout", "update", "eval", "checkpoint")
-)
+SHOWN = tuple(f"time/{k}" for k in ("iteration", "to_sampler", "rollout", "update", "eval"))
 
 
 def config(**fields):
