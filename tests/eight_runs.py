@@ -13,7 +13,7 @@ from tests.eight_devices import collectives
 from tests.test_population import Bar
 from tests.test_train import final_state, records
 
-RUNS = axes.product(axes.axis("objective.tau_neg", 1.05, 2.0), axes.axis("seed", *range(6)))
+RUNS = axes.product(axes.axis("objective.name", "sapo", "grpo"), axes.axis("seed", *range(6)))
 FIELDS = {
     "eval.every": 1, "checkpoint.every": 1, "model.num_hidden_layers": 1,
     "sampler.max_new_tokens": 24,
