@@ -37,12 +37,10 @@ def choose(asked: str, runs: int) -> str:
     if asked == "auto":
         return "devices" if count > 1 and backend != "cpu" else METHOD.get(backend, "map")
     if asked == "devices" and count == 1:
-        local = jax.local_device_count()
-        raise ValueError(
-            f"config.population.method='devices': {runs} runs do not divide over the {local} "
-            f"device(s) of this process, nor over fewer but one; must be map or vmap, or have "
-            f"cohorts of a multiple of {local} runs"
-        )
+        local, why = jax.local_device_count(), "this process has one device"
+        if local > 1:
+            why = f"{runs} runs do not divide by any number, from 2 on, of the {local} devices"
+        raise ValueError(f"config.population.method='devices': {why}; must be map or vmap")
     return asked
 
 

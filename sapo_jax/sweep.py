@@ -38,7 +38,9 @@ def run_main(argv: list[str]) -> None:
         sys.exit(f"error: unknown argument {argv[1]!r}; fields are set by --config.<field>=<value>")
     try:
         if given.job_index >= given.job_count:
-            raise ValueError(f"--job_index={given.job_index}: below --job_count={given.job_count}")
+            raise ValueError(
+                f"--job_index={given.job_index}: must be below --job_count={given.job_count}"
+            )
         overrides = read_sweep(config_flags.get_config_filename(given["config"]))
         parts = cohorts.resolve(given.config, overrides, most=given.most)
         if given.job_count > len(parts):
