@@ -73,9 +73,9 @@ def _correction() -> ConfigDict:
 
 def _edge(c: ConfigDict) -> None:
     c.population = ConfigDict()
-    c.population.method = (
-        "auto"  # how the runs of a sweep share a device: map, vmap; auto: measured
-    )
+    # How the runs of a sweep share the hardware: map (one after the other), vmap (all at once),
+    # devices (split over all of this process); auto: by the backend, see sapo_jax.stacked.
+    c.population.method = "auto"
 
     c.distributed = ConfigDict()
     c.distributed.timeout = 3600.0  # seconds without a finished phase that end a process; 0: none

@@ -11,6 +11,8 @@ Overrides = list[dict[str, Any]]  # field, dotted, to value; one dictionary a ru
 def axis(path: str, *values: Any) -> Overrides:
     """One run for each value of a field: ``axis("objective.tau_neg", 0.95, 1.0, 1.05)``.
 
+    Scalars of NumPy become plain numbers, as JSON holds them.
+
     Raises:
       ValueError: no value, or values in a list.
     """
@@ -20,7 +22,7 @@ def axis(path: str, *values: Any) -> Overrides:
         raise ValueError(f"axis({path!r}, {values[0]!r}): write axis({path!r}, *values)")
     if not values:
         raise ValueError(f"axis({path!r}): must have at least one value")
-    return [{path: value} for value in values]
+    return [{path: value.item() if hasattr(value, "item") else value} for value in values]
 
 
 def product(*parts: Overrides) -> Overrides:

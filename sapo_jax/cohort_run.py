@@ -11,10 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from sapo_jax import checkpoint, distributed, experience, joint, population, rundir, startup, train
+from sapo_jax import (
+    checkpoint,
+    distributed,
+    experience,
+    joint,
+    population,
+    rundir,
+    stacked,
+    startup,
+    train,
+)
 from sapo_jax.cohorts import Cohort
-from sapo_jax.population import pick
 from sapo_jax.progress import Clock, Profile, Progress
+from sapo_jax.stacked import pick
 from sapo_jax.streams import Stream
 from sapo_jax.types import TrainState
 
@@ -58,23 +68,28 @@ def _start(
     cohort: Cohort, checkpoints: checkpoint.Checkpoints, places: list[epath.Path]
 ) -> tuple[TrainState, list[Stream], Any]:
     """`startup.start` of R runs; the newest checkpoint of the cohort replaces what it holds."""
-    each = [
-        startup.start(one, checkpoint.Checkpoints(place / "checkpoints"))
-        for one, place in zip(cohort.runs, places, strict=True)
-    ]
-    states, streams, references = zip(*each, strict=True)
-    state, latest = population.stack(states), checkpoints.latest()
+    held, streams = [], []
+    for one, place in zip(cohort.runs, places, strict=True):
+        own = checkpoint.Checkpoints(place / "checkpoints")
+        state, stream, reference = startup.start(one, own)
+        # By way of the host: a device keeps its own runs only, and none of them twice.
+        held.append(jax.device_get((state, reference)))
+        streams.append(stream)
+    state, reference = stacked.stack(held)
+    where, latest = stacked.place(cohort.method, len(held)), checkpoints.latest()
     if latest is not None:
-        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        wanted = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state
+        )
         state, meta = checkpoints.restore(latest, wanted)
         for stream, position in zip(streams, meta["positions"], strict=True):
             stream.position = position
-    reference = population.stack(references) if cohort.lead.needs_reference else None
-    return jax.device_put(state, jax.devices()[0]), list(streams), reference
+    state, reference = jax.device_put((state, reference), where)
+    return state, streams, reference
 
 
 def _warm_up(cohort: Cohort, state: TrainState, reference: Any, edge: train.Edge, note) -> None:
-    """Compile every program on runs that are not live: `population.over` computes none of them."""
+    """Compile every program on runs that are not live: `stacked.over` computes none of them."""
     live_R = np.zeros(len(cohort.runs), bool)
     fresh = [experience.open_stream(one) for one in cohort.runs]
     note("compiling: sampling")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import difflib
+import hashlib
 import itertools
 import json
 import math
@@ -10,10 +13,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
-from sapo_jax import population, settings
+from sapo_jax import population, settings, stacked
 from sapo_jax.axes import Overrides
 from sapo_jax.checks import require
 from sapo_jax.learner import Hyperparameters
@@ -37,7 +39,7 @@ class Cohort:
       overrides: what each run changes in the base config.
       runs: their settings.
       hp: their hyperparameters as arrays [R].
-      method: see `population.over`.
+      method: see `stacked`.
     """
 
     names: tuple[str, ...]
@@ -55,7 +57,10 @@ class Cohort:
 def name_of(override: Mapping[str, Any]) -> str:
     """The directory of a run: ``objective.tau_neg=1.05,seed=3``."""
     text = ",".join(f"{field}={value}" for field, value in override.items())
-    return re.sub(r"[^\w.,=+-]+", "_", text)[:200] or "base"
+    name = re.sub(r"[^\w.,=+-]+", "_", text) or "base"
+    if len(name) > 200:  # file systems allow 255 bytes
+        name = f"{name[:180]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return name
 
 
 def settings_of(base: ConfigDict, override: Mapping[str, Any]) -> Settings:
@@ -64,14 +69,22 @@ def settings_of(base: ConfigDict, override: Mapping[str, Any]) -> Settings:
     Raises:
       ValueError: naming the run and the field.
     """
-    config = base.copy_and_resolve_references()
+    config, name = copy.deepcopy(base), name_of(override)
     try:
         config.update_from_flattened_dict(override)
+    except (KeyError, AttributeError):
+        known = _flat(base.to_dict())
+        wrong = next(field for field in override if field not in known)
+        near = difflib.get_close_matches(wrong, known, 1, cutoff=0.0)
+        text = f"the run {name}: there is no field {wrong!r}; the nearest is {near[0]!r}"
+        raise ValueError(text) from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the run {name}: {error}") from None
+    try:
         checked = settings.resolve(config)
         _check(checked)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        text = " ".join(str(error.args[-1]).split()) if error.args else repr(error)
-        raise ValueError(f"the run {name_of(override)}: {text}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the run {name}: {error}") from None
     return checked
 
 
@@ -80,6 +93,9 @@ def _check(run: Settings) -> None:
         value = run.config["sampler"][field]
         all_at_once = "0 in a sweep, whose runs sample all prompts at once"
         require(value == 0, f"sampler.{field}", value, all_at_once)
+    for axis, size in run.config["mesh"].items():
+        alone = "1 in a sweep, whose runs have one device each (population.method='devices')"
+        require(size == 1, f"mesh.{axis}", size, alone)
 
 
 def _flat(c: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -106,14 +122,12 @@ def _objective_name(run: Settings) -> str:
     return options["name"] if own is None else f"{options['name']}/{own}"
 
 
-def _cohort(members: Sequence[tuple[str, Mapping[str, Any], Settings]]) -> Cohort:
-    names, overrides, runs = zip(*members, strict=True)
-    objectives = population.as_one([(_objective_name(run), run.hp.objective) for run in runs])
-    hp = [run.hp.replace(objective=o) for run, o in zip(runs, objectives, strict=True)]
-    method = runs[0].config["population"]["method"]
-    if method == "auto":
-        method = population.METHOD.get(jax.default_backend(), "map")
-    return Cohort(names, overrides, runs, population.values(hp), method)
+def _cohort(listed: Sequence[tuple[str, Mapping[str, Any], Settings]]) -> Cohort:
+    names, overrides, members = zip(*listed, strict=True)
+    objectives = population.as_one([(_objective_name(run), run.hp.objective) for run in members])
+    hp = [run.hp.replace(objective=o) for run, o in zip(members, objectives, strict=True)]
+    method = stacked.choose(members[0].config["population"]["method"], len(members))
+    return Cohort(names, overrides, members, stacked.values(hp), method)
 
 
 def resolve(base: ConfigDict, sweep: Overrides, *, most: int = 0) -> list[Cohort]:
@@ -127,13 +141,18 @@ def resolve(base: ConfigDict, sweep: Overrides, *, most: int = 0) -> list[Cohort
     Raises:
       ValueError: a run is refused, two runs are the same, or there is none.
     """
-    names = [name_of(override) for override in sweep]
-    twice = {name for name in names if names.count(name) > 1}
-    if not sweep or twice:
-        raise ValueError(f"a sweep needs runs with names of their own; twice: {sorted(twice)}")
+    if not sweep:
+        raise ValueError("the sweep has no runs: give at least one, see sapo_jax.axes")
     groups: dict[str, list] = {}
-    for name, override in zip(names, sweep, strict=True):
-        run = settings_of(base, override)
+    seen: dict[str, str] = {}
+    for override in sweep:
+        name, run = name_of(override), settings_of(base, override)
+        same = json.dumps(run.config, sort_keys=True)
+        if same in seen:
+            raise ValueError(f"two runs of the sweep are the same: {seen[same]} and {name}")
+        if name in seen.values():
+            raise ValueError(f"two runs of the sweep would share the directory {name}")
+        seen[same] = name
         groups.setdefault(static(run), []).append((name, override, run))
     cohorts = []
     for members in groups.values():

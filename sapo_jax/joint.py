@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sapo_jax import data, experience, population, rewards, sampling, streams
+from sapo_jax import data, experience, handover, population, rewards, sampling, stacked, streams
 from sapo_jax.cohorts import Cohort
-from sapo_jax.population import pick, stack
 from sapo_jax.progress import Clock
+from sapo_jax.stacked import pick, stack
 from sapo_jax.types import Batch, Prompts, Rollout
 
 
@@ -27,7 +27,7 @@ class Experience(NamedTuple):
 def sample(
     cohort: Cohort,
     live_R: np.ndarray,
-    params: Any,
+    weights: Any,
     prompts: Prompts,
     *,
     iteration: int,
@@ -43,7 +43,7 @@ def sample(
     seed_R = np.array([c.config["seed"] for c in cohort.runs], np.uint32)
     return population.rollout(
         live_R,
-        params,
+        weights,
         run.model,
         prompts,
         population.base_keys(seed_R, domain, np.int32(iteration)),
@@ -77,7 +77,9 @@ def _scored(
     return minibatches
 
 
-_batch_of = jax.jit(jax.vmap(experience.batch_of))
+@partial(jax.jit, static_argnames="method")
+def _batch_of(live_R: jax.Array, rollout: Rollout, *, method: str) -> Batch:
+    return stacked.over(method, live_R, experience.batch_of, rollout)
 
 
 def from_rollout(
@@ -94,26 +96,32 @@ def from_rollout(
 
     All R·B rows are judged when they all are there: one program samples them.
     """
-    runs, group_size = cohort.runs, cohort.lead.config["batch"]["group_size"]
-    asked = [experience.ask(run, stream, scorer) for run, stream in zip(runs, read, strict=True)]
+    members, method = cohort.runs, cohort.method
+    group_size = cohort.lead.config["batch"]["group_size"]
+    asked = [experience.ask(run, stream, scorer) for run, stream in zip(members, read, strict=True)]
+    with clock("to_sampler"):
+        weights = population.to_sampler(live_R, params, cohort.lead.model, method=method)
+        weights = jax.block_until_ready(weights)
     with clock("rollout"):
         prompts = stack([one.prompts for one in asked])
-        rollout = sample(cohort, live_R, params, prompts, iteration=iteration)
+        rollout = sample(cohort, live_R, weights, prompts, iteration=iteration)
         on_host = jax.device_get(rollout)
         ends = on_host.mask.sum(-1), on_host.finished
     for r, one in enumerate(asked):
         hand_over(one.groups, pick(on_host, r), group_size)
     with clock("update"):  # needs no rewards: the device works while rows are judged
-        minibatches = _scored(cohort, live_R, params, reference, _batch_of(rollout))
+        minibatches = _scored(
+            cohort, live_R, params, reference, _batch_of(live_R, rollout, method=method)
+        )
     with clock("score_exposed"):
         verdicts = [one.groups.wait() for one in asked]
     clock.add("score", sum(v.seconds for each in verdicts for v in each))
     with clock("update"):
         judged = [
             rewards.combine([v.parts for v in each], run.recipe)
-            for run, each in zip(runs, verdicts, strict=True)
+            for run, each in zip(members, verdicts, strict=True)
         ]
-        kept = [experience.kept(run, x) for run, (x, _) in zip(runs, judged, strict=True)]
+        kept = [experience.kept(run, x) for run, (x, _) in zip(members, judged, strict=True)]
         rows_RB = np.stack([rows_B for rows_B, _, _ in kept])
         minibatches, more = population.learn_from(
             live_R,
@@ -121,19 +129,21 @@ def from_rollout(
             rows_RB,
             np.stack([signal_B for _, signal_B, _ in kept]),
             np.stack([x[rows_B] for (x, _), rows_B in zip(judged, rows_RB, strict=True)]),
-            np.array([run.config["reward"]["kl_coef"] for run in runs], np.float32),
-            population.values([run.bounds for run in runs]),
-            method=cohort.method,
+            np.array([run.config["reward"]["kl_coef"] for run in members], np.float32),
+            stacked.values([run.bounds for run in members]),
+            method=method,
             **experience.recipe_of(cohort.lead),
         )
         learnt_RB = np.concatenate([b.advantages for b in minibatches], 1)
         more = jax.device_get(more)
+    moved = float(handover.moved_bytes(params, weights) / len(members))
     metrics, samples = [], []
-    for r, (run, one, (rewards_B, parts)) in enumerate(zip(runs, asked, judged, strict=True)):
+    for r, (run, one, (rewards_B, parts)) in enumerate(zip(members, asked, judged, strict=True)):
         advantages_B = np.zeros_like(rewards_B)
         advantages_B[rows_RB[r]] = learnt_RB[r]
         found, rows = experience.told(run, one, pick(ends, r), rewards_B, advantages_B, iteration)
         found |= {"data/dropped": float(read[r].dropped), **parts, **kept[r][2]}
+        found["sampler/weights_moved_bytes"] = moved
         metrics.append(found | {key: float(value[r]) for key, value in more.items()})
         samples.append(rows)
     return Experience(minibatches, metrics, samples)
@@ -181,7 +191,8 @@ def held_out(
     """`experience.held_out` of R runs: one evaluation set, each run's own noise."""
     run, options = cohort.lead, cohort.lead.config["eval"]
     examples, size = experience.test_set(run, options["prompts"]), run.eval_batch
-    draw_all = partial(sample, cohort, live_R, params, iteration=0, domain="eval")
+    weights = population.to_sampler(live_R, params, run.model, method=cohort.method)
+    draw_all = partial(sample, cohort, live_R, weights, iteration=0, domain="eval")
     drawn = []
     for start in range(0, len(examples), size):
         batch = (examples[start : start + size] * size)[:size]

@@ -1,13 +1,11 @@
 """R runs that differ in traced values, through the same executables: an explicit leading axis R.
 
-`over` puts a function of one run over that axis: by `jax.lax.map`, one run after the other, whose
-results are bitwise those of the run alone, or by `jax.vmap`, all at once. `METHOD` says which one a
-backend gets where none is asked for.
+Every function is that of one run, put over the axis by `stacked.over`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,51 +18,8 @@ from sapo_jax.decoding import Decoding
 from sapo_jax.learner import Hyperparameters
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.objectives import Objective
+from sapo_jax.stacked import over, pick, spread
 from sapo_jax.types import Batch, Prompts, Rollout, TrainState
-
-METHODS = ("map", "vmap")
-# On a CPU one run keeps the cores busy; experiments/population has the measurement. Accelerators
-# are not measured: small policies leave them idle, which a batched program can only better.
-METHOD = {"cpu": "map", "gpu": "vmap", "tpu": "vmap"}
-
-
-def over(method: str, live_R: jax.Array, function: Callable, *stacked: Any) -> Any:
-    """A function of one run, for each run: its arguments and results have a leading axis R.
-
-    Under "map", runs that are not live cost nothing, and their results are zeros; under "vmap" all
-    runs are computed.
-
-    The branch is what makes a run of a map bitwise the run alone: XLA fuses the body of a loop with
-    the slices that feed it and the writes that follow, other fusions round otherwise, and nothing
-    is fused across a branch. (`jax.lax.optimization_barrier` does not achieve that on a CPU.)
-    """
-    if method == "vmap":
-        return jax.vmap(function)(*stacked)
-
-    def nothing(*arguments):
-        shapes = jax.eval_shape(function, *arguments)
-        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-    def one(arguments):
-        live, *rest = arguments
-        return jax.lax.cond(live, function, nothing, *rest)
-
-    return jax.lax.map(one, (live_R, *stacked))
-
-
-def stack(trees: Sequence[Any]) -> Any:
-    """Trees of R runs as one with a leading axis R; NumPy's stay on the host."""
-
-    def join(*leaves):
-        on_device = all(isinstance(leaf, jax.Array) for leaf in leaves)
-        return (jnp if on_device else np).stack(leaves)
-
-    return jax.tree.map(join, *trees)
-
-
-def pick(tree: Any, run: int) -> Any:
-    """One run of a tree with a leading axis R."""
-    return jax.tree.map(lambda x: x[run, ...], tree)
 
 
 def as_one(named: Sequence[tuple[str, Objective]]) -> list[Objective]:
@@ -87,16 +42,6 @@ def as_one(named: Sequence[tuple[str, Objective]]) -> list[Objective]:
         own = {f"{name}.{key}": value for key, value in objective.hyperparameters.items()}
         out.append(objectives.resolve(both, index=list(members).index(name), **own))
     return out
-
-
-def values(trees: Sequence[Any]) -> Any:
-    """Numbers of R runs as arrays [R]: f32, or i32 where all are integers."""
-
-    def array(*numbers):
-        whole = all(isinstance(number, int) for number in numbers)
-        return np.array(numbers, np.int32 if whole else np.float32)
-
-    return jax.tree.map(array, *trees)
 
 
 @partial(jax.jit, static_argnames="domain")
@@ -126,13 +71,25 @@ def decode_runs(weights, config, controls, state, until, *, truncate) -> Decodin
     )
 
 
+@partial(jax.jit, static_argnames=("config", "method"))
+def _convert(live_R: jax.Array, weights: Any, config: ModelConfig, *, method: str) -> Any:
+    return over(method, live_R, partial(handover.convert, config=config), weights)
+
+
+def to_sampler(live_R: jax.Array, params: Any, config: ModelConfig, *, method: str) -> Any:
+    """`handover.to_sampler` of R runs."""
+    names = handover.unchanged(jax.eval_shape(partial(pick, run=0), params), config)
+    rest = {name: value for name, value in params.items() if name not in names}
+    return _convert(live_R, rest, config, method=method) | {name: params[name] for name in names}
+
+
 @partial(
     jax.jit,
     static_argnames=("config", "group_size", "max_new_tokens", "cache", "truncate", "method"),
 )
 def rollout(
     live_R: jax.Array,
-    params: Any,
+    weights: Any,
     config: ModelConfig,
     prompts: Prompts,
     base_R: jax.Array,
@@ -149,7 +106,7 @@ def rollout(
 
     Args:
       live_R: bool[R]; other runs write nothing.
-      params: the learner's, of R runs.
+      weights: from `to_sampler`.
       config: the model's shape.
       prompts: of R runs, [R, P, …].
       base_R: key[R], from `base_keys`.
@@ -159,7 +116,7 @@ def rollout(
       max_new_tokens: T.
       cache: sizes of the completion cache, ascending, the last one T (see `sampler.Plan`).
       truncate: whether top_k and top_p apply.
-      method: one of METHODS.
+      method: one of `stacked.METHODS`.
 
     Returns:
       Rollout with a leading axis R.
@@ -167,18 +124,17 @@ def rollout(
     p, width = prompts.tokens.shape[1:]
     every, none = jnp.arange(p, dtype=jnp.int32), np.iinfo(np.int32).max
 
-    def start(params, prompts, base, controls):
-        weights = handover.convert(params, config)
+    def start(weights, prompts, base, controls):
         state = decoding.empty(config, p, cache[0], p, width, group_size, max_new_tokens)
         arguments = (weights, config, prompts, base, controls, state, every, every)
-        return weights, decoding.prefill(*arguments, truncate=truncate)
+        return decoding.prefill(*arguments, truncate=truncate)
 
     def end(state, prompts):
         results = (state.tokens, state.logp, state.count, state.finished)
         return assembly.assemble(config, results, prompts, iteration, state.routing, None)
 
-    def one(params, prompts, base, controls):
-        weights, state = start(params, prompts, base, controls)
+    def one(weights, prompts, base, controls):
+        state = start(weights, prompts, base, controls)
         for i, size in enumerate(cache):
             if i:
                 state = state.replace(own_kv=decoding.grow(state.own_kv, size))
@@ -187,18 +143,20 @@ def rollout(
             state, _ = decoding.decode(*arguments, truncate=truncate)
         return end(state, prompts)
 
-    if method == "map":
-        return over(method, live_R, one, params, prompts, base_R, controls)
-    start_all = jax.vmap(start, out_axes=(0, RUNS))
-    weights, state = start_all(params, prompts, base_R, controls)
-    state = state.replace(done=state.done | ~live_R[:, None, None])
-    for i, size in enumerate(cache):
-        if i:
-            own_kv = jax.vmap(partial(decoding.grow, size=size))(state.own_kv)
-            state = state.replace(own_kv=own_kv)
-        until = size if size < cache[-1] else none
-        state = decode_runs(weights, config, controls, state, until, truncate=truncate)
-    return jax.vmap(end, in_axes=(RUNS, 0))(state, prompts)
+    def all_of(method, live_R, weights, prompts, base_R, controls):
+        if method == "map":
+            return over(method, live_R, one, weights, prompts, base_R, controls)
+        state = jax.vmap(start, out_axes=RUNS)(weights, prompts, base_R, controls)
+        state = state.replace(done=state.done | ~live_R[:, None, None])
+        for i, size in enumerate(cache):
+            if i:
+                own_kv = jax.vmap(partial(decoding.grow, size=size))(state.own_kv)
+                state = state.replace(own_kv=own_kv)
+            until = size if size < cache[-1] else none
+            state = decode_runs(weights, config, controls, state, until, truncate=truncate)
+        return jax.vmap(end, in_axes=(RUNS, 0))(state, prompts)
+
+    return spread(method, live_R, all_of, weights, prompts, base_R, controls)
 
 
 @partial(jax.jit, static_argnames=("method", "parts"))

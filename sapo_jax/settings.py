@@ -20,10 +20,10 @@ from sapo_jax import (
     learner,
     model,
     objectives,
-    population,
     routing,
     sampler,
     sharding,
+    stacked,
     streams,
     tasks,
 )
@@ -299,7 +299,7 @@ def resolve(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> Sett
     c = json.loads(config.to_json_best_effort())
     _choice("source", c["source"], SOURCES)
     _choice("advantages", c["advantages"], tuple(advantages.ESTIMATORS))
-    _choice("population.method", c["population"]["method"], ("auto", *population.METHODS))
+    _choice("population.method", c["population"]["method"], ("auto", *stacked.METHODS))
     _check_numbers(c)
     _check_batch(c)
     made, shares = inputs.make_tasks(c)

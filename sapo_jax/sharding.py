@@ -167,6 +167,13 @@ def make_mesh(
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def run_mesh(runs: int) -> Mesh:
+    """A mesh with the axis `run` only, of as many devices of this process as divide the runs."""
+    devices = jax.local_devices()
+    count = max(n for n in range(1, len(devices) + 1) if runs % n == 0)
+    return Mesh(np.array(devices[:count]), ("run",), axis_types=(AxisType.Auto,))
+
+
 def parts(mesh: Mesh | None) -> int:
     """Into how many parts the rows are split."""
     return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in ROWS)

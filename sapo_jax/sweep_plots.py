@@ -16,6 +16,7 @@ from sapo_jax.report_words import COLOURS
 
 Found = Mapping[str, Any]
 PALETTE = ("blue", "orange", "green", "purple", "amber", "grey", "ink")
+FEW = 12  # points of a curve that are marked: evaluations, between which nothing is known
 MOST_BANDS = 12  # more settings are drawn without bands: they would hide each other
 
 
@@ -41,8 +42,9 @@ def _colours(found: Found) -> list:
 def _curves(key: str, unit: str, *, percent: bool = False) -> Callable[[Figure, Found], None]:
     def draw(figure: Figure, found: Found) -> None:
         ax = figure.subplots()
-        bands = len(found["settings"]) <= MOST_BANDS
-        for entry, colour in zip(found["settings"], _colours(found), strict=True):
+        count = len(found["settings"])
+        bands = count <= MOST_BANDS
+        for i, (entry, colour) in enumerate(zip(found["settings"], _colours(found), strict=True)):
             curve = entry["curves"].get(key)
             if not curve or not curve["iteration"]:
                 continue
@@ -51,11 +53,15 @@ def _curves(key: str, unit: str, *, percent: bool = False) -> Callable[[Figure, 
             mean, low, high = (scale * np.array(curve[k]) for k in ("mean", "low", "high"))
             if bands:
                 ax.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
-            ax.plot(x, mean, color=colour, linewidth=1.6, label=label(found, entry["setting"]))
+            named = label(found, entry["setting"])
+            marker = "o" if len(x) <= FEW else ""
+            # Thinner and thinner: where curves lie on each other, all of them show.
+            width = 1.5 + (0.9 * (count - 1 - i) if count <= 4 else 0)
+            ax.plot(x, mean, marker=marker, ms=3 + width, color=colour, lw=width, label=named)
         ax.set(xlabel="iteration", ylabel=unit)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         if ax.has_data():
-            ax.legend(fontsize=7.5, ncols=1 + (len(found["settings"]) > 8))
+            ax.legend(fontsize=7.5, ncols=1 + (count > 8))
 
     return draw
 
@@ -89,7 +95,9 @@ def _draw_ends(figure: Figure, found: Found) -> None:
 def _draw_differences(figure: Figure, found: Found) -> None:
     if not any(entry["difference"] for entry in found["settings"]):
         return
-    ax = _by_setting(figure, found, "difference (points)")
+    first = label(found, found["settings"][0]["setting"])
+    ax = _by_setting(figure, found, f"Pass@1 minus that of {first} (points)")
+    ax.text(0, 0, "reference", ha="center", va="bottom", fontsize=7.5, color=COLOURS["grey"])
     ax.axhline(0, color=COLOURS["soft"], linewidth=1)
     reference = {run["seed"]: run["pass_at_1"] for run in found["settings"][0]["runs"]}
     for i, (entry, colour) in enumerate(zip(found["settings"], _colours(found), strict=True)):
@@ -129,20 +137,32 @@ def _draw_heat(figure: Figure, found: Found) -> None:
         return
     (row_name, rows), (column_name, columns), table = parts
     ax = figure.subplots()
-    image = ax.imshow(100 * table, cmap="viridis", aspect="auto")
-    ax.set_yticks(range(len(rows)), [str(r) for r in rows])
-    ax.set_xticks(range(len(columns)), [str(c) for c in columns])
+    mesh = ax.pcolormesh(100 * table, cmap="viridis")  # the page shows no images
+    ax.set_yticks(0.5 + np.arange(len(rows)), [str(r) for r in rows])
+    ax.set_xticks(0.5 + np.arange(len(columns)), [str(c) for c in columns])
+    ax.invert_yaxis()
     ax.set(xlabel=column_name, ylabel=row_name)
     ax.grid(visible=False)
     middle = (table.min() + table.max()) / 2
     if table.size <= 160:
         for (i, j), value in np.ndenumerate(table):
             ink = "#ffffff" if value < middle else "#000000"
-            ax.text(j, i, f"{100 * value:.1f}", ha="center", va="center", color=ink, fontsize=7.5)
-    figure.colorbar(image, ax=ax, label="Pass@1 (%)", pad=0.01)
+            ax.text(
+                j + 0.5,
+                i + 0.5,
+                f"{100 * value:.1f}",
+                ha="center",
+                va="center",
+                color=ink,
+                fontsize=7.5,
+            )
+    bar = figure.colorbar(mesh, ax=ax, label="Pass@1 (%)", pad=0.01)
+    bar.solids.set_rasterized(False)
 
 
 def _draw_collapse(figure: Figure, found: Found) -> None:
+    if not any(kind["steps"] for e in found["settings"] for kind in e["collapse"].values()):
+        return
     ax = _by_setting(figure, found, "share of runs (%)")
     kinds = {"reward": "orange", "entropy": "green", "finite": "purple"}
     for k, (kind, colour) in enumerate(kinds.items()):

@@ -1,14 +1,19 @@
-"""A sweep as one self-contained HTML page and a JSON file: python -m sapo_jax.sweep_report DIR."""
+"""A sweep as one self-contained HTML page and a JSON file: python -m sapo_jax.sweep_report DIR.
+
+``--picture=FILE.png`` draws four of its panels; ``report.json`` is all that this needs.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 from etils import epath
+from matplotlib.figure import Figure
 
 from sapo_jax import report_page as page
 from sapo_jax import rundir
@@ -22,6 +27,7 @@ CARDS = {
     "final": ("ends", "differences", "heat"),
     "collapse": ("collapse",),
 }
+PICTURED = ("pass", "reward", "differences", "heat", "ends", "entropy")
 Found = Mapping[str, Any]
 
 
@@ -72,7 +78,13 @@ def _finals(found: Found) -> str:
             better,
         ]
         rows.append([page.text(cell) for cell in cells])
-    heads = ("setting", "runs", "Pass@1, % (95% interval)", "paired difference, points", "better")
+    heads = (
+        "setting",
+        "runs",
+        "Pass@1, % (95% interval)",
+        "paired difference, points",
+        "seeds better",
+    )
     return _table(heads, rows)
 
 
@@ -155,11 +167,35 @@ def write(workdir: epath.PathLike) -> epath.Path:
     return target
 
 
+def picture(workdir: epath.PathLike, path: epath.PathLike) -> None:
+    """Write one PNG of the most telling panels, at most four, from ``report.json``.
+
+    Raises:
+      ValueError: there is nothing to draw.
+    """
+    found = json.loads((epath.Path(workdir) / "report.json").read_text())
+    with matplotlib.rc_context(STYLE):
+        drawn = [n for n in PICTURED if plots.figure_of(n, found) is not None][:4]
+        if not drawn:
+            raise ValueError(f"nothing to draw in {workdir}")
+        rows = math.ceil(len(drawn) / 2)
+        figure = Figure(figsize=(11, 3.4 * rows), layout="constrained", dpi=160)
+        parts = figure.subfigures(rows, min(len(drawn), 2), squeeze=False, hspace=0.06).flat
+        for part, name in zip(parts, drawn, strict=False):
+            plots.PLOTS[name](part, found)
+            part.suptitle(PANELS[name][0], x=0.02, ha="left", fontsize=11, fontweight="bold")
+        figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.15)
+
+
 def main() -> None:
-    """Rebuild the report of the sweep whose directory is named on the command line."""
+    """Rebuild the report of the sweep named on the command line, or draw its picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("workdir", type=epath.Path)
-    print(write(parser.parse_args().workdir))
+    parser.add_argument("--picture", type=epath.Path, help="a PNG of four panels instead")
+    arguments = parser.parse_args()
+    if arguments.picture:
+        picture(arguments.workdir, arguments.picture)
+    print(arguments.picture or write(arguments.workdir))
 
 
 if __name__ == "__main__":

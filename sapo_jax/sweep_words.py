@@ -17,7 +17,10 @@ SECTIONS = {
     ),
     "collapse": (
         "Collapses",
-        "Runs that lost what they had learnt, or their variety, and did not recover.",
+        "Runs that lost what they had learnt, or their variety, and did not recover. Reward: the "
+        "accuracy in training fell below half of its best for good. Entropy: below a tenth of its "
+        "start for good, which is success only near the ceiling of the task. Not finite: a loss "
+        "or gradient that is no number.",
     ),
     "runs": ("Runs", "Every run has a report of its own."),
 }
@@ -47,19 +50,17 @@ PANELS = {
         "One point a seed; the bar is the mean with its 95% interval, and 0 is no difference.",
     ),
     "heat": (
-        "Final Pass@1 over two settings",
+        "Final Pass@1 over the two axes of the sweep",
         "Each cell is the mean over the seeds of that combination, or one run where a seed is an "
         "axis; look for a plateau, not for the best cell.",
     ),
     "collapse": (
         "Share of runs that collapsed",
-        "Reward: the accuracy in training fell below half of its best for good. Entropy: below a "
-        "tenth of its start for good, which is success only near the ceiling of the task. Not "
-        "finite: a loss or gradient that is no number.",
+        "A setting whose bars are higher is less stable; the table has the iterations.",
     ),
 }
 TERMS = {
-    "setting": "What a run changes besides its seed.",
+    "setting": "What a run changes besides its seed, by the names of the config's fields.",
     "seed": "Number that fixes a run's initial weights, order of problems and sampling noise.",
     "Pass@1": "The share of completions of held-out problems that are right.",
     "95% interval": "Where the mean over the seeds lies, by resampling the seeds.",

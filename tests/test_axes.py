@@ -1,5 +1,8 @@
 """Sweeps as data: what axes combine to, and what they refuse."""
 
+import json
+
+import numpy as np
 import pytest
 
 from sapo_jax.axes import axis, product, zip_
@@ -19,6 +22,14 @@ def test_axes_combine():
     assert zip_(product(axis("a", 1, 2), axis("b", 1, 2)), axis("seed", *range(4)))[3] == {
         "a": 2, "b": 2, "seed": 3,
     }  # fmt: skip
+
+
+def test_scalars_of_numpy_become_plain_numbers():
+    """A manifest holds them as JSON."""
+    assert json.dumps(axis("seed", *np.arange(2))) == '[{"seed": 0}, {"seed": 1}]'
+    assert (
+        type(axis("learner.learning_rate", *np.geomspace(1e-4, 1e-2, 3))[0].popitem()[1]) is float
+    )
 
 
 def test_a_value_may_be_none():

@@ -83,12 +83,21 @@ def _leaves(*trees):
 
 
 REFUSED = [
-    (axis("objective.tau_negg", 1.0), "the run objective.tau_negg=1.0: .*tau_neg"),
+    (
+        axis("objectve.tau_neg", 1.0),
+        "'objectve.tau_neg'; the nearest is 'objective.tau_neg'",
+    ),
+    (axis("sed", 1), "the run sed=1: there is no field 'sed'; the nearest is 'seed'"),
+    (axis("objective.tau_neg", "x"), "the run objective.tau_neg=x: .*float"),
+    (axis("mesh.fsdp", 2), "the run mesh.fsdp=2: .*mesh"),
     (axis("objective.tau_neg", -1.0), "the run objective.tau_neg=-1.0: .*tau_neg"),
     (axis("seed", "x"), "the run seed=x: "),
     (axis("sampler.slots", 4), "sampler.slots.*0 in a sweep"),
-    ([{"seed": 1}, {"seed": 1}], "twice: \\['seed=1'\\]"),
-    ([], "a sweep needs runs"),
+    (axis("seed", 1, 1), "two runs of the sweep are the same: seed=1 and seed=1"),
+    ([{"seed": 1, "name": "a"}, {"name": "a", "seed": 1}], "the same: seed=1,name=a and name=a,"),
+    (axis("learner.learning_rate", 1, 1.0), "the same: learner.learning_rate=1 and "),
+    (axis("name", "a/b", "a_b"), "would share the directory name=a_b"),
+    ([], "the sweep has no runs"),
 ]
 
 

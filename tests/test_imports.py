@@ -19,11 +19,11 @@ tasks.prepared tasks.mixture tasks
 streams data rewards learnable
 diagnostics routing sampling handover decoding assembly plans sampler state learner checkpoint
 rundir progress
-population gradlab_fidelity gradlab_pull gradlab gradlab_tokens
+stacked population gradlab_fidelity gradlab_pull gradlab gradlab_tokens
 evaluate report_words report_page report_plots report gradlab_words gradlab_plots gradlab_report
 sweep_stats sweep_words sweep_plots sweep_report
 inputs settings experience startup programs preflight_checks preflight cohorts joint
-train cohort_run
+train cohort_run sweep_run
 main sweep export
 """
 ORDER = {name: i for i, name in enumerate(ROWS.split())}

@@ -19,12 +19,13 @@ from sapo_jax import (
     rundir,
     sampler,
     sampling,
-    sweep,
+    stacked,
+    sweep_run,
     train,
 )
 from sapo_jax.model import params
-from sapo_jax.population import pick, stack
 from sapo_jax.progress import Clock
+from sapo_jax.stacked import pick, stack
 from sapo_jax.types import Rollout
 from tests import fakes, tiny_sweep
 from tests.test_sampler import G, N, P, T, peaked, perturbed_logits, roll
@@ -35,7 +36,7 @@ __all__ = ["peaked"]  # a fixture
 RUNS = axes.zip_(
     axes.axis("seed", 3, 4, 5),
     axes.axis("objective.tau_neg", 1.05, 1.0, 2.0),
-    axes.axis("learner.learning_rate", 1e-4, 2e-4, 4e-4),
+    axes.axis("learner.learning_rate", 0.8e-4, 1e-4, 1.2e-4),
 )
 
 
@@ -98,6 +99,8 @@ def test_a_run_of_a_map_is_bitwise_the_run_alone(together, alone):
     found, expected = records(among), records(alone)
     assert len(found) == 11
     assert found == expected
+    every = [[set(r) for r in rundir.read_metrics(place)] for place in (among, alone)]
+    assert every[0] == every[1]  # phases that are timed, too
     assert all(r["grad/norm"] > 0 and r["length/max"] > 20 for r in found[1:])
     assert digest(among) == digest(alone)
     (state, meta), (wanted, wanted_meta) = (final_state(w, checked) for w in (among, alone))
@@ -111,7 +114,7 @@ def test_a_run_of_a_map_is_bitwise_the_run_alone(together, alone):
 def test_each_program_compiles_once(together):
     """For all runs, iterations and evaluations, and nothing compiles after the start."""
     *_, compiled, late = together
-    for program in ("rollout", "split", "learn_from", "update", "_finish"):
+    for program in ("_convert", "rollout", "split", "learn_from", "update", "_finish"):
         assert compiled.names[program] == 1, compiled.names
     assert late.count == 0
 
@@ -122,7 +125,7 @@ def test_every_run_has_its_own_values(together):
     first = [rundir.read_metrics(workdir / name)[1] for name in cohort.names]
     assert len({r["policy/loss"] for r in first}) == 3
     rates = [r["learning_rate"] for r in first]
-    np.testing.assert_allclose(rates, [1e-4, 2e-4, 4e-4], rtol=1e-6)
+    np.testing.assert_allclose(rates, [0.8e-4, 1e-4, 1.2e-4], rtol=1e-6)
     assert bar.steps == 30
     means = [r["reward/mean"] for r in (rundir.read_metrics(workdir / n)[-1] for n in cohort.names)]
     assert bar.shown[-1]["reward/mean"] == pytest.approx(np.mean(means))
@@ -183,6 +186,8 @@ def test_dynamic_sampling_is_that_of_the_run_alone(monkeypatch):
     (cohort,) = cohorts.resolve(base(**fields), axes.axis("seed", 3, 4))
     given = [rows_of(checked, seed) for seed, checked in enumerate(cohort.runs)]
     streams = [experience.open_stream(checked) for checked in cohort.runs]
+    for module in (population, sampler):
+        monkeypatch.setattr(module, "to_sampler", lambda *a, **k: None)
     monkeypatch.setattr(population, "rollout", lambda *a, **k: jax.device_put(stack(given)))
     live_R = np.ones(2, bool)
     with rewards.Scorer(cohort.lead.task, cohort.lead.recipe) as scorer:
@@ -208,10 +213,11 @@ def test_vmap_samples_the_same_up_to_near_ties(peaked):
     """Two policies at once, through three sizes of the cache: rows leave at near-ties only."""
     config, weights = peaked
     policies = [weights, fakes.perturbed(weights, 0.01, seed=2)]
-    prompts = fakes.prompts(P, N)
+    prompts, live_R = fakes.prompts(P, N), np.ones(2, bool)
+    fast = population.to_sampler(live_R, stack(policies), config, method="vmap")
     among = jax.device_get(
         population.rollout(
-            np.ones(2, bool), stack(policies), config, stack([prompts] * 2),
+            live_R, fast, config, stack([prompts] * 2),
             population.base_keys(np.array([11, 11], np.uint32), "train", np.int32(3)),
             stack([sampling.controls(1.0)] * 2), np.int32(3), group_size=G, max_new_tokens=T,
             cache=(3, 9, T), truncate=False, method="vmap",
@@ -235,9 +241,10 @@ def test_vmap_samples_the_same_up_to_near_ties(peaked):
 def test_vmap_of_decoding_selects_no_caches(peaked):
     """A loop whose predicate has the axis R would copy every cache at each step by a select."""
     config, weights = peaked
-    both = stack([weights, weights])
+    live_R = np.ones(2, bool)
+    both = population.to_sampler(live_R, stack([weights, weights]), config, method="vmap")
     arguments = (
-        np.ones(2, bool), both, config, stack([fakes.prompts(P, N)] * 2),
+        live_R, both, config, stack([fakes.prompts(P, N)] * 2),
         population.base_keys(np.zeros(2, np.uint32), "train", np.int32(1)),
         stack([sampling.controls(1.0)] * 2), np.int32(1),
     )  # fmt: skip
@@ -287,13 +294,13 @@ def test_a_switch_gives_each_run_its_own_objective(rng):
         ("dr_grpo", objectives.resolve("dr_grpo", max_length=6)),
         ("sapo", objectives.resolve("sapo", tau_pos=0.5)),
     ]
-    stacked = population.values(population.as_one(named))
+    all_R = stacked.values(population.as_one(named))
 
     def loss(logp, objective):
         return objectives.policy_loss(objective, logp, old, advantages, mask)[0]
 
     one = jax.value_and_grad(loss)
-    found = population.over("map", np.ones(4, bool), lambda o: one(logp, o), stacked)
+    found = stacked.over("map", np.ones(4, bool), lambda o: one(logp, o), all_R)
     for r, (_, objective) in enumerate(named):
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7),
@@ -311,10 +318,15 @@ def test_runs_that_are_not_live_cost_nothing_and_give_zeros():
         return x + 1
 
     live_R = np.array([True, False, True])
-    found = population.over("map", live_R, function, np.arange(3.0))
+    found = stacked.over("map", live_R, function, np.arange(3.0))
     jax.effects_barrier()
     np.testing.assert_array_equal(found, [1, 0, 3])
     assert len(calls) == 2
+
+
+def test_a_population_on_eight_devices():
+    """`eight_runs.py`, in a process whose CPU counts as eight devices."""
+    fakes.on_eight_devices("tests/eight_runs.py")
 
 
 @pytest.fixture(scope="module")
@@ -322,9 +334,9 @@ def swept(together, tmp_path_factory):
     """A sweep of two cohorts of three, without interruption, and what the second one compiled."""
     workdir = tmp_path_factory.mktemp("swept")
     parts = cohorts.resolve(tiny_sweep.get_config(), tiny_sweep.get_sweep(), most=3)
-    assert sweep.run(parts[:1], workdir / "first")
+    assert sweep_run.run(parts[:1], workdir / "first")
     with fakes.Compilations() as compiled:
-        assert sweep.run(parts, workdir / "whole")
+        assert sweep_run.run(parts, workdir / "whole")
     return workdir / "whole", parts, compiled
 
 
@@ -365,10 +377,10 @@ def test_a_killed_sweep_loses_and_repeats_nothing(swept, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             kill(patch, module, name, calls)
             with pytest.raises(KilledError):
-                sweep.run(parts, tmp_path)
+                sweep_run.run(parts, tmp_path)
     first = {p: p.stat().st_mtime_ns for p in (tmp_path / "cohort-000").rglob("part-*.jsonl")}
-    assert len(first) == 3
-    assert sweep.run(parts, tmp_path)
+    assert len({p.parents[1] for p in first}) == 3
+    assert sweep_run.run(parts, tmp_path)
     listed = json.loads((tmp_path / "manifest.json").read_text())["runs"]
     assert [run["overrides"] for run in listed] == tiny_sweep.get_sweep()
     for run in listed:
@@ -383,9 +395,9 @@ def test_a_killed_sweep_loses_and_repeats_nothing(swept, tmp_path):
 def test_jobs_share_a_sweep(swept, tmp_path):
     """Each job does its cohorts; the sweep is complete when both have ended."""
     whole, parts, _ = swept
-    assert not sweep.run(parts, tmp_path, job=(1, 2))
+    assert not sweep_run.run(parts, tmp_path, job=(1, 2))
     assert not (tmp_path / "cohort-000").exists()
-    assert sweep.run(parts, tmp_path, job=(0, 2))
+    assert sweep_run.run(parts, tmp_path, job=(0, 2))
     for run in json.loads((tmp_path / "manifest.json").read_text())["runs"]:
         assert records(tmp_path / run["directory"]) == records(whole / run["directory"])
 
@@ -393,6 +405,6 @@ def test_jobs_share_a_sweep(swept, tmp_path):
 def test_a_directory_of_another_sweep_is_refused(swept, tmp_path):
     whole, parts, _ = swept
     with pytest.raises(ValueError, match=r"has 6 runs, given are 3, .*'cohort-001/"):
-        sweep.run(parts[:1], whole)
+        sweep_run.run(parts[:1], whole)
     with rundir.Lease(tmp_path / "cohort-000"), pytest.raises(RuntimeError, match="in use"):
-        sweep.run(parts, tmp_path)
+        sweep_run.run(parts, tmp_path)

@@ -1,10 +1,5 @@
 """Meshes: refusals that name a mesh that works, and programs on eight devices against one."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
@@ -12,17 +7,12 @@ from jax.sharding import AbstractMesh, AxisType
 from sapo_jax import model, sharding
 from sapo_jax.model import params
 from sapo_jax.sharding import Dimension
-
-ROOT = pathlib.Path(__file__).parents[1]
+from tests import fakes
 
 
 def test_programs_on_eight_devices():
     """`eight_devices.py`, in a process whose CPU counts as eight devices."""
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "tests/eight_devices.py"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    fakes.on_eight_devices("tests/eight_devices.py")
 
 
 def test_a_mesh_has_every_axis_and_automatic_types():

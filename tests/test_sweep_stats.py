@@ -118,6 +118,9 @@ def test_the_report_of_a_sweep(tmp_path):
     assert "+10.0 (+10.0 to +10.0)" in text
     assert 'href="d/1.0-0/report.html"' in text
     assert "<script" not in text
+    assert "<image" not in text  # refused by the page's own policy
     assert "http" not in text.replace("http://www.w3.org", "").replace("http-equiv", "")
     found = json.loads((tmp_path / "report.json").read_text())
     assert found == json.loads(json.dumps(sweep_stats.summarise(runs)))
+    sweep_report.picture(tmp_path, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
