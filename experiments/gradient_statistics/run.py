@@ -33,6 +33,7 @@ from sapo_jax import (
     rundir,
     sampler,
     settings,
+    sharding,
     startup,
 )
 from sapo_jax.progress import Clock
@@ -53,12 +54,11 @@ _SUMMARISE = flags.DEFINE_list("summarise", [], "Names to put into one table; ru
 
 
 def load(workdir: str) -> settings.Settings:
-    """The settings of a run, without dynamic sampling and routing replay."""
+    """The settings of a run, without dynamic sampling."""
     config = base.get_config()
     with config.unlocked():
         config.update(ConfigDict(rundir.read_config(workdir)))
         config.batch.oversample = 1
-        config.learner.routing_replay = "none"
     return settings.resolve(config)
 
 
@@ -73,7 +73,7 @@ def draw(
 ) -> tuple[Batch, np.ndarray]:  # fmt: skip
     """Fresh samples of the prompts by one policy: rows, and their rewards."""
     groups = rewards.Groups(scorer, examples, checked.tokenizer)
-    slots = max(1, 1024 // group_size)
+    slots, parts = max(1, 1024 // group_size), sharding.parts(checked.mesh)
     rollout = sampler.rollout(
         params,
         checked.model,
@@ -84,14 +84,23 @@ def draw(
         seed=checked.config["seed"],
         iteration=salt,
         domain="gradient_lab",
-        plan=sampler.make_plan(len(examples), checked.max_new_tokens, slots=slots, shrink=0),
+        plan=sampler.make_plan(
+            len(examples), checked.max_new_tokens, slots=slots, shrink=0, parts=parts
+        ),
         on_groups=groups,
     )
     rewards_B, _ = rewards.combine([v.parts for v in groups.wait()], checked.recipe)
-    logp_BS = rollout.sampler_logp
-    zeros_B = jnp.zeros(len(rewards_B))
-    rows = (rollout.tokens, rollout.mask, rollout.segments, logp_BS, logp_BS, zeros_B)
-    return Batch(*rows), rewards_B
+    batch = experience.batch_of(rollout)
+    if checked.hp.routing_replay == "R2":
+        hp = in_passes(checked, len(rewards_B))
+        batch = batch.replace(routing=learner.score_routing(params, batch, hp)[1])
+    return batch, rewards_B
+
+
+def in_passes(checked: settings.Settings, rows: int) -> learner.Hyperparameters:
+    """The run's hyperparameters for so many rows, as many in each pass as in the run."""
+    parts = rows * checked.config["batch"]["minibatches"] // checked.rows
+    return checked.hp.replace(micro_batches=checked.hp.micro_batches * parts)
 
 
 def measure(lab: gradlab.Lab, algorithms: dict, focus: str) -> dict[str, Any]:
@@ -138,7 +147,8 @@ def examine(
                 begun = time.monotonic()
                 params = jax.tree.map(jnp.copy, state.params)
                 batch, rewards_B = draw(checked, scorer, params, examples, fresh * group_size, k)
-                rows = (params, frozen, batch, rewards_B, prompts, c["advantages"], checked.hp)
+                hp = in_passes(checked, checked.rows)
+                rows = (params, frozen, batch, rewards_B, prompts, c["advantages"], hp)
                 hold = min(16, len(algorithms) + len(gradlab.UNGATED))
                 found = measure(
                     gradlab.Lab(*rows, hold), algorithms, focus if k == max(updates) else ""
