@@ -336,9 +336,13 @@ WIDE = {
 }  # fmt: skip
 
 
+def size_of(name: str) -> tuple[float, float]:
+    """Width and height of a plot, in inches."""
+    return 11.2 if name in WIDE else 5.4, HEIGHTS.get(name, 3.1)
+
+
 def figure_of(name: str, found: Found) -> Figure | None:
     """A plot, or None where there is nothing to draw."""
-    size = (11.2 if name in WIDE else 5.4, HEIGHTS.get(name, 3.1))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size_of(name), layout="constrained")
     PLOTS[name](figure, found)
     return figure if any(ax.has_data() for ax in figure.axes) else None

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from configs import base
@@ -204,6 +204,7 @@ def summary(names: list[str]) -> str:
 def main(argv: list[str]) -> None:
     """Examine a run, or sum up several."""
     del argv
+    logging.set_verbosity(logging.WARNING)
     out = HERE / "results"
     out.mkdir(exist_ok=True)
     if _SUMMARISE.value:
