@@ -111,6 +111,7 @@ def write(path: epath.PathLike) -> epath.Path:
         "model": found["model"],
         "iteration": found["iteration"],
         "trained with": found["trained_with"],
+        "learning rate": f"{found['learning_rate']:g}",
         "seed": found["seed"],
         "problems": found["prompts"],
         "completions of each": found["group_size"],

@@ -48,17 +48,19 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
 _NAME = flags.DEFINE_string("name", "quickstart", "Of the files in results/.")
 _OBJECTIVES = flags.DEFINE_list("objectives", DEFAULT, "Presets to compare.")
 _UPDATES = flags.DEFINE_list("updates", ["0", "1", "2", "3", "15"], "Updates since sampling.")
+_RATE = flags.DEFINE_float("learning_rate", None, "Of those updates; the run's by default.")
 _FRESH = flags.DEFINE_integer("fresh", 16, "Fresh samples for each frozen one, at least 16.")
 _FOCUS = flags.DEFINE_string("focus", "sapo", "The preset whose gate is split by token groups.")
 _SUMMARISE = flags.DEFINE_list("summarise", [], "Names to put into one table; runs nothing.")
 
 
-def load(workdir: str) -> settings.Settings:
-    """The settings of a run, without dynamic sampling."""
+def load(workdir: str, learning_rate: float | None = None) -> settings.Settings:
+    """The settings of a run, without dynamic sampling, perhaps with another learning rate."""
     config = base.get_config()
     with config.unlocked():
         config.update(ConfigDict(rundir.read_config(workdir)))
         config.batch.oversample = 1
+        config.learner.learning_rate = learning_rate or config.learner.learning_rate
     return settings.resolve(config)
 
 
@@ -118,10 +120,14 @@ def measure(lab: gradlab.Lab, algorithms: dict, focus: str) -> dict[str, Any]:
 
 
 def examine(
-    workdir: str, algorithms: dict, updates: list[int], fresh: int, focus: str
-) -> dict[str, Any]:
-    """The run's policy at several numbers of updates after it sampled the same frozen rows."""
-    checked = load(workdir)
+    checked: settings.Settings, workdir: str, algorithms: dict, updates: list[int], fresh: int,
+    focus: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The run's policy at several numbers of updates after it sampled the same frozen rows.
+
+    Updates are the run's, on the minibatches of other rollouts of the policy that sampled, as far
+    as they go: as in training, none of the frozen rows has been learnt from.
+    """
     c = checked.config
     prompts, group_size = c["batch"]["prompts"], c["batch"]["group_size"]
     with checkpoint.Checkpoints(pathlib.Path(workdir) / "checkpoints") as checkpoints:
@@ -215,7 +221,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"--workdir is needed, and --fresh={_FRESH.value} at least 16")
     updates = sorted({int(u) for u in _UPDATES.value})
     algorithms = {name: objectives.OBJECTIVES[name] for name in _OBJECTIVES.value}
-    found = examine(_WORKDIR.value, algorithms, updates, _FRESH.value, _FOCUS.value)
+    checked = load(_WORKDIR.value, _RATE.value)
+    found = examine(checked, _WORKDIR.value, algorithms, updates, _FRESH.value, _FOCUS.value)
     path = out / f"{_NAME.value}.json"
     path.write_text(json.dumps(found))
     print(gradlab_report.write(path))
