@@ -35,13 +35,17 @@ class Pulled:
     sketches: jax.Array  # f32[M, K, D], linear maps of each block's gradient
 
 
+def _bare(inputs: gates.TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
+    """sg(r)·A·log π_θ: c = r at any ratio level, where r·A of a product has |y| times as much."""
+    del mask, hp
+    return gates.sg(jnp.exp(inputs.log_ratio)) * inputs.advantages * inputs.logp
+
+
 def ungated(objective: Objective) -> Objective:
-    """The same ratio level and aggregation with the bare ratio in the gate's place: f(r) = r."""
+    """The same ratio level and aggregation with the bare ratio in the gate's place: c = r."""
     level = {"geo_clipped": "sequence"}.get(objective.ratio, objective.ratio)
     hyperparameters = {**objective.hyperparameters, "kl_coef": 0.0}
-    return dataclasses.replace(
-        objective, gate=gates.importance, ratio=level, hyperparameters=hyperparameters
-    )
+    return dataclasses.replace(objective, gate=_bare, ratio=level, hyperparameters=hyperparameters)
 
 
 @partial(jax.jit, static_argnames="kl")
