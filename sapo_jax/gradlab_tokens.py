@@ -111,7 +111,8 @@ def gate_spread(log_ratio: np.ndarray, tau: float) -> dict[str, float]:
     variance, mean = float(np.var(log_ratio)), float(np.mean(log_ratio))
 
     def gate(z):
-        return 1 / np.cosh(tau * z / 2) ** 2
+        tail = np.exp(-np.abs(tau * z))  # cosh overflows
+        return 4 * tail / (1 + tail) ** 2
 
     return {
         "variance": variance,

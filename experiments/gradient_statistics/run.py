@@ -1,7 +1,7 @@
 """Gradient statistics of a run: its newest policy, moved on by its own updates, in the lab.
 
     python -m experiments.gradient_statistics.run --workdir=runs/quickstart --name=quickstart
-    python -m experiments.gradient_statistics.run --summarise=quickstart_0,quickstart_1,quickstart_2
+    python -m experiments.gradient_statistics.run --summarise=quickstart_0,quickstart_moe
 
 `results/<name>.json` and `results/<name>.html`; the second form writes `results/summary.md`.
 """
@@ -179,32 +179,29 @@ def examine(
 
 
 def summary(names: list[str]) -> str:
-    """Fidelity to the expected reward, and of what was removed, over runs, as Markdown."""
-    runs = [json.loads((HERE / f"results/{name}.json").read_text()) for name in names]
+    """Fidelities to the expected reward, and of what was removed, from update 3 on, as Markdown."""
     lines = [
-        "| algorithm | updates since sampling | fidelity minus that of the bare ratio: mean (range)"
-        " | gradient mass removed | fidelity of what was removed: mean (range) |",
-        "|---|---|---|---|---|",
+        "| run | updates | algorithm | fidelity (95% interval) | minus that of the bare ratio "
+        "| mass removed | fidelity of what was removed |",
+        "|---|---|---|---|---|---|---|",
     ]
 
-    def spread(values: list[float | None], form: str) -> str:
-        known = [v for v in values if v is not None]
-        if not known:
+    def interval(entry: dict[str, float | None]) -> str:
+        if entry["value"] is None:
             return "–"
-        return f"{np.mean(known):{form}} ({min(known):{form}} to {max(known):{form}})"
+        return f"{entry['value']:+.2f} ({entry['low']:+.2f} to {entry['high']:+.2f})"
 
-    stages = [[s for s in run["stages"] if s["updates"] > 0] for run in runs]
-    for i, algorithm in enumerate(runs[0]["stages"][0]["gradients"]["names"][2:], 2):
-        for at in zip(*stages, strict=True):
-            found = [s["gradients"] for s in at]
-            moved = [g["fidelity"]["reward"][i]["difference"]["value"] for g in found]
-            removed = [g["removed"]["reward"][i]["value"] for g in found]
-            mass = np.mean([g["removed"]["mass"][i] for g in found])
-            lines.append(
-                f"| {algorithm} | {at[0]['updates']} | {spread(moved, '+.3f')} | {mass:.1%} "
-                f"| {spread(removed, '+.2f')} |"
-            )
-    return f"Runs: {', '.join(names)}.\n\n" + "\n".join(lines) + "\n"
+    for name in names:
+        for stage in json.loads((HERE / f"results/{name}.json").read_text())["stages"]:
+            found = stage["gradients"]
+            for i, algorithm in enumerate(found["names"]) if stage["updates"] >= 3 else ():
+                entry, removed = found["fidelity"]["reward"][i], found["removed"]
+                lines.append(
+                    f"| {name} | {stage['updates']} | {algorithm} | {interval(entry)} "
+                    f"| {interval(entry['difference'])} | {removed['mass'][i]:.2%} "
+                    f"| {interval(removed['reward'][i])} |"
+                )
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str]) -> None:
