@@ -4,6 +4,9 @@ Claim     SAPO with R3, the sampler's experts in the learner, raises held-out Pa
           the dense policy.
 Command   python -m sapo_jax.main --config=configs/quickstart_moe.py --workdir=runs/quickstart_moe
           (after the cold start of configs/quickstart_moe_sft.py)
+Time      At most 4 minutes for 10 iterations on 2 CPU cores (measured on a busy machine).
+Result    Pass@1 0.40 → 0.78 (0.76 to 0.81) in the first 10 of its 100 iterations, seed 0; the dense
+          policy reaches 0.84 by then. The rest was not run.
 """
 
 from ml_collections import ConfigDict
