@@ -26,15 +26,17 @@ def tiny(devices=None, /, **fields):
 
 def module(text):
     """The operations of a module, without its name and locations."""
-    text = re.sub(r"(?m)^#loc.*$|\s*loc\([^)]*\)+", "", text)
+    location = r'loc\((?:"[^"]*"|\([^()]*\)|[^()"])*\)'
+    text = re.sub(rf"(?m)^#loc.*$|\s*{location}", "", text)
     return re.sub(r"module @\S+", "module", text).strip()
 
 
-def differing(directory, **mesh):
+def differing(directory, **more):
     """Names of programs whose StableHLO is not among what a run compiles, as JAX writes it down."""
     fields = {"iterations": 1, "eval.every": 0, "batch.group_size": 2, "sampler.slots": 0,
-              "compilation_cache": "", "learner.old_logp": "recompute"}  # fmt: skip
-    checked = tiny(**fields, **{f"mesh.{axis}": size for axis, size in mesh.items()})
+              "batch.oversample": 2, "correction.name": "token_tis", "compilation_cache": "",
+              "learner.old_logp": "recompute"}  # fmt: skip
+    checked = tiny(**fields | more)
     dumped = pathlib.Path(directory) / "stablehlo"
     jax.clear_caches()
     jax.config.update("jax_dump_ir_to", str(dumped))
@@ -52,9 +54,17 @@ def test_the_programs_are_those_that_train(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_programs_are_those_that_train_on_a_mesh(tmp_path):
-    """On four devices of the CPU, two for rows and parameters, two for heads and widths."""
-    call = f"differing({str(tmp_path)!r}, fsdp=2, tensor=2)"
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mesh.fsdp": 2, "mesh.tensor": 2},
+        {"mesh.fsdp": 2, "mesh.expert": 2, "model.preset": "nano_moe",
+         "learner.routing_replay": "R2"},
+    ],
+)  # fmt: skip
+def test_the_programs_are_those_that_train_on_a_mesh(tmp_path, fields):
+    """On four devices of the CPU; a sparse policy replays the experts of its scoring."""
+    call = f"differing({str(tmp_path)!r}, **{fields})"
     code = f"from tests.test_preflight import differing; print({call})"
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
