@@ -8,6 +8,7 @@ devices of the CPU, and the output says so.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
@@ -20,7 +21,17 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from sapo_jax import chips, costs, hlo, model, preflight_checks, programs, settings, sharding
+from sapo_jax import (
+    chips,
+    costs,
+    hlo,
+    model,
+    preflight_checks,
+    preflight_tables,
+    programs,
+    settings,
+    sharding,
+)
 from sapo_jax.model import moe, params, splash
 from sapo_jax.programs import Program
 
@@ -101,16 +112,17 @@ def _moved(checked: settings.Settings, name: str, found: list[costs.Collective])
 def _memory(program: Program, compiled: Any) -> dict[str, Any]:
     """Bytes on a chip by kind; "total" is what the compiler has given away, padding included."""
     stats = compiled.memory_analysis()
-    kinds = {
-        k: programs.bytes_per_chip(v) for k, v in (program.arguments | program.resident).items()
-    }
-    result = {k: programs.bytes_per_chip(v) for k, v in program.result.items()}
+    kinds: collections.Counter[str] = collections.Counter()
+    for trees in (program.arguments, program.resident, program.result):
+        kinds.update({kind: programs.bytes_per_chip(tree) for kind, tree in trees.items()})
+    resident, result = (
+        sum(programs.bytes_per_chip(tree) for tree in trees.values())
+        for trees in (program.resident, program.result)
+    )
     fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    code = stats.generated_code_size_in_bytes
-    temporaries = stats.temp_size_in_bytes + code + fresh - sum(result.values())
-    resident = sum(programs.bytes_per_chip(v) for v in program.resident.values())
-    total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + code + fresh + resident
-    return {"kinds": kinds | result, "temporaries": temporaries, "total": total}
+    needed = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes + fresh
+    total = stats.argument_size_in_bytes + needed + resident
+    return {"kinds": dict(kinds), "temporaries": needed - result, "total": total}
 
 
 def measure(
@@ -145,12 +157,20 @@ def measure(
         "collectives": moved,
         "largest_buffers": [b._asdict() for b in buffers[:12]],
         "logits_rows": preflight_checks.logits_rows(buffers, checked),
+        "gathered_share": preflight_checks.gathered_share(buffers, checked),
         "bounds": bounds,
         "step_seconds": step,
         "mfu": model_flops / step / chip.flops,
         "runs": program.runs,
         "compile_seconds": seconds,
     }
+
+
+def _too_large(error: jax.errors.JaxRuntimeError) -> str:
+    """What the compiler says of a program that does not fit; raises what it says of others."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return str(error).splitlines()[0]
 
 
 def largest_micro_batch(checked: settings.Settings, chip: chips.Chip) -> list[dict[str, Any]]:
@@ -169,8 +189,7 @@ def largest_micro_batch(checked: settings.Settings, chip: chips.Chip) -> list[di
             program = programs.programs(other)["update"]
             total = measure(other, "update", program, chip)["memory"]["total"]
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
+            _too_large(error)
             total = None
         fits = total is not None and total <= (1 - preflight_checks.SPARE) * chip.hbm
         tried.append({"rows": local, "micro_batches": rows // local, "total": total, "fits": fits})
@@ -180,13 +199,22 @@ def largest_micro_batch(checked: settings.Settings, chip: chips.Chip) -> list[di
 
 
 def report(checked: settings.Settings, topology: str, only: list[str] | None, tpu: bool) -> dict:
-    """Measure programs, and what is demanded of them."""
-    chip = chips.CHIPS[chips.parse(topology)[0]]
-    results = []
-    for name, program in programs.programs(checked).items():
+    """Measure programs, and what is demanded of them.
+
+    Raises:
+      ValueError: a program that the run does not have.
+    """
+    chip, found = chips.CHIPS[chips.parse(topology)[0]], programs.programs(checked)
+    if unknown := set(only or ()) - set(found):
+        raise ValueError(f"--programs: {min(unknown)!r} must be one of {', '.join(found)}")
+    results, refused = [], {}
+    for name, program in found.items():
         if only is None or name in only:
             print(f"compiling: {name}", file=sys.stderr, flush=True)
-            results.append(measure(checked, name, program, chip))
+            try:
+                results.append(measure(checked, name, program, chip))
+            except jax.errors.JaxRuntimeError as error:
+                refused[name] = _too_large(error)
     demands = preflight_checks.checks(checked, results, chip.hbm)
     mesh = {} if checked.mesh is None else checked.mesh.shape
     return {
@@ -197,6 +225,7 @@ def report(checked: settings.Settings, topology: str, only: list[str] | None, tp
         "chip": chip._asdict(),
         "versions": {"jax": jax.__version__},
         "programs": results,
+        "refused": refused,
         "checks": [c._asdict() | {"met": c.met} for c in demands],
         "iteration_seconds": sum(r["runs"] * r["step_seconds"] for r in results),
     }
@@ -212,15 +241,15 @@ def main(argv: list[str]) -> None:
         checked = settings.resolve(stand_in(_CONFIG.value), devices=found)
         if _FIT.value:
             chip = chips.CHIPS[chips.parse(_TOPOLOGY.value)[0]]
-            print(preflight_checks.fit_text(largest_micro_batch(checked, chip), chip.hbm))
+            print(preflight_tables.fit_text(largest_micro_batch(checked, chip), chip.hbm))
             return
         made = report(checked, _TOPOLOGY.value, _ONLY.value, tpu)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(preflight_checks.text(made))
+    print(preflight_tables.text(made))
     if _JSON.value:
         epath.Path(_JSON.value).write_text(json.dumps(made, indent=1) + "\n")
-    sys.exit(any(not c["met"] for c in made["checks"]))
+    sys.exit(bool(made["refused"]) or any(not c["met"] for c in made["checks"]))
 
 
 if __name__ == "__main__":

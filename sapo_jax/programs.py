@@ -117,10 +117,10 @@ def abstract_prompts(settings: Settings) -> Prompts:
     return fed(made, settings.mesh)
 
 
-def abstract_decoding(settings: Settings) -> decoding.Decoding:
-    """The decode loop's state with all its slots and the largest cache."""
+def abstract_decoding(settings: Settings, cache: int = -1) -> decoding.Decoding:
+    """The decode loop's state with all its slots and the largest cache, or an earlier one."""
     plan, mesh = settings.plan, settings.mesh
-    sizes = (plan.slots[0], plan.cache[-1], _drawn(settings), settings.width,
+    sizes = (plan.slots[0], plan.cache[cache], _drawn(settings), settings.width,
              settings.config["batch"]["group_size"], settings.max_new_tokens)  # fmt: skip
     empty = jax.eval_shape(lambda: decoding.empty(settings.model, *sizes, mesh))
     return placed(empty, mesh, decoding.specs())
@@ -189,12 +189,12 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
     return {
         "score": Program(
             lambda: score.lower(state.params, given, hp),
-            weights | {"batch": given}, resident=optimizer | held | _reference(settings),
+            weights | {"rows": given}, resident=optimizer | held | _reference(settings),
             model_flops=forward, runs=scored * (recompute + settings.needs_reference), **common,
         ),
         "update": Program(
             lambda: learner.update.lower(state, batch, hp),
-            weights | optimizer | {"batch": batch},
+            weights | optimizer | {"rows": batch},
             resident={"rows": [batch] * (options["minibatches"] - 1), "copy at the start": state}
             | _reference(settings),
             model_flops=3 * forward, runs=options["minibatches"], **common,
@@ -206,6 +206,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
     config, mesh, plan = settings.model, settings.mesh, settings.plan
     train = _abstract_state(settings)
     weights, state = abstract_sampler(settings), abstract_decoding(settings)
+    smaller = abstract_decoding(settings, -min(2, len(plan.cache)))
     prompts, controls = abstract_prompts(settings), sampling.controls(1.0)
     group, n, t = settings.config["batch"]["group_size"], settings.width, settings.max_new_tokens
     base = jax.eval_shape(lambda: decoding.base_key(np.uint32(0), "train", np.int32(0)))
@@ -215,8 +216,8 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
     optimizer = {"optimizer": train.opt_state} | _reference(settings)
     resident = optimizer | {"parameters": train.params}
     cache = {"cache": (state.prompt_kv, state.own_kv)}
-    results = {"results": state.replace(prompt_kv=None, own_kv=None)}
-    given = {"sampler's parameters": weights, "prompts": prompts}
+    results = state.replace(prompt_kv=None, own_kv=None)
+    sampler = {"sampler's parameters": weights}
     same = handover.unchanged(train.params, config)
     kept = {name: value for name, value in train.params.items() if name in same}
     rest = {name: value for name, value in train.params.items() if name not in same}
@@ -228,7 +229,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
     return {
         "to_sampler": Program(
             lambda: handover.convert.lower(rest, config, mesh),
-            {"parameters": rest}, resident=optimizer | {"parameters kept": kept},
+            {"parameters": rest}, resident=optimizer | {"parameters": kept},
             result={"sampler's parameters": moved}, tokens=0, turns=1, model_flops=0.0, runs=1,
         ),
         "prefill": Program(
@@ -236,17 +237,24 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
                 weights, config, prompts, base, controls, state.replace(own_kv=None),
                 slots, slots, **static,
             ),
-            given | {"cache": state.prompt_kv} | results,
-            resident=resident | {"completions' cache": state.own_kv},
-            tokens=plan.refill * n, turns=1, runs=prompts.id.shape[0] / plan.refill,
+            sampler | {"cache": state.prompt_kv, "rows": (prompts, results)},
+            resident=resident | {"cache": state.own_kv},
+            tokens=plan.refill * n, turns=1, runs=_drawn(settings) / plan.refill,
             model_flops=fill + plan.refill * _head_flops(settings),
         ),
         "decode": Program(
             lambda: decoding.decode.lower(
                 weights, config, controls, state, np.int32(0), parts, np.int32(1), **static
             ),
-            {"sampler's parameters": weights} | cache | results, resident=resident,
-            tokens=rows, turns=1, runs=t * prompts.id.shape[0] / plan.slots[0], model_flops=step,
+            sampler | cache | {"rows": results}, resident=resident,
+            tokens=rows, turns=1, runs=t * _drawn(settings) / plan.slots[0], model_flops=step,
+        ),
+        "grow": Program(
+            lambda: decoding.grow.lower(smaller.own_kv, plan.cache[-1], mesh),
+            {"cache": smaller.own_kv},
+            resident=resident | sampler | {"cache": state.prompt_kv, "rows": results},
+            result={"cache": state.own_kv}, tokens=0, turns=1, model_flops=0.0,
+            runs=len(plan.cache) - 1,
         ),
     }  # fmt: skip
 

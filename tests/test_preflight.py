@@ -12,7 +12,17 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.pod import qwen3_4b_v5e, qwen3_8b_v6e, qwen3_30b_a3b_v5p
-from sapo_jax import chips, costs, hlo, preflight, preflight_checks, programs, settings, train
+from sapo_jax import (
+    chips,
+    costs,
+    hlo,
+    preflight,
+    preflight_checks,
+    preflight_tables,
+    programs,
+    settings,
+    train,
+)  # fmt: skip
 from sapo_jax.model import params
 from tests import tiny_config
 
@@ -110,7 +120,7 @@ def test_collectives_of_an_update_compiled_for_tpu(axis):
 @pytest.fixture(scope="module")
 def report():
     """Everything about the programs of a tiny run, on one device of the CPU."""
-    return preflight.report(tiny(**{"sampler.slots": 4}), "v5e:1x1", None, False)
+    return preflight.report(tiny(**{"learner.old_logp": "recompute"}), "v5e:1x1", None, False)
 
 
 def test_memory_is_told_by_kind(report):
@@ -118,7 +128,7 @@ def test_memory_is_told_by_kind(report):
     weights = 4 * params.count(checked.model)
     for r in report["programs"]:
         kinds = r["memory"]["kinds"]
-        assert kinds["parameters"] + kinds.get("parameters kept", 0) == weights
+        assert kinds["parameters"] == weights
         assert kinds["optimizer"] == pytest.approx(2 * weights, rel=1e-3)
         parts = sum(kinds.values()) + r["memory"]["temporaries"]
         # The total is the compiler's, which rounds each array up, and knows of a few scalars more.
@@ -135,12 +145,12 @@ def test_flops_are_those_of_the_model_and_what_is_computed_again(report):
 
 
 def test_a_report_is_readable(report):
-    text = preflight_checks.text(report)
+    text = preflight_tables.text(report)
     assert "without libtpu" in text
     for name in ("prefill", "decode", "score", "update", "temporaries", "% "):
         assert name in text or name == "% "
     assert json.loads(json.dumps(report)) == report
-    assert preflight_checks.markdown([report]).count("\n") == 2 + len(report["programs"])
+    assert preflight_tables.markdown([report]).count("\n") == 2 + len(report["programs"])
 
 
 def test_what_is_too_large_is_named(report):
@@ -170,6 +180,9 @@ def test_logits_of_whole_rows_are_seen():
         costs.Buffer(0, f"f32[8,31,{v}]", "fusion", ""),
     ]
     assert preflight_checks.logits_rows(buffers, checked) == 8 * 31
+    # As many rows as a multiple of the model's width: a parameter of that size there is not.
+    many = costs.Buffer(0, f"f32[{2 * checked.model.hidden_size},{v}]", "fusion", "")
+    assert preflight_checks.logits_rows([many], checked) == 2 * checked.model.hidden_size
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import sys
 
 from absl import app, flags
 
-from sapo_jax import preflight_checks
+from sapo_jax import preflight_tables
 
 _TABLE = flags.DEFINE_bool("table", False, "Only write the page.")
 
@@ -58,7 +58,7 @@ def page(reports: list[dict]) -> str:
         "FLOPs, no logits of whole rows, no parameters gathered but those of one layer and of the "
         "vocabulary, temporaries of decoding within the cache and 10% of the weights."
     )  # fmt: skip
-    table = preflight_checks.markdown(reports)
+    table = preflight_tables.markdown(reports)
     return (
         f"{INTRODUCTION}{table}\nAll compiles together: {seconds / 60:.0f} minutes.\n\n{verdict}\n"
     )
