@@ -39,7 +39,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", loc
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:4x4 or v5p:4x4x8.")
 _ONLY = flags.DEFINE_list("programs", None, "Some of them; all by default.")
 _FIT = flags.DEFINE_bool("fit", False, "Search the largest micro-batch that fits.")
-_JSON = flags.DEFINE_string("json", None, "File for the results.")
+_JSON = flags.DEFINE_string(
+    "json", None, "File for the results; a run's report shows those in <workdir>/preflight.json."
+)
 FIELDS = ("count", "once", "bytes", "largest")  # of collectives: "once" is each turn's bytes
 
 

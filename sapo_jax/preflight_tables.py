@@ -18,6 +18,10 @@ def _grid(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def _number(x: float) -> str:
+    return f"{x:.2f}" if x == 0 or x >= 0.1 else f"{x:.2g}"
+
+
 def _of_model(result: dict[str, Any]) -> list[str]:
     """Executed over model FLOPs, and the MFU, of a program that has any."""
     model = result["model_flops"]
@@ -30,7 +34,7 @@ def _memory(results: Sequence[dict[str, Any]], hbm: float) -> list[list[str]]:
     for r in results:
         m = r["memory"]
         sizes = [m["kinds"].get(kind, 0) for kind in kinds] + [m["temporaries"], m["total"]]
-        rows.append([r["program"], *(f"{n / GIB:.2f}" for n in sizes), f"{m['total'] / hbm:.0%}"])
+        rows.append([r["program"], *(_number(n / GIB) for n in sizes), f"{m['total'] / hbm:.0%}"])
     return rows
 
 
@@ -50,7 +54,7 @@ def _moved(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     for r in results:
         for c in sorted(r["collectives"], key=lambda c: -c["bytes"]):
             where = "layers" if c["in_layers"] else ""
-            size, largest = f"{c['bytes'] / 1e9:.3f}", f"{c['largest'] / 1e6:.2f}"
+            size, largest = _number(c["bytes"] / 1e9), _number(c["largest"] / 1e6)
             rows.append([r["program"], c["kind"], where, str(c["count"]), size, largest])
     return rows
 
@@ -59,7 +63,7 @@ def _demands(checks: Sequence[dict[str, Any]]) -> list[list[str]]:
     rows = [["demand", "value", "at most", ""]]
     for c in checks:
         verdict = "" if c["met"] else "NOT MET"
-        rows.append([c["name"], f"{c['value']:.2f}", f"{c['limit']:.2f}", verdict])
+        rows.append([c["name"], _number(c["value"]), _number(c["limit"]), verdict])
     return rows
 
 

@@ -1,5 +1,6 @@
 """Preflight lowers what trains, counts it, and demands what it should."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -24,6 +25,7 @@ from sapo_jax import (
     train,
 )  # fmt: skip
 from sapo_jax.model import params
+from sapo_jax.report import write
 from tests import tiny_config
 
 
@@ -151,24 +153,40 @@ def test_a_report_is_readable(report):
         assert name in text or name == "% "
     assert json.loads(json.dumps(report)) == report
     assert preflight_tables.markdown([report]).count("\n") == 2 + len(report["programs"])
+    refused = report | {"refused": {"update": "Used 20G of 16G hbm."}}
+    assert "update DOES NOT FIT: Used 20G" in preflight_tables.text(refused)
+    assert "| update | does not fit |" in preflight_tables.markdown([refused])
+
+
+def test_a_run_shows_the_preflight_that_lies_in_its_directory(report, tmp_path):
+    assert "Preflight" not in write(tmp_path).read_text()
+    (tmp_path / "preflight.json").write_text(json.dumps(report))
+    page = write(tmp_path).read_text()
+    for said in ("Preflight", "without libtpu", "prefill", "executed ÷ model FLOPs"):
+        assert said in page
 
 
 def test_what_is_too_large_is_named(report):
     """Each demand can fail: with a chip of half the memory, logits of whole rows, and so on."""
     checked = tiny()
+    model = dataclasses.replace(checked.model, vocab_size=5000)  # of small ones logits are nothing
+    checked = dataclasses.replace(checked, model=model)
     results = json.loads(json.dumps(report["programs"]))
     update = next(r for r in results if r["program"] == "update")
     decode = next(r for r in results if r["program"] == "decode")
     update["flops"] = 1.5 * update["model_flops"]
     update["logits_rows"] = 10_000
-    update["collectives"] = [{"kind": "all-gather", "in_layers": False, "once": 10**9}]
+    gather = {"kind": "all-gather", "in_layers": False, "once": 10**9, "largest": 10**9}
+    update["collectives"] = decode["collectives"] = [gather]
+    update["gathered_share"] = 1.0
     decode["memory"]["temporaries"] = 10**9
     found = preflight_checks.checks(checked, results, 1.05 * update["memory"]["total"])
     missed = {c.name for c in found if not c.met}
     assert missed >= {
         "update: memory, GiB", "update: rows of logits at a time",
         "update: gathered outside of layers, GiB", "update: executed / model FLOPs",
-        "decode: temporaries, GiB",
+        "decode: temporaries, GiB", "decode: largest array gathered, MB",
+        "update: share of layers gathered at once",
     }  # fmt: skip
 
 
