@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import importlib.metadata
 import json
 import math
+import os
 import sys
 import time
 from typing import Any
@@ -225,7 +227,11 @@ def report(checked: settings.Settings, topology: str, only: list[str] | None, tp
         "tpu": tpu,
         "mesh": sharding.describe({axis: n for axis, n in mesh.items() if n > 1}) or "one device",
         "chip": chip._asdict(),
-        "versions": {"jax": jax.__version__},
+        "compiled_with": {
+            "jax": jax.__version__,
+            "libtpu": importlib.metadata.version("libtpu") if tpu else None,
+            "cores": os.cpu_count(),
+        },
         "programs": results,
         "refused": refused,
         "checks": [c._asdict() | {"met": c.met} for c in demands],

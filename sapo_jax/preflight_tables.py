@@ -101,13 +101,42 @@ def rows(report: dict[str, Any]) -> list[list[str]]:
 
 def markdown(reports: Sequence[dict[str, Any]]) -> str:
     """Many reports as one table, a row for each program."""
-    lines = [("config, topology, mesh", *COLUMNS), ["---"] * (len(COLUMNS) + 1)]
+    lines = [("config, topology, mesh", *COLUMNS)]
     for report in reports:
         where = f"`{report['name']}`, `{report['topology']}`, {report['mesh']}"
         for row in rows(report):
             lines.append((where, *row))
             where = ""
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return _markdown(lines)
+
+
+def _summary(report: dict[str, Any]) -> list[str]:
+    results, hbm = {r["program"]: r for r in report["programs"]}, report["chip"]["hbm"]
+    fullest = max(results.values(), key=lambda r: r["memory"]["total"])
+    used = f"{fullest['memory']['total'] / GIB:.1f} of {hbm / GIB:.2f} ({fullest['program']})"
+    update, decode = results["update"], results["decode"]
+    moved = sum(c["bytes"] for c in update["collectives"]) / 1e9
+    seconds = sum(r["compile_seconds"] for r in results.values())
+    return [
+        f"`{report['name']}`", f"`{report['topology']}`, {report['mesh']}", used,
+        *_of_model(update), f"{moved:.0f}", f"{decode['memory']['temporaries'] / GIB:.2f}",
+        f"{report['iteration_seconds']:.0f}", f"{seconds / 60:.0f}",
+    ]  # fmt: skip
+
+
+def summary(reports: Sequence[dict[str, Any]]) -> str:
+    """Many reports as one table in Markdown, a row for each; all of their programs fit."""
+    columns = (
+        "config", "chips", "memory a chip at most, GiB", "update: executed ÷ model FLOPs",
+        "its MFU at most", "its collectives a chip, GB", "decode: temporaries, GiB",
+        "an iteration at least, s", "compiled in, min",
+    )  # fmt: skip
+    return _markdown([columns, *map(_summary, reports)])
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *body = lines
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *body))
 
 
 def fit_text(tried: Sequence[dict[str, Any]], hbm: float) -> str:
