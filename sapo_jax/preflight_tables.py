@@ -111,6 +111,9 @@ def markdown(reports: Sequence[dict[str, Any]]) -> str:
 
 
 def _summary(report: dict[str, Any]) -> list[str]:
+    where = [f"`{report['name']}`", f"`{report['topology']}`, {report['mesh']}"]
+    if report["refused"]:
+        return [*where, f"does not fit ({', '.join(report['refused'])})", *["–"] * 6]
     results, hbm = {r["program"]: r for r in report["programs"]}, report["chip"]["hbm"]
     fullest = max(results.values(), key=lambda r: r["memory"]["total"])
     used = f"{fullest['memory']['total'] / GIB:.1f} of {hbm / GIB:.2f} ({fullest['program']})"
@@ -118,14 +121,13 @@ def _summary(report: dict[str, Any]) -> list[str]:
     moved = sum(c["bytes"] for c in update["collectives"]) / 1e9
     seconds = sum(r["compile_seconds"] for r in results.values())
     return [
-        f"`{report['name']}`", f"`{report['topology']}`, {report['mesh']}", used,
-        *_of_model(update), f"{moved:.0f}", f"{decode['memory']['temporaries'] / GIB:.2f}",
+        *where, used, *_of_model(update), f"{moved:.0f}", f"{decode['memory']['temporaries'] / GIB:.2f}",
         f"{report['iteration_seconds']:.0f}", f"{seconds / 60:.0f}",
     ]  # fmt: skip
 
 
 def summary(reports: Sequence[dict[str, Any]]) -> str:
-    """Many reports as one table in Markdown, a row for each; all of their programs fit."""
+    """Many reports of all programs as one table in Markdown, a row for each."""
     columns = (
         "config", "chips", "memory a chip at most, GiB", "update: executed ÷ model FLOPs",
         "its MFU at most", "its collectives a chip, GB", "decode: temporaries, GiB",

@@ -8,6 +8,7 @@ the README; ``--table`` writes the tables from the results that are there.
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 import re
@@ -79,14 +80,12 @@ def effort(reports: list[dict[str, Any]]) -> str:
 
 def moved(reports: list[dict[str, Any]]) -> str:
     """Collectives of the updates as a table."""
-    lines = [
-        "| config, topology | collective | where | count | GB | largest, MB |",
-        "|---" * 6 + "|",
-    ]
+    lines = ["| config, topology | collective | where | count | GB | largest, MB |"]
+    lines.append("|---" * 6 + "|")
     for report in reports:
         where = f"`{report['name']}`, `{report['topology']}`"
-        update = next(r for r in report["programs"] if r["program"] == "update")
-        for c in sorted(update["collectives"], key=lambda c: -c["bytes"]):
+        updates = (r["collectives"] for r in report["programs"] if r["program"] == "update")
+        for c in sorted(itertools.chain(*updates), key=lambda c: -c["bytes"]):
             place = "in the loop over layers" if c["in_layers"] else "outside"
             size, largest = c["bytes"] / 1e9, c["largest"] / 1e6
             lines.append(
