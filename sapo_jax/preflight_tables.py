@@ -120,8 +120,9 @@ def _summary(report: dict[str, Any]) -> list[str]:
     update, decode = results["update"], results["decode"]
     moved = sum(c["bytes"] for c in update["collectives"]) / 1e9
     seconds = sum(r["compile_seconds"] for r in results.values())
+    temporaries = decode["memory"]["temporaries"] / GIB
     return [
-        *where, used, *_of_model(update), f"{moved:.0f}", f"{decode['memory']['temporaries'] / GIB:.2f}",
+        *where, used, *_of_model(update), f"{moved:.0f}", f"{temporaries:.2f}",
         f"{report['iteration_seconds']:.0f}", f"{seconds / 60:.0f}",
     ]  # fmt: skip
 
