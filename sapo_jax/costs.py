@@ -217,11 +217,14 @@ def _moved(program: Program, e: Executed) -> Iterator[int]:
                 _written(next(i for i in inner.values() if i.root), inner),
             )
         return
-    sliced = {"dynamic-slice": instruction.name, "gather": instruction.name}
     if instruction.opcode == "dynamic-update-slice":
-        sliced[instruction.opcode] = instruction.operands[1]
-    if instruction.opcode in sliced:
-        yield 2 * size(computation[sliced[instruction.opcode]].shape)
+        yield 2 * size(computation[instruction.operands[1]].shape)
+        return
+    if instruction.opcode in ("slice", "dynamic-slice", "gather"):
+        yield size(instruction.shape) + size(instruction.shape, on_chip=False)
+        return
+    if instruction.opcode == "slice-start":  # it returns what it takes, too
+        yield size(instruction.shape) - size(computation[instruction.operands[0]].shape)
         return
     if not instruction.opcode.endswith("-done"):
         yield sum(size(computation[name].shape, on_chip=False) for name in instruction.operands)

@@ -141,6 +141,8 @@ def measure(
     compiled = program.lower().compile()
     seconds = time.monotonic() - start
     parsed = hlo.parse(compiled.as_text())
+    buffers = costs.buffers(parsed)
+    parsed = hlo.turn(parsed) if program.one_turn else parsed
     devices = 1 if checked.mesh is None else checked.mesh.size
     flops = costs.flops(parsed, unknown=program.turns, kernels=kernels(checked, program))
     moved = _moved(checked, name, costs.collectives(parsed, unknown=program.turns))
@@ -150,7 +152,7 @@ def measure(
         "compute": flops / chip.flops, "memory": traffic / chip.bandwidth,
         "links": linked / chip.link,
     }  # fmt: skip
-    buffers, model_flops = costs.buffers(parsed), program.model_flops / devices
+    model_flops = program.model_flops / devices
     step = max(bounds.values())
     return {
         "program": name,

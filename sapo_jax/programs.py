@@ -34,9 +34,10 @@ class Program:
       resident: what lies in memory meanwhile, by kind.
       result: what it leaves, by kind, where that is not an argument updated in place.
       tokens: of one pass through the layers, on all devices together.
-      turns: of a loop whose length is known at run time only: chunks of the head, decode steps.
+      turns: of a loop whose length is known at run time only: the chunks of the head.
+      one_turn: whether what it executes is told of one turn of its loop, a decode step.
       model_flops: of the model, on all devices together; nothing that is computed again.
-      runs: how often an iteration calls it (for "decode", steps of completions of full length).
+      runs: how often an iteration calls it (decode steps: of completions of full length).
     """
 
     lower: Callable[[], jax.stages.Lowered]
@@ -45,6 +46,7 @@ class Program:
     turns: int
     model_flops: float
     runs: float
+    one_turn: bool = False
     resident: dict[str, Any] = dataclasses.field(default_factory=dict)
     result: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -247,7 +249,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
                 weights, config, controls, state, np.int32(0), parts, np.int32(1), **static
             ),
             sampler | cache | {"rows": results}, resident=resident,
-            tokens=rows, turns=1, runs=t * _drawn(settings) / plan.slots[0], model_flops=step,
+            tokens=rows, turns=1, one_turn=True, runs=t * _drawn(settings) / plan.slots[0], model_flops=step,
         ),
         "grow": Program(
             lambda: decoding.grow.lower(smaller.own_kv, plan.cache[-1], mesh),

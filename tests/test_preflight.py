@@ -94,7 +94,7 @@ def test_collectives_of_an_update_compiled_for_tpu(axis):
     With remat each parameter of a layer is gathered forward and backward; a gradient summed after
     the loop over micro-batches, or gathered parameters kept over it, would show here.
     """
-    pytest.importorskip("libtpu")
+    pytest.importorskip("libtpu", reason="compiles for TPU: pip install libtpu")
     micro_batches, devices = 2, chips.devices("v5e:2x2")[0]
     fields = {f"mesh.{axis}": -1, "model.preset": "tiny", "batch.micro_batches": micro_batches,
               "learner.remat": True, "dtype.compute": "bfloat16"}  # fmt: skip
@@ -117,6 +117,30 @@ def test_collectives_of_an_update_compiled_for_tpu(axis):
         assert 0 < len(inside) <= passes * len(split)
     outside = [c for c in by_kind["all-gather"] if layers not in c.loops]
     assert len(outside) <= 2  # the embedding and the last norm
+
+
+def test_what_does_not_fit_is_told_and_a_micro_batch_that_fits_is_found(monkeypatch):
+    """The compiler refuses 8 rows; 4 leave too little to spare."""
+    refusal = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 32G of 15.75G hbm.\nDetails")
+
+    def measure(checked, name, program, chip):
+        rows = 16 // checked.hp.micro_batches
+        if rows >= 8:
+            raise refusal
+        return {"memory": {"total": 2**32 * rows}}
+
+    monkeypatch.setattr(preflight, "measure", measure)
+    checked, chip = tiny(), chips.CHIPS["v5e"]
+    tried = preflight.largest_micro_batch(checked, chip)
+    assert [(t["rows"], t["fits"]) for t in tried] == [(1, True), (2, True), (4, False)]
+    assert "--config.batch.micro_batches=8" in preflight_tables.fit_text(tried, chip.hbm)
+    found = preflight.report(checked, "v5e:1x1", ["update"], tpu=True)
+    assert found["refused"] == {"update": "RESOURCE_EXHAUSTED: Used 32G of 15.75G hbm."}
+    with pytest.raises(ValueError, match=r"'scores' must be one of .*update"):
+        preflight.report(checked, "v5e:1x1", ["scores"], tpu=True)
+    refusal = jax.errors.JaxRuntimeError("INTERNAL: a mistake")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        preflight.report(checked, "v5e:1x1", ["update"], tpu=True)
 
 
 @pytest.fixture(scope="module")
