@@ -163,11 +163,12 @@ def collectives(program: Program, *, unknown: int = 1) -> list[Collective]:
 def buffers(program: Program) -> list[Buffer]:
     """The arrays that the program writes to main memory, largest first, one of each shape.
 
-    What is inside a fusion never exists there. Several may share their memory.
+    What is inside a fusion never exists there. Several may share their memory. Of what is started
+    and done, the end counts: the start names what it takes, too.
     """
     found: dict[str, Buffer] = {}
     for e in executed(program, fused=False):
-        if e.instruction.opcode in NOTHING_NEW or e.instruction.opcode.endswith("-done"):
+        if e.instruction.opcode in NOTHING_NEW or e.instruction.opcode.endswith("-start"):
             continue
         for dtype, dims, layout in arrays(e.instruction.shape):
             text = f"{dtype}[{','.join(map(str, dims))}]"

@@ -249,7 +249,8 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
                 weights, config, controls, state, np.int32(0), parts, np.int32(1), **static
             ),
             sampler | cache | {"rows": results}, resident=resident,
-            tokens=rows, turns=1, one_turn=True, runs=t * _drawn(settings) / plan.slots[0], model_flops=step,
+            tokens=rows, turns=1, one_turn=True, model_flops=step,
+            runs=t * _drawn(settings) / plan.slots[0],
         ),
         "grow": Program(
             lambda: decoding.grow.lower(smaller.own_kv, plan.cache[-1], mesh),
