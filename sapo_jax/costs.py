@@ -183,7 +183,7 @@ def _touched(name: str, computation: Computation, whole: int) -> int:
     users = [i for i in computation.values() if name in i.operands]
     total = 0
     for user in users:
-        if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == name:
+        if user.opcode in ("slice", "dynamic-slice", "gather") and user.operands[0] == name:
             total += size(user.shape)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             total += size(computation[user.operands[1]].shape)

@@ -13,6 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs.pod import qwen3_4b_v5e, qwen3_8b_v6e, qwen3_30b_a3b_v5p
+from experiments.pods import run
 from sapo_jax import (
     chips,
     costs,
@@ -225,6 +226,14 @@ def test_logits_of_whole_rows_are_seen():
     # As many rows as a multiple of the model's width: a parameter of that size there is not.
     many = costs.Buffer(0, f"f32[{2 * checked.model.hidden_size},{v}]", "fusion", "")
     assert preflight_checks.logits_rows([many], checked) == 2 * checked.model.hidden_size
+
+
+def test_stored_tables_are_those_of_the_results():
+    """Otherwise: python -m experiments.pods.run --table."""
+    reports, readme = run.stored(), (run.ROOT / "README.md").read_text()
+    assert (run.ROOT / "docs" / "preflight.md").read_text() == run.page(reports)
+    assert readme == run.marked(readme, reports)
+    assert "Every demand is met" in run.verdict(reports)
 
 
 @pytest.mark.parametrize(

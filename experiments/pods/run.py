@@ -49,6 +49,12 @@ def _path(config: str, topology: str) -> pathlib.Path:
     return HERE / "results" / f"{config}-{topology.replace(':', '-')}.json"
 
 
+def stored() -> list[dict[str, Any]]:
+    """The results that are there."""
+    paths = [_path(*pod) for pod in PODS]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
 def verdict(reports: list[dict[str, Any]]) -> str:
     """Which demands are not met, if any."""
     missed = [
@@ -126,7 +132,7 @@ def main(argv: list[str]) -> None:
             command = [sys.executable, "-m", "sapo_jax.preflight", *where]
             # It exits with 1 where a demand is not met, which the page then says.
             subprocess.run([*command, f"--json={_path(config, topology)}"], check=False, cwd=ROOT)
-    reports = [json.loads(path.read_text()) for pod in PODS if (path := _path(*pod)).exists()]
+    reports = stored()
     (ROOT / "docs" / "preflight.md").write_text(page(reports))
     readme = ROOT / "README.md"
     readme.write_text(marked(readme.read_text(), reports))
