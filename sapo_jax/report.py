@@ -190,6 +190,7 @@ def _preflight(path: epath.Path) -> str:
     """The table of a preflight whose results lie in the run directory."""
     found = json.loads(path.read_text())
     missed = [c["name"] for c in found["checks"] if not c["met"]]
+    missed += [f"{name}: {why}" for name, why in found["refused"].items()]
     note = f"Demands that are not met: {', '.join(missed)}." if missed else "Every demand is met."
     rows = preflight_tables.rows(found)
     return page.table(preflight_tables.head(found), preflight_tables.COLUMNS, rows, note)

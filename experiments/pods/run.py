@@ -64,6 +64,11 @@ def verdict(reports: list[dict[str, Any]]) -> str:
         for c in report["checks"]
         if not c["met"]
     ]
+    missed += [
+        f"- `{report['name']}`, `{report['topology']}`: {name} does not fit: {why}"
+        for report in reports
+        for name, why in report["refused"].items()
+    ]
     if missed:
         return "\n".join(["Demands that are not met:", "", *missed])
     return (
