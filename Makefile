@@ -2,6 +2,7 @@
 # make smollm2  a Hugging Face directory of SmolLM2-135M-Instruct, models/smollm2
 # make preflight  the pod configs compiled for their TPU pods, docs/preflight.md
 # make test    the tests, in the same environment
+# make test-slow  the slow ones; those that compile for TPU need libtpu, which make preflight installs
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -163,11 +163,12 @@ def collectives(program: Program, *, unknown: int = 1) -> list[Collective]:
 def buffers(program: Program) -> list[Buffer]:
     """The arrays that the program writes to main memory, largest first, one of each shape.
 
-    What is inside a fusion never exists there. Several may share their memory.
+    What is inside a fusion never exists there. Several may share their memory. Of what is started
+    and done, the end counts: the start names what it takes, too.
     """
     found: dict[str, Buffer] = {}
     for e in executed(program, fused=False):
-        if e.instruction.opcode in NOTHING_NEW or e.instruction.opcode.endswith("-done"):
+        if e.instruction.opcode in NOTHING_NEW or e.instruction.opcode.endswith("-start"):
             continue
         for dtype, dims, layout in arrays(e.instruction.shape):
             text = f"{dtype}[{','.join(map(str, dims))}]"
@@ -182,7 +183,7 @@ def _touched(name: str, computation: Computation, whole: int) -> int:
     users = [i for i in computation.values() if name in i.operands]
     total = 0
     for user in users:
-        if user.opcode in ("dynamic-slice", "gather") and user.operands[0] == name:
+        if user.opcode in ("slice", "dynamic-slice", "gather") and user.operands[0] == name:
             total += size(user.shape)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
             total += size(computation[user.operands[1]].shape)
@@ -217,11 +218,14 @@ def _moved(program: Program, e: Executed) -> Iterator[int]:
                 _written(next(i for i in inner.values() if i.root), inner),
             )
         return
-    sliced = {"dynamic-slice": instruction.name, "gather": instruction.name}
     if instruction.opcode == "dynamic-update-slice":
-        sliced[instruction.opcode] = instruction.operands[1]
-    if instruction.opcode in sliced:
-        yield 2 * size(computation[sliced[instruction.opcode]].shape)
+        yield 2 * size(computation[instruction.operands[1]].shape)
+        return
+    if instruction.opcode in ("slice", "dynamic-slice", "gather"):
+        yield size(instruction.shape) + size(instruction.shape, on_chip=False)
+        return
+    if instruction.opcode == "slice-start":  # it returns what it takes, too
+        yield size(instruction.shape) - size(computation[instruction.operands[0]].shape)
         return
     if not instruction.opcode.endswith("-done"):
         yield sum(size(computation[name].shape, on_chip=False) for name in instruction.operands)

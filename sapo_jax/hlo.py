@@ -236,3 +236,10 @@ def executed(program: Program, *, unknown: int = 1, fused: bool = True) -> Itera
                     yield from visit(called, inside, path)
 
     yield from visit(program.entry, 1, ())
+
+
+def turn(program: Program) -> Program:
+    """One turn of the first loop that the program comes to, without what is around it."""
+    loops = (e.instruction for e in executed(program) if e.instruction.opcode == "while")
+    body = re.search(r"body=%?([\w.-]+)", next(loops).rest)[1]
+    return dataclasses.replace(program, entry=body)

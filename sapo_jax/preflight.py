@@ -8,9 +8,12 @@ devices of the CPU, and the output says so.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import importlib.metadata
 import json
 import math
+import os
 import sys
 import time
 from typing import Any
@@ -20,7 +23,17 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from sapo_jax import chips, costs, hlo, model, preflight_checks, programs, settings, sharding
+from sapo_jax import (
+    chips,
+    costs,
+    hlo,
+    model,
+    preflight_checks,
+    preflight_tables,
+    programs,
+    settings,
+    sharding,
+)
 from sapo_jax.model import moe, params, splash
 from sapo_jax.programs import Program
 
@@ -28,7 +41,9 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", loc
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:4x4 or v5p:4x4x8.")
 _ONLY = flags.DEFINE_list("programs", None, "Some of them; all by default.")
 _FIT = flags.DEFINE_bool("fit", False, "Search the largest micro-batch that fits.")
-_JSON = flags.DEFINE_string("json", None, "File for the results.")
+_JSON = flags.DEFINE_string(
+    "json", None, "File for the results; a run's report shows those in <workdir>/preflight.json."
+)
 FIELDS = ("count", "once", "bytes", "largest")  # of collectives: "once" is each turn's bytes
 
 
@@ -101,16 +116,17 @@ def _moved(checked: settings.Settings, name: str, found: list[costs.Collective])
 def _memory(program: Program, compiled: Any) -> dict[str, Any]:
     """Bytes on a chip by kind; "total" is what the compiler has given away, padding included."""
     stats = compiled.memory_analysis()
-    kinds = {
-        k: programs.bytes_per_chip(v) for k, v in (program.arguments | program.resident).items()
-    }
-    result = {k: programs.bytes_per_chip(v) for k, v in program.result.items()}
+    kinds: collections.Counter[str] = collections.Counter()
+    for trees in (program.arguments, program.resident, program.result):
+        kinds.update({kind: programs.bytes_per_chip(tree) for kind, tree in trees.items()})
+    resident, result = (
+        sum(programs.bytes_per_chip(tree) for tree in trees.values())
+        for trees in (program.resident, program.result)
+    )
     fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
-    code = stats.generated_code_size_in_bytes
-    temporaries = stats.temp_size_in_bytes + code + fresh - sum(result.values())
-    resident = sum(programs.bytes_per_chip(v) for v in program.resident.values())
-    total = stats.argument_size_in_bytes + stats.temp_size_in_bytes + code + fresh + resident
-    return {"kinds": kinds | result, "temporaries": temporaries, "total": total}
+    needed = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes + fresh
+    total = stats.argument_size_in_bytes + needed + resident
+    return {"kinds": dict(kinds), "temporaries": needed - result, "total": total}
 
 
 def measure(
@@ -125,6 +141,8 @@ def measure(
     compiled = program.lower().compile()
     seconds = time.monotonic() - start
     parsed = hlo.parse(compiled.as_text())
+    buffers = costs.buffers(parsed)
+    parsed = hlo.turn(parsed) if program.one_turn else parsed
     devices = 1 if checked.mesh is None else checked.mesh.size
     flops = costs.flops(parsed, unknown=program.turns, kernels=kernels(checked, program))
     moved = _moved(checked, name, costs.collectives(parsed, unknown=program.turns))
@@ -134,7 +152,7 @@ def measure(
         "compute": flops / chip.flops, "memory": traffic / chip.bandwidth,
         "links": linked / chip.link,
     }  # fmt: skip
-    buffers, model_flops = costs.buffers(parsed), program.model_flops / devices
+    model_flops = program.model_flops / devices
     step = max(bounds.values())
     return {
         "program": name,
@@ -145,12 +163,20 @@ def measure(
         "collectives": moved,
         "largest_buffers": [b._asdict() for b in buffers[:12]],
         "logits_rows": preflight_checks.logits_rows(buffers, checked),
+        "gathered_share": preflight_checks.gathered_share(buffers, checked),
         "bounds": bounds,
         "step_seconds": step,
         "mfu": model_flops / step / chip.flops,
         "runs": program.runs,
         "compile_seconds": seconds,
     }
+
+
+def _too_large(error: jax.errors.JaxRuntimeError) -> str:
+    """What the compiler says of a program that does not fit; raises what it says of others."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return str(error).splitlines()[0]
 
 
 def largest_micro_batch(checked: settings.Settings, chip: chips.Chip) -> list[dict[str, Any]]:
@@ -169,8 +195,7 @@ def largest_micro_batch(checked: settings.Settings, chip: chips.Chip) -> list[di
             program = programs.programs(other)["update"]
             total = measure(other, "update", program, chip)["memory"]["total"]
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
+            _too_large(error)
             total = None
         fits = total is not None and total <= (1 - preflight_checks.SPARE) * chip.hbm
         tried.append({"rows": local, "micro_batches": rows // local, "total": total, "fits": fits})
@@ -180,13 +205,22 @@ def largest_micro_batch(checked: settings.Settings, chip: chips.Chip) -> list[di
 
 
 def report(checked: settings.Settings, topology: str, only: list[str] | None, tpu: bool) -> dict:
-    """Measure programs, and what is demanded of them."""
-    chip = chips.CHIPS[chips.parse(topology)[0]]
-    results = []
-    for name, program in programs.programs(checked).items():
+    """Measure programs, and what is demanded of them.
+
+    Raises:
+      ValueError: a program that the run does not have.
+    """
+    chip, found = chips.CHIPS[chips.parse(topology)[0]], programs.programs(checked)
+    if unknown := set(only or ()) - set(found):
+        raise ValueError(f"--programs: {min(unknown)!r} must be one of {', '.join(found)}")
+    results, refused = [], {}
+    for name, program in found.items():
         if only is None or name in only:
             print(f"compiling: {name}", file=sys.stderr, flush=True)
-            results.append(measure(checked, name, program, chip))
+            try:
+                results.append(measure(checked, name, program, chip))
+            except jax.errors.JaxRuntimeError as error:
+                refused[name] = _too_large(error)
     demands = preflight_checks.checks(checked, results, chip.hbm)
     mesh = {} if checked.mesh is None else checked.mesh.shape
     return {
@@ -195,8 +229,13 @@ def report(checked: settings.Settings, topology: str, only: list[str] | None, tp
         "tpu": tpu,
         "mesh": sharding.describe({axis: n for axis, n in mesh.items() if n > 1}) or "one device",
         "chip": chip._asdict(),
-        "versions": {"jax": jax.__version__},
+        "compiled_with": {
+            "jax": jax.__version__,
+            "libtpu": importlib.metadata.version("libtpu") if tpu else None,
+            "cores": os.cpu_count(),
+        },
         "programs": results,
+        "refused": refused,
         "checks": [c._asdict() | {"met": c.met} for c in demands],
         "iteration_seconds": sum(r["runs"] * r["step_seconds"] for r in results),
     }
@@ -212,15 +251,15 @@ def main(argv: list[str]) -> None:
         checked = settings.resolve(stand_in(_CONFIG.value), devices=found)
         if _FIT.value:
             chip = chips.CHIPS[chips.parse(_TOPOLOGY.value)[0]]
-            print(preflight_checks.fit_text(largest_micro_batch(checked, chip), chip.hbm))
+            print(preflight_tables.fit_text(largest_micro_batch(checked, chip), chip.hbm))
             return
         made = report(checked, _TOPOLOGY.value, _ONLY.value, tpu)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(preflight_checks.text(made))
+    print(preflight_tables.text(made))
     if _JSON.value:
         epath.Path(_JSON.value).write_text(json.dumps(made, indent=1) + "\n")
-    sys.exit(any(not c["met"] for c in made["checks"]))
+    sys.exit(bool(made["refused"]) or any(not c["met"] for c in made["checks"]))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What preflight demands of a run's programs, and its results as tables."""
+"""What preflight demands of a run's programs."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +14,8 @@ from sapo_jax.settings import Settings
 
 SPARE = 0.10  # of a chip's memory stays free
 EXECUTED = 1.40  # times the model's FLOPs, in an update
+VOCABULARY = 1024  # a smaller one shares its size with other dimensions
+WHOLE = 0.5  # of the layers' parameters lie whole along `fsdp` at a time
 GIB = 2**30
 
 
@@ -28,16 +32,56 @@ class Check(NamedTuple):
         return self.value <= self.limit
 
 
+def _split(settings: Settings, axis: str, size: int, *, fsdp: bool) -> int:
+    """What a device has of a dimension, or would have if `fsdp` split nothing."""
+    mesh = settings.mesh
+    over = [a for a in sharding.TABLE[axis][0] if fsdp or a != "fsdp"] if mesh else []
+    return size // math.prod(mesh.shape[a] for a in over)
+
+
+def _sizes(shape: Iterable[int]) -> list[int]:
+    """The dimensions in any order; the compiler transposes, and adds some of size 1."""
+    return sorted(n for n in shape if n > 1)
+
+
 def logits_rows(buffers: Iterable[costs.Buffer], settings: Settings) -> int:
-    """Rows of the largest buffer over the vocabulary that does not have a parameter's size."""
-    config, mesh = settings.model, settings.mesh
-    part = config.vocab_size // (1 if mesh is None else mesh.shape["tensor"])
-    rows = [0]
-    for buffer in buffers:
-        dims = hlo.dimensions(buffer.shape)
-        if {part, config.vocab_size} & set(dims):
-            rows.append(math.prod(dims) // part)
-    return max(r for r in rows if r % config.hidden_size or not r)
+    """Rows of the largest buffer over the vocabulary that does not have a parameter's shape."""
+    config = settings.model
+    part = _split(settings, "vocab", config.vocab_size, fsdp=True)
+    width = _split(settings, "embed", config.hidden_size, fsdp=True)
+    shapes = itertools.product((part, config.vocab_size), (width, config.hidden_size))
+    weights = [_sizes(shape) for shape in shapes]
+    found = (hlo.dimensions(b.shape) for b in buffers)
+    logits = [d for d in found if {part, config.vocab_size} & {*d} and _sizes(d) not in weights]
+    return max((math.prod(dims) // part for dims in logits), default=0)
+
+
+def _gathered(spec: params.Spec, settings: Settings) -> list[list[int]]:
+    """The sizes of a buffer with a parameter of all layers, whole along `fsdp`."""
+    sizes = [
+        _split(settings, axis, n, fsdp=False) if axis in sharding.TABLE else n
+        for axis, n in zip(spec.axes, spec.shape, strict=True)
+    ]
+    found = [_sizes((len(spec.layers), *sizes))]
+    if "head_dim" in spec.axes:  # matmuls take heads and their widths as one
+        at = spec.axes.index("head_dim") - 1
+        sizes[at : at + 2] = [math.prod(sizes[at : at + 2])]
+        found.append(_sizes((len(spec.layers), *sizes)))
+    return found
+
+
+def gathered_share(buffers: Iterable[costs.Buffer], settings: Settings) -> float:
+    """The share of the layers' parameters that have a buffer whole along `fsdp`, for all layers.
+
+    One of activations may have the sizes of a parameter by chance.
+    """
+    if settings.mesh is None or settings.mesh.shape["fsdp"] == 1:
+        return 0.0
+    held = {tuple(_sizes(hlo.dimensions(b.shape))) for b in buffers}
+    matrices = [s for s in params.layer_table(settings.model).values() if s.fan_in]
+    whole = [s for s in matrices if any(tuple(x) in held for x in _gathered(s, settings))]
+    sizes = (sum(math.prod(s.shape) * len(s.layers) for s in specs) for specs in (whole, matrices))
+    return operator.truediv(*sizes)
 
 
 def gathered_limit(settings: Settings) -> int:
@@ -52,120 +96,53 @@ def gathered_limit(settings: Settings) -> int:
     return total
 
 
-def checks(settings: Settings, results: Sequence[dict[str, Any]], hbm: float) -> list[Check]:
-    """Every demand, with what was measured."""
-    found = []
-    options = settings.config["batch"]
-    drawn = settings.plan.slots[0] * options["group_size"] // sharding.parts(settings.mesh)
-    for r in results:
-        name, memory = r["program"], r["memory"]
-        found.append(Check(f"{name}: memory, GiB", memory["total"] / GIB, (1 - SPARE) * hbm / GIB))
-        limit = max(settings.hp.head_chunk, drawn)
-        found.append(Check(f"{name}: rows of logits at a time", r["logits_rows"], limit))
-        if name in ("score", "update"):
-            gathered = sum(
-                c["once"]
-                for c in r["collectives"]
-                if c["kind"] == "all-gather" and not c["in_layers"]
-            )
-            limit = gathered_limit(settings) / GIB
-            found.append(Check(f"{name}: gathered outside of layers, GiB", gathered / GIB, limit))
-        if name == "update":
-            found.append(
-                Check("update: executed / model FLOPs", r["flops"] / r["model_flops"], EXECUTED)
-            )
-        if name == "decode":
-            kinds = memory["kinds"]
-            limit = kinds["cache"] + 0.1 * kinds["sampler's parameters"]
-            found.append(
-                Check("decode: temporaries, GiB", memory["temporaries"] / GIB, limit / GIB)
-            )
+def _gathers(result: dict[str, Any]) -> list[dict[str, Any]]:
+    return [c for c in result["collectives"] if c["kind"] == "all-gather"]
+
+
+def _of_learner(settings: Settings, result: dict[str, Any]) -> list[Check]:
+    """What `score` and `update` may keep of parameters that other devices hold."""
+    name = result["program"]
+    outside = sum(c["once"] for c in _gathers(result) if not c["in_layers"])
+    limit = gathered_limit(settings) / GIB
+    found = [
+        Check(f"{name}: gathered outside of layers, GiB", outside / GIB, limit),
+        Check(f"{name}: share of layers gathered at once", result["gathered_share"], WHOLE),
+    ]
+    if name == "update":
+        ratio = result["flops"] / result["model_flops"]
+        found.append(Check("update: executed / model FLOPs", ratio, EXECUTED))
     return found
 
 
-def _grid(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _memory_columns(results: Sequence[dict[str, Any]]) -> list[str]:
-    names: dict[str, None] = {}
-    for r in results:
-        names |= dict.fromkeys(r["memory"]["kinds"])
-    return list(names)
-
-
-def text(report: dict[str, Any]) -> str:
-    """The report for a terminal."""
-    results, chip = report["programs"], report["chip"]
-    kinds = _memory_columns(results)
-    memory = [["GiB a chip", *kinds, "temporaries", "total", f"of {chip['hbm'] / GIB:.2f}"]]
-    speed = [["a chip", "GFLOP", "÷ model", "GB moved", "compute s", "memory s", "links s", "MFU",
-              "compiled in s"]]  # fmt: skip
-    moved = [["program", "collective", "where", "count", "GB", "largest MB"]]
-    for r in results:
-        m, total = r["memory"], r["memory"]["total"]
-        cells = [f"{m['kinds'].get(k, 0) / GIB:.2f}" for k in (*kinds,)]
-        cells += [f"{m['temporaries'] / GIB:.2f}", f"{total / GIB:.2f}"]
-        memory.append([r["program"], *cells, f"{total / chip['hbm']:.0%}"])
-        ratio = f"{r['flops'] / r['model_flops']:.2f}" if r["model_flops"] else "–"
-        mfu = f"{r['mfu']:.0%}" if r["model_flops"] else "–"
-        speed.append(
-            [r["program"], f"{r['flops'] / 1e9:.0f}", ratio, f"{r['bytes'] / 1e9:.1f}",
-             *(f"{x:.3f}" for x in r["bounds"].values()), mfu, f"{r['compile_seconds']:.0f}"]
-        )  # fmt: skip
-        for c in sorted(r["collectives"], key=lambda c: -c["bytes"]):
-            where = "layers" if c["in_layers"] else ""
-            moved.append(
-                [r["program"], c["kind"], where, str(c["count"]), f"{c['bytes'] / 1e9:.3f}",
-                 f"{c['largest'] / 1e6:.2f}"]
-            )  # fmt: skip
-    demands = [["demand", "value", "at most", ""]]
-    for c in report["checks"]:
-        verdict = "" if c["met"] else "NOT MET"
-        demands.append([c["name"], f"{c['value']:.2f}", f"{c['limit']:.2f}", verdict])
-    compiled = "as on the pod" if report["tpu"] else (
-        "FOR THE CPU, without libtpu: memory, kernels and collectives differ from a pod's"
-    )  # fmt: skip
-    head = f"{report['name']} on {report['topology']}, {report['mesh']}; compiled {compiled}"
-    tail = f"An iteration takes at least {report['iteration_seconds']:.1f} s."
-    return "\n\n".join([head, _grid(memory), _grid(speed), _grid(moved), _grid(demands), tail])
-
-
-def markdown(reports: Sequence[dict[str, Any]]) -> str:
-    """Many reports as one table, a row for each program."""
-    lines = [
-        "| config, topology, mesh | program | memory a chip, GiB (temporaries) | executed ÷ model "
-        "FLOPs | collectives a chip, GB | at least, s | MFU at most | compiled in, s |",
-        "|---|---|---|---|---|---|---|---|",
+def _of_decode(settings: Settings, result: dict[str, Any]) -> list[Check]:
+    """Temporaries, and that what travels is rows on their way to experts, not weights."""
+    memory, mesh = result["memory"], settings.mesh
+    kinds = memory["kinds"]
+    limit = (kinds["cache"] + 0.1 * kinds["sampler's parameters"]) / GIB
+    rows = settings.plan.slots[0] * settings.config["batch"]["group_size"]
+    rows *= (1 if mesh is None else mesh.shape["expert"]) / sharding.parts(mesh)
+    gathered = max((c["largest"] for c in _gathers(result)), default=0)
+    hidden = 4 * rows * settings.model.hidden_size
+    return [
+        Check("decode: temporaries, GiB", memory["temporaries"] / GIB, limit),
+        Check("decode: largest array gathered, MB", gathered / 1e6, hidden / 1e6),
     ]
-    for report in reports:
-        where = f"`{report['name']}`, `{report['topology']}`, {report['mesh']}"
-        for r in report["programs"]:
-            m, model = r["memory"], r["model_flops"]
-            moved = sum(c["bytes"] for c in r["collectives"]) / 1e9
-            used = f"{m['total'] / GIB:.1f} of {report['chip']['hbm'] / GIB:.2f}"
-            cells = [
-                where, r["program"], f"{used} ({m['temporaries'] / GIB:.1f})",
-                f"{r['flops'] / model:.2f}" if model else "–", f"{moved:.2f}",
-                f"{r['step_seconds']:.3g}", f"{r['mfu']:.0%}" if model else "–",
-                f"{r['compile_seconds']:.0f}",
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-            where = ""
-    return "\n".join(lines) + "\n"
 
 
-def fit_text(tried: Sequence[dict[str, Any]], hbm: float) -> str:
-    """The search for the largest micro-batch, in words."""
-    rows = [["rows a chip", "config.batch.micro_batches", "GiB", f"of {hbm / GIB:.2f}"]]
-    for t in tried:
-        size = "more" if t["total"] is None else f"{t['total'] / GIB:.2f}"
-        fits = "fits" if t["fits"] else "does not fit"
-        rows.append([str(t["rows"]), str(t["micro_batches"]), size, fits])
-    best = [t for t in tried if t["fits"]]
-    found = "No micro-batch fits."
-    if best:
-        found = f"Largest that fits: --config.batch.micro_batches={best[-1]['micro_batches']}"
-    return f"{_grid(rows)}\n\n{found}"
+def checks(settings: Settings, results: Sequence[dict[str, Any]], hbm: float) -> list[Check]:
+    """Every demand, with what was measured."""
+    found = []
+    drawn = settings.plan.slots[0] * settings.config["batch"]["group_size"]
+    logits = max(settings.hp.head_chunk, drawn // sharding.parts(settings.mesh))
+    for r in results:
+        name = r["program"]
+        total = r["memory"]["total"] / GIB
+        found.append(Check(f"{name}: memory, GiB", total, (1 - SPARE) * hbm / GIB))
+        if settings.model.vocab_size >= VOCABULARY:
+            found.append(Check(f"{name}: rows of logits at a time", r["logits_rows"], logits))
+        if name in ("score", "update"):
+            found += _of_learner(settings, r)
+        if name == "decode":
+            found += _of_decode(settings, r)
+    return found

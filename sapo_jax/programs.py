@@ -14,12 +14,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 
 from sapo_jax import decoding, handover, learner, sampling, sharding
 from sapo_jax.model import moe, params
 from sapo_jax.settings import Settings
-from sapo_jax.types import Batch, Prompts
+from sapo_jax.types import Batch, Prompts, TrainState
 
 ROWS, WHOLE = sharding.spec("rows"), PartitionSpec()
 
@@ -34,9 +34,10 @@ class Program:
       resident: what lies in memory meanwhile, by kind.
       result: what it leaves, by kind, where that is not an argument updated in place.
       tokens: of one pass through the layers, on all devices together.
-      turns: of a loop whose length is known at run time only: chunks of the head, decode steps.
+      turns: of a loop whose length is known at run time only: the chunks of the head.
+      one_turn: whether what it executes is told of one turn of its loop, a decode step.
       model_flops: of the model, on all devices together; nothing that is computed again.
-      runs: how often an iteration calls it (for "decode", steps of completions of full length).
+      runs: how often an iteration calls it (decode steps: of completions of full length).
     """
 
     lower: Callable[[], jax.stages.Lowered]
@@ -45,19 +46,29 @@ class Program:
     turns: int
     model_flops: float
     runs: float
+    one_turn: bool = False
     resident: dict[str, Any] = dataclasses.field(default_factory=dict)
     result: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def placed(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
-    """Abstract values that lie on a mesh as a tree of specs, or one for all, says."""
+    """Abstract values that lie on a mesh as a tree of specs, or one for all, says.
+
+    Without a mesh they lie on the first device, as `startup` places a run's state.
+    """
     if mesh is None:
-        return tree
+        place = SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
     specs = jax.tree.broadcast(specs, tree, is_leaf=lambda s: isinstance(s, PartitionSpec))
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, s)),
         tree, specs,
     )  # fmt: skip
+
+
+def fed(tree: Any, mesh: Mesh | None) -> Any:
+    """Abstract values that come from the host: split by rows, or as they are (`sharding.feed`)."""
+    return tree if mesh is None else placed(tree, mesh, ROWS)
 
 
 def _chip_bytes(x: jax.ShapeDtypeStruct) -> int:
@@ -71,40 +82,48 @@ def bytes_per_chip(tree: Any) -> int:
     return sum(_chip_bytes(x) for x in jax.tree.leaves(tree))
 
 
-def abstract_batch(settings: Settings) -> Batch:
-    """A minibatch."""
+def abstract_batch(settings: Settings, *, scored: bool) -> Batch:
+    """A minibatch, as it is before scoring or as an update takes it."""
     rows = settings.rows // settings.config["batch"]["minibatches"]
     s, shape = settings.width + settings.max_new_tokens, settings.model
-    routing = ref_logp = None
+    floats = jax.ShapeDtypeStruct((rows, s), jnp.float32)
+    integers = jax.ShapeDtypeStruct((rows, s), jnp.int32)
+    routing = None
     if shape.num_experts:
         choice = (len(shape.sparse_layers), shape.num_experts_per_tok)
-        routing = (rows, s, *choice), moe.id_dtype(shape)
-    objective = settings.hp.objective
-    if objective.kl_against == "ref" and objective.hyperparameters["kl_coef"] != 0:
-        ref_logp = (rows, s), jnp.float32
-    floats = ((rows, s), jnp.float32)
-    fields = {
-        "tokens": ((rows, s), jnp.int32), "mask": ((rows, s), jnp.bool),
-        "segments": ((rows, s), jnp.int32), "sampler_logp": floats, "old_logp": floats,
-        "advantages": ((rows,), jnp.float32), "ref_logp": ref_logp, "routing": routing,
-    }  # fmt: skip
-    made = {k: v if v is None else jax.ShapeDtypeStruct(*v) for k, v in fields.items()}
-    return placed(Batch(**made), settings.mesh, ROWS)
+        routing = jax.ShapeDtypeStruct((rows, s, *choice), moe.id_dtype(shape))
+    batch = Batch(
+        tokens=integers,
+        mask=jax.ShapeDtypeStruct((rows, s), jnp.bool),
+        segments=integers,
+        sampler_logp=floats,
+        old_logp=floats,
+        advantages=jax.ShapeDtypeStruct((rows,), jnp.float32),
+        ref_logp=floats if scored and settings.needs_reference else None,
+        weights=floats if scored and settings.bounds else None,
+        routing=routing,
+    )
+    return placed(batch, settings.mesh, ROWS)
+
+
+def _drawn(settings: Settings) -> int:
+    """Prompts that an iteration samples from."""
+    return settings.config["batch"]["prompts"] * settings.config["batch"]["oversample"]
 
 
 def abstract_prompts(settings: Settings) -> Prompts:
     """The prompts of an iteration."""
-    p = settings.config["batch"]["prompts"]
+    p = _drawn(settings)
     shapes = ((p, settings.width), jnp.int32), ((p,), jnp.int32), ((p,), jnp.uint32)
     made = Prompts(*(jax.ShapeDtypeStruct(*x) for x in (*shapes, ((p,), jnp.int32))))
-    return placed(made, settings.mesh, ROWS)
+    return fed(made, settings.mesh)
 
 
-def abstract_decoding(settings: Settings) -> decoding.Decoding:
-    """The decode loop's state with all its slots and the largest cache."""
-    plan, batch, mesh = settings.plan, settings.config["batch"], settings.mesh
-    sizes = (plan.slots[0], plan.cache[-1], batch["prompts"], settings.width,
-             batch["group_size"], settings.max_new_tokens)  # fmt: skip
+def abstract_decoding(settings: Settings, cache: int = -1) -> decoding.Decoding:
+    """The decode loop's state with all its slots and the largest cache, or an earlier one."""
+    plan, mesh = settings.plan, settings.mesh
+    sizes = (plan.slots[0], plan.cache[cache], _drawn(settings), settings.width,
+             settings.config["batch"]["group_size"], settings.max_new_tokens)  # fmt: skip
     empty = jax.eval_shape(lambda: decoding.empty(settings.model, *sizes, mesh))
     return placed(empty, mesh, decoding.specs())
 
@@ -137,9 +156,24 @@ def _head_flops(settings: Settings) -> int:
     return 2 * settings.model.vocab_size * settings.model.hidden_size
 
 
+def _abstract_state(settings: Settings) -> TrainState:
+    """The learner's state, and on one device its place."""
+    return placed(learner.abstract(settings.hp), settings.mesh, learner.specs(settings.hp))
+
+
+def _reference(settings: Settings) -> dict[str, Any]:
+    """The reference policy, where a KL penalty needs it: it stays in memory throughout."""
+    weights = _abstract_state(settings).params
+    return {"reference": weights} if settings.needs_reference else {}
+
+
 def _learner_programs(settings: Settings) -> dict[str, Program]:
-    batch, hp, options = abstract_batch(settings), settings.hp, settings.config["batch"]
-    state = learner.abstract(hp)
+    hp, options = settings.hp, settings.config["batch"]
+    state, given, batch = (
+        _abstract_state(settings),
+        abstract_batch(settings, scored=False),
+        abstract_batch(settings, scored=True),
+    )
     rows, s = batch.tokens.shape
     t = settings.max_new_tokens
     forward = rows * s * (_layer_flops(settings) + _attention_flops(settings, s / 2))
@@ -150,34 +184,42 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
     weights, optimizer = {"parameters": state.params}, {"optimizer": state.opt_state}
     score = learner.score_routing if hp.routing_replay == "R2" else learner.score
     recompute = settings.config["learner"]["old_logp"] == "recompute"
+    scored = options["minibatches"] * options["oversample"]
+    # The rollout and its minibatches are there while one is scored; in an update, minibatches are.
+    # The first update of a run is on a copy of the state, so that nothing changes.
+    held = {"rows": [given] * (2 * scored - 1), "sampler's parameters": abstract_sampler(settings)}
     return {
         "score": Program(
-            lambda: score.lower(state.params, batch, hp),
-            weights | {"batch": batch}, resident=optimizer, model_flops=forward,
-            runs=options["minibatches"] * recompute, **common,
+            lambda: score.lower(state.params, given, hp),
+            weights | {"rows": given}, resident=optimizer | held | _reference(settings),
+            model_flops=forward, runs=scored * (recompute + settings.needs_reference), **common,
         ),
         "update": Program(
             lambda: learner.update.lower(state, batch, hp),
-            weights | optimizer | {"batch": batch}, model_flops=3 * forward,
-            runs=options["minibatches"], **common,
+            weights | optimizer | {"rows": batch},
+            resident={"rows": [batch] * (options["minibatches"] - 1), "copy at the start": state}
+            | _reference(settings),
+            model_flops=3 * forward, runs=options["minibatches"], **common,
         ),
     }  # fmt: skip
 
 
 def _sampler_programs(settings: Settings) -> dict[str, Program]:
     config, mesh, plan = settings.model, settings.mesh, settings.plan
-    train = learner.abstract(settings.hp)
+    train = _abstract_state(settings)
     weights, state = abstract_sampler(settings), abstract_decoding(settings)
+    smaller = abstract_decoding(settings, -min(2, len(plan.cache)))
     prompts, controls = abstract_prompts(settings), sampling.controls(1.0)
     group, n, t = settings.config["batch"]["group_size"], settings.width, settings.max_new_tokens
     base = jax.eval_shape(lambda: decoding.base_key(np.uint32(0), "train", np.int32(0)))
     static = {"truncate": False, "mesh": mesh}
-    slots = placed(jax.ShapeDtypeStruct((plan.refill,), jnp.int32), mesh, ROWS)
-    parts = placed(jax.ShapeDtypeStruct((sharding.parts(mesh),), jnp.int32), mesh, ROWS)
-    resident = {"parameters": train.params, "optimizer": train.opt_state}
+    slots = fed(jax.ShapeDtypeStruct((plan.refill,), jnp.int32), mesh)
+    parts = fed(jax.ShapeDtypeStruct((sharding.parts(mesh),), jnp.int32), mesh)
+    optimizer = {"optimizer": train.opt_state} | _reference(settings)
+    resident = optimizer | {"parameters": train.params}
     cache = {"cache": (state.prompt_kv, state.own_kv)}
-    results = {"results": state.replace(prompt_kv=None, own_kv=None)}
-    given = {"sampler's parameters": weights, "prompts": prompts}
+    results = state.replace(prompt_kv=None, own_kv=None)
+    sampler = {"sampler's parameters": weights}
     same = handover.unchanged(train.params, config)
     kept = {name: value for name, value in train.params.items() if name in same}
     rest = {name: value for name, value in train.params.items() if name not in same}
@@ -189,7 +231,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
     return {
         "to_sampler": Program(
             lambda: handover.convert.lower(rest, config, mesh),
-            {"parameters": rest}, resident={"optimizer": train.opt_state, "parameters kept": kept},
+            {"parameters": rest}, resident=optimizer | {"parameters": kept},
             result={"sampler's parameters": moved}, tokens=0, turns=1, model_flops=0.0, runs=1,
         ),
         "prefill": Program(
@@ -197,21 +239,31 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
                 weights, config, prompts, base, controls, state.replace(own_kv=None),
                 slots, slots, **static,
             ),
-            given | {"cache": state.prompt_kv} | results,
-            resident=resident | {"completions' cache": state.own_kv},
-            tokens=plan.refill * n, turns=1, runs=prompts.id.shape[0] / plan.refill,
+            sampler | {"cache": state.prompt_kv, "rows": (prompts, results)},
+            resident=resident | {"cache": state.own_kv},
+            tokens=plan.refill * n, turns=1, runs=_drawn(settings) / plan.refill,
             model_flops=fill + plan.refill * _head_flops(settings),
         ),
         "decode": Program(
             lambda: decoding.decode.lower(
                 weights, config, controls, state, np.int32(0), parts, np.int32(1), **static
             ),
-            {"sampler's parameters": weights} | cache | results, resident=resident,
-            tokens=rows, turns=1, runs=t * prompts.id.shape[0] / plan.slots[0], model_flops=step,
+            sampler | cache | {"rows": results}, resident=resident,
+            tokens=rows, turns=1, one_turn=True, model_flops=step,
+            runs=t * _drawn(settings) / plan.slots[0],
+        ),
+        "grow": Program(
+            lambda: decoding.grow.lower(smaller.own_kv, plan.cache[-1], mesh),
+            {"cache": smaller.own_kv},
+            resident=resident | sampler | {"cache": state.prompt_kv, "rows": results},
+            result={"cache": state.own_kv}, tokens=0, turns=1, model_flops=0.0,
+            runs=len(plan.cache) - 1,
         ),
     }  # fmt: skip
 
 
 def programs(settings: Settings) -> dict[str, Program]:
     """What an iteration runs on the device, in its order."""
-    return _sampler_programs(settings) | _learner_programs(settings)
+    found = _sampler_programs(settings) | _learner_programs(settings)
+    learnt = ("update",) if settings.supervised else tuple(found)
+    return {name: found[name] for name in learnt if found[name].runs}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax import costs, hlo, learner, model, objectives
+from sapo_jax import chips, costs, hlo, learner, model, objectives, programs, sharding
 from sapo_jax.model import params
 from sapo_jax.types import Batch
 
@@ -37,6 +37,7 @@ def test_a_loop_of_unknown_length_turns_as_often_as_it_is_told():
 
     program = compiled(loop, jnp.ones((4, 16)), jnp.ones((16, 16)), jnp.int32(5))
     assert costs.flops(program, unknown=5) == 5 * costs.flops(program) == 5 * 2 * 4 * 16 * 16
+    assert costs.flops(hlo.turn(program)) == costs.flops(program)
 
 
 def test_buffers_inside_of_fusions_do_not_exist():
@@ -47,27 +48,28 @@ def test_buffers_inside_of_fusions_do_not_exist():
     assert largest.bytes == 4 * 512  # not the 512×512 of the difference
 
 
-@pytest.mark.parametrize(("remat", "rows"), [(False, 2), (True, 4)])
-def test_an_update_executes_the_flops_of_its_formula(remat, rows):
-    """A model with a known count: 2·N a token forward, twice that backward, once more for remat.
+def counted_and_expected(remat, rows, mesh=None):
+    """FLOPs of an update on one device, by `costs` and by formula.
 
-    What recomputes a layer stops before its last matmul, whose result nothing needs. Attention
-    without splash computes all S·S scores of a row; the head's logits are computed forward and
-    again backward.
+    2·N a token forward, twice that backward, once more for remat. What recomputes a layer stops
+    before its last matmul, whose result nothing needs. Attention without splash computes all S·S
+    scores of a row; the head's logits are computed forward and again backward.
     """
     s, micro_batches, chunk = 24, 2, 16
-    config = model.make("tiny", vocab_size=97, num_hidden_layers=5)
+    config = model.make("tiny", vocab_size=97, num_hidden_layers=5, attention="xla")
     hp = learner.Hyperparameters(
         objectives.resolve("sapo"), 1e-3, 0.0, 1.0, 1.0, config,
-        micro_batches=micro_batches, head_chunk=chunk, remat=remat,
+        micro_batches=micro_batches, head_chunk=chunk, remat=remat, mesh=mesh,
     )  # fmt: skip
-    shape = jax.ShapeDtypeStruct
+    shape = (rows * sharding.parts(mesh), s)
     batch = Batch(
-        *(shape((rows, s), dtype) for dtype in (jnp.int32, bool, jnp.int32, "f4", "f4")),
-        shape((rows,), jnp.float32),
+        *(jax.ShapeDtypeStruct(shape, x) for x in (jnp.int32, bool, jnp.int32, "f4", "f4")),
+        jax.ShapeDtypeStruct(shape[:1], jnp.float32),
     )
-    state = jax.eval_shape(learner.init, params.abstract(config), hp)
-    program = hlo.parse(learner.update.lower(state, batch, hp).compile().as_text())
+    batch = programs.placed(batch, mesh, programs.ROWS)
+    compiled = learner.update.lower(learner.abstract(hp), batch, hp).compile()
+    chunks = 3  # of each micro-batch: how many there are is known at run time
+    counted = costs.flops(hlo.parse(compiled.as_text()), unknown=chunks)
     tokens = rows * s
     sizes = {k: np.prod(spec.shape) for k, spec in params.table(config)["layers"].items()}
     norms = sum(size for name, size in sizes.items() if "norm" in name)
@@ -75,10 +77,24 @@ def test_an_update_executes_the_flops_of_its_formula(remat, rows):
     scores = 2 * config.num_hidden_layers * rows * s * s
     scores *= config.num_attention_heads * config.head_dim
     layers = 2 * matmuls * tokens + 2 * scores
-    chunks = 3  # of each micro-batch: how many there are is known at run time
     head = 2 * config.vocab_size * config.hidden_size * chunk * chunks * micro_batches
-    expected = (3 + remat) * layers - remat * 2 * sizes["down"] * tokens + 4 * head
-    counted = costs.flops(program, unknown=chunks)
+    return counted, (3 + remat) * layers - remat * 2 * sizes["down"] * tokens + 4 * head
+
+
+@pytest.mark.parametrize(("remat", "rows"), [(False, 2), (True, 4)])
+def test_an_update_executes_the_flops_of_its_formula(remat, rows):
+    """A model with a known count."""
+    counted, expected = counted_and_expected(remat, rows)
+    assert counted == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [False, True])
+def test_an_update_for_tpu_executes_the_flops_of_its_formula(remat):
+    """There, matmuls are convolutions, some over padding, and loops have no known trip count."""
+    pytest.importorskip("libtpu", reason="compiles for TPU: pip install libtpu")
+    mesh = sharding.make_mesh(data=-1, devices=chips.devices("v5e:2x2")[0])
+    counted, expected = counted_and_expected(remat, 4, mesh)
     assert counted == pytest.approx(expected, rel=0.01)
 
 
@@ -93,3 +109,11 @@ def test_the_text_of_a_tpu_program():
     shapes = [buffer.shape for buffer in costs.buffers(program)]
     assert shapes[0] == "f32[16,8]"  # what is gathered, and the kernel's result, stay on the chip
     assert "bf16[6,4,5]" not in shapes
+    # A turn reads the part that is gathered onto the chip, writes the scattered one, and counts.
+    one = hlo.turn(program)
+    assert [c.times for c in costs.collectives(one)] == [1, 1]
+    turn = 2 * 4 * 16 * 8 + 3 * 4
+    assert costs.memory_bytes(one) == turn
+    # Around it: a number is copied, z read, of x a slice and how it is told, w read, the result.
+    rest = 2 * 4 + 2 * 6 * 4 * 5 + (4 * 4 * 8 + 4) + 2 * 6 * 5 * 7 + 2 * 6 * 4 * 7
+    assert costs.memory_bytes(program) == 9 * turn + rest

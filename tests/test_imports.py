@@ -18,7 +18,7 @@ tasks.chain_sum tasks.countdown tasks.math_answer tasks.reasoning tasks.programs
 tasks.prepared tasks.mixture tasks
 streams data rewards learnable
 diagnostics routing sampling handover decoding assembly plans sampler state learner checkpoint
-rundir progress
+rundir progress preflight_tables
 stacked population gradlab_fidelity gradlab_pull gradlab gradlab_tokens
 evaluate report_words report_page report_plots report gradlab_words gradlab_plots gradlab_report
 sweep_stats sweep_words sweep_plots sweep_report

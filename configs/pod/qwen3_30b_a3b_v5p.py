@@ -7,11 +7,13 @@ Claim     None yet: the paper's setting (a 30B-A3B mixture of experts, 4 minibat
 Command   On every host of a v5p 4x4x8 slice (docs/pods.md), with Qwen/Qwen3-30B-A3B in
           models/Qwen3-30B-A3B and JSON lines with "problem" and "answer" in data/math:
           python -m sapo_jax.main --config=configs/pod/qwen3_30b_a3b_v5p.py --workdir=gs://...
-          On 64 chips (4x4x4) it fits, too.
+          On 64 chips (v5p:4x4x4) it fits, too.
           Does it fit? python -m sapo_jax.preflight --config=configs/pod/qwen3_30b_a3b_v5p.py \
               --topology=v5p:4x4x8
-Time      Not measured; preflight prints a lower bound for an iteration.
-Result    Not measured. docs/preflight.md has memory, FLOPs and collectives.
+Time      Not measured; by preflight at least 3 minutes an iteration on 64 chips.
+Result    Not measured. Expected by preflight on 64 chips: 69% of a chip's memory, an update of 1.33
+          times the model's FLOPs with an MFU of at most 29% (its memory is the limit: on each chip
+          the rows of experts have room for any routing). docs/preflight.md has the rest.
 """
 
 from ml_collections import ConfigDict, config_dict
