@@ -37,13 +37,6 @@ from sapo_jax import (
 from sapo_jax.model import moe, params, splash
 from sapo_jax.programs import Program
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5e:4x4 or v5p:4x4x8.")
-_ONLY = flags.DEFINE_list("programs", None, "Some of them; all by default.")
-_FIT = flags.DEFINE_bool("fit", False, "Search the largest micro-batch that fits.")
-_JSON = flags.DEFINE_string(
-    "json", None, "File for the results; a run's report shows those in <workdir>/preflight.json."
-)
 FIELDS = ("count", "once", "bytes", "largest")  # of collectives: "once" is each turn's bytes
 
 
@@ -243,25 +236,33 @@ def report(checked: settings.Settings, topology: str, only: list[str] | None, tp
 
 def main(argv: list[str]) -> None:
     """Print the report, write its JSON, and exit with 1 where a demand is not met."""
+    given = flags.FLAGS
     if len(argv) > 1:
         sys.exit(f"error: unknown argument {argv[1]!r}; fields are set by --config.<field>=<value>")
     jax.config.update("jax_platforms", "cpu")
     try:
-        found, tpu = chips.devices(_TOPOLOGY.value)
-        checked = settings.resolve(stand_in(_CONFIG.value), devices=found)
-        if _FIT.value:
-            chip = chips.CHIPS[chips.parse(_TOPOLOGY.value)[0]]
+        found, tpu = chips.devices(given.topology)
+        checked = settings.resolve(stand_in(given.config), devices=found)
+        if given.fit:
+            chip = chips.CHIPS[chips.parse(given.topology)[0]]
             print(preflight_tables.fit_text(largest_micro_batch(checked, chip), chip.hbm))
             return
-        made = report(checked, _TOPOLOGY.value, _ONLY.value, tpu)
+        made = report(checked, given.topology, given.programs, tpu)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(preflight_tables.text(made))
-    if _JSON.value:
-        epath.Path(_JSON.value).write_text(json.dumps(made, indent=1) + "\n")
+    if given.json:
+        epath.Path(given.json).write_text(json.dumps(made, indent=1) + "\n")
     sys.exit(bool(made["refused"]) or any(not c["met"] for c in made["checks"]))
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
+    flags.DEFINE_string("topology", None, "Such as v5e:4x4 or v5p:4x4x8.")
+    flags.DEFINE_list("programs", None, "Some of them; all by default.")
+    flags.DEFINE_bool("fit", False, "Search the largest micro-batch that fits.")
+    flags.DEFINE_string(
+        "json", None, "File for the results; a run's report shows those in its preflight.json."
+    )
     flags.mark_flags_as_required(["config", "topology"])
     app.run(main)

@@ -135,13 +135,13 @@ def test_what_does_not_fit_is_told_and_a_micro_batch_that_fits_is_found(monkeypa
     tried = preflight.largest_micro_batch(checked, chip)
     assert [(t["rows"], t["fits"]) for t in tried] == [(1, True), (2, True), (4, False)]
     assert "--config.batch.micro_batches=8" in preflight_tables.fit_text(tried, chip.hbm)
-    found = preflight.report(checked, "v5e:1x1", ["update"], tpu=True)
+    found = preflight.report(checked, "v5e:1x1", ["update"], tpu=False)
     assert found["refused"] == {"update": "RESOURCE_EXHAUSTED: Used 32G of 15.75G hbm."}
     with pytest.raises(ValueError, match=r"'scores' must be one of .*update"):
-        preflight.report(checked, "v5e:1x1", ["scores"], tpu=True)
+        preflight.report(checked, "v5e:1x1", ["scores"], tpu=False)
     refusal = jax.errors.JaxRuntimeError("INTERNAL: a mistake")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        preflight.report(checked, "v5e:1x1", ["update"], tpu=True)
+        preflight.report(checked, "v5e:1x1", ["update"], tpu=False)
 
 
 @pytest.fixture(scope="module")

@@ -88,8 +88,8 @@ def main_(workdir, port, index, what):
     jax.config.update("jax_num_cpu_devices", DEVICES)
     index, found = int(index), []
     # A busy machine is slow to start; where a time-out is waited for, it is short all the same.
-    timeout = 60.0 if what in ("stops", "hangs") else 600.0
-    distributed.start(f"127.0.0.1:{port}", 2, index, timeout=timeout)
+    timeout = 30.0 if what == "hangs" else 600.0
+    distributed.start(f"127.0.0.1:{port}", 2, index, timeout=10)
     main.use_cache(str(pathlib.Path(".cache/tests").resolve()))
     checked = resolved(**{"mesh.data": 2, "mesh.fsdp": 4, "distributed.timeout": timeout})
     if what == "killed":
