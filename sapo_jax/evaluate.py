@@ -106,7 +106,7 @@ def evaluate(
         groups = rewards.Groups(scorer, filled, tokenizer)
         rows = sample(data.encode_prompts(filled, tokenizer, width), on_groups=groups)
         judged.append((groups, len(real)))
-        lengths.append(np.asarray(rows.mask).sum(-1).reshape(batch, samples)[: len(real)])
+        lengths.append(sampler.ends(rows)[0].reshape(batch, samples)[: len(real)])
     correct_PN = np.array(
         [
             verdict.parts["accuracy"] == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,7 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapo_jax import advantages, data, evaluate, learnable, learner, rewards, sampler, streams
+from sapo_jax import (
+    advantages,
+    data,
+    evaluate,
+    learnable,
+    learner,
+    rewards,
+    sampler,
+    sharding,
+    streams,
+)
 from sapo_jax.progress import Clock
 from sapo_jax.settings import Settings
 from sapo_jax.tasks.base import Example
@@ -24,6 +35,14 @@ class Experience(NamedTuple):
     minibatches: tuple[Batch, ...]
     metrics: dict[str, float]
     samples: list[dict]
+
+
+class Asked(NamedTuple):
+    """What an iteration asks, and what judges the answers."""
+
+    examples: list[Example]
+    prompts: Prompts
+    groups: rewards.Groups
 
 
 def sample(
@@ -66,7 +85,7 @@ def sample(
 
 
 @jax.jit
-def _batch(rollout: Rollout) -> Batch:
+def batch_of(rollout: Rollout) -> Batch:
     """The rows, whose advantages are not known yet."""
     return Batch(
         tokens=rollout.tokens,
@@ -85,7 +104,8 @@ def _scored(settings: Settings, params: Any, reference: Any, batch: Batch) -> tu
     Of all prompts, also where more were drawn than are learnt from: that is not known yet.
     """
     options = settings.config["batch"]
-    minibatches = learnable.split(batch, options["minibatches"] * options["oversample"])
+    parts = options["minibatches"] * options["oversample"]
+    minibatches = learnable.split(batch, parts, settings.mesh)
     score = partial(learner.score, hp=settings.hp)
     if settings.hp.routing_replay == "R2":
         minibatches = tuple(_with_routing(params, b, settings.hp) for b in minibatches)
@@ -103,27 +123,29 @@ def _with_routing(params: Any, batch: Batch, hp: learner.Hyperparameters) -> Bat
     return batch.replace(old_logp=logp, routing=routing)
 
 
-def _rows(rollout: Rollout, examples, texts, rewards_B, advantages_B, iteration, count) -> list:
-    """The first two completions of as many prompts as ``count`` allows."""
-    chosen = np.flatnonzero(rollout.sample_index < 2)[:count]
+def _rows(
+    asked: Asked, group_size: int, finished_B, rewards_B, advantages_B, iteration: int, count: int
+) -> list[dict]:
+    """The first two completions of as many prompts as ``count`` allows, of those sampled here."""
+    texts = asked.groups.texts(group_size)
+    first = (i for i, text in enumerate(texts) if i % group_size < 2 and text is not None)
     return [
         {
             "iteration": iteration,
-            "prompt_id": int(rollout.prompt_id[i]),
-            "sample_index": int(rollout.sample_index[i]),
-            "prompt": examples[i].prompt,
+            "prompt_id": asked.examples[i // group_size].id,
+            "sample_index": i % group_size,
+            "prompt": asked.examples[i // group_size].prompt,
             "completion": texts[i],
-            "answer": examples[i].answer,
+            "answer": asked.examples[i // group_size].answer,
             "reward": float(rewards_B[i]),
             "advantage": float(advantages_B[i]),
-            "finished": int(rollout.finished[i]),
+            "finished": int(finished_B[i]),
         }
-        for i in chosen
+        for i in itertools.islice(first, count)
     ]
 
 
-def _metrics(rollout: Rollout, rewards_B: np.ndarray, group_size: int) -> dict[str, float]:
-    length_B = rollout.mask.sum(-1)
+def _metrics(length_B, finished_B, rewards_B: np.ndarray, group_size: int) -> dict[str, float]:
     rewards_PG = rewards_B.reshape(-1, group_size)
     return {
         "reward/mean": float(rewards_B.mean()),
@@ -131,15 +153,15 @@ def _metrics(rollout: Rollout, rewards_B: np.ndarray, group_size: int) -> dict[s
         "advantage/zero_groups": float(np.mean(rewards_PG.max(-1) == rewards_PG.min(-1))),
         "length/mean": float(length_B.mean()),
         "length/max": float(length_B.max()),
-        "length/truncated": float(np.mean(rollout.finished == LENGTH)),
+        "length/truncated": float(np.mean(finished_B == LENGTH)),
     }
 
 
-def _by_task(settings: Settings, asked: list[Example], rewards_B: np.ndarray) -> dict[str, float]:
+def _by_task(settings: Settings, asked: Asked, rewards_B: np.ndarray) -> dict[str, float]:
     """The mean reward of each task of a mixture."""
     if len(settings.tasks) == 1:
         return {}
-    task_B = np.array([example.task for example in asked])
+    task_B = np.repeat(asked.prompts.task, settings.config["batch"]["group_size"])
     return {
         f"reward/{name}": float(rewards_B[task_B == k].mean())
         for k, name in enumerate(settings.tasks)
@@ -153,29 +175,49 @@ def open_stream(settings: Settings, *, workers: int = 0) -> streams.Stream:
     return streams.Stream(sources, seed, shares=shares, keep=keep, workers=workers)
 
 
-def _learnable(
-    settings: Settings, scored: tuple[Batch, ...], rewards_B: np.ndarray
-) -> tuple[tuple[Batch, ...], np.ndarray, dict[str, float]]:
-    """The iteration's minibatches, which rows they hold, and metrics of what was done to them."""
+def ask(settings: Settings, stream: streams.Stream, scorer: rewards.Scorer) -> Asked:
+    """The prompts of the next iteration, more than P where some are drawn to spare."""
+    batch = settings.config["batch"]
+    examples = stream.take(batch["prompts"] * batch["oversample"])
+    prompts = data.encode_prompts(examples, settings.tokenizer, settings.width)
+    return Asked(examples, prompts, rewards.Groups(scorer, examples, settings.tokenizer))
+
+
+def kept(settings: Settings, rewards_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Which rows to learn from, whether their groups have a signal, and metrics of that."""
+    batch = settings.config["batch"]
+    if batch["oversample"] == 1:
+        return np.arange(len(rewards_B), dtype=np.int32), np.ones(len(rewards_B), bool), {}
+    rows_B, signal_B = advantages.informative(rewards_B, batch["group_size"], batch["prompts"])
+    return rows_B, signal_B, {"advantage/kept_groups": float(signal_B.mean())}
+
+
+def recipe_of(settings: Settings) -> dict[str, Any]:
+    """What is static in `learnable.learnable`."""
     c = settings.config
-    group_size, prompts = c["batch"]["group_size"], c["batch"]["prompts"]
-    rows_B, signal_B = np.arange(len(rewards_B), dtype=np.int32), np.ones(len(rewards_B), bool)
-    metrics = {}
-    if c["batch"]["oversample"] > 1:
-        rows_B, signal_B = advantages.informative(rewards_B, group_size, prompts)
-        metrics["advantage/kept_groups"] = float(signal_B.mean())
-    minibatches, more = learnable.learnable(
-        learnable.take(scored, rows_B, signal_B),
-        rewards_B[rows_B],
-        c["reward"]["kl_coef"],
-        settings.bounds,
-        estimator=c["advantages"],
-        group_size=group_size,
-        kl=c["reward"]["kl"],
-        correction=c["correction"]["name"],
-        parts=c["batch"]["minibatches"],
-    )
-    return minibatches, rows_B, metrics | {key: float(value) for key, value in more.items()}
+    return {
+        "estimator": c["advantages"],
+        "group_size": c["batch"]["group_size"],
+        "kl": c["reward"]["kl"],
+        "correction": c["correction"]["name"],
+        "parts": c["batch"]["minibatches"],
+    }
+
+
+def told(
+    settings: Settings,
+    asked: Asked,
+    ends: tuple[np.ndarray, np.ndarray],
+    rewards_B: np.ndarray,
+    advantages_B: np.ndarray,
+    iteration: int,
+) -> tuple[dict[str, float], list[dict]]:
+    """Metrics of a judged rollout, and rows of it for a person to read; ends: `sampler.ends`."""
+    c, (length_B, finished_B) = settings.config, ends
+    group_size, count = c["batch"]["group_size"], c["log"]["samples"]
+    rows = _rows(asked, group_size, finished_B, rewards_B, advantages_B, iteration, count)
+    metrics = _metrics(length_B, finished_B, rewards_B, group_size)
+    return metrics | _by_task(settings, asked, rewards_B), rows
 
 
 def from_rollout(
@@ -189,30 +231,35 @@ def from_rollout(
     warm_up: Callable[[str], None] | None = None,
 ) -> Experience:
     """Sample, judge, and attach advantages and the log-probabilities that the objective needs."""
-    c = settings.config
-    group_size = c["batch"]["group_size"]
-    examples = stream.take(c["batch"]["prompts"] * c["batch"]["oversample"])
-    groups = rewards.Groups(scorer, examples, settings.tokenizer)
+    asked = ask(settings, stream, scorer)
+    with clock("to_sampler"):
+        weights = jax.block_until_ready(sampler.to_sampler(params, settings.model))
     with clock("rollout"):
-        prompts = data.encode_prompts(examples, settings.tokenizer, settings.width)
-        controls = {"iteration": iteration, "on_groups": groups, "warm_up": warm_up}
-        rollout = sample(settings, params, prompts, **controls)
-        on_host = jax.device_get(rollout)
+        controls = {"iteration": iteration, "on_groups": asked.groups, "warm_up": warm_up}
+        rollout = sample(settings, weights, asked.prompts, **controls)
+        ends = sampler.ends(rollout)
     with clock("update"):  # needs no rewards: the device works while rows are judged
-        minibatches = _scored(settings, params, reference, _batch(rollout))
+        minibatches = _scored(settings, params, reference, batch_of(rollout))
     with clock("score_exposed"):
-        verdicts = groups.wait()
+        verdicts = asked.groups.wait()
     clock.add("score", sum(verdict.seconds for verdict in verdicts))
     with clock("update"):
         rewards_B, parts = rewards.combine([v.parts for v in verdicts], settings.recipe)
-        minibatches, learnt, more = _learnable(settings, minibatches, rewards_B)
+        rows_B, signal_B, of_kept = kept(settings, rewards_B)
+        minibatches, more = learnable.learnable(
+            learnable.take(minibatches, rows_B, signal_B, settings.mesh),
+            rewards_B[rows_B],
+            settings.config["reward"]["kl_coef"],
+            settings.bounds,
+            mesh=settings.mesh,
+            **recipe_of(settings),
+        )
         advantages_B = np.zeros_like(rewards_B)
-        advantages_B[learnt] = np.concatenate([batch.advantages for batch in minibatches])
-    asked = [e for e in examples for _ in range(group_size)]
-    texts = groups.texts
-    rows = _rows(on_host, asked, texts, rewards_B, advantages_B, iteration, c["log"]["samples"])
-    metrics = _metrics(on_host, rewards_B, group_size) | _by_task(settings, asked, rewards_B)
-    metrics |= {"data/dropped": float(stream.dropped), **parts, **more}
+        advantages_B[rows_B] = np.concatenate(sharding.fetch([b.advantages for b in minibatches]))
+    metrics, rows = told(settings, asked, ends, rewards_B, advantages_B, iteration)
+    metrics |= {"data/dropped": float(stream.dropped), **parts, **of_kept}
+    metrics["sampler/weights_moved_bytes"] = float(sampler.moved_bytes(params, weights))
+    metrics |= {key: float(value) for key, value in sharding.fetch(more).items()}
     return Experience(minibatches, metrics, rows)
 
 
@@ -231,8 +278,9 @@ def from_demonstrations(
     with clock("rollout"):
         width = settings.width + settings.max_new_tokens
         batch = data.encode_demonstrations(stream.take(settings.rows), settings.tokenizer, width)
-        minibatches = learnable.split(batch, settings.config["batch"]["minibatches"])
-    metrics = {"length/mean": float(batch.mask.sum(-1).mean())}
+        metrics = {"length/mean": float(batch.mask.sum(-1).mean())}
+        batch = sharding.feed(batch, settings.mesh)
+        minibatches = learnable.split(batch, settings.config["batch"]["minibatches"], settings.mesh)
     return Experience(minibatches, metrics | {"data/dropped": float(stream.dropped)}, [])
 
 
@@ -246,22 +294,34 @@ def held_out(
     warm_up: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """Metrics on the fixed evaluation set; the same noise at every iteration."""
-    options = settings.config["eval"]
-    count = settings.eval_batch if warm_up else options["prompts"]
     weights = sampler.to_sampler(params, settings.model)
+    draw = partial(sample, settings, weights, iteration=0, domain="eval", warm_up=warm_up)
+    count = settings.config["eval"]["prompts"]
+    count = min(settings.eval_batch, count) if warm_up else count
+    return evaluated(settings, draw, scorer, test_set(settings, count))
+
+
+def test_set(settings: Settings, count: int) -> list[Example]:
+    """The first ``count`` examples of the evaluation set, in the tasks' shares."""
     parts = collections.Counter(streams.slots(settings.shares, count))
     sources = list(settings.sources("test").values())
-    chosen = [
+    return [
         example
         for k in sorted(parts)
         for example in data.held_out(sources[k], parts[k], keep=settings.keep, task=k)
     ]
+
+
+def evaluated(
+    settings: Settings, draw: Callable[..., Rollout], scorer: rewards.Scorer, chosen: list[Example]
+) -> dict[str, float]:
+    """Metrics of what ``draw`` writes to the chosen examples, see `evaluate.evaluate`."""
     return evaluate.evaluate(
-        partial(sample, settings, weights, iteration=0, domain="eval", warm_up=warm_up),
+        draw,
         scorer,
         chosen,
         settings.tokenizer,
-        samples=options["samples"],
+        samples=settings.config["eval"]["samples"],
         width=settings.width,
         batch=settings.eval_batch,
         names=tuple(settings.tasks) if len(settings.tasks) > 1 else (),

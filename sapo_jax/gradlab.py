@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from sapo_jax import advantages, learner, objectives
 from sapo_jax.gradlab_fidelity import Products, fidelities, noise_scale
@@ -48,6 +49,7 @@ class Lab:
       estimator: the run's advantage estimator.
       hp: the run's; its objective does not matter.
       hold: gradients that may exist at a time (and as many of a second set).
+      rows: fresh rows of a forward pass, at most; frozen ones pass with their group.
     """
 
     weights: Any
@@ -58,6 +60,7 @@ class Lab:
     estimator: str
     hp: learner.Hyperparameters
     hold: int = 16
+    rows: int = 64
 
     def targets(self) -> Halves:
         """Three targets as loss gradients, from either half of each prompt's fresh samples.
@@ -67,6 +70,7 @@ class Lab:
         by token_mean, whose direction const_len and seq_sum share.
         """
         size = len(self.rewards) // self.prompts // 2
+        pieces = next(n for n in range(1, size + 1) if size % n == 0 and size // n <= self.rows)
         rewards_PHN = jnp.asarray(self.rewards, jnp.float32).reshape(self.prompts, 2, size)
         rows = blocks_of(self.fresh, self.prompts)
         halves = []
@@ -83,8 +87,11 @@ class Lab:
                 plain = dataclasses.replace(OBJECTIVES["reinforce"], aggregation=aggregation)
                 batch = flat.replace(advantages=advantages_B, weights=None, ref_logp=None)
                 each.append(cotangents((plain,), flat.old_logp, batch)[0])
-            stacked = blocks_of(jnp.stack(each), self.prompts, axis=1)
-            halves.append(pull(self.weights, chosen, stacked, self.hp))
+            count = self.prompts * pieces
+            stacked = blocks_of(jnp.stack(each), count, axis=1)
+            pulled = pull(self.weights, blocks_of(flat, count), stacked, self.hp)
+            sketches = blocks_of(pulled.sketches, self.prompts).sum(1)
+            halves.append(pulled.replace(sketches=sketches))
         return halves[0], halves[1]
 
     def tiles(self, cotangents_KBS: jax.Array, after: int = -1) -> Iterator[tuple[int, Pulled]]:
@@ -108,19 +115,20 @@ class Lab:
         The latter by part of the model, f64[K, K]. Beyond `hold` gradients, each tile is compared
         with later ones that are pulled back again: memory is two tiles, whatever K is.
         """
-        count, size, shape = len(cotangents_KBS), self.hold, self.hp.model
+        count, size = len(cotangents_KBS), self.hold
+        shape = (self.hp.model, self.hp.mesh)
         matrices: dict[str, np.ndarray] = {}
         with_halves, sketches, squares = ([], []), [], []
         for start, left in self.tiles(cotangents_KBS):
             later = self.tiles(cotangents_KBS, after=start)
             for other, right in itertools.chain([(start, left)], later):
                 rows, columns = slice(start, start + size), slice(other, other + size)
-                for part, block in jax.device_get(gram(left.grads, right.grads, shape)).items():
+                for part, block in jax.device_get(gram(left.grads, right.grads, *shape)).items():
                     width = -(-count // size) * size
                     matrix = matrices.setdefault(part, np.zeros((width, width)))
                     matrix[rows, columns], matrix[columns, rows] = block, block.T
             for column, half in zip(with_halves, halves, strict=True):
-                column.append(_whole(left, half, shape))
+                column.append(_whole(left, half, *shape))
             sketches.append(np.asarray(left.sketches, np.float64))
             squares.append(np.asarray(left.squares, np.float64))
         matrices = {part: matrix[:count, :count] for part, matrix in matrices.items()}
@@ -129,9 +137,9 @@ class Lab:
             aa=np.diag(matrices["whole"]),
             a1=np.concatenate(with_halves[0])[:count],
             a2=np.concatenate(with_halves[1])[:count],
-            h11=np.diag(_whole(first, first, shape)),
-            h22=np.diag(_whole(second, second, shape)),
-            h12=np.diag(_whole(first, second, shape)),
+            h11=np.diag(_whole(first, first, *shape)),
+            h22=np.diag(_whole(second, second, *shape)),
+            h12=np.diag(_whole(first, second, *shape)),
             squares=np.concatenate(squares, 1)[:, :count],
             sketches=(
                 np.concatenate(sketches, 1)[:, :count],
@@ -140,8 +148,8 @@ class Lab:
         ), matrices
 
 
-def _whole(x: Pulled, y: Pulled, config: ModelConfig) -> np.ndarray:
-    return np.asarray(gram(x.grads, y.grads, config)["whole"], np.float64)
+def _whole(x: Pulled, y: Pulled, config: ModelConfig, mesh: Mesh | None) -> np.ndarray:
+    return np.asarray(gram(x.grads, y.grads, config, mesh)["whole"], np.float64)
 
 
 def _listed(values: np.ndarray) -> list:

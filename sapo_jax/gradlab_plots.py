@@ -19,6 +19,7 @@ COLOURED = {
     "ungated": "ink", "ungated_token": "soft", "sapo": "blue", "grpo": "orange", "gspo": "green",
     "reinforce": "purple", "cispo": "amber",
 }  # fmt: skip
+BANDED = ("sapo",)  # the bands of all would cover each other
 SHOWN = ("sapo", "grpo", "gspo", "mhpo_unit")  # gates whose histograms are drawn
 
 
@@ -64,8 +65,8 @@ def _curves(ax: Axes, found: Found, values: Callable[[Found, int], Any]) -> None
         style = {"color": _colour(names[k]), "linewidth": 1.9 if coloured else 0.9}
         if entries and isinstance(entries[0], Mapping):
             low, high = ([_number(e[b]) for e in entries] for b in ("low", "high"))
-            if coloured:
-                ax.fill_between(x, low, high, color=style["color"], alpha=0.1, linewidth=0)
+            if names[k] in BANDED:
+                ax.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
             entries = [e["value"] for e in entries]
         y = [_number(e) for e in entries]
         ax.plot(x, y, marker="o", markersize=3, label=names[k] if coloured else None, **style)
@@ -112,7 +113,7 @@ def _draw_removed(figure: FigureBase, found: Found) -> None:
     axes = figure.subplots(1, len(stages), squeeze=False)[0]
     for ax, stage in zip(axes, stages, strict=True):
         removed = stage["gradients"]["removed"]
-        labels = [f"{n} ({m:.1%})" for n, m in zip(names, removed["mass"], strict=True)]
+        labels = [f"{n} ({m:.2%})" for n, m in zip(names, removed["mass"], strict=True)]
         _forest(ax, labels[2:], removed["reward"][2:], "orange")
         ax.set(title=_at(stage), xlabel="fidelity of what was removed")
 
@@ -141,7 +142,7 @@ def _by_kind(found: Found, draw: Callable[[Axes, list[str], list[int], Mapping],
         draw(ax, labels, chosen, split)
         ax.set_xticks(range(len(labels)), labels, rotation=30 if kind == "log_ratio" else 0)
         ax.set(xlabel=title, xlim=(-0.6, len(labels) - 0.4))
-    axes[0].set_title(_at(stage))
+    axes[0].set_title(f"{found['focus']}, {_at(stage)}")
 
 
 def _draw_groups(figure: FigureBase, found: Found) -> None:
@@ -222,7 +223,7 @@ def _draw_noise(figure: FigureBase, found: Found) -> None:
     stage = found["stages"][-1]
     values = [_number(v) for v in stage["gradients"]["noise_scale"]]
     _bars(ax, _names(found), values)
-    ax.set(xlabel=f"problems, {_at(stage)}")
+    ax.set(xlabel=f"problems, {_at(stage)}", xscale="log")
 
 
 def _bars(ax: Axes, labels: Sequence[str], values: Sequence[float]) -> None:
@@ -336,9 +337,13 @@ WIDE = {
 }  # fmt: skip
 
 
+def size_of(name: str) -> tuple[float, float]:
+    """Width and height of a plot, in inches."""
+    return 11.2 if name in WIDE else 5.4, HEIGHTS.get(name, 3.1)
+
+
 def figure_of(name: str, found: Found) -> Figure | None:
     """A plot, or None where there is nothing to draw."""
-    size = (11.2 if name in WIDE else 5.4, HEIGHTS.get(name, 3.1))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size_of(name), layout="constrained")
     PLOTS[name](figure, found)
     return figure if any(ax.has_data() for ax in figure.axes) else None

@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh, PartitionSpec
 
-from sapo_jax import gates, learner, objectives
+from sapo_jax import collectives, gates, learner, objectives, sharding
 from sapo_jax.aggregations import finish
 from sapo_jax.model import params
 from sapo_jax.model.config import ModelConfig
@@ -34,13 +35,17 @@ class Pulled:
     sketches: jax.Array  # f32[M, K, D], linear maps of each block's gradient
 
 
+def _bare(inputs: gates.TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
+    """sg(r)·A·log π_θ: c = r at any ratio level, where r·A of a product has |y| times as much."""
+    del mask, hp
+    return gates.sg(jnp.exp(inputs.log_ratio)) * inputs.advantages * inputs.logp
+
+
 def ungated(objective: Objective) -> Objective:
-    """The same ratio level and aggregation with the bare ratio in the gate's place: f(r) = r."""
+    """The same ratio level and aggregation with the bare ratio in the gate's place: c = r."""
     level = {"geo_clipped": "sequence"}.get(objective.ratio, objective.ratio)
     hyperparameters = {**objective.hyperparameters, "kl_coef": 0.0}
-    return dataclasses.replace(
-        objective, gate=gates.importance, ratio=level, hyperparameters=hyperparameters
-    )
+    return dataclasses.replace(objective, gate=_bare, ratio=level, hyperparameters=hyperparameters)
 
 
 @partial(jax.jit, static_argnames="kl")
@@ -89,21 +94,45 @@ def pull(
 ) -> Pulled:
     """Pull K cotangents back to the parameters: Σ_t u_t ∇log π_t, one forward for all of them.
 
+    On a mesh the rows of each block are split, filled up with copies whose cotangents are 0.
+
     Args:
       weights: the policy θ at which gradients are taken.
       blocks: rows in M blocks, [M, R, ...]; one block's activations exist at a time.
       cotangents_MKRS: f32[M, K, R, S], ∂loss/∂log π.
-      hp: the model, its temperature, and how the forward pass is done.
+      hp: the model, its temperature, how the forward pass is done, and the mesh.
       width: of the sketches.
     """
     leaves, treedef = jax.tree.flatten(weights)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     pairs = zip(keys, leaves, strict=True)
     signs = treedef.unflatten([jax.random.rademacher(k, x.shape, jnp.int8) for k, x in pairs])
+    missing = -cotangents_MKRS.shape[2] % sharding.parts(hp.mesh)
+    blocks = jax.tree.map(lambda x: _filled_up(x, 1, missing, "edge"), blocks)
+    where, whole = params.specs(hp.model), PartitionSpec()
+    rows, of_each = sharding.spec(None, "rows"), sharding.spec(None, None, "rows")
+    function = sharding.split(
+        partial(_pull, width=width),
+        hp.mesh,
+        (where, where, rows, of_each, whole),
+        Pulled(_stacked(hp.model), whole, whole),
+    )
+    signs = sharding.constrain(signs, hp.mesh, where)
+    return function(weights, signs, blocks, _filled_up(cotangents_MKRS, 2, missing), hp)
 
-    def sketch(x, sign):
-        flat = (x * sign).reshape(-1)
-        return jnp.pad(flat, (0, -flat.size % width)).reshape(-1, width).sum(0)
+
+def _filled_up(x: jax.Array, axis: int, missing: int, mode: str = "constant") -> jax.Array:
+    widths = [(0, missing if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, mode) if missing else x
+
+
+def _stacked(config: ModelConfig) -> Any:
+    """Where K gradients lie on a mesh."""
+    return jax.tree.map(lambda spec: PartitionSpec(None, *spec), params.specs(config))
+
+
+def _pull(weights, signs, blocks, cotangents_MKRS, hp, width) -> Pulled:
+    specs = jax.tree.leaves(params.specs(hp.model))
 
     def visit(total, inputs):
         block, cotangents_KRS = inputs
@@ -111,10 +140,12 @@ def pull(
 
         def one(total, numbered):
             k, cotangent_RS = numbered
-            grads = jax.tree.map(lambda g: g.astype(jnp.float32), pullback(cotangent_RS)[0])
+            grads = params.summed(pullback(cotangent_RS)[0], hp.model)
+            grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
             total = jax.tree.map(lambda t, g: t.at[k].add(g), total, grads)
-            square = sum(jnp.sum(g * g) for g in jax.tree.leaves(grads))
-            return total, (square, sum(jax.tree.leaves(jax.tree.map(sketch, grads, signs))))
+            each = zip(jax.tree.leaves(grads), jax.tree.leaves(signs), specs, strict=True)
+            parts = [(jnp.sum(g * g), _sketch(g * sign, spec, width)) for g, sign, spec in each]
+            return total, _added_up(parts, specs)
 
         return jax.lax.scan(one, total, (jnp.arange(count), cotangents_KRS))
 
@@ -124,6 +155,43 @@ def pull(
     return Pulled(grads, squares, sketches)
 
 
+def _axes(spec: PartitionSpec) -> tuple[str, ...]:
+    """The mesh axes that split a parameter."""
+    return tuple(sorted(axis for axis in spec if axis))
+
+
+def _added_up(values: list[Any], specs: list[PartitionSpec]) -> Any:
+    """The sum over all parameters of what each device computed of its part of each."""
+    by_axes: dict[tuple[str, ...], Any] = {}
+    for value, axes in zip(values, map(_axes, specs), strict=True):
+        known = by_axes.get(axes)
+        by_axes[axes] = value if known is None else jax.tree.map(jnp.add, known, value)
+    wholes = [collectives.total(value, axes) for axes, value in by_axes.items()]
+    return jax.tree.map(lambda *x: sum(x), *wholes)
+
+
+def _sketch(signed: jax.Array, spec: PartitionSpec, width: int) -> jax.Array:
+    """What this device's part adds to the sketch of a parameter's gradient, f32[width].
+
+    An entry's bin follows from its place in the whole layer: a mesh changes nothing. Each part is
+    put into zeros of the size of a layer, one layer at a time.
+    """
+    if spec[0]:  # not stacked over layers
+        signed, spec = signed[None], PartitionSpec(None, *spec)
+    split = any(collectives.size(axis) > 1 for axis in _axes(spec))
+
+    def fold(x):
+        for dimension, axis in enumerate(spec[1:]):
+            if axis and collectives.size(axis) > 1:
+                part, shape = x.shape[dimension], list(x.shape)
+                shape[dimension] *= collectives.size(axis)
+                start = collectives.index(axis) * part
+                x = jax.lax.dynamic_update_slice_in_dim(jnp.zeros(shape), x, start, dimension)
+        return jnp.pad(x.reshape(-1), (0, -x.size % width)).reshape(-1, width).sum(0)
+
+    return (jax.lax.map(fold, signed) if split else jax.vmap(fold)(signed)).sum(0)
+
+
 def _kind(name: str) -> str:
     if name.startswith("experts"):
         return "experts"
@@ -131,29 +199,37 @@ def _kind(name: str) -> str:
     return kinds.get(name, "attention")
 
 
-@partial(jax.jit, static_argnames="config")
-def gram(left: Any, right: Any, config: ModelConfig) -> dict[str, jax.Array]:
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def gram(
+    left: Any, right: Any, config: ModelConfig, mesh: Mesh | None = None
+) -> dict[str, jax.Array]:
     """Inner products of stacked gradients, f32[K, K'], by part of the model.
 
     Parts: ``whole``; ``layer 0`` and so on; ``embedding`` (with head and last norm), ``attention``,
     ``mlp`` (both with their norms), ``router``, ``experts``.
     """
+    specs = _stacked(config)
+    function = sharding.split(partial(_gram, config=config), mesh, (specs, specs), PartitionSpec())
+    return function(left, right)
 
-    def dots(x, y):
+
+def _gram(left: Any, right: Any, config: ModelConfig) -> dict[str, jax.Array]:
+    def dots(x, y, spec):
         x, y = (z.reshape(*z.shape[:2], -1) for z in (x, y))
-        return jnp.einsum("klx,jlx->lkj", x, y, precision=HIGHEST)
+        each = jnp.einsum("klx,jlx->lkj", x, y, precision=HIGHEST)
+        return collectives.total(each, _axes(spec))
 
     def add(part, value):
         parts[part] = parts.get(part, 0) + value
 
     parts: dict[str, jax.Array] = {}
-    specs = params.table(config)["layers"]
+    table, specs = params.table(config)["layers"], params.specs(config)
     for name in left["layers"]:
-        each_LKJ = dots(left["layers"][name], right["layers"][name])
+        each_LKJ = dots(left["layers"][name], right["layers"][name], specs["layers"][name])
         add(_kind(name), each_LKJ.sum(0))
-        for place, layer in enumerate(specs[name].layers):
+        for place, layer in enumerate(table[name].layers):
             add(f"layer {layer}", each_LKJ[place])
-    for name in set(left) - {"layers"}:
-        add("embedding", dots(left[name][:, None], right[name][:, None])[0])
+    for name in sorted(set(left) - {"layers"}):
+        add("embedding", dots(left[name][:, None], right[name][:, None], specs[name])[0])
     kinds = [part for part in parts if not part.startswith("layer")]
     return {"whole": sum(parts[part] for part in kinds), **parts}

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 from etils import epath
+from matplotlib.figure import Figure
 
 from sapo_jax import gradlab_plots as plots
 from sapo_jax import report_page as page
@@ -23,6 +24,7 @@ CARDS = {
         "gates", "coefficients", "mass", "ess", "sequences", "negative", "collateral",
     ),
 }  # fmt: skip
+PICTURED = ("fidelity", "removed", "groups")
 LEAD = (
     "The completions of a run, frozen, and the policy that wrote them, moved on by the run's own "
     "updates. What do different algorithms make of the same completions, and which of their "
@@ -109,6 +111,7 @@ def write(path: epath.PathLike) -> epath.Path:
         "model": found["model"],
         "iteration": found["iteration"],
         "trained with": found["trained_with"],
+        "learning rate": f"{found['learning_rate']:g}",
         "seed": found["seed"],
         "problems": found["prompts"],
         "completions of each": found["group_size"],
@@ -122,11 +125,28 @@ def write(path: epath.PathLike) -> epath.Path:
     return target
 
 
+def picture(path: epath.PathLike, target: epath.PathLike) -> None:
+    """Write one PNG of the panels that answer the main question, from a JSON file of statistics."""
+    found = json.loads(epath.Path(path).read_text())
+    with matplotlib.rc_context(STYLE):
+        heights = [plots.size_of(name)[1] for name in PICTURED]
+        figure = Figure(figsize=(11.2, sum(heights) + 1), layout="constrained", dpi=120)
+        parts = figure.subfigures(len(PICTURED), 1, height_ratios=heights, hspace=0.04)
+        for part, name in zip(parts, PICTURED, strict=True):
+            plots.PLOTS[name](part, found)
+            part.suptitle(PANELS[name][0], x=0.01, ha="left", fontsize=11, fontweight="bold")
+        figure.savefig(target, format="png", bbox_inches="tight", pad_inches=0.15)
+
+
 def main() -> None:
-    """Rebuild the page of the JSON file named on the command line."""
+    """Rebuild the page of the JSON file named on the command line, or draw its picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("json", type=epath.Path)
-    print(write(parser.parse_args().json))
+    parser.add_argument("--picture", type=epath.Path, help="a PNG of three panels instead")
+    arguments = parser.parse_args()
+    if arguments.picture:
+        picture(arguments.json, arguments.picture)
+    print(arguments.picture or write(arguments.json))
 
 
 if __name__ == "__main__":

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
-from sapo_jax import learner, objectives
+from sapo_jax import learner, objectives, sharding
 from sapo_jax.gradlab_pull import cotangents
-from sapo_jax.model import transformer
+from sapo_jax.model import params, transformer, vocab
 from sapo_jax.objectives import OBJECTIVES, Objective
 from sapo_jax.types import Batch
 
@@ -22,27 +24,53 @@ LOG_RATIO_BINS = (0.0, 0.01, 0.05, 0.2, np.inf)
 GATE_EDGES = np.linspace(-0.005, 1.605, 162)  # w and c; bins of 0.01 with 0 and 1 in their middle
 
 
-@jax.jit
+def _by_rows(function: Callable) -> Callable:
+    """A function of (weights, batch, hp) for each micro-batch, and each device's rows."""
+
+    def local(weights, batch, hp):
+        def split(x):
+            return x.reshape(hp.micro_batches, -1, *x.shape[1:])
+
+        out = jax.lax.map(lambda b: function(weights, b, hp), jax.tree.map(split, batch))
+        return jax.tree.map(lambda x: x.reshape(batch.tokens.shape), out)
+
+    @jax.jit
+    @functools.wraps(function)
+    def call(weights, batch, hp):
+        rows = sharding.spec("rows")
+        specs = (params.specs(hp.model), rows, PartitionSpec())
+        return sharding.split(local, hp.mesh, specs, rows)(weights, batch, hp)
+
+    return call
+
+
+@_by_rows
 def score(weights: Any, batch: Batch, hp: learner.Hyperparameters) -> tuple[jax.Array, jax.Array]:
     """log π and entropy of the masked tokens, f32[B, S] each."""
     return learner.forward(weights, batch, hp)[:2]
 
 
-@jax.jit
+@_by_rows
 def collision(weights: Any, batch: Batch, hp: learner.Hyperparameters) -> jax.Array:
     """Σ_v π(v)² of the distribution that each masked token was drawn from, f32[B, S].
 
-    Logits exist for one row at a time.
+    ``hp.head_chunk`` tokens have logits at a time.
     """
+    weights = params.fetched(weights, params.table(hp.model), hp.model)
+    replay = batch.routing if hp.routing_replay != "none" else None
+    hidden_BSD, _ = transformer.hidden_routing(
+        weights, hp.model, batch.tokens, batch.segments, replay_BSLk=replay
+    )
+    hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
+    padded_TD = jnp.pad(hidden_TD, ((0, -len(hidden_TD) % hp.head_chunk), (0, 0)))
 
-    def row(one):
-        single = jax.tree.map(lambda x: x[None], one)
-        hidden_BSD = transformer.hidden(weights, hp.model, single.tokens, single.segments)
-        logits_SV = transformer.logits_of(weights, hp.model, hidden_BSD)[0] / hp.temperature
-        square_S = jnp.sum(jax.nn.softmax(logits_SV) ** 2, -1)
-        return jnp.where(one.mask, jnp.pad(square_S[:-1], (1, 0)), 0)
+    def chunk(hidden_CD):
+        logits_CV = transformer.logits_of(weights, hp.model, hidden_CD) / hp.temperature
+        return vocab.total(jnp.exp(2 * vocab.log_softmax(logits_CV)))
 
-    return jax.lax.map(row, batch)
+    chunks = padded_TD.reshape(-1, hp.head_chunk, hidden_TD.shape[-1])
+    square_BS = jax.lax.map(chunk, chunks).reshape(-1)[: len(hidden_TD)].reshape(batch.mask.shape)
+    return jnp.where(batch.mask, jnp.pad(square_BS[:, :-1], ((0, 0), (1, 0))), 0)
 
 
 def coefficients(
@@ -83,7 +111,8 @@ def gate_spread(log_ratio: np.ndarray, tau: float) -> dict[str, float]:
     variance, mean = float(np.var(log_ratio)), float(np.mean(log_ratio))
 
     def gate(z):
-        return 1 / np.cosh(tau * z / 2) ** 2
+        tail = np.exp(-np.abs(tau * z))  # cosh overflows
+        return 4 * tail / (1 + tail) ** 2
 
     return {
         "variance": variance,

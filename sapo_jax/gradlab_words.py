@@ -27,10 +27,10 @@ SECTIONS = {  # slug -> (title, introduction)
 PANELS = {  # slug -> (title, what to look for)
     "fidelity": (
         "Fidelity as the completions grow stale",
-        "1 is the direction of the target, 0 says nothing about it; bands are 95% bootstrap "
-        "intervals over problems. Left: the expected reward. Right: each algorithm's own "
-        "advantages and averaging, without any gate. All curves stay below 1, since few "
-        "completions make a noisy gradient.",
+        "1 is the direction of the target, 0 says nothing about it; the band is SAPO's 95% "
+        "bootstrap interval over problems, and the others' are about as wide. Left: the expected "
+        "reward. Right: each algorithm's own advantages and averaging, without any gate. All "
+        "curves stay below 1, since few completions make a noisy gradient.",
     ),
     "difference": (
         "Fidelity minus that of the bare ratio",

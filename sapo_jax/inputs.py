@@ -82,9 +82,9 @@ def make_model(c: dict, tokenizer: Tokenizer) -> model.ModelConfig:
         tokenizer's.
     """
     fields = {key: value for key, value in c["model"].items() if value is not None}
-    preset = fields.pop("preset")
-    dtypes = {f"{kind}_dtype": c["dtype"][kind] for kind in ("compute", "cache")}
-    dtypes["param_dtype"] = c["dtype"]["params"]
+    preset, chosen = fields.pop("preset"), {"attention": fields.pop("attention")}
+    chosen |= {f"{kind}_dtype": c["dtype"][kind] for kind in ("compute", "cache")}
+    chosen["param_dtype"] = c["dtype"]["params"]
     stop = {"stop_tokens": tokenizer.stop_ids, "pad_token": tokenizer.pad_id}
     if is_hf(c["init_from"]):
         same = f"{c['init_from']!r} too, whose config.json gives the shape of the weights there"
@@ -95,7 +95,7 @@ def make_model(c: dict, tokenizer: Tokenizer) -> model.ModelConfig:
         if "vocab_size" in model.PRESETS.get(preset, {}):
             fields["vocab_size"] = max(model.PRESETS[preset]["vocab_size"], tokenizer.vocab_size)
         return model.make(
-            preset, **{"vocab_size": tokenizer.vocab_size, **fields, **dtypes, **stop}
+            preset, **{"vocab_size": tokenizer.vocab_size, **fields, **chosen, **stop}
         )
     alone = "None: the shape is that of config.model.preset, a Hugging Face directory"
     for field, value in fields.items():
@@ -105,7 +105,7 @@ def make_model(c: dict, tokenizer: Tokenizer) -> model.ModelConfig:
         hf_tokenizer.check_vocabulary(tokenizer, shape.vocab_size, preset)
     except ValueError as error:
         raise ValueError(f"config.model.preset: {error}") from None
-    return dataclasses.replace(shape, **dtypes, **stop)
+    return dataclasses.replace(shape, **chosen, **stop)
 
 
 def lengths(

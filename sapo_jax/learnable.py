@@ -7,26 +7,31 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from sapo_jax import advantages, corrections, ratios
+from sapo_jax import advantages, corrections, ratios, sharding
 from sapo_jax.types import Batch
 
 
-@partial(jax.jit, static_argnames="parts")
-def split(batch: Batch, parts: int) -> tuple[Batch, ...]:
-    """Rows in their order as minibatches of one size."""
+@partial(jax.jit, static_argnames=("parts", "mesh"))
+def split(batch: Batch, parts: int, mesh: Mesh | None = None) -> tuple[Batch, ...]:
+    """Rows in their order as minibatches of one size, each split over all of a mesh."""
     pieces = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    return tuple(jax.tree.map(operator.itemgetter(i), pieces) for i in range(parts))
+    minibatches = tuple(jax.tree.map(operator.itemgetter(i), pieces) for i in range(parts))
+    return sharding.constrain(minibatches, mesh, sharding.spec("rows"))
 
 
-@jax.jit
-def take(parts: tuple[Batch, ...], rows_B: jax.Array, signal_B: jax.Array) -> Batch:
+@partial(jax.jit, static_argnames="mesh")
+def take(
+    parts: tuple[Batch, ...], rows_B: jax.Array, signal_B: jax.Array, mesh: Mesh | None = None
+) -> Batch:
     """Some rows of several batches as one; those without a signal count in no denominator."""
     chosen = jax.tree.map(lambda *x: jnp.concatenate(x)[rows_B], *parts)
-    return chosen.replace(mask=chosen.mask & signal_B[:, None])
+    chosen = chosen.replace(mask=chosen.mask & signal_B[:, None])
+    return sharding.constrain(chosen, mesh, sharding.spec("rows"))
 
 
-@partial(jax.jit, static_argnames=("estimator", "group_size", "kl", "correction", "parts"))
+@partial(jax.jit, static_argnames=("estimator", "group_size", "kl", "correction", "parts", "mesh"))
 def learnable(
     batch: Batch,
     rewards_B: jax.Array,
@@ -38,6 +43,7 @@ def learnable(
     kl: str,
     correction: str,
     parts: int,
+    mesh: Mesh | None = None,
 ) -> tuple[tuple[Batch, ...], dict[str, jax.Array]]:
     """Minibatches with advantages and weights.
 
@@ -53,6 +59,7 @@ def learnable(
       kl: the KL's estimator, see `ratios.kl_estimate`.
       correction: a name in `corrections.CORRECTIONS`, or "none".
       parts: minibatches.
+      mesh: over which each of them is split.
 
     Returns:
       (minibatches, metrics): ``reward/kl``, ``correction/…``, where there are any.
@@ -69,4 +76,4 @@ def learnable(
             segments_BT=batch.segments, **bounds,
         )  # fmt: skip
         batch, metrics = batch.replace(weights=weights_BS), metrics | cut
-    return split(batch, parts), metrics
+    return split(batch, parts, mesh), metrics

@@ -13,99 +13,26 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
+from jax.sharding import PartitionSpec
 
-from sapo_jax import diagnostics, masked, objectives, routing
+from sapo_jax import collectives, diagnostics, masked, objectives, routing, sharding
 from sapo_jax.aggregations import finish
 from sapo_jax.model import head, params, transformer
-from sapo_jax.model.config import ModelConfig
-from sapo_jax.objectives import Objective
+from sapo_jax.state import (
+    SCHEDULES,
+    Hyperparameters,
+    abstract,
+    init,
+    learning_rate,
+    optimizer,
+    specs,
+)
 from sapo_jax.types import Batch, Histogram, TrainState, Weighted, merge
 
-SCHEDULES = ("constant", "linear", "cosine")
-
-
-@struct.dataclass
-class Hyperparameters:
-    """Everything an update is told besides its state and batch.
-
-    Attributes:
-      objective: from `objectives.resolve`.
-      learning_rate: the schedule's peak.
-      weight_decay: decoupled, on matrices only.
-      max_grad_norm: gradients are clipped to this global norm; inf switches it off.
-      temperature: of the policy, as in the sampler.
-      model: the model's shape.
-      micro_batches: forward-backward passes an update; they change memory, not the result.
-      head_chunk: rows whose logits exist at a time.
-      remat: recompute each layer in the backward pass.
-      kl: estimator of the KL penalty, see `objectives.kl_estimate`.
-      schedule: one of SCHEDULES; ``warmup`` and ``total`` are in updates.
-      b1, b2, eps: Adam's.
-      routing_replay: one of `routing.REPLAY`; other than "none", the experts are those of
-        ``batch.routing``, with the gates of the present router.
-      router_aux_coef: weight of the load-balancing loss; None switches it off.
-    """
-
-    objective: Objective
-    learning_rate: jax.Array | float
-    weight_decay: jax.Array | float
-    max_grad_norm: jax.Array | float
-    temperature: jax.Array | float
-    model: ModelConfig = struct.field(pytree_node=False)
-    micro_batches: int = struct.field(pytree_node=False, default=1)
-    head_chunk: int = struct.field(pytree_node=False, default=1024)
-    remat: bool = struct.field(pytree_node=False, default=False)
-    kl: str = struct.field(pytree_node=False, default="k3")
-    schedule: str = struct.field(pytree_node=False, default="constant")
-    warmup: int = struct.field(pytree_node=False, default=0)
-    total: int = struct.field(pytree_node=False, default=0)
-    b1: float = struct.field(pytree_node=False, default=0.9)
-    b2: float = struct.field(pytree_node=False, default=0.95)
-    eps: float = struct.field(pytree_node=False, default=1e-8)
-    routing_replay: str = struct.field(pytree_node=False, default="none")
-    router_aux_coef: jax.Array | float | None = None
-
-
-def learning_rate(hp: Hyperparameters, update: jax.Array) -> jax.Array:
-    """The learning rate of an update (from 0): linear warm-up to the peak, then the schedule."""
-    rest = max(1, hp.total - hp.warmup)
-    after = {
-        "constant": optax.constant_schedule(1.0),
-        "linear": optax.linear_schedule(1.0, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(1.0, rest),
-    }[hp.schedule]
-    warm = optax.linear_schedule(1 / max(1, hp.warmup), 1.0, max(1, hp.warmup - 1))
-    factor = optax.join_schedules([warm, after], [hp.warmup])(update)
-    return jnp.float32(hp.learning_rate) * factor
-
-
-def _matrices(tree: Any, config: ModelConfig) -> Any:
-    """Which parameters decay: those of the table that are not norms."""
-    del tree
-    return jax.tree.map(
-        lambda spec: spec.fan_in > 0,
-        params.table(config),
-        is_leaf=lambda x: isinstance(x, params.Spec),
-    )
-
-
-def optimizer(hp: Hyperparameters, rate: jax.Array) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) behind clipping by global norm; its state depends on no setting."""
-    return optax.chain(
-        optax.clip_by_global_norm(hp.max_grad_norm),
-        optax.scale_by_adam(hp.b1, hp.b2, hp.eps, mu_dtype=jnp.float32),
-        optax.add_decayed_weights(hp.weight_decay, partial(_matrices, config=hp.model)),
-        optax.scale(-rate),
-    )
-
-
-@jax.jit
-def init(weights: Any, hp: Hyperparameters) -> TrainState:
-    """The state before the first iteration."""
-    zero = jnp.int32(0)
-    opt_state = optimizer(hp, learning_rate(hp, zero)).init(weights)
-    return TrainState(zero, zero, weights, opt_state)
+__all__ = [
+    "SCHEDULES", "Hyperparameters", "abstract", "forward", "gradient", "init", "learn",
+    "learning_rate", "optimizer", "score", "score_routing", "update",
+]  # fmt: skip
 
 
 def forward(
@@ -121,6 +48,7 @@ def forward(
         if batch.routing is None:
             raise ValueError(f"routing_replay={hp.routing_replay!r}: the batch has no routing")
         replay = batch.routing
+    weights = params.fetched(weights, params.table(hp.model), hp.model)
     hidden_BSD, summary = transformer.hidden_routing(
         weights, hp.model, batch.tokens, batch.segments, remat=hp.remat, replay_BSLk=replay,
         summarise=lambda r: routing.summarise(r, batch.segments > 0, hp.model),
@@ -146,11 +74,21 @@ def _micro(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), tree)
 
 
+def _split(function: Any, hp: Hyperparameters, out_specs: Any) -> Any:
+    """(weights, batch, hp) → …, for each device's rows and part of the parameters."""
+    specs = (params.specs(hp.model), sharding.spec("rows"), PartitionSpec())
+    return sharding.split(function, hp.mesh, specs, out_specs)
+
+
 @jax.jit
 def score(weights: Any, batch: Batch, hp: Hyperparameters) -> jax.Array:
     """log π of the tokens, f32[B, S], by the programs and micro-batches of `update`."""
-    logp = jax.lax.map(lambda b: forward(weights, b, hp)[0], _micro(batch, hp.micro_batches))
-    return logp.reshape(batch.tokens.shape)
+
+    def local(weights, batch, hp):
+        logp = jax.lax.map(lambda b: forward(weights, b, hp)[0], _micro(batch, hp.micro_batches))
+        return logp.reshape(batch.tokens.shape)
+
+    return _split(local, hp, sharding.spec("rows"))(weights, batch, hp)
 
 
 @jax.jit
@@ -160,12 +98,15 @@ def score_routing(
     """`score` and the routing that an update replays with R2, by the routers' own choice."""
     hp = hp.replace(routing_replay="none")
 
-    def one(micro):
-        logp_BS, _, summary = forward(weights, micro, hp)
-        return logp_BS, summary and routing.recorded(summary, micro.segments)
+    def local(weights, batch, hp):
+        def one(micro):
+            logp_BS, _, summary = forward(weights, micro, hp)
+            return logp_BS, summary and routing.recorded(summary, micro.segments)
 
-    out = jax.lax.map(one, _micro(batch, hp.micro_batches))
-    return jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], *x.shape[2:]), out)
+        out = jax.lax.map(one, _micro(batch, hp.micro_batches))
+        return jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], *x.shape[2:]), out)
+
+    return _split(local, hp, sharding.spec("rows"))(weights, batch, hp)
 
 
 def _loss_terms(
@@ -204,6 +145,7 @@ def _balance(weights: Any, micros: Batch, hp: Hyperparameters):
         return {key: terms[key] for key in ("loss", "router/load", "router/entropy")}
 
     totals = merge(jax.lax.stop_gradient(jax.lax.map(forward_only, micros)))
+    totals = collectives.merge(totals)
     share_LE = masked.ratio(totals["router/load"])
     layers = share_LE.shape[0]
     tokens = totals["router/entropy"].denominator / layers
@@ -214,8 +156,14 @@ def _balance(weights: Any, micros: Batch, hp: Hyperparameters):
 def gradient(weights: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict[str, Any]]:
     """Gradient of the loss and the merged terms of a minibatch, accumulated over micro-batches.
 
-    Numerators and denominators add up and are divided once, so the split changes nothing.
+    Numerators and denominators add up, over micro-batches and devices, and are divided once: the
+    split changes nothing.
     """
+    out_specs = (params.specs(hp.model), PartitionSpec())
+    return _split(_gradient, hp, out_specs)(weights, batch, hp)
+
+
+def _gradient(weights: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict[str, Any]]:
     micros = _micro(batch, hp.micro_batches)
     balance = _balance(weights, micros, hp)
 
@@ -234,7 +182,8 @@ def gradient(weights: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict
 
     zeros = jax.tree.map(jnp.zeros_like, weights)
     grads, stacked = jax.lax.scan(accumulate, zeros, micros)
-    terms = routing.finish_load(merge(stacked))
+    grads = params.summed(grads, hp.model)
+    terms = routing.finish_load(collectives.merge(merge(stacked)))
     count = terms["loss"].denominator
     grads = jax.tree.map(lambda g: masked.ratio(Weighted(g, count.astype(g.dtype))), grads)
     return grads, terms
@@ -255,7 +204,7 @@ def update(
       (state, metrics): metrics as mergeable reductions, see `objectives.finish`.
     """
     chex.assert_equal_shape([batch.tokens, batch.mask, batch.segments, batch.old_logp])
-    chex.assert_is_divisible(batch.tokens.shape[0], hp.micro_batches)
+    chex.assert_is_divisible(batch.tokens.shape[0], hp.micro_batches * sharding.parts(hp.mesh))
     grads, terms = gradient(state.params, batch, hp)
     rate = learning_rate(hp, state.update)
     step = optimizer(hp, rate)
@@ -268,11 +217,12 @@ def update(
         "grad/update_norm": Weighted(optax.tree.norm(updates), one),
         "learning_rate": Weighted(rate, one),
     }
-    return state.replace(update=state.update + 1, params=weights, opt_state=opt_state), metrics
+    state = state.replace(update=state.update + 1, params=weights, opt_state=opt_state)
+    return sharding.constrain(state, hp.mesh, specs(hp)), metrics
 
 
 @jax.jit
-def _finish(metrics: tuple) -> tuple[dict, list[dict]]:
+def finish_iteration(metrics: tuple) -> tuple[dict, list[dict]]:
     """Metrics of an iteration, merged over its minibatches, and those of each minibatch."""
     loss, merged = finish(merge(jax.tree.map(lambda *x: jnp.stack(x), *metrics)))
     each = [finish(m) for m in metrics]
@@ -281,7 +231,14 @@ def _finish(metrics: tuple) -> tuple[dict, list[dict]]:
     return {"policy/loss": loss, **merged, **gap}, [{"policy/loss": x, **m} for x, m in each]
 
 
-_end_iteration = jax.jit(lambda s: s.replace(iteration=s.iteration + 1), donate_argnums=0)
+def record(merged: dict, each: list[dict]) -> dict[str, Any]:
+    """What `finish_iteration` gives, on the host, as plain numbers and lists."""
+    keys = [k for k in each[0] if k.startswith(("policy/", "grad/"))]
+    minibatches = [{k: float(m[k]) for k in keys} for m in each]
+    return {k: _plain(v) for k, v in merged.items()} | {"minibatch": minibatches}
+
+
+end_iteration = jax.jit(lambda s: s.replace(iteration=s.iteration + 1), donate_argnums=0)
 
 
 def learn(
@@ -297,11 +254,8 @@ def learn(
     for batch in minibatches:
         state, metrics = update(state, batch, hp)
         collected.append(metrics)
-    merged, each = jax.device_get(_finish(tuple(collected)))
-    record = {k: _plain(v) for k, v in merged.items()}
-    keys = [k for k in each[0] if k.startswith(("policy/", "grad/"))]
-    record["minibatch"] = [{k: float(m[k]) for k in keys} for m in each]
-    return _end_iteration(state), record
+    found = sharding.fetch(finish_iteration(tuple(collected)))
+    return end_iteration(state), record(*found)
 
 
 def _plain(value: Any) -> Any:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import sys
+import traceback
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sapo_jax import progress, rundir, settings, train
+from sapo_jax import distributed, progress, rundir, settings, train
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, local or gs://…")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0; by default the environment decides."
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.", 1)
+_PROCESS = flags.DEFINE_integer("process", None, "Index of this process.", 0)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -28,20 +34,34 @@ def parse(argv: list[str]) -> list[str]:
     return rest
 
 
+def use_cache(directory: str) -> None:
+    """Keep compiled programs in a directory; "" keeps none."""
+    if directory:
+        jax.config.update("jax_compilation_cache_dir", directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
 def main(argv: list[str]) -> None:
     """Run the experiment, or go on with it."""
     if len(argv) > 1:
         sys.exit(f"error: unknown argument {argv[1]!r}; fields are set by --config.<field>=<value>")
     try:
+        timeout = _CONFIG.value.distributed.timeout
+        distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, timeout=timeout)
         checked = settings.resolve(_CONFIG.value)
-        if checked.config["compilation_cache"]:
-            jax.config.update("jax_compilation_cache_dir", checked.config["compilation_cache"])
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+        use_cache(checked.config["compilation_cache"])
         path = train.run(checked, _WORKDIR.value)
-    except (ValueError, RuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) or flags.FLAGS["verbosity"].present:
-            raise
-        sys.exit(f"error: {error}\n(--verbosity=0 shows where)")
+    except Exception as error:
+        internal = isinstance(error, jax.errors.JaxRuntimeError)
+        foreseen = isinstance(error, (ValueError, RuntimeError)) and not internal
+        if foreseen and not flags.FLAGS["verbosity"].present:
+            print(f"error: {error}\n(--verbosity=0 shows where)", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        distributed.end(1)
+        sys.exit(1)
+    if jax.process_index() > 0:
+        return
     print(progress.reached(rundir.read_metrics(_WORKDIR.value)))
     print(f"report: {path}" if path else "stopped by SIGTERM and saved: the same command goes on")
 

@@ -76,7 +76,7 @@ class Progress:
 
         self._bar = tqdm(
             total=total, initial=done, desc=description, unit="it", dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10,
+            mininterval=0.5 if sys.stderr.isatty() else 10, disable=jax.process_index() > 0,
         )  # fmt: skip
         self._pass_at_1: float | None = None
 
@@ -103,9 +103,9 @@ class Progress:
             parts.append(f"{record['time/tokens_per_second']:,.0f} tokens/s")
         self._bar.set_postfix_str(", ".join(parts), refresh=False)
 
-    def step(self) -> None:
-        """One more iteration is done."""
-        self._bar.update()
+    def step(self, count: int = 1) -> None:
+        """One more iteration is done, or several."""
+        self._bar.update(count)
 
     def close(self) -> None:
         """Leave the bar as it stands."""

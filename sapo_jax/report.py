@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,9 +13,9 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
+from sapo_jax import preflight_tables, rundir
 from sapo_jax import report_page as page
 from sapo_jax import report_plots as plots
-from sapo_jax import rundir
 from sapo_jax.report_plots import Config, Records
 from sapo_jax.report_words import KINDS, SECTIONS
 
@@ -185,10 +186,21 @@ def _cards(panels: Sequence[str], records: Records, config: Config) -> list[str]
     return [page.figure(p, figure, wide=p in wide) for p, figure in drawn.items()]
 
 
+def _preflight(path: epath.Path) -> str:
+    """The table of a preflight whose results lie in the run directory."""
+    found = json.loads(path.read_text())
+    missed = [c["name"] for c in found["checks"] if not c["met"]]
+    missed += [f"{name}: {why}" for name, why in found["refused"].items()]
+    note = f"Demands that are not met: {', '.join(missed)}." if missed else "Every demand is met."
+    rows = preflight_tables.rows(found)
+    return page.table(preflight_tables.head(found), preflight_tables.COLUMNS, rows, note)
+
+
 def write(workdir: epath.PathLike) -> epath.Path:
     """Write ``report.html`` into a run directory, from what the directory holds.
 
-    The same directory gives the same bytes. What the run did not measure is left out.
+    The same directory gives the same bytes. What the run did not measure is left out; results of
+    preflight are shown where they lie in ``preflight.json``.
 
     Returns:
         The path of the page.
@@ -203,6 +215,9 @@ def write(workdir: epath.PathLike) -> epath.Path:
                 cards.append(_time_shares(records))
             if cards:
                 body[slug] = page.grid(cards)
+    preflight = epath.Path(workdir).expanduser() / "preflight.json"
+    if preflight.exists():
+        body["preflight"] = _preflight(preflight)
     if samples:
         body["samples"] = page.samples(_pick_samples(samples))
     if config:

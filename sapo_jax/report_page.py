@@ -214,6 +214,21 @@ def shares(rows: Sequence[tuple[str, str, float, float]]) -> str:
     )
 
 
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str) -> str:
+    """Rows of words and numbers, the first of each a name."""
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        name, *numbers = map(text, cells)
+        rest = "".join(f'<{tag} class="number">{cell}</{tag}>' for cell in numbers)
+        return f"<tr><{tag}>{name}</{tag}>{rest}</tr>"
+
+    return (
+        f'<figure class="card wide"><h3>{text(title)}</h3><div class="scroll"><table><thead>'
+        f"{line('th', columns)}</thead><tbody>{''.join(line('td', row) for row in rows)}</tbody>"
+        f"</table></div><figcaption>{text(note)}</figcaption></figure>"
+    )
+
+
 def samples(rows: Iterable[tuple[bool, Mapping[str, Any]]]) -> str:
     """A table of completions, each with whether it counts as right."""
     return (

@@ -43,6 +43,13 @@ SECTIONS = {  # slug -> (title, introduction, panels)
         ("log-ratio", "gate-weight", "extremes", "kl", "gate-mean", "gate"),
     ),
     "time": ("Time", "Where the seconds of an iteration go.", ("phases",)),
+    "preflight": (
+        "Preflight",
+        "What each program needs on the devices that it was compiled for in advance. Nothing here "
+        "was measured: times are lower bounds, the largest of FLOPs, bytes of memory and bytes "
+        "between chips, each over what the chip can do.",
+        (),
+    ),
     "samples": (
         "Completions",
         "What the model wrote most recently. Signs in purple stand for characters that cannot be "

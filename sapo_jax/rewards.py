@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from sapo_jax import distributed
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.tokenizer import Tokenizer
 from sapo_jax.types import STOP
@@ -220,6 +222,8 @@ class Scorer:
 class Groups:
     """Judges the groups of a rollout as they finish: the sampler's ``on_groups``.
 
+    A process judges what its own devices have sampled; `wait` brings the verdicts together.
+
     Args:
         scorer: judges the rows.
         examples: P examples, one of each prompt of the rollout.
@@ -242,14 +246,23 @@ class Groups:
             rows = rows_of([self._examples[p]] * len(texts), texts, finished_G, count_G)
             self._texts[p], self._futures[p] = texts, self._scorer.submit(rows)
 
-    @property
-    def texts(self) -> list[str]:
-        """The completions of all rows, without stop tokens."""
-        return [text for group in self._texts for text in group]
-
     def wait(self) -> list[Verdict]:
-        """The verdicts of all rows, in their order."""
-        return [future.result() for group in self._futures for future in group]
+        """The verdicts of all rows, in their order, those of other processes too."""
+        own = [[future.result() for future in group] for group in self._futures]
+        if jax.process_count() == 1:
+            return [verdict for group in own for verdict in group]
+        names = list(self._scorer.recipe.weights)
+        size = int(distributed.gather(np.int32(max(map(len, own)))).max())
+        table = np.zeros((len(own), size, len(names) + 1), np.float32)
+        for p, group in enumerate(own):
+            for i, (parts, seconds) in enumerate(group):
+                table[p, i] = [*(parts[name] for name in names), seconds]
+        rows = distributed.gather(table).sum(0).reshape(-1, len(names) + 1).tolist()
+        return [Verdict(dict(zip(names, parts, strict=True)), s) for *parts, s in rows]
+
+    def texts(self, size: int) -> list[str | None]:
+        """Completions of all rows, ``size`` a prompt, without stop tokens; None: elsewhere."""
+        return [text for group in self._texts for text in group or [None] * size]
 
 
 def _verdict(task: Task, row: Row, index: int) -> float:

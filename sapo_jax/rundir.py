@@ -1,4 +1,7 @@
-"""The files of a run directory besides its checkpoints: lease, config, metrics and samples."""
+"""The files of a run directory besides its checkpoints: lease, config, metrics and samples.
+
+Of the processes of a run only the first one changes files; in the others nothing is written.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 from etils import epath
@@ -106,7 +110,12 @@ class Lease:
 
 def write_config(workdir: epath.PathLike, config: dict) -> None:
     """Store the resolved config of a run as config.json."""
-    _write(_path(workdir) / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_json(_path(workdir) / "config.json", config)
+
+
+def write_json(path: epath.PathLike, value: Any) -> None:
+    """Store a value as JSON, as a whole: a killed process leaves the old file or the new one."""
+    _write(_path(path), json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def read_config(workdir: epath.PathLike) -> dict | None:
@@ -149,6 +158,9 @@ class Metrics:
         Where nothing was restored, -1 cuts the record of an evaluation before training as well.
         """
         self._directory = _path(workdir) / "metrics"
+        self._part, self._lines, self._events = 0, [], None
+        if jax.process_index() > 0:
+            return
         parts = _numbered(self._directory, "part")
         for part, path in parts.items():
             records = _read_lines(path, may_be_cut=part == max(parts))
@@ -158,7 +170,6 @@ class Metrics:
             elif (text := "".join(map(_line, kept))).encode() != path.read_bytes():
                 _write(path, text)
         self._part = max(_numbered(self._directory, "part"), default=-1) + 1
-        self._lines: list[str] = []
         self._events = _tensorboard(_path(workdir) / "tensorboard", first_iteration + 1)
 
     def write(self, record: dict) -> None:
@@ -221,7 +232,7 @@ def read_samples(workdir: epath.PathLike, iteration: int | None = None) -> list[
 def cut_samples(workdir: epath.PathLike, after_iteration: int) -> None:
     """Remove the samples of iterations beyond ``after_iteration``."""
     for iteration, path in _numbered(_path(workdir) / "samples", "iteration").items():
-        if iteration > after_iteration:
+        if iteration > after_iteration and jax.process_index() == 0:
             path.unlink()
 
 
@@ -291,6 +302,8 @@ def _numbered(directory: epath.Path, prefix: str) -> dict[int, epath.Path]:
 
 def _write(path: epath.Path, text: str) -> None:
     """Replace a file as a whole: a killed process leaves the old or the new one."""
+    if jax.process_index() > 0:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     if _is_remote(path):
         path.write_text(text)  # an object appears when it is complete

@@ -7,59 +7,27 @@ cache grow to its next size. What it decides follows from replicated values alon
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from sapo_jax import decoding, sampling
-from sapo_jax.decoding import Decoding, to_sampler
+from sapo_jax import assembly, decoding, plans, sampling, sharding
+from sapo_jax.decoding import Decoding
+from sapo_jax.handover import moved_bytes, to_sampler
 from sapo_jax.model.config import ModelConfig
+from sapo_jax.plans import Plan, make_plan
 from sapo_jax.types import Prompts, Rollout
 
-__all__ = ["Plan", "check", "make_plan", "rollout", "to_sampler"]
+__all__ = ["Plan", "check", "ends", "make_plan", "moved_bytes", "rollout", "to_sampler"]
 
 
 OnGroups = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
-REPORTS = 8  # finished groups are reported in about this many parts
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The shapes that a rollout's programs are compiled for.
-
-    Attributes:
-      slots: numbers of groups in flight, descending: the first while prompts wait, the others
-        when the last ones finish.
-      cache: completion cache sizes, ascending, the last one max_new_tokens.
-      refill: prompts prefilled at a time.
-    """
-
-    slots: tuple[int, ...]
-    cache: tuple[int, ...]
-    refill: int
-
-
-def make_plan(prompts: int, max_new_tokens: int, *, slots: int = 0, shrink: int = 2) -> Plan:
-    """A plan for a batch of prompts.
-
-    Args:
-      prompts: P.
-      max_new_tokens: the longest completion.
-      slots: groups in flight; 0 takes all prompts at once.
-      shrink: how many times the number of slots is halved while the last groups finish.
-    """
-    slots = min(slots or prompts, prompts)
-    levels = [max(1, slots >> i) for i in range(shrink + 1)]
-    sizes = [max_new_tokens]
-    while sizes[-1] > 32 and len(sizes) < 4:
-        sizes.append(-(-sizes[-1] // 2))
-    refill = slots if slots == prompts else max(1, slots // 4)
-    return Plan(tuple(dict.fromkeys(levels)), tuple(reversed(sizes)), refill)
 
 
 def check(
@@ -96,6 +64,20 @@ def check(
         )
 
 
+def _checked(plan: Plan | None, prompts: int, max_new_tokens: int, mesh: Mesh | None) -> Plan:
+    """The plan, or one of its own, if prompts and plan divide among the parts of the rows."""
+    parts = sharding.parts(mesh)
+    if mesh is not None:
+        sharding.check(mesh, [sharding.Dimension("prompts", "rows", prompts)])
+    plan = plan or make_plan(prompts, max_new_tokens, parts=parts)
+    divided = all(n % parts == 0 for n in (*plan.slots, plan.refill))
+    if plan.cache[-1] != max_new_tokens or plan.slots[0] > prompts or not divided:
+        raise ValueError(
+            f"{plan} is not for {prompts} prompts in {parts} parts and {max_new_tokens=}"
+        )
+    return plan
+
+
 def rollout(
     params: Any,
     config: ModelConfig,
@@ -116,7 +98,7 @@ def rollout(
     """Sample G completions of each prompt.
 
     Args:
-      params: the learner's parameters, or those of `to_sampler`.
+      params: the learner's parameters, or those of `to_sampler`; on a mesh, so is the rollout.
       config: the model's shape; names the stop tokens.
       prompts: P prompts; the same prompt draws the same noise wherever it stands.
       group_size: G.
@@ -143,127 +125,146 @@ def rollout(
     """
     truncate = top_k is not None or top_p is not None
     check(
-        prompts,
-        config,
-        group_size=group_size,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        domain=domain,
-        truncate=truncate,
-    )
+        prompts, config, group_size=group_size, max_new_tokens=max_new_tokens,
+        temperature=temperature, domain=domain, truncate=truncate,
+    )  # fmt: skip
     p, width = prompts.tokens.shape
-    plan = plan or make_plan(p, max_new_tokens)
-    if plan.cache[-1] != max_new_tokens or plan.slots[0] > p:
-        raise ValueError(f"{plan} is not for {p} prompts and {max_new_tokens=}")
+    mesh = sharding.mesh_of(params)
+    plan = _checked(plan, p, max_new_tokens, mesh)
+    prompts = sharding.feed(prompts, mesh)
     controls = sampling.controls(temperature, top_k, top_p)
     weights = to_sampler(params, config)
     base = decoding.base_key(np.uint32(seed), domain, np.int32(iteration))
-    prefill = partial(decoding.prefill, weights, config, prompts, base, controls, truncate=truncate)
-    decode = partial(decoding.decode, weights, config, controls, truncate=truncate)
+    static = {"truncate": truncate, "mesh": mesh}
+    prefill = partial(decoding.prefill, weights, config, prompts, base, controls, **static)
+    decode = partial(decoding.decode, weights, config, controls, **static)
     state = decoding.empty(
-        config, plan.slots[0], plan.cache[0], p, width, group_size, max_new_tokens
+        config, plan.slots[0], plan.cache[0], p, width, group_size, max_new_tokens, mesh
     )
-    if getattr(weights["final_norm"], "committed", False):  # arrays of NumPy have no place
+    # Arrays of NumPy have no place.
+    if mesh is None and getattr(weights["final_norm"], "committed", False):
         # Programs are compiled apart for placed and unplaced arguments: place them from the start.
         state = jax.device_put(state, weights["final_norm"].sharding)
     if warm_up:
-        state = _compile_all(plan, state, prefill, decode, warm_up)
+        state = _compile_all(plan, state, p, mesh, prefill, decode, warm_up)
         if on_groups:
-            _report(on_groups, np.arange(p), (state.tokens, state.count, state.finished))
+            own = p // sharding.parts(mesh)
+            every_nP = np.tile(np.arange(own), (p // own, 1))
+            _report(on_groups, every_nP, own, mesh, _completions(state, every_nP, mesh))
     else:
-        state = _run(plan, state, p, prefill, decode, on_groups)
+        state = _run(plan, state, p, mesh, prefill, decode, on_groups)
     results = (state.tokens, state.logp, state.count, state.finished)
-    return decoding.assemble(config, results, prompts, np.int32(iteration), state.routing)
+    return assembly.assemble(config, results, prompts, np.int32(iteration), state.routing, mesh)
 
 
-def _run(plan: Plan, state: Decoding, total: int, prefill, decode, on_groups) -> Decoding:
-    """The host's part: refill, shrink, grow, and decode until all prompts are done."""
-    waiting = level = size = clock = 0
-    idle = np.ones(plan.slots[0], bool)
-    prompt_Q = np.full(plan.slots[0], total, np.int32)
+def _run(plan: Plan, state: Decoding, total: int, mesh, prefill, decode, on_groups) -> Decoding:
+    """The host's part: refill, shrink, grow, and decode until all prompts are done.
+
+    Arrays over the n parts of the rows; each has as many prompts, in slots of its own.
+    """
+    parts = sharding.parts(mesh)
+    own, slots = total // parts, [count // parts for count in plan.slots]
+    level = size = clock = 0
+    waiting_n, idle_nQ = np.zeros(parts, int), np.ones((parts, slots[0]), bool)
+    prompt_nQ = np.full(idle_nQ.shape, own)
     report = _nothing
     while True:
-        free = np.flatnonzero(idle)
-        while waiting < total and (free.size >= plan.refill or idle.all()):
-            count = min(plan.refill, total - waiting, free.size)
-            new = np.arange(waiting, waiting + count)
-            state = prefill(state, *_fill(plan, free[:count], new, total))
-            idle[free[:count]], prompt_Q[free[:count]] = False, new
-            waiting, free = waiting + count, free[count:]
-        if idle.all():
+        while (count_n := plans.fillable(idle_nQ, own - waiting_n, plan.refill // parts)).any():
+            slot_nF, prompt_nF = plans.fill(plan, parts, own, idle_nQ, waiting_n, count_n)
+            arguments = (sharding.feed(x.ravel(), mesh) for x in (slot_nF, prompt_nF))
+            state = prefill(state, *arguments)
+            part, at = np.nonzero(slot_nF < slots[0])
+            prompt_nQ[part, slot_nF[part, at]] = prompt_nF[part, at]
+            idle_nQ[part, slot_nF[part, at]] = False
+            waiting_n += count_n
+        if idle_nQ.all():
             report()
             return state
-        while waiting == total and _shrinks(plan, level, idle):
+        done = bool((waiting_n == own).all())
+        while done and level + 1 < len(slots) and (~idle_nQ).sum(-1).max() <= slots[level + 1]:
             level += 1
-            order = np.argsort(idle, kind="stable")[: plan.slots[level]]
-            state = decoding.take(state, order.astype(np.int32))
-            idle, prompt_Q = idle[order], prompt_Q[order]
+            order_nQ = np.argsort(idle_nQ, axis=-1, kind="stable")[:, : slots[level]]
+            order = sharding.feed(order_nQ.astype(np.int32).ravel(), mesh)
+            state = decoding.take(state, order, mesh)
+            idle_nQ, prompt_nQ = (np.take_along_axis(x, order_nQ, -1) for x in (idle_nQ, prompt_nQ))
         if clock >= plan.cache[size] and size + 1 < len(plan.cache):
             size += 1
-            state = state.replace(own_kv=decoding.grow(state.own_kv, plan.cache[size]))
+            state = state.replace(own_kv=decoding.grow(state.own_kv, plan.cache[size], mesh))
         grows = size + 1 < len(plan.cache)
         until = plan.cache[size] if grows else np.iinfo(np.int32).max
-        enough = plan.refill
-        if waiting == total:
-            enough = plan.slots[level] - (plan.slots[level + 1 :] or (0,))[0]
-        if on_groups:
-            enough = min(enough, np.sum(idle) + max(1, plan.slots[0] // REPORTS))
-        state, now_idle = decode(state, np.int32(until), np.int32(enough))
+        smaller = [*slots[level + 1 :], 0][0]
+        need_n = np.where(waiting_n < own, plan.refill // parts, slots[level] + 1)
+        need_n = np.full(parts, slots[level] - smaller) if done else need_n
+        waiting, reports = (waiting_n < own).sum(), on_groups is not None
+        enough_n, quorum = plans.until(idle_nQ, need_n, waiting, slots[0], reports)
+        enough = sharding.feed(enough_n, mesh)
+        state, idle = decode(state, np.int32(until), enough, quorum)
         report()  # what had finished before, while the device decodes
-        clock, now_idle = jax.device_get((state.clock, now_idle))
+        clock, idle = jax.device_get((state.clock, idle))
+        now_nQ = np.array(idle).reshape(parts, -1)
         if on_groups:
-            report = partial(
-                _report, on_groups, *_finished(plan, state, prompt_Q, now_idle & ~idle)
-            )
-        idle = np.array(now_idle)
+            fresh_nQ = np.full((parts, slots[0]), own)  # one size for all levels: one program
+            fresh_nQ[:, : now_nQ.shape[1]] = np.where(now_nQ & ~idle_nQ, prompt_nQ, own)
+            fresh = _completions(state, fresh_nQ, mesh)
+            report = partial(_report, on_groups, fresh_nQ, own, mesh, fresh)
+        idle_nQ = now_nQ
 
 
 def _nothing() -> None:
     pass
 
 
-def _finished(plan: Plan, state: Decoding, prompt_Q, fresh_Q) -> tuple[np.ndarray, Any]:
-    """Prompts that have just finished, and their completions, still on the device."""
-    index = prompt_Q[fresh_Q]
-    padded = np.full(plan.slots[0], state.tokens.shape[0] - 1, np.int32)
-    padded[: len(index)] = index
-    return index, decoding.completions((state.tokens, state.count, state.finished), padded)
+def _completions(state: Decoding, prompt_nQ: np.ndarray, mesh: Mesh | None) -> Any:
+    """What has been recorded of some prompts of each part, still on the device."""
+    index = sharding.feed(prompt_nQ.astype(np.int32).ravel(), mesh)
+    return decoding.completions((state.tokens, state.count, state.finished), index, mesh)
 
 
-def _report(on_groups: OnGroups, index: np.ndarray, results: Any) -> None:
-    if len(index):
-        on_groups(index, *(x[: len(index)] for x in jax.device_get(results)))
+def _report(
+    on_groups: OnGroups, prompt_nQ: np.ndarray, own: int, mesh: Mesh | None, results: Any
+) -> None:
+    """Hand over the results of this process's parts; those that name no prompt are left out."""
+    for n, columns in sharding.own_parts(results, mesh).items():
+        real_Q = prompt_nQ[n] < own
+        if real_Q.any():
+            on_groups(n * own + prompt_nQ[n][real_Q], *(x[real_Q] for x in columns))
 
 
-def _fill(plan: Plan, slots, prompts, total: int) -> tuple[np.ndarray, np.ndarray]:
-    """Slots and prompts of one refill; entries that fill nothing name a slot out of range."""
-    slot_F = np.full(plan.refill, plan.slots[0], np.int32)
-    prompt_F = np.full(plan.refill, total, np.int32)
-    slot_F[: len(slots)], prompt_F[: len(slots)] = slots, prompts
-    return slot_F, prompt_F
-
-
-def _shrinks(plan: Plan, level: int, idle: np.ndarray) -> bool:
-    return level + 1 < len(plan.slots) and np.sum(~idle) <= plan.slots[level + 1]
-
-
-def _compile_all(plan: Plan, state: Decoding, prefill, decode, report) -> Decoding:
+def _compile_all(
+    plan: Plan, state: Decoding, total: int, mesh, prefill, decode, report
+) -> Decoding:
     """Run every program once on empty slots: it compiles, and there is nothing to compute."""
-    zero = np.int32(0)
-    _finished(plan, state, np.zeros(0, np.int32), np.zeros(0, bool))
+    zero, parts = np.int32(0), sharding.parts(mesh)
+    zeros = sharding.feed(np.zeros(parts, np.int32), mesh)
+
+    def keep(level):
+        order = np.tile(np.arange(plan.slots[level] // parts, dtype=np.int32), parts)
+        return decoding.take(state, sharding.feed(order, mesh), mesh)
+
+    _completions(state, np.full((parts, plan.slots[0] // parts), total // parts), mesh)
     report(f"prefill of {plan.refill} prompts")
-    state = prefill(state, *_fill(plan, [], [], state.tokens.shape[0] - 1))
+    none, idle = np.zeros(parts, int), np.ones((parts, plan.slots[0] // parts), bool)
+    nothing = plans.fill(plan, parts, total // parts, idle, none, none)
+    state = prefill(state, *(sharding.feed(x.ravel(), mesh) for x in nothing))
     for level, slots in enumerate(plan.slots):
         last = level + 1 == len(plan.slots)
-        smaller = (
-            None if last else decoding.take(state, np.arange(plan.slots[level + 1], dtype=np.int32))
-        )
+        smaller = None if last else keep(level + 1)
         for i, size in enumerate(plan.cache):
             report(f"decoding of {slots} groups with {size} tokens of cache")
             if i:
-                state = state.replace(own_kv=decoding.grow(state.own_kv, size))
+                state = state.replace(own_kv=decoding.grow(state.own_kv, size, mesh))
             if not last:
-                decoding.take(state, np.arange(plan.slots[level + 1], dtype=np.int32))
-            state, _ = decode(state, zero, zero)
+                keep(level + 1)
+            state, _ = decode(state, zero, zeros, zero)
         state = state if last else smaller
     return state
+
+
+@jax.jit
+def _ends(rollout: Rollout) -> tuple[jax.Array, jax.Array]:
+    return jnp.sum(rollout.mask, -1), rollout.finished
+
+
+def ends(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each completion, i32[B], and how it ended, i32[B], in every process."""
+    return sharding.fetch(_ends(rollout))

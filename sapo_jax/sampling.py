@@ -13,6 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sapo_jax import collectives
+from sapo_jax.model import vocab
+
 BLOCK = 256  # vocabulary entries per block of the two-stage draw
 
 
@@ -76,6 +79,35 @@ def _gumbel_max(key: jax.Array, logits_V: jax.Array, noise: jax.Array) -> jax.Ar
     return jnp.where(noise > 0, block * BLOCK + inside, jnp.argmax(logits_V))
 
 
+def _gumbel_max_split(key: jax.Array, logits_V: jax.Array, noise: jax.Array) -> jax.Array:
+    """`_gumbel_max` over a vocabulary of which each device has a part.
+
+    The blocks are those of the whole vocabulary, and so is their noise; a block may lie on two
+    devices. What travels is the mass of each block, and one block.
+    """
+    part = logits_V.size
+    start = vocab.first(part)
+    count = -(-part * collectives.size("tensor") // BLOCK)
+    own = part // BLOCK + 2  # blocks that a part can touch
+    padded = jax.lax.dynamic_update_slice(
+        jnp.full(own * BLOCK, -jnp.inf), logits_V, (start % BLOCK,)
+    )
+    blocks_NB = padded.reshape(own, BLOCK)
+    outer_key, inner_key = jax.random.split(key)
+    mass_N = jax.lax.dynamic_update_slice(
+        jnp.full(count + own, -jnp.inf), jax.nn.logsumexp(blocks_NB, axis=-1), (start // BLOCK,)
+    )[:count]
+    most_N = collectives.largest(mass_N, vocab.TENSOR)
+    mass_N = most_N + jnp.log(collectives.total(jnp.exp(mass_N - most_N), vocab.TENSOR))
+    block = jnp.argmax(mass_N + jax.random.gumbel(outer_key, mass_N.shape))
+    at = block - start // BLOCK
+    mine_B = blocks_NB[jnp.clip(at, 0, own - 1)]
+    mine_B = jnp.where((at >= 0) & (at < own), mine_B, -jnp.inf)
+    block_B = collectives.largest(mine_B, vocab.TENSOR)
+    inside = jnp.argmax(block_B + jax.random.gumbel(inner_key, (BLOCK,)))
+    return jnp.where(noise > 0, block * BLOCK + inside, vocab.argmax(logits_V))
+
+
 def draw(
     row_key: jax.Array, index: jax.Array, logits_V: jax.Array, c: Controls, *, truncate: bool
 ) -> tuple[jax.Array, jax.Array]:
@@ -84,7 +116,7 @@ def draw(
     Args:
       row_key: from `row_keys`.
       index: i32[], 0 for a completion's first token.
-      logits_V: f32[V].
+      logits_V: f32[V], or this device's part of the vocabulary (see `model.vocab`).
       c: the settings.
       truncate: whether top_k and top_p apply (static: sorting V costs).
 
@@ -93,6 +125,11 @@ def draw(
     """
     logits_V = logits_V / c.temperature
     key = jax.random.fold_in(row_key, index)
-    candidates_V = _truncate(logits_V, c) if truncate else logits_V
-    token = _gumbel_max(key, candidates_V, c.noise).astype(jnp.int32)
-    return token, jax.nn.log_softmax(logits_V)[token]
+    devices = collectives.size("tensor")
+    if truncate or devices == 1 or logits_V.size * devices <= BLOCK:
+        whole_V = vocab.whole(logits_V)
+        token = _gumbel_max(key, _truncate(whole_V, c) if truncate else whole_V, c.noise)
+    else:
+        token = _gumbel_max_split(key, logits_V, c.noise)
+    token = token.astype(jnp.int32)
+    return token, vocab.pick(vocab.log_softmax(logits_V), token)

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sapo_jax import (
@@ -20,11 +22,14 @@ from sapo_jax import (
     objectives,
     routing,
     sampler,
+    sharding,
+    stacked,
     streams,
     tasks,
 )
 from sapo_jax.checks import choice as _choice
 from sapo_jax.checks import require as _require
+from sapo_jax.model import params
 from sapo_jax.ratios import KL_ESTIMATES
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Example, Task
@@ -35,6 +40,7 @@ OLD_LOGP = ("sampler", "recompute")
 MAY_DIFFER = {
     "iterations", "profile_steps", "compilation_cache", "checkpoint.every",
     "log.samples", "log.samples_every", "data.workers", "reward.workers", "distributed.timeout",
+    "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",  # but for the last bits
 }  # fmt: skip
 
 
@@ -51,6 +57,8 @@ class Settings:
       max_new_tokens: T; rows have N + T tokens.
       bounds: of the sampler correction, where there is one.
       plan, eval_plan: the sampler's shapes, for training and for evaluation.
+      eval_batch: prompts that an evaluation samples at a time.
+      mesh: None on one device.
     """
 
     config: dict[str, Any]
@@ -66,6 +74,8 @@ class Settings:
     bounds: Mapping[str, float]
     plan: sampler.Plan
     eval_plan: sampler.Plan
+    eval_batch: int
+    mesh: Mesh | None
 
     @property
     def task(self) -> Task:
@@ -87,11 +97,6 @@ class Settings:
         """Whether a KL penalty compares the policy with the one that the run started from."""
         in_reward = self.config["reward"]["kl_coef"] != 0
         return self.hp.objective.needs_reference or in_reward
-
-    @property
-    def eval_batch(self) -> int:
-        """Prompts that an evaluation samples at a time."""
-        return min(self.config["batch"]["prompts"], self.config["eval"]["prompts"])
 
     @property
     def may_differ(self) -> frozenset[str]:
@@ -194,8 +199,29 @@ def _objective(c: dict) -> objectives.Objective:
     return objective
 
 
+def _mesh(c: dict, shape: model.ModelConfig, devices: Sequence[Any] | None) -> Mesh | None:
+    alone = devices is None and jax.process_count() == 1
+    if alone and all(size == 1 for size in c["mesh"].values()):
+        return None
+    batch = c["batch"]
+    micro = batch["minibatches"] * batch["micro_batches"]
+    rows = {"a micro-batch": batch["prompts"] * batch["group_size"] // micro}
+    if c["source"] == "rollout":
+        rows |= {
+            "batch.prompts": batch["prompts"] * batch["oversample"],
+            "sampler.slots": c["sampler"]["slots"],
+        }
+    split = [sharding.Dimension(name, "rows", size) for name, size in rows.items()]
+    try:
+        mesh = sharding.make_mesh(**c["mesh"], devices=devices)
+        sharding.check(mesh, split + params.dimensions(shape))
+    except ValueError as error:
+        raise ValueError(f"config.mesh: {error}") from None
+    return mesh
+
+
 def _hyperparameters(
-    c: dict, shape: model.ModelConfig, objective: objectives.Objective
+    c: dict, shape: model.ModelConfig, objective: objectives.Objective, mesh: Mesh | None
 ) -> learner.Hyperparameters:
     options = c["learner"]
     _choice("learner.schedule", options["schedule"], learner.SCHEDULES)
@@ -227,6 +253,7 @@ def _hyperparameters(
         eps=options["eps"],
         routing_replay=replay,
         router_aux_coef=aux or None,
+        mesh=mesh,
     )
 
 
@@ -259,8 +286,12 @@ def _recipe(c: dict, room: int) -> Recipe:
         raise ValueError(f"config.{error}") from None
 
 
-def resolve(config: ConfigDict) -> Settings:
+def resolve(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> Settings:
     """Check a config and build what it describes; compiles nothing.
+
+    Args:
+      config: the experiment.
+      devices: those of the mesh, such as a topology description's; by default all of this run.
 
     Raises:
       ValueError: naming the field, its value and what is allowed.
@@ -268,6 +299,7 @@ def resolve(config: ConfigDict) -> Settings:
     c = json.loads(config.to_json_best_effort())
     _choice("source", c["source"], SOURCES)
     _choice("advantages", c["advantages"], tuple(advantages.ESTIMATORS))
+    _choice("population.method", c["population"]["method"], ("auto", *stacked.METHODS))
     _check_numbers(c)
     _check_batch(c)
     made, shares = inputs.make_tasks(c)
@@ -276,7 +308,12 @@ def resolve(config: ConfigDict) -> Settings:
     shape = inputs.make_model(c, tokenizer)
     width, room, keep = inputs.lengths(c, made, tokenizer, shape)
     slots, shrink = c["sampler"]["slots"], c["sampler"]["shrink"]
-    plan = partial(sampler.make_plan, max_new_tokens=room, slots=slots, shrink=shrink)
+    mesh = _mesh(c, shape, devices)
+    parts = sharding.parts(mesh)
+    options = {"slots": slots, "shrink": shrink, "parts": parts}
+    plan = partial(sampler.make_plan, max_new_tokens=room, **options)
+    # The last batch of an evaluation is filled up, and so is one that the mesh does not divide.
+    eval_batch = -(-min(c["batch"]["prompts"], c["eval"]["prompts"]) // parts) * parts
     return Settings(
         config=c,
         tasks=made,
@@ -285,10 +322,12 @@ def resolve(config: ConfigDict) -> Settings:
         tokenizer=tokenizer,
         keep=keep,
         model=shape,
-        hp=_hyperparameters(c, shape, objective),
+        hp=_hyperparameters(c, shape, objective, mesh),
         width=width,
         max_new_tokens=room,
         bounds=_bounds(c),
         plan=plan(c["batch"]["prompts"] * c["batch"]["oversample"]),
-        eval_plan=plan(min(c["batch"]["prompts"], c["eval"]["prompts"])),
+        eval_plan=plan(eval_batch),
+        eval_batch=eval_batch,
+        mesh=mesh,
     )

@@ -128,15 +128,15 @@ class Stream:
     """Examples of the run's tasks in fixed shares of every batch, from a position to resume at.
 
     The order is a function of the seed and of the position alone: worker processes, the number of
-    processes of a run and restarts do not change it. Every process follows the whole order, which
-    costs little beside sampling, so that the length filter never needs to communicate.
+    processes of a run and restarts do not change it. Every process of a run follows the whole
+    order, which costs little beside sampling, so that the length filter never needs to communicate;
+    `sharding.feed` places its part.
 
     Args:
       sources: examples of each task by its name; ``Example.task`` counts them.
       seed: of the order; each epoch of each task has its own.
       shares: of each task in a batch, adding up to 1; equal ones by default.
       keep: examples for which it is false are passed over, and counted.
-      shard: this process, and how many there are; their parts of a batch follow each other.
       workers: Grain worker processes that read ahead, for each task; 0 reads when asked.
 
     Raises:
@@ -150,14 +150,12 @@ class Stream:
         *,
         shares: Mapping[str, float] | None = None,
         keep: Callable[[Example], bool] | None = None,
-        shard: tuple[int, int] = (0, 1),
         workers: int = 0,
     ):
         for name, examples in sources.items():
             if not len(examples):
                 raise ValueError(f"the task {name!r} has no examples to learn from")
         self.shares = dict.fromkeys(sources, 1 / len(sources)) if shares is None else dict(shares)
-        self.shard = shard
         self._readers = {
             name: _Reader(_Read(examples, k, keep), (seed + k) % 2**32, workers)
             for k, (name, examples) in enumerate(sources.items())
@@ -183,15 +181,10 @@ class Stream:
         return sum(reader.dropped for reader in self._readers.values())
 
     def take(self, count: int) -> list[Example]:
-        """This process's part of the next ``count`` examples.
+        """The next ``count`` examples.
 
         Raises:
-          ValueError: ``count`` does not divide among the processes, or nothing has room.
+          ValueError: nothing has room.
         """
-        index, processes = self.shard
-        if count % processes:
-            raise ValueError(f"{count} examples do not divide among {processes} processes")
         readers = list(self._readers.values())
-        batch = [readers[k].take() for k in slots(self.shares, count)]
-        part = count // processes
-        return batch[index * part : (index + 1) * part]
+        return [readers[k].take() for k in slots(self.shares, count)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -28,33 +30,44 @@ def run(settings: Settings, workdir: epath.PathLike) -> epath.Path | None:
     """Train, or go on training, in a run directory.
 
     Returns:
-      The path of the report; None where SIGTERM asked to stop, and the run was saved.
+      The path of the report, which process 0 writes; None where SIGTERM asked to stop, and the run
+      was saved.
 
     Raises:
       ValueError: the directory belongs to a run with another config, or a checkpoint that is
         needed cannot be restored.
       RuntimeError: another process works in the directory.
     """
-    workdir, c = epath.Path(workdir), settings.config
-    workers, timeout = c["reward"]["workers"], c["distributed"]["timeout"]
-    with rundir.Lease(workdir):
-        rundir.check_config(workdir, c, may_differ=settings.may_differ)
-        with (
-            checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints,
-            rewards.Scorer(settings.task, settings.recipe, workers=workers) as scorer,
-            distributed.Watchdog(timeout, index=jax.process_index()) as watchdog,
-            distributed.preemption() as preempted,
-        ):
-            whole = _loop(settings, Edge(workdir, checkpoints, scorer, watchdog, preempted))
-        return _report(workdir) if whole else None
+    workdir = epath.Path(workdir)
+    with distributed.only_first(rundir.Lease(workdir)):
+        rundir.check_config(workdir, settings.config, may_differ=settings.may_differ)
+        with open_edge(settings, workdir) as edge:
+            whole = _loop(settings, edge)
+        return report(workdir) if whole and jax.process_index() == 0 else None
 
 
-def _report(workdir: epath.Path) -> epath.Path:
+@contextlib.contextmanager
+def open_edge(settings: Settings, workdir: epath.Path) -> Iterator[Edge]:
+    """What a run needs while it goes on."""
+    workers, timeout = (
+        settings.config["reward"]["workers"],
+        settings.config["distributed"]["timeout"],
+    )
+    with (
+        checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints,
+        rewards.Scorer(settings.task, settings.recipe, workers=workers) as scorer,
+        distributed.Watchdog(timeout, index=jax.process_index()) as watchdog,
+        distributed.preemption() as preempted,
+    ):
+        yield Edge(workdir, checkpoints, scorer, watchdog, preempted)
+
+
+def report(workdir: epath.Path) -> epath.Path:
     """Write the report, where this machine can draw."""
     try:
-        from sapo_jax import report
+        from sapo_jax.report import write
 
-        return report.write(workdir)
+        return write(workdir)
     except ImportError as error:
         logging.warning("No report: %s. Elsewhere: python -m sapo_jax.report %s", error, workdir)
         return workdir / "report.html"
@@ -65,10 +78,11 @@ def _loop(settings: Settings, edge: Edge) -> bool:
     c = settings.config
     state, stream, reference = startup.start(settings, edge.checkpoints)
     rundir.write_config(edge.workdir, c)
+    startup.check_shared(edge.workdir, c)
     collect = partial(experience.SOURCES[c["source"]], settings, scorer=edge.scorer)
     held_out = partial(experience.held_out, settings, scorer=edge.scorer)
     total, done = c["iterations"], int(state.iteration)
-    resumed = edge.checkpoints.latest() is not None
+    resumed = done > 0
     rundir.cut_samples(edge.workdir, done)
     with rundir.Metrics(edge.workdir, first_iteration=done if resumed else -1) as metrics:
         if done >= total:

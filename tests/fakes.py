@@ -1,5 +1,11 @@
 """Small stand-ins that several tests share."""
 
+import collections
+import os
+import pathlib
+import subprocess
+import sys
+
 import jax
 import numpy as np
 
@@ -36,17 +42,29 @@ def prompts(count, width, seed=0, vocab=VOCAB):
 
 
 class Compilations:
-    """Counts XLA compilations (or loads of compiled programs) inside its context."""
+    """Counts XLA compilations (or loads of compiled programs) inside its context, also by name."""
 
     EVENT = "/jax/core/compile/backend_compile_duration"
 
     def __enter__(self):
         self.count = 0
+        self.names = collections.Counter()
         jax.monitoring.register_event_duration_secs_listener(self._listen)
         return self
 
     def __exit__(self, *exception):
         jax.monitoring.unregister_event_duration_listener(self._listen)
 
-    def _listen(self, event, duration, **_):
+    def _listen(self, event, duration, fun_name="", **_):
         self.count += event == self.EVENT
+        self.names[fun_name.removeprefix("jit(").removesuffix(")")] += event == self.EVENT
+
+
+def on_eight_devices(file):
+    """Run a file of tests in a process whose CPU counts as eight devices."""
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", file]
+    root = pathlib.Path(__file__).parents[1]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

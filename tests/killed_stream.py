@@ -12,7 +12,7 @@ from sapo_jax.tokenizer import CharTokenizer
 SHARES = {"prepared": 0.5, "chain_sum": 0.25, "countdown": 0.25}
 
 
-def make(directory, *, workers=0, shard=(0, 1), seed=5):
+def make(directory, *, workers=0, seed=5):
     """Three tasks, of which the prepared one has prompts that are too long."""
     made = {
         "prepared": Prepared(directory=str(directory)),
@@ -22,7 +22,7 @@ def make(directory, *, workers=0, shard=(0, 1), seed=5):
     characters = set().union(*(task.alphabet for task in made.values()))
     keep = streams.Fits(CharTokenizer("".join(sorted(characters))), width=14)
     sources = {name: task.examples("train") for name, task in made.items()}
-    return streams.Stream(sources, seed, shares=SHARES, keep=keep, shard=shard, workers=workers)
+    return streams.Stream(sources, seed, shares=SHARES, keep=keep, workers=workers)
 
 
 def main(directory, workdir, batches, workers):

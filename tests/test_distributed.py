@@ -1,10 +1,14 @@
 """The watchdog ends what hangs, and nothing else; SIGTERM is a request (see test_train too)."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+
+import jax
+import pytest
 
 from sapo_jax import distributed
 
@@ -61,3 +65,49 @@ def test_sigterm_is_noted_inside_the_context_only():
     thread.start()
     thread.join()
     assert inside == [False]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (("host:1", 2, None), "--process missing"),
+        ((None, None, 1), "--coordinator, --processes missing"),
+        (("host:1", 2, 2), "--process=2: must be from 0"),
+        (("host", 2, 0), "--coordinator='host': must be host:port"),
+    ],
+)
+def test_incomplete_addresses_are_refused(given, words):
+    """A process that starts alone would train by itself, in the directory of the others."""
+    with pytest.raises(ValueError, match=words):
+        distributed.start(*given)
+
+
+@pytest.mark.parametrize(
+    ("environment", "joins"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, False),  # in the batch script, outside of srun
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+    ],
+)
+def test_the_environment_says_whether_there_are_others(environment, joins, monkeypatch):
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *a, **kw: calls.append((a, kw)))
+    distributed.start(None, None, None, timeout=7)
+    assert calls == [((), {"heartbeat_timeout_seconds": 12})] * joins
+
+
+def test_a_context_that_process_0_cannot_enter_is_entered_by_none():
+    with pytest.raises(ZeroDivisionError), distributed.only_first(fails()):
+        pytest.fail("entered")
+
+
+@contextlib.contextmanager
+def fails():
+    yield 1 / 0

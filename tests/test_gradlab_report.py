@@ -64,7 +64,8 @@ def found(rng):
     split = fidelities(rng, 4) | {"mass": [0.1] * 4}
     stages[-1]["groups"] = {"names": names, "carried": split, "removed": split}
     about = {"model": "tiny", "seed": 0, "iteration": 10, "trained_with": "sapo", "prompts": 32}
-    return about | {"group_size": 8, "fresh": 128, "focus": "sapo", "stages": stages}
+    about |= {"group_size": 8, "fresh": 128, "focus": "sapo", "learning_rate": 1e-4}
+    return about | {"stages": stages}
 
 
 def test_the_page_holds_every_plot(found, tmp_path):
@@ -83,6 +84,14 @@ def test_the_page_holds_every_plot(found, tmp_path):
     value = found["stages"][-1]["gradients"]["fidelity"]["reward"][2]["difference"]["value"]
     assert f"{value:+.3f}" in text
     assert gradlab_report.write(path).read_text() == text  # the same statistics, the same bytes
+
+
+def test_the_picture_is_small(found, tmp_path):
+    (tmp_path / "mine.json").write_text(json.dumps(found))
+    gradlab_report.picture(tmp_path / "mine.json", tmp_path / "mine.png")
+    written = (tmp_path / "mine.png").read_bytes()
+    assert written.startswith(b"\x89PNG")
+    assert len(written) < 300_000
 
 
 def test_every_plot_has_words():

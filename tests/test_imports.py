@@ -6,22 +6,25 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = """
-types masked axes checks
-gates ratios aggregations presets objectives advantages corrections sharding distributed tokenizer
+types masked axes checks hlo costs chips
+gates ratios aggregations presets objectives advantages corrections sharding collectives
+distributed tokenizer
 hf_tokenizer datasets
-model.rope model.config model.params model.attention model.moe model.head model.transformer
+model.rope model.splash model.config model.params model.attention model.vocab model.moe model.head
+model.transformer
 model.hf_config model.hf model.from_gguf model
 tasks.base tasks.forks tasks.jsonl tasks.answers tasks.agreement tasks.jail tasks.sandbox
 tasks.chain_sum tasks.countdown tasks.math_answer tasks.reasoning tasks.programs
 tasks.prepared tasks.mixture tasks
 streams data rewards learnable
-diagnostics routing sampling decoding sampler learner checkpoint rundir progress
-population gradlab_fidelity gradlab_pull gradlab gradlab_tokens
+diagnostics routing sampling handover decoding assembly plans sampler state learner checkpoint
+rundir progress preflight_tables
+stacked population gradlab_fidelity gradlab_pull gradlab gradlab_tokens
 evaluate report_words report_page report_plots report gradlab_words gradlab_plots gradlab_report
-preflight
-inputs settings experience startup
-train
-sweep main export
+sweep_stats sweep_words sweep_plots sweep_report
+inputs settings experience startup programs preflight_checks preflight cohorts joint
+train cohort_run sweep_run
+main sweep export
 """
 ORDER = {name: i for i, name in enumerate(ROWS.split())}
 CORE = {"jax", "flax", "optax", "orbax", "chex", "ml_collections", "absl", "numpy", "etils"}
@@ -32,6 +35,8 @@ ANYWHERE = {
     "evaluate",
     "gradlab_plots",
     "gradlab_report",
+    "sweep_plots",
+    "sweep_report",
 }  # not part of a training step
 
 

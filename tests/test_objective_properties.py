@@ -52,6 +52,9 @@ def test_signs_in_each_quadrant(name):
                 assert w == pytest.approx(1, rel=1e-5), where
             elif name == "maspo":
                 assert (w < 1) if outward else w == pytest.approx(1, rel=1e-5), where
+        for log_ratio in (1e-4, -1e-4):  # inside every band, GSPO's too
+            at_one = 0.26506221 if name == "mhpo" else 1.0
+            assert coefficient(name, log_ratio, advantage) == pytest.approx(at_one, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -107,6 +110,7 @@ BATCHES = st.tuples(
     *[array(LOGP, ROWS, WIDTH) for _ in range(3)],
     array(SIGNAL, ROWS),
     array(st.integers(0, WIDTH), ROWS),  # lengths: an empty row, a single token, no padding
+    array(st.booleans(), ROWS, WIDTH),  # holes
     array(WEIGHT, ROWS, WIDTH),
     st.sampled_from([np.nan, np.inf, 0.0]),  # what stands at the pads
 )
@@ -116,8 +120,8 @@ BATCHES = st.tuples(
 @given(BATCHES)
 def test_loss_and_gradient_are_finite_for_every_preset(batch):
     """exp overflows in f32 from 89, 0·∞ is NaN, an empty row has no denominator."""
-    logp, old, ref, advantages, length, weights, fill = batch
-    mask = np.arange(WIDTH) < length[:, None]
+    logp, old, ref, advantages, length, kept, weights, fill = batch
+    mask = (np.arange(WIDTH) < length[:, None]) & (kept > 0)
     logp, old, ref = (np.where(mask, x, np.float32(fill)) for x in (logp, old, ref))
     for index, name in enumerate(NAMES):
         (loss, metrics), gradient = loss_metrics_gradient(

@@ -28,24 +28,17 @@ def precision(request):
         yield jnp.dtype(name), tolerance
 
 
-def curve(objective, sign, dtype, old=OLD, **hp):
+def curve(objective, sign, dtype, old=OLD, grid=GRID, **hp):
     """Per-token surrogate, its derivative in r, and c, on the grid of ratios, from the loss."""
-    log_ratio = jnp.log(jnp.asarray(GRID, dtype))[:, None]
+    log_ratio = jnp.log(jnp.asarray(grid, dtype))[:, None]
     logp, old = log_ratio + jnp.asarray(old, dtype), jnp.full_like(log_ratio, old)
-    mask = jnp.ones(log_ratio.shape, bool)
-    advantages = jnp.full(len(GRID), sign, dtype)
+    one, advantages = jnp.ones((1, 1), bool), jnp.full(1, sign, dtype)
 
-    def total(logp):
-        return policy_loss(objective, logp, old, advantages, mask, **hp)[0] * len(GRID)
+    def token(logp, old):
+        return -policy_loss(objective, logp[None], old[None], advantages, one, **hp)[0] * sign
 
-    def token(row):
-        one = slice(row, row + 1)
-        rows = (logp[one], old[one], advantages[one], mask[one])
-        return -policy_loss(objective, *rows, **hp)[0] * sign
-
-    c = -jax.grad(total)(logp)[:, 0] * sign
-    f = np.array([token(i) for i in range(len(GRID))])
-    return f, np.asarray(c) / GRID, np.asarray(c)
+    f, c = jax.vmap(jax.value_and_grad(token))(logp, old)
+    return np.asarray(f), np.asarray(c)[:, 0] / grid, np.asarray(c)[:, 0]
 
 
 @pytest.mark.parametrize("tau", GOLDEN["tau_grid"])
@@ -65,49 +58,81 @@ def test_sapo_matches_the_golden_grid(precision, tau, sign):
     np.testing.assert_allclose(w[finite], closed[finite], rtol=100 * tolerance)
 
 
-def test_table_rows_of_the_other_gates(precision):
-    """Hard gates, one-sided: an unclipped A > 0, r ≪ 1 token must keep its gradient."""
+def same_tau(half_width):
+    """The τ at which a gate of matched width has the κ = 1 of an unmatched one."""
+    tau = 2 * np.arccosh(np.sqrt(2)) / half_width
+    return {"tau_pos": tau, "tau_neg": tau}
+
+
+ERF, ARCTAN, SOFTSIGN = (same_tau(w) for w in (np.sqrt(np.log(2)), 1.0, np.sqrt(2) - 1))
+TANH = {"tau_pos": 2.0, "tau_neg": 2.0}  # tanh(τ) ≡ sigmoid(2τ)
+CAP, NO_ZETA = {"eps_low": 1.0, "eps_high": 0.28}, {"lambda_pos": 1e9, "lambda_neg": 1e9}
+OTHER = {  # row of the table: preset, sign of A, what it is, hyperparameters, π_old
+    "PPO/GRPO eps=.2 A>0": ("grpo", 1, "w"),
+    "PPO/GRPO eps=.2 A<0": ("grpo", -1, "w"),
+    "GRPO+dual clip c=3 A<0": ("ppo", -1, "w", {"dual_clip": 3.0}),
+    "DAPO .2/.28 A>0": ("dapo", 1, "w"),
+    "CISPO coef (1-.2..1+.28 both)": ("cispo", -1, "c", {"eps_low": 0.2, "eps_high": 0.28}),
+    "CISPO coef single-sided cap 1.28": ("cispo", 1, "c", CAP),
+    "CISPO/ScaleRL cap 5": ("cispo", 1, "c"),
+    "P3O tau=4 f": ("p3o", 1, "f", {"kl_coef": 0.0}),
+    "P3O tau=4 fprime": ("p3o", 1, "w", {"kl_coef": 0.0}),
+    "P3O tau=2 fprime": ("p3o", -1, "w", {"kl_coef": 0.0, "tau": 2.0}),
+    "erf_f tau=1": ("sapo_erf", 1, "f", ERF),
+    "erf_w tau=1": ("sapo_erf", -1, "w", ERF),
+    "atan_f tau=1": ("sapo_arctan", 1, "f", ARCTAN),
+    "atan_w tau=1": ("sapo_arctan", -1, "w", ARCTAN),
+    "ss_f tau=1": ("sapo_softsign", 1, "f", SOFTSIGN),
+    "ss_w tau=1": ("sapo_softsign", -1, "w", SOFTSIGN),
+    "tanh_f tau=1": ("sapo", 1, "f − f(1)", TANH),
+    "tanh_w tau=1": ("sapo", -1, "w", TANH),
+    "erf_w matched to sigmoid tau=1": ("sapo_erf", 1, "w"),
+    "atan_w matched to sigmoid tau=1": ("sapo_arctan", 1, "w"),
+    "ss_w matched to sigmoid tau=1": ("sapo_softsign", 1, "w"),
+    "MASPO w A=1.0 pold=1.0": ("maspo", 1, "w", {}, 1.0),
+    "MASPO w A=1.0 pold=0.01": ("maspo", 1, "w", {}, 0.01),
+    "MASPO w A=-1.0 pold=1.0": ("maspo", -1, "w", {}, 1.0),
+    "MASPO w A=-1.0 pold=0.01": ("maspo", -1, "w", {}, 0.01),
+    "MHPO value exp(psi-zeta)": ("mhpo", 1, "f"),
+    "MHPO logpi coef": ("mhpo", -1, "c"),
+    "MHPO LFM-only coef exp(psi)sech2": ("mhpo", 1, "c", NO_ZETA),
+    "VESPO phi A>=0 (2,3)": ("vespo", 1, "c"),
+    "VESPO phi A<0 (3,2)": ("vespo", -1, "c"),
+}
+GSPO = {"GSPO A>0 1{s<=1+4e-4}": 1, "GSPO A<0 1{s>=1-3e-4}": -1}
+REFUSED = "TRL cispo epsilon_high=.28 MISCONFIG cap .28"  # ε as an absolute cap
+
+
+def test_no_row_of_the_golden_table_is_left_out():
+    assert {*OTHER, *GSPO, "GSPO s grid", REFUSED} == set(GOLDEN["other"])
+    with pytest.raises(ValueError, match="eps_high"):
+        objectives.resolve("cispo", eps_high=-0.72)
+
+
+@pytest.mark.parametrize("row", OTHER)
+def test_other_gates_match_the_golden_table(precision, row):
+    """Hard gates are one-sided: an unclipped A > 0, r ≪ 1 token must keep its gradient."""
     dtype, tolerance = precision
-    inside = GRID[np.abs(GRID - 1.2) > 1e-9]  # never on a clip edge
-    keep = np.isin(GRID, inside) & (np.abs(GRID - 0.8) > 1e-9)
-    rows = [
-        ("grpo", 1, {}, "PPO/GRPO eps=.2 A>0"),
-        ("grpo", -1, {}, "PPO/GRPO eps=.2 A<0"),
-        ("ppo", -1, {"dual_clip": 3.0}, "GRPO+dual clip c=3 A<0"),
-        ("dapo", 1, {}, "DAPO .2/.28 A>0"),
-        ("p3o", 1, {"kl_coef": 0.0}, "P3O tau=4 fprime"),
-        ("p3o", -1, {"kl_coef": 0.0, "tau": 2.0}, "P3O tau=2 fprime"),
-    ]
-    for name, sign, hp, key in rows:
-        _, w, _ = curve(name, sign, dtype, **hp)
-        golden = np.array(GOLDEN["other"][key])
-        np.testing.assert_allclose(
-            w[keep], golden[keep], rtol=tolerance, atol=tolerance, err_msg=key
-        )
-    _, _, c = curve("cispo", 1, dtype, eps_low=1.0, eps_high=0.28)
-    np.testing.assert_allclose(c, np.minimum(GRID, 1.28), rtol=tolerance, atol=tolerance)
-    for name, sign, key in (
-        ("maspo", 1, "MASPO w A=1.0 pold=1.0"), ("maspo", -1, "MASPO w A=-1.0 pold=1.0"),
-        ("sapo_erf", 1, "erf_w matched to sigmoid tau=1"),
-        ("sapo_arctan", 1, "atan_w matched to sigmoid tau=1"),
-        ("sapo_softsign", 1, "ss_w matched to sigmoid tau=1"),
-    ):  # fmt: skip
-        _, w, _ = curve(name, sign, dtype, old=0.0)
-        np.testing.assert_allclose(w, GOLDEN["other"][key], rtol=tolerance, atol=tolerance)
-    _, w, _ = curve("maspo", 1, dtype, old=float(np.log(0.01)))
-    np.testing.assert_allclose(
-        w, GOLDEN["other"]["MASPO w A=1.0 pold=0.01"], rtol=tolerance, atol=tolerance
-    )
-    for name, sign, key in (
-        ("mhpo", 1, "MHPO logpi coef"),
-        ("vespo", 1, "VESPO phi A>=0 (2,3)"), ("vespo", -1, "VESPO phi A<0 (3,2)"),
-    ):  # fmt: skip
-        _, _, c = curve(name, sign, dtype)
-        np.testing.assert_allclose(c, GOLDEN["other"][key], rtol=tolerance, atol=tolerance)
-    f, _, _ = curve("p3o", 1, dtype, kl_coef=0.0)
-    np.testing.assert_allclose(f, GOLDEN["other"]["P3O tau=4 f"], rtol=tolerance, atol=tolerance)
-    _, _, c = curve("reinforce", -1, dtype)
-    np.testing.assert_allclose(c, np.ones(len(GRID)), atol=tolerance)
+    name, sign, what, *given = OTHER[row]
+    hp, old = given[0] if given else {}, float(np.log(given[1])) if given[1:] else OLD
+    f, w, c = curve(name, sign, dtype, old=old, **hp)
+    ours = {"f": f, "f − f(1)": f - f[GRID == 1], "w": w, "c": c}[what]
+    edge = np.abs(np.abs(GRID - 1) - 0.2) < 1e-9
+    keep = ~edge if what == "w" and OBJECTIVES[name].gate is OBJECTIVES["grpo"].gate else GRID > 0
+    golden = np.array(GOLDEN["other"][row])
+    np.testing.assert_allclose(ours[keep], golden[keep], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("row", GSPO)
+@pytest.mark.parametrize("name", ["gspo", "gspo_token", "luspo"])
+def test_the_band_of_sequence_ratios(precision, name, row):
+    """GSPO's ε are distances of the sequence's ratio from 1, two thousandths of GRPO's."""
+    dtype, tolerance = precision
+    grid = np.array(GOLDEN["other"]["GSPO s grid"])
+    inside = ~np.isclose(grid, 1 - 3e-4) & ~np.isclose(grid, 1 + 4e-4)  # never on an edge
+    _, w, _ = curve(name, GSPO[row], dtype, grid=grid)
+    golden = np.array(GOLDEN["other"][row])
+    np.testing.assert_allclose(w[inside], golden[inside], rtol=tolerance, atol=tolerance)
 
 
 def toy(dtype):
@@ -337,6 +362,10 @@ def test_identities(rng):
         p3o = grad("p3o", tau=1.7, kl_coef=0.0)
         np.testing.assert_allclose(p3o, grad("sapo", tau_pos=1.7, tau_neg=1.7), atol=1e-14)
         wide = {"eps_low": 0.5, "eps_high": 0.5}
+        losses = [
+            policy_loss(n, logp, old, advantages, mask, **wide)[0] for n in ("gspo", "gspo_token")
+        ]
+        np.testing.assert_allclose(*losses, rtol=1e-14)
         np.testing.assert_allclose(grad("gspo", **wide), grad("gspo_token", **wide), atol=1e-14)
         unclipped = {"eps_low": 1.0, "eps_high": 1e9}
         plain = grad("grpo", **unclipped)
@@ -386,6 +415,15 @@ def test_sapo_coefficient_facts():
         assert r[c.argmax()] == pytest.approx(2.0601, abs=2e-4)
         w = c / r
         assert r[np.argmin(np.abs(w - 0.5))] == pytest.approx(2.7627, abs=2e-4)
+
+
+def test_none_means_the_presets_value_and_advantages_may_be_by_token(rng):
+    logp, old, advantages, mask = random_batch(rng, dtype=np.float32)
+    plain = policy_loss("sapo", logp, old, advantages, mask)[0]
+    by_token = np.broadcast_to(advantages[:, None], logp.shape)
+    for a, hp in ((advantages, {"tau_pos": None, "kl_coef": None}), (by_token, {})):
+        assert float(policy_loss("sapo", logp, old, a, mask, **hp)[0]) == float(plain)
+    assert float(policy_loss("sapo", logp, old, advantages, mask, tau_pos=2.0)[0]) != float(plain)
 
 
 BAD = [

@@ -13,7 +13,8 @@ from sapo_jax.objectives import OBJECTIVES, policy_loss, switch
 from sapo_jax.types import Batch
 from tests import fakes
 
-NAMES = ["sapo", "gspo", "dr_grpo", "p3o", "vespo", "gmpo"]  # every ratio level, aggregation, KL
+# Every ratio level, aggregation, KL, and kind of gate.
+NAMES = ["sapo", "gspo_token", "dr_grpo", "p3o", "vespo", "gmpo", "luspo", "cispo", "maspo", "mhpo"]
 
 
 @pytest.fixture(scope="module")

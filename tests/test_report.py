@@ -104,6 +104,12 @@ def _samples(rng, iteration):
         }
 
 
+PREFLIGHT = {
+    "name": "quickstart", "topology": "v5e:2x2", "mesh": "fsdp=4", "tpu": True, "checks": [],
+    "chip": {"hbm": 2**34}, "programs": [], "refused": {"update": "Used 20G of 16G hbm."},
+}  # fmt: skip
+
+
 def make_run(directory, iterations=200, supervised=False, seed=0):
     """Write a run directory as training leaves it, with plausible numbers."""
     rng = np.random.default_rng(seed)
@@ -125,6 +131,7 @@ def make_run(directory, iterations=200, supervised=False, seed=0):
         for iteration in {max(1, iterations - 10), iterations}:
             lines = map(json.dumps, _samples(rng, iteration))
             (directory / f"samples/iteration-{iteration:06d}.jsonl").write_text("\n".join(lines))
+        (directory / "preflight.json").write_text(json.dumps(PREFLIGHT))
     return records
 
 

@@ -70,7 +70,7 @@ def test_groups_hold_completions_without_stop_and_what_lies_behind_it():
         groups(order[:4], *(x[:4] for x in arrays))
         groups(order[4:], *(x[4:] for x in arrays))
         verdicts = groups.wait()
-    assert groups.texts == texts
+    assert groups.texts(1) == texts
     assert [v.parts["accuracy"] for v in verdicts] == [1.0] * 6
     assert all(v.seconds > 0 for v in verdicts)
 

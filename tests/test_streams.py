@@ -1,4 +1,4 @@
-"""Streams resume exactly, keep their shares in every batch, and divide among processes."""
+"""Streams resume exactly and keep their shares in every batch."""
 
 import json
 import os
@@ -95,20 +95,6 @@ def test_tasks_do_not_disturb_each_other():
         )
     large = [e.prompt for batch in taken for e in batch if e.task == 1]
     assert len(set(large)) == len(large) == 40
-
-
-def test_processes_share_the_batch_of_one(prepared):
-    """Disjoint parts that make up the whole, though each drops what is too long by itself."""
-    whole = killed_stream.make(prepared)
-    parts = [killed_stream.make(prepared, shard=(i, 2)) for i in range(2)]
-    for _ in range(12):
-        batch = whole.take(8)
-        halves = [part.take(8) for part in parts]
-        assert [len(half) for half in halves] == [4, 4]
-        assert halves[0] + halves[1] == batch
-    assert parts[0].position == parts[1].position == whole.position
-    with pytest.raises(ValueError, match="8 examples do not divide among 3"):
-        killed_stream.make(prepared, shard=(0, 3)).take(8)
 
 
 def test_long_prompts_are_dropped_and_counted(prepared):

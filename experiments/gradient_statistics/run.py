@@ -1,7 +1,7 @@
 """Gradient statistics of a run: its newest policy, moved on by its own updates, in the lab.
 
     python -m experiments.gradient_statistics.run --workdir=runs/quickstart --name=quickstart
-    python -m experiments.gradient_statistics.run --summarise=quickstart_0,quickstart_1,quickstart_2
+    python -m experiments.gradient_statistics.run --summarise=quickstart_0,quickstart_moe
 
 `results/<name>.json` and `results/<name>.html`; the second form writes `results/summary.md`.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from configs import base
@@ -33,6 +33,7 @@ from sapo_jax import (
     rundir,
     sampler,
     settings,
+    sharding,
     startup,
 )
 from sapo_jax.progress import Clock
@@ -47,18 +48,19 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
 _NAME = flags.DEFINE_string("name", "quickstart", "Of the files in results/.")
 _OBJECTIVES = flags.DEFINE_list("objectives", DEFAULT, "Presets to compare.")
 _UPDATES = flags.DEFINE_list("updates", ["0", "1", "2", "3", "15"], "Updates since sampling.")
+_RATE = flags.DEFINE_float("learning_rate", None, "Of those updates; the run's by default.")
 _FRESH = flags.DEFINE_integer("fresh", 16, "Fresh samples for each frozen one, at least 16.")
 _FOCUS = flags.DEFINE_string("focus", "sapo", "The preset whose gate is split by token groups.")
 _SUMMARISE = flags.DEFINE_list("summarise", [], "Names to put into one table; runs nothing.")
 
 
-def load(workdir: str) -> settings.Settings:
-    """The settings of a run, without dynamic sampling and routing replay."""
+def load(workdir: str, learning_rate: float | None = None) -> settings.Settings:
+    """The settings of a run, without dynamic sampling, perhaps with another learning rate."""
     config = base.get_config()
     with config.unlocked():
         config.update(ConfigDict(rundir.read_config(workdir)))
         config.batch.oversample = 1
-        config.learner.routing_replay = "none"
+        config.learner.learning_rate = learning_rate or config.learner.learning_rate
     return settings.resolve(config)
 
 
@@ -73,7 +75,7 @@ def draw(
 ) -> tuple[Batch, np.ndarray]:  # fmt: skip
     """Fresh samples of the prompts by one policy: rows, and their rewards."""
     groups = rewards.Groups(scorer, examples, checked.tokenizer)
-    slots = max(1, 1024 // group_size)
+    slots, parts = max(1, 1024 // group_size), sharding.parts(checked.mesh)
     rollout = sampler.rollout(
         params,
         checked.model,
@@ -84,14 +86,23 @@ def draw(
         seed=checked.config["seed"],
         iteration=salt,
         domain="gradient_lab",
-        plan=sampler.make_plan(len(examples), checked.max_new_tokens, slots=slots, shrink=0),
+        plan=sampler.make_plan(
+            len(examples), checked.max_new_tokens, slots=slots, shrink=0, parts=parts
+        ),
         on_groups=groups,
     )
     rewards_B, _ = rewards.combine([v.parts for v in groups.wait()], checked.recipe)
-    logp_BS = rollout.sampler_logp
-    zeros_B = jnp.zeros(len(rewards_B))
-    rows = (rollout.tokens, rollout.mask, rollout.segments, logp_BS, logp_BS, zeros_B)
-    return Batch(*rows), rewards_B
+    batch = experience.batch_of(rollout)
+    if checked.hp.routing_replay == "R2":
+        hp = in_passes(checked, len(rewards_B))
+        batch = batch.replace(routing=learner.score_routing(params, batch, hp)[1])
+    return batch, rewards_B
+
+
+def in_passes(checked: settings.Settings, rows: int) -> learner.Hyperparameters:
+    """The run's hyperparameters for so many rows, as many in each pass as in the run."""
+    parts = rows * checked.config["batch"]["minibatches"] // checked.rows
+    return checked.hp.replace(micro_batches=checked.hp.micro_batches * parts)
 
 
 def measure(lab: gradlab.Lab, algorithms: dict, focus: str) -> dict[str, Any]:
@@ -109,10 +120,14 @@ def measure(lab: gradlab.Lab, algorithms: dict, focus: str) -> dict[str, Any]:
 
 
 def examine(
-    workdir: str, algorithms: dict, updates: list[int], fresh: int, focus: str
-) -> dict[str, Any]:
-    """The run's policy at several numbers of updates after it sampled the same frozen rows."""
-    checked = load(workdir)
+    checked: settings.Settings, workdir: str, algorithms: dict, updates: list[int], fresh: int,
+    focus: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The run's policy at several numbers of updates after it sampled the same frozen rows.
+
+    Updates are the run's, on the minibatches of other rollouts of the policy that sampled, as far
+    as they go: as in training, none of the frozen rows has been learnt from.
+    """
     c = checked.config
     prompts, group_size = c["batch"]["prompts"], c["batch"]["group_size"]
     with checkpoint.Checkpoints(pathlib.Path(workdir) / "checkpoints") as checkpoints:
@@ -138,7 +153,8 @@ def examine(
                 begun = time.monotonic()
                 params = jax.tree.map(jnp.copy, state.params)
                 batch, rewards_B = draw(checked, scorer, params, examples, fresh * group_size, k)
-                rows = (params, frozen, batch, rewards_B, prompts, c["advantages"], checked.hp)
+                hp = in_passes(checked, checked.rows)
+                rows = (params, frozen, batch, rewards_B, prompts, c["advantages"], hp)
                 hold = min(16, len(algorithms) + len(gradlab.UNGATED))
                 found = measure(
                     gradlab.Lab(*rows, hold), algorithms, focus if k == max(updates) else ""
@@ -163,37 +179,35 @@ def examine(
 
 
 def summary(names: list[str]) -> str:
-    """Fidelity to the expected reward, and of what was removed, over runs, as Markdown."""
-    runs = [json.loads((HERE / f"results/{name}.json").read_text()) for name in names]
+    """Fidelities to the expected reward, and of what was removed, from update 3 on, as Markdown."""
     lines = [
-        "| algorithm | updates since sampling | fidelity minus that of the bare ratio: mean (range)"
-        " | gradient mass removed | fidelity of what was removed: mean (range) |",
-        "|---|---|---|---|---|",
+        "| run | updates | algorithm | fidelity (95% interval) | minus that of the bare ratio "
+        "| mass removed | fidelity of what was removed |",
+        "|---|---|---|---|---|---|---|",
     ]
 
-    def spread(values: list[float | None], form: str) -> str:
-        known = [v for v in values if v is not None]
-        if not known:
+    def interval(entry: dict[str, float | None]) -> str:
+        if entry["value"] is None:
             return "–"
-        return f"{np.mean(known):{form}} ({min(known):{form}} to {max(known):{form}})"
+        return f"{entry['value']:+.2f} ({entry['low']:+.2f} to {entry['high']:+.2f})"
 
-    stages = [[s for s in run["stages"] if s["updates"] > 0] for run in runs]
-    for i, algorithm in enumerate(runs[0]["stages"][0]["gradients"]["names"][2:], 2):
-        for at in zip(*stages, strict=True):
-            found = [s["gradients"] for s in at]
-            moved = [g["fidelity"]["reward"][i]["difference"]["value"] for g in found]
-            removed = [g["removed"]["reward"][i]["value"] for g in found]
-            mass = np.mean([g["removed"]["mass"][i] for g in found])
-            lines.append(
-                f"| {algorithm} | {at[0]['updates']} | {spread(moved, '+.3f')} | {mass:.1%} "
-                f"| {spread(removed, '+.2f')} |"
-            )
-    return f"Runs: {', '.join(names)}.\n\n" + "\n".join(lines) + "\n"
+    for name in names:
+        for stage in json.loads((HERE / f"results/{name}.json").read_text())["stages"]:
+            found = stage["gradients"]
+            for i, algorithm in enumerate(found["names"]) if stage["updates"] >= 3 else ():
+                entry, removed = found["fidelity"]["reward"][i], found["removed"]
+                lines.append(
+                    f"| {name} | {stage['updates']} | {algorithm} | {interval(entry)} "
+                    f"| {interval(entry['difference'])} | {removed['mass'][i]:.2%} "
+                    f"| {interval(removed['reward'][i])} |"
+                )
+    return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str]) -> None:
     """Examine a run, or sum up several."""
     del argv
+    logging.set_verbosity(logging.WARNING)
     out = HERE / "results"
     out.mkdir(exist_ok=True)
     if _SUMMARISE.value:
@@ -204,7 +218,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"--workdir is needed, and --fresh={_FRESH.value} at least 16")
     updates = sorted({int(u) for u in _UPDATES.value})
     algorithms = {name: objectives.OBJECTIVES[name] for name in _OBJECTIVES.value}
-    found = examine(_WORKDIR.value, algorithms, updates, _FRESH.value, _FOCUS.value)
+    checked = load(_WORKDIR.value, _RATE.value)
+    found = examine(checked, _WORKDIR.value, algorithms, updates, _FRESH.value, _FOCUS.value)
     path = out / f"{_NAME.value}.json"
     path.write_text(json.dumps(found))
     print(gradlab_report.write(path))

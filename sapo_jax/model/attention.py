@@ -7,7 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.model import rope
+from sapo_jax import collectives
+from sapo_jax.model import rope, splash
 from sapo_jax.model.config import ModelConfig
 
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -62,9 +63,24 @@ def _softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
 
 
 def causal(
-    q_BSHd: jax.Array, k_BSKd: jax.Array, v_BSKd: jax.Array, segments_BS: jax.Array
+    q_BSHd: jax.Array,
+    k_BSKd: jax.Array,
+    v_BSKd: jax.Array,
+    segments_BS: jax.Array,
+    kernel: str = "auto",
 ) -> jax.Array:
-    """Grouped-query attention of each token to its own segment up to itself, [B, S, H, d]."""
+    """Grouped-query attention of each token to its own segment up to itself, [B, S, H, d].
+
+    Args:
+      q_BSHd, k_BSKd, v_BSKd: rotated queries and keys, and values.
+      segments_BS: i32[B, S], 0 at pads.
+      kernel: a name in `config.ATTENTION`; "auto" takes splash where the program is compiled for
+        TPU, else XLA; "cudnn" is for GPU, and for rows of one segment.
+    """
+    if kernel == "splash" or (kernel == "auto" and collectives.platform() == "tpu"):
+        return splash.causal(q_BSHd, k_BSKd, v_BSKd, segments_BS)
+    if kernel == "cudnn":
+        return fused(q_BSHd, k_BSKd, v_BSKd, segments_BS)
     b, s, h, d = q_BSHd.shape
     kv = k_BSKd.shape[2]
     q = q_BSHd.reshape(b, s, kv, h // kv, d)
@@ -74,6 +90,16 @@ def causal(
     visible_BST = same_BST & (index[:, None] >= index[None, :])
     weights = _softmax(scores, visible_BST[:, None, None]).astype(v_BSKd.dtype)
     return einsum("bkgst,btkd->bskgd", weights, v_BSKd).reshape(b, s, h, d)
+
+
+def fused(q_BSHd, k_BSKd, v_BSKd, segments_BS, implementation: str = "cudnn") -> jax.Array:
+    """As `causal`, by `jax.nn.dot_product_attention`; of each row one segment, then pads."""
+    length_B = jnp.sum(segments_BS > 0, -1, dtype=jnp.int32)
+    lengths = {"query_seq_lengths": length_B, "key_value_seq_lengths": length_B}
+    arguments = (q_BSHd, k_BSKd, v_BSKd)
+    return jax.nn.dot_product_attention(
+        *arguments, is_causal=True, implementation=implementation, **lengths
+    )
 
 
 def cached(

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from sapo_jax.model.rope import check_scaling
 
 DTYPES = ("float32", "bfloat16")
+ATTENTION = ("auto", "xla", "splash", "cudnn")
 MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2", "llama")
 MAY_BE_ZERO = ("pad_token", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
@@ -28,6 +29,7 @@ class ModelConfig:
       norm_topk_prob: divide the k probabilities by their sum.
       stop_tokens: any of these ends a completion, and is part of it.
       pad_token: fills rows after their end; never attended to.
+      attention: the kernel over whole rows, one of ATTENTION; see `attention.causal`.
       param_dtype, compute_dtype, cache_dtype: storage of the parameters, of activations and
         matmul inputs, of the sampler's keys and values.
     """
@@ -54,6 +56,7 @@ class ModelConfig:
     mlp_only_layers: tuple[int, ...] = ()
     stop_tokens: tuple[int, ...] = (1,)
     pad_token: int = 0
+    attention: str = "auto"
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
     cache_dtype: str = "float32"
@@ -82,10 +85,12 @@ class ModelConfig:
                 raise ValueError(
                     f"model.{field.name}={value!r}: must be one of {', '.join(DTYPES)}"
                 )
-        if self.model_type not in MODEL_TYPES:
-            raise ValueError(
-                f"model.model_type={self.model_type!r}: must be one of {', '.join(MODEL_TYPES)}"
-            )
+        for field, allowed in (("model_type", MODEL_TYPES), ("attention", ATTENTION)):
+            value = getattr(self, field)
+            if value not in allowed:
+                raise ValueError(f"model.{field}={value!r}: must be one of {', '.join(allowed)}")
+        if self.attention == "cudnn" and self.compute_dtype == "float32":
+            raise ValueError("model.attention='cudnn': needs dtype.compute='bfloat16' or 'float16'")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model.num_attention_heads={self.num_attention_heads}: must be a multiple of "

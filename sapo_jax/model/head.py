@@ -11,6 +11,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from sapo_jax import collectives
+from sapo_jax.model import vocab
 from sapo_jax.model.attention import einsum
 
 
@@ -26,11 +28,11 @@ def _chunk_logits(hidden_TD, weight_VD, targets_T, index_C, temperature):
     y_C = targets_T.at[index_C].get(mode="clip")
     weight_VD = weight_VD.astype(h_CD.dtype)
     logits_CV = einsum("cD,VD->cV", h_CD, weight_VD, out=jnp.float32) / temperature
-    return h_CD, y_C, jax.nn.log_softmax(logits_CV)
+    return h_CD, y_C, vocab.log_softmax(logits_CV)
 
 
 def _entropy(logp_CV):
-    return -jnp.sum(jnp.exp(logp_CV) * logp_CV, -1)
+    return -vocab.total(jnp.exp(logp_CV) * logp_CV)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -46,7 +48,7 @@ def logp_entropy(
 
     Args:
       hidden_TD: final hidden states, in the compute dtype.
-      weight_VD: the output matrix.
+      weight_VD: the output matrix, or this device's part of it (see `vocab`).
       targets_T: i32[T], the tokens whose log-probability is wanted.
       mask_T: bool[T]; the rest costs nothing and returns 0.
       temperature: > 0; not differentiated.
@@ -64,7 +66,7 @@ def _forward(hidden_TD, weight_VD, targets_T, mask_T, temperature, chunk):
     def visit(i, out):
         index_C = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
         _, y_C, logp_CV = _chunk_logits(hidden_TD, weight_VD, targets_T, index_C, temperature)
-        logp_C = jnp.take_along_axis(logp_CV, y_C[:, None], -1)[:, 0]
+        logp_C = vocab.pick(logp_CV, y_C)
         logp_T, entropy_T = out
         return (
             logp_T.at[index_C].set(logp_C, mode="drop"),
@@ -86,7 +88,8 @@ def _backward(chunk, saved, cotangents):
         index_C = jax.lax.dynamic_slice_in_dim(order, i * chunk, chunk)
         h_CD, y_C, logp_CV = _chunk_logits(hidden_TD, weight_VD, targets_T, index_C, temperature)
         p_CV = jnp.exp(logp_CV)
-        one_hot_CV = y_C[:, None] == jnp.arange(logp_CV.shape[-1])
+        part = logp_CV.shape[-1]
+        one_hot_CV = y_C[:, None] == vocab.first(part) + jnp.arange(part)
         a_C1, b_C1 = (
             d.at[index_C].get(mode="fill", fill_value=0)[:, None] for d in (d_logp_T, d_entropy_T)
         )
@@ -99,6 +102,7 @@ def _backward(chunk, saved, cotangents):
 
     start = (jnp.zeros_like(hidden_TD), jnp.zeros(weight_VD.shape, jnp.float32))
     d_hidden_TD, d_weight_VD = jax.lax.fori_loop(0, chunks, visit, start)
+    d_hidden_TD = collectives.total(d_hidden_TD, vocab.TENSOR)
     d_weight_VD = d_weight_VD.astype(weight_VD.dtype)
     return d_hidden_TD, d_weight_VD, None, None, jnp.zeros_like(temperature)
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from sapo_jax import collectives
 from sapo_jax.model.attention import HIGHEST, einsum
 from sapo_jax.model.config import ModelConfig
 
@@ -134,30 +135,46 @@ def _weight_gradient_by_blocks(x_MD, y_MF, expert, sizes_E):
     return jax.lax.scan(add, start, blocks)[0][1]
 
 
-def _tiles(*arrays: jax.Array) -> tuple[tuple[int, int, int], list[jax.Array]]:
-    """Tile sizes for megablox, and the arrays with their rows padded to whole tiles."""
-    rows = arrays[0].shape[0]
-    tile = min(512, -(-rows // 128) * 128)
-    padded = [jnp.pad(x, ((0, -rows % tile), (0, 0))) for x in arrays]
-    return (tile, 512, 512), padded
+def _tile(size: int) -> int:
+    """Columns of a tile: whole ones only, where that goes, since a part costs as much."""
+    return max((n for n in range(128, 1025, 128) if size % n == 0), default=min(size, 512))
+
+
+def _tiled(expert: jax.Array, *arrays: jax.Array) -> tuple[int, list[jax.Array]]:
+    """Rows of a tile of megablox, and the arrays with their rows padded to whole tiles.
+
+    A tile is a block of the layout, so that none has rows of two experts and is computed twice;
+    smaller blocks share one.
+    """
+    tile = max(128, arrays[0].shape[0] // expert.shape[0])
+    return tile, [jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0))) for x in arrays]
+
+
+def visited_rows(tokens: int, k: int, experts: int, here: int) -> float:
+    """Rows that megablox multiplies for ``here`` of the experts, if all are chosen as often.
+
+    Half a block pads each expert's rows; a tile of several blocks is computed once for each expert
+    that has one of them.
+    """
+    block = block_size(tokens * k, here + (here < experts))
+    return here * (tokens * k / experts + max(128, block) - block / 2)
 
 
 def _by_megablox(x_MD, w_EDF, expert, sizes_E, *, transpose=False, interpret=False):
     from jax.experimental.pallas.ops.tpu.megablox import gmm
 
-    del expert
-    tiles, (x,) = _tiles(x_MD)
-    out = gmm(
-        x, w_EDF, sizes_E, x.dtype, tiles, transpose_rhs=transpose, interpret=interpret
-    )  # fmt: skip
+    rows, (x,) = _tiled(expert, x_MD)
+    depth, width = w_EDF.shape[:0:-1] if transpose else w_EDF.shape[1:]
+    tiles = (rows, _tile(depth), _tile(width))
+    out = gmm(x, w_EDF, sizes_E, x.dtype, tiles, transpose_rhs=transpose, interpret=interpret)
     return out[: x_MD.shape[0]]
 
 
 def _weight_gradient_by_megablox(x_MD, y_MF, expert, sizes_E, *, interpret=False):
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
-    del expert
-    tiles, (x, y) = _tiles(x_MD, y_MF)
+    rows, (x, y) = _tiled(expert, x_MD, y_MF)
+    tiles = (rows, _tile(x.shape[1]), _tile(y.shape[1]))
     return tgmm(x.T, y, sizes_E, x.dtype, tiles, interpret=interpret)
 
 
@@ -196,20 +213,52 @@ def _backward(saved, y_MF):
 grouped_matmul.defvjp(_forward, _backward)
 
 
+def _local(experts_Tk: jax.Array, gates_Tk: jax.Array, config: ModelConfig):
+    """The layout of the pairs whose expert is on this device; the others get no row and gate 0."""
+    here = config.num_experts // collectives.size("expert")
+    if here == config.num_experts:
+        return layout(experts_Tk, here), gates_Tk
+    ids_Tk = experts_Tk - collectives.index("expert") * here
+    inside_Tk = (ids_Tk >= 0) & (ids_Tk < here)
+    # Pairs of other devices are sorted behind the last expert, into rows that nothing reads.
+    plan = layout(jnp.where(inside_Tk, ids_Tk, here), here + 1)
+    used = jnp.sum(plan.sizes[:-1])
+    rows_M = jnp.arange(plan.source.size)
+    plan = Layout(
+        source=jnp.where(rows_M < used, plan.source, experts_Tk.shape[0]),
+        position=jnp.where(inside_Tk, plan.position, plan.source.size),
+        expert=jnp.minimum(plan.expert, here - 1),
+        sizes=plan.sizes[:-1],
+    )
+    return plan, jnp.where(inside_Tk, gates_Tk, 0)
+
+
 def experts(
     weights: dict[str, jax.Array], config: ModelConfig, hidden_XD: jax.Array, routing: Routing
 ) -> jax.Array:
-    """The gated sum of each token's experts, each a SwiGLU, [X, D]."""
+    """The gated sum of each token's experts, each a SwiGLU, [X, D].
+
+    Over the mesh axis `expert`, every device has some of the experts: it gathers the tokens of all,
+    computes what its experts add to each, and gets back the sums of its own tokens. There is room
+    for any routing.
+    """
     *leading, d = hidden_XD.shape
     k, dtype = config.num_experts_per_tok, hidden_XD.dtype
-    plan = layout(routing.experts.reshape(-1, k), config.num_experts)
-    x_MD = hidden_XD.reshape(-1, d).at[plan.source].get(mode="fill", fill_value=0)
+    shared = (collectives.enter(hidden_XD.reshape(-1, d)), routing.experts.reshape(-1, k),
+              collectives.enter(routing.gates.reshape(-1, k)))  # fmt: skip
+    hidden_TD, experts_Tk, gates_Tk = (collectives.gather(x, ("expert",)) for x in shared)
+    plan, gates_Tk = _local(experts_Tk, gates_Tk, config)
+    x_MD = hidden_TD.at[plan.source].get(mode="fill", fill_value=0)
 
     def multiply(x, name):
         return grouped_matmul(x, weights[name].astype(dtype), plan.expert, plan.sizes)
 
     inner_MF = jax.nn.silu(multiply(x_MD, "experts_gate")) * multiply(x_MD, "experts_up")
-    out_TkD = multiply(inner_MF, "experts_down")[plan.position]
-    gates_Tk = routing.gates.reshape(-1, k)
+    out_MD = multiply(inner_MF, "experts_down")
+    if collectives.size("expert") > 1:
+        out_TkD = out_MD.at[plan.position].get(mode="fill", fill_value=0)
+    else:
+        out_TkD = out_MD[plan.position]
     out_TD = jnp.sum(out_TkD.astype(jnp.float32) * gates_Tk[..., None], 1)
+    out_TD = collectives.leave(collectives.scatter(out_TD, ("expert",)))
     return out_TD.astype(dtype).reshape(*leading, d)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sapo_jax import collectives, sharding
 from sapo_jax.model.config import ModelConfig
 
 
@@ -219,32 +220,54 @@ def head_weight(params: Any) -> jax.Array:
     return params.get("head", params["embed"])
 
 
-PARTITION = {
-    "embed": "fsdp",
-    "vocab": "tensor",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "expert_mlp": "tensor",
-    "experts": "expert",
-}  # logical axis: mesh axis; the others are replicated
+def specs(config: ModelConfig, column: int = sharding.TRAINING) -> Any:
+    """Where the parameters lie on a mesh, by a column of `sharding.TABLE`."""
+    return _map(lambda s: sharding.spec(*s.axes, column=column), table(config))
 
 
 def shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
-    """Where the parameters lie on a mesh: each logical axis on its mesh axis, if the mesh has it.
+    """Where the learner's parameters lie on a mesh; axes that the mesh lacks split nothing.
 
     Raises:
       ValueError: a dimension that does not divide, naming parameter, axis and sizes.
     """
+    sharding.check(mesh, dimensions(config))
+    return sharding.shardings(mesh, specs(config))
 
-    def place(spec):
-        parts = [PARTITION.get(a) if PARTITION.get(a) in mesh.shape else None for a in spec.axes]
-        for axis, size, part in zip(spec.axes, spec.shape, parts, strict=True):
-            if part and size % mesh.shape[part]:
-                raise ValueError(
-                    f"{spec.hf_name}: axis {axis!r} of size {size} does not divide by the mesh "
-                    f"axis {part!r} of size {mesh.shape[part]}"
-                )
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*parts))
 
-    return _map(place, table(config))
+def dimensions(config: ModelConfig) -> list[sharding.Dimension]:
+    """What a mesh has to divide."""
+    return [
+        sharding.Dimension(spec.hf_name, axis, size)
+        for spec in jax.tree.leaves(table(config), is_leaf=lambda x: isinstance(x, Spec))
+        for axis, size in zip(spec.axes, spec.shape, strict=True)
+        if axis in sharding.TABLE
+    ]
+
+
+# Norms and routers compute in f32, from parameters in their own dtype.
+UNCAST = ("attn_norm", "mlp_norm", "final_norm", "router")
+
+
+def fetched(weights: dict[str, Any], described: dict[str, Spec], config: ModelConfig) -> Any:
+    """The parameters from their parts along `fsdp`, in the dtype in which they are used."""
+
+    def whole(name, value):
+        axes = () if name == "layers" else described[name].axes  # those are fetched one by one
+        dtype = value.dtype if name in UNCAST else config.compute_dtype
+        return collectives.fetch(value, axes.index("embed"), dtype) if "embed" in axes else value
+
+    return {name: whole(name, value) for name, value in weights.items()}
+
+
+def summed(grads: Any, config: ModelConfig) -> Any:
+    """Gradients of each device's rows, added up: over the axes that do not split the parameter."""
+    leaves, treedef = jax.tree.flatten(grads)
+    over: dict[tuple, list[int]] = {}
+    for i, spec in enumerate(jax.tree.leaves(specs(config))):
+        own = {a for part in spec if part for a in ((part,) if isinstance(part, str) else part)}
+        over.setdefault(tuple(a for a in sharding.ROWS if a not in own), []).append(i)
+    for axes, at in over.items():
+        for i, value in zip(at, collectives.total([leaves[i] for i in at], axes), strict=True):
+            leaves[i] = value
+    return treedef.unflatten(leaves)

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.model import attention, moe, params
+from sapo_jax import collectives
+from sapo_jax.model import attention, moe, params, splash, vocab
 from sapo_jax.model.attention import dense, einsum
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.model.moe import Routing
@@ -22,9 +23,12 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (x32 * inverse * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def _project(w: dict[str, jax.Array], name: str, x: jax.Array, inputs: int = 1) -> jax.Array:
-    out = dense(x, w[name], inputs)
+def _biased(w: dict[str, jax.Array], name: str, out: jax.Array) -> jax.Array:
     return out + w[name + "_bias"] if name + "_bias" in w else out
+
+
+def _project(w: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
+    return _biased(w, name, dense(x, w[name]))
 
 
 def layer(
@@ -51,22 +55,43 @@ def layer(
     """
     dtype, eps = jnp.dtype(config.compute_dtype), config.rms_norm_eps
     w = {name: value.astype(dtype) for name, value in weights.items()}
-    h = rms_norm(x_XD, weights["attn_norm"], eps)
+    h = collectives.enter(rms_norm(x_XD, weights["attn_norm"], eps))
     q, k, v = (_project(w, name, h) for name in ("q", "k", "v"))
     if "q_norm" in weights:
-        q, k = rms_norm(q, weights["q_norm"], eps), rms_norm(k, weights["k_norm"], eps)
+        scales = (collectives.enter(weights[name]) for name in ("q_norm", "k_norm"))
+        q, k = (rms_norm(y, scale, eps) for y, scale in zip((q, k), scales, strict=True))
     q, k = attention.rotate(q, rope), attention.rotate(k, rope)
-    x_XD = x_XD + _project(w, "o", attend(q, k, v), 2)
+    x_XD = x_XD + _biased(w, "o", collectives.leave(dense(attend(q, k, v), w["o"], 2)))
     h = rms_norm(x_XD, weights["mlp_norm"], eps)
     if "router" in weights:
         routing = moe.route(h, weights["router"], config, replay_Xk)
         return x_XD + moe.experts(w, config, h, routing), routing
-    return x_XD + dense(jax.nn.silu(dense(h, w["gate"])) * dense(h, w["up"]), w["down"]), None
+    h = collectives.enter(h)
+    inner = jax.nn.silu(dense(h, w["gate"])) * dense(h, w["up"])
+    return x_XD + collectives.leave(dense(inner, w["down"])), None
 
 
 def embed(params: Any, config: ModelConfig, tokens: jax.Array) -> jax.Array:
     """Token embeddings in the compute dtype."""
-    return params["embed"].astype(config.compute_dtype)[tokens]
+    return vocab.embed(params["embed"].astype(config.compute_dtype), tokens)
+
+
+def recomputed(step: Callable, remat: bool) -> Callable:
+    """The step of the scan over layers, with what the backward pass computes again.
+
+    With ``remat`` that is all but what splash attention keeps, which costs more to compute than to
+    store. With `fsdp` it is at least the parameters' parts of other devices: kept, they would add
+    up to a whole model. All but the matmuls' results is recomputed then, since what follows from
+    such a parameter (its reshaped form, say) would be kept in its place.
+    """
+    policies = jax.checkpoint_policies
+    kept = policies.save_only_these_names(splash.SAVED)
+    if remat:
+        return jax.checkpoint(step, policy=kept)
+    if collectives.size("fsdp") > 1:
+        dots = policies.save_from_both_policies(policies.checkpoint_dots, kept)
+        return jax.checkpoint(step, policy=dots)
+    return step
 
 
 def hidden_routing(
@@ -94,7 +119,7 @@ def hidden_routing(
     replay = None if replay_BSLk is None else jnp.moveaxis(replay_BSLk, 2, 0)
 
     def attend(q, k, v):
-        return attention.causal(q, k, v, segments_BS)
+        return attention.causal(q, k, v, segments_BS, config.attention)
 
     def visit(group):
         places = list(params.of_period(config, group))
@@ -105,6 +130,7 @@ def hidden_routing(
             summaries = []
             for place, is_sparse in zip(places, routed, strict=True):
                 w = {name: stacked[name][at] for name, at in place.items()}
+                w = params.fetched(w, specs, config)
                 experts = replayed[len(summaries)] if is_sparse and replayed is not None else None
                 x_BSD, routing = layer(w, config, x_BSD, rope, attend, experts)
                 if is_sparse:
@@ -112,7 +138,7 @@ def hidden_routing(
             joined = jax.tree.map(lambda *x: jnp.stack(x), *summaries) if summaries else None
             return x_BSD, joined
 
-        return jax.checkpoint(step) if remat else step
+        return recomputed(step, remat)
 
     specs = params.layer_table(config)
     x_BSD, collected = embed(weights, config, tokens_BS), []

@@ -1,0 +1,1 @@
+"""Sweeps: a base config, and what each run changes in it."""

@@ -1,0 +1,1 @@
+"""Do the pod configs fit?"""

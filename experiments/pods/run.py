@@ -1,0 +1,148 @@
+"""Do the pod configs fit? Compiles their programs for each pod, and writes what comes out.
+
+    make preflight
+
+Results go to results/<config>-<topology>.json, the tables made of them to docs/preflight.md and to
+the README; ``--table`` writes the tables from the results that are there.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pathlib
+import re
+import subprocess
+import sys
+from typing import Any
+
+from absl import app, flags
+
+from sapo_jax import preflight_tables
+
+_TABLE = flags.DEFINE_bool("table", False, "Only write the tables.")
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[1]
+PODS = (
+    ("qwen3_4b_v5e", "v5e:4x4"),
+    ("qwen3_8b_v6e", "v6e:4x4"),
+    ("qwen3_30b_a3b_v5p", "v5p:4x4x4"),
+    ("qwen3_30b_a3b_v5p", "v5p:4x4x8"),
+)
+MARKS = "<!-- preflight -->\n", "<!-- /preflight -->\n"
+INTRODUCTION = """# The pod configs, compiled ahead of time
+
+Written by `make preflight` from `experiments/pods/results`: every program of an iteration, compiled
+with libtpu for the pod named, on a machine without a TPU. Nothing here was measured on one. Times
+are lower bounds: the largest of FLOPs, bytes of memory and bytes between chips, each over what the
+chip can do; the MFU that follows is an upper one. "decode" is one step with all slots at full
+length, "grow" the last enlargement of the cache. FLOPs are of matmuls and kernels, each loop's body
+as often as it turns; the model's are 6·N_active + 6·L·H·d·S a token (causal), the head's for
+completion tokens alone. Memory includes what lies on a chip while the program runs: the optimizer
+during a rollout, say, or the copy of the state on which the update is tried at the start.
+
+"""
+
+
+def _path(config: str, topology: str) -> pathlib.Path:
+    return HERE / "results" / f"{config}-{topology.replace(':', '-')}.json"
+
+
+def stored() -> list[dict[str, Any]]:
+    """The results that are there."""
+    paths = [_path(*pod) for pod in PODS]
+    return [json.loads(path.read_text()) for path in paths if path.exists()]
+
+
+def verdict(reports: list[dict[str, Any]]) -> str:
+    """Which demands are not met, if any."""
+    missed = [
+        f"- `{report['name']}`, `{report['topology']}`: {c['name']} is {c['value']:.2f}, "
+        f"at most {c['limit']:.2f} is wanted"
+        for report in reports
+        for c in report["checks"]
+        if not c["met"]
+    ]
+    missed += [
+        f"- `{report['name']}`, `{report['topology']}`: {name} does not fit: {why}"
+        for report in reports
+        for name, why in report["refused"].items()
+    ]
+    if missed:
+        return "\n".join(["Demands that are not met:", "", *missed])
+    return (
+        "Every demand is met: 10% of the memory free, an update of at most 1.40 times the model's "
+        "FLOPs, no logits of whole rows, no parameters gathered but those of one layer and of the "
+        "vocabulary, none at all in decoding, whose temporaries stay within the cache and 10% of "
+        "the weights."
+    )
+
+
+def effort(reports: list[dict[str, Any]]) -> str:
+    """How long all of it took, and on what."""
+    seconds = sum(r["compile_seconds"] for report in reports for r in report["programs"])
+    found = reports[0]["compiled_with"]
+    return (
+        f"All compiles together took {seconds / 60:.0f} minutes on {found['cores']} CPU cores "
+        f"(jax {found['jax']}, libtpu {found['libtpu']})."
+    )
+
+
+def moved(reports: list[dict[str, Any]]) -> str:
+    """Collectives of the updates as a table."""
+    lines = ["| config, topology | collective | where | count | GB | largest, MB |"]
+    lines.append("|---" * 6 + "|")
+    for report in reports:
+        where = f"`{report['name']}`, `{report['topology']}`"
+        updates = (r["collectives"] for r in report["programs"] if r["program"] == "update")
+        for c in sorted(itertools.chain(*updates), key=lambda c: -c["bytes"]):
+            place = "in the loop over layers" if c["in_layers"] else "outside"
+            size, largest = c["bytes"] / 1e9, c["largest"] / 1e6
+            lines.append(
+                f"| {where} | {c['kind']} | {place} | {c['count']} | {size:.2f} | {largest:.2f} |"
+            )
+            where = ""
+    return "\n".join(lines) + "\n"
+
+
+def page(reports: list[dict[str, Any]]) -> str:
+    """docs/preflight.md."""
+    table = preflight_tables.markdown(reports)
+    said = f"{INTRODUCTION}{table}\n{verdict(reports)}\n\n{effort(reports)}\n"
+    return f"{said}\n## Collectives of an update, on each chip\n\n{moved(reports)}"
+
+
+def marked(readme: str, reports: list[dict[str, Any]]) -> str:
+    """The README with a new table between its marks.
+
+    Raises:
+      ValueError: it has no marks.
+    """
+    start, end = MARKS
+    made = f"{start}\n{preflight_tables.summary(reports)}\n{effort(reports)}\n\n{end}"
+    written, count = re.subn(f"{start}.*?{end}", lambda _: made, readme, flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"README.md: {start.strip()} … {end.strip()} must be there once")
+    return written
+
+
+def main(argv: list[str]) -> None:
+    """Compile for every pod, then write the tables."""
+    del argv
+    if not _TABLE.value:
+        (HERE / "results").mkdir(exist_ok=True)
+        for config, topology in PODS:
+            where = f"--config=configs/pod/{config}.py", f"--topology={topology}"
+            command = [sys.executable, "-m", "sapo_jax.preflight", *where]
+            # It exits with 1 where a demand is not met, which the page then says.
+            subprocess.run([*command, f"--json={_path(config, topology)}"], check=False, cwd=ROOT)
+    reports = stored()
+    (ROOT / "docs" / "preflight.md").write_text(page(reports))
+    readme = ROOT / "README.md"
+    readme.write_text(marked(readme.read_text(), reports))
+    print("written: docs/preflight.md, README.md")
+
+
+if __name__ == "__main__":
+    app.run(main)

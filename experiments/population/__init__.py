@@ -1,0 +1,1 @@
+"""Does a population cost anything on top of its runs?"""

@@ -1,0 +1,193 @@
+"""Time a sweep of τ_neg × seed against one of its runs, and the ways to put runs on a device.
+
+    python -m experiments.population.run --init_from=runs/quickstart_sft
+
+Everything is measured in one process without a compilation cache; `results/` gets the numbers.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import time
+
+import jax
+from absl import app, flags, logging
+
+from configs.sweeps import temperature
+from sapo_jax import cohort_run, cohorts, rundir, sweep_report, sweep_run, train
+from sapo_jax.axes import axis, product
+from sapo_jax.progress import Progress
+
+HERE = pathlib.Path(__file__).parent
+RUNS = pathlib.Path("runs/experiments/population")
+_INIT = flags.DEFINE_string("init_from", "runs/quickstart_sft", "Cold start; '' for none.")
+_SEEDS = flags.DEFINE_integer("seeds", 8, "Seeds of the sweep, for each of 3 temperatures.", 1)
+_ITERATIONS = flags.DEFINE_integer("iterations", 20, "Iterations of a run.", 1)
+_SINGLES = flags.DEFINE_integer("singles", 2, "Runs alone, before the sweep and after it.", 1)
+_METHODS = flags.DEFINE_integer("method_runs", 4, "Runs by which map and vmap are compared.", 2)
+COMPILED = "/jax/core/compile/backend_compile_duration"
+CLOCKS = ("seconds", "cpu_seconds")
+TAUS = (1.0, 1.05, 2.0)
+SHOWN = tuple(f"time/{k}" for k in ("iteration", "to_sampler", "rollout", "update", "eval"))
+
+
+def config(**fields):
+    """The quickstart, shortened."""
+    c = temperature.get_config()
+    times = {"iterations": _ITERATIONS.value, "eval.every": 10}
+    own = {"init_from": _INIT.value, "compilation_cache": ""}
+    with c.unlocked():
+        c.update_from_flattened_dict({**times, **own, **fields})
+    return c
+
+
+class Timer:
+    """Seconds that passed, and seconds of all cores, since it was made."""
+
+    def __init__(self):
+        self._start = time.perf_counter(), time.process_time()
+
+    def __call__(self) -> dict[str, float]:
+        """Seconds so far, by clock."""
+        now = time.perf_counter(), time.process_time()
+        wall, cpu = (b - a for a, b in zip(self._start, now, strict=True))
+        return {"seconds": wall, "cpu_seconds": cpu}
+
+
+def phases(places: list) -> dict[str, float]:
+    """Seconds of each phase, the mean over runs."""
+    total: dict[str, float] = collections.Counter()
+    for place in places:
+        for record in rundir.read_metrics(place):
+            total.update({k: v for k, v in record.items() if k in SHOWN})
+    return {key: total[key] / len(places) for key in SHOWN}
+
+
+def single(name: str, seed: int) -> dict:
+    """Time of a whole run alone, its report included."""
+    (alone,) = cohorts.resolve(config(), axis("seed", seed))
+    timer = Timer()
+    train.run(alone.lead, RUNS / name)
+    return timer() | {"phases": phases([RUNS / name])}
+
+
+def singles(when: str) -> list[dict]:
+    """Runs alone with everything compiled, as it is for all but the first run of a sweep."""
+    return [single(f"alone-{when}-{seed}", seed) for seed in range(_SINGLES.value)]
+
+
+def whole_sweep() -> dict:
+    """Wall time of the sweep with everything, and what it compiled."""
+    compiled: dict[str, list[float]] = collections.defaultdict(list)
+
+    def listen(event, duration, **about):
+        if event == COMPILED:
+            compiled[str(about.get("fun_name"))].append(duration)
+
+    timer = Timer()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    taus = axis("objective.tau_neg", *TAUS)
+    parts = cohorts.resolve(config(), product(taus, axis("seed", *range(_SEEDS.value))))
+    complete = sweep_run.run(parts, RUNS / "sweep")
+    sweep_report.write(RUNS / "sweep")
+    spent = timer()
+    jax.monitoring.unregister_event_duration_listener(listen)
+    if not complete:
+        raise RuntimeError("the sweep was stopped: start again in an empty directory")
+    large = {name: times for name, times in compiled.items() if max(times) > 0.5}
+    return {
+        "runs": sum(len(part.runs) for part in parts),
+        "cohorts": len(parts),
+        "method": parts[0].method,
+        **spent,
+        "phases": phases([RUNS / "sweep" / f"cohort-000/{name}" for name in parts[0].names]),
+        "compile_seconds": sum(sum(times) for times in compiled.values()),
+        "compilations_of_large_programs": {name: len(times) for name, times in large.items()},
+    }
+
+
+def methods() -> dict[str, float]:
+    """Seconds of an iteration of one run in a small population, by map and by vmap."""
+    found = {}
+    for method in ("map", "vmap"):
+        fields = {"population.method": method, "iterations": 4, "eval.every": 0}
+        seeds = axis("seed", *range(_METHODS.value))
+        (cohort,) = cohorts.resolve(config(**fields), seeds)
+        place = RUNS / method
+        cohort_run.run(cohort, place, Progress(4 * _METHODS.value, 0, method))
+        records = rundir.read_metrics(place / cohort.names[0])
+        found[method] = statistics.median(r["time/iteration"] for r in records)
+    return found
+
+
+def table(found: dict) -> str:
+    """The result as Markdown."""
+    whole, one = found["sweep"], found["one"]
+    lines = [
+        "| | seconds | seconds of both cores |",
+        "|---|---|---|",
+        f"| one run alone, everything compiled: median of {len(found['alone'])} "
+        f"| {one['seconds']:.1f} | {one['cpu_seconds']:.1f} |",
+        f"| {whole['runs']} runs as one population, compiling and all reports included "
+        f"| {whole['seconds']:.1f} | {whole['cpu_seconds']:.1f} |",
+        f"| ratio to {whole['runs']} × one run "
+        f"| {found['ratio']['seconds']:.3f} | {found['ratio']['cpu_seconds']:.3f} |",
+        f"| of which compiling | {whole['compile_seconds']:.1f} | |",
+        "",
+        "| phase | alone, seconds a run | in the population |",
+        "|---|---|---|",
+        *(
+            f"| {key.removeprefix('time/')} | {one['phases'][key]:.2f} "
+            f"| {whole['phases'][key]:.2f} |"
+            for key in SHOWN
+        ),
+        "",
+        f"| an iteration of one of {found['method_runs']} runs | seconds |",
+        "|---|---|",
+        *(f"| {name} | {seconds:.3f} |" for name, seconds in found["methods"].items()),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def middle(runs: list[dict]) -> dict:
+    """The median of each number over runs alone."""
+    phases = [run["phases"] for run in runs]
+    return {key: statistics.median(run[key] for run in runs) for key in CLOCKS} | {
+        "phases": {key: statistics.median(p[key] for p in phases) for key in SHOWN}
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Measure, and write the results."""
+    del argv
+    logging.set_verbosity(logging.WARNING)
+    shutil.rmtree(RUNS, ignore_errors=True)
+    load = [os.getloadavg()[0]]
+    single("compiles", 0)
+    alone = singles("before")
+    whole = whole_sweep()
+    alone += singles("after")
+    load.append(os.getloadavg()[0])
+    one = middle(alone)
+    found = {"alone": alone, "one": one, "sweep": whole}
+    found["ratio"] = {key: whole[key] / (whole["runs"] * one[key]) for key in CLOCKS}
+    found |= {"methods": methods(), "method_runs": _METHODS.value}
+    found |= {"iterations": _ITERATIONS.value, "load_at_start_and_end": load}
+    found |= {"backend": jax.default_backend(), "cores": os.cpu_count(), "jax": jax.__version__}
+    out = HERE / "results"
+    out.mkdir(exist_ok=True)
+    (out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "table.md").write_text(table(found))
+    shutil.copy(RUNS / "sweep" / "report.json", out / "report.json")
+    print(table(found))
+    for name, count in whole["compilations_of_large_programs"].items():
+        print(f"compiled {count} time(s): {name}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,162 @@
+"""From a base config and a sweep to cohorts: runs that can share every executable."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sapo_jax import population, settings, stacked
+from sapo_jax.axes import Overrides
+from sapo_jax.checks import require
+from sapo_jax.learner import Hyperparameters
+from sapo_jax.settings import Settings
+
+# What reaches the device as a value, or not at all. The objective's numbers are values too; its
+# name and aggregation are where several of them become one switch.
+TRACED = {
+    "seed", "init_from", "sampler.temperature", "reward.kl_coef", "correction.low",
+    "correction.high", "learner.learning_rate", "learner.weight_decay", "learner.max_grad_norm",
+}  # fmt: skip
+STATIC_OF_OBJECTIVE = {"objective.kl"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cohort:
+    """R runs whose settings differ in traced values only.
+
+    Attributes:
+      names: of the runs' directories.
+      overrides: what each run changes in the base config.
+      runs: their settings.
+      hp: their hyperparameters as arrays [R].
+      method: see `stacked`.
+    """
+
+    names: tuple[str, ...]
+    overrides: tuple[Mapping[str, Any], ...]
+    runs: tuple[Settings, ...]
+    hp: Hyperparameters
+    method: str
+
+    @property
+    def lead(self) -> Settings:
+        """The settings of the first run, for what all of them share."""
+        return self.runs[0]
+
+
+def name_of(override: Mapping[str, Any]) -> str:
+    """The directory of a run: ``objective.tau_neg=1.05,seed=3``."""
+    text = ",".join(f"{field}={value}" for field, value in override.items())
+    name = re.sub(r"[^\w.,=+-]+", "_", text) or "base"
+    if len(name) > 200:  # file systems allow 255 bytes
+        name = f"{name[:180]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return name
+
+
+def settings_of(base: ConfigDict, override: Mapping[str, Any]) -> Settings:
+    """The settings of one run of a sweep.
+
+    Raises:
+      ValueError: naming the run and the field.
+    """
+    config, name = copy.deepcopy(base), name_of(override)
+    try:
+        config.update_from_flattened_dict(override)
+    except (KeyError, AttributeError):
+        known = _flat(base.to_dict())
+        wrong = next(field for field in override if field not in known)
+        near = difflib.get_close_matches(wrong, known, 1, cutoff=0.0)
+        text = f"the run {name}: there is no field {wrong!r}; the nearest is {near[0]!r}"
+        raise ValueError(text) from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the run {name}: {error}") from None
+    try:
+        checked = settings.resolve(config)
+        _check(checked)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the run {name}: {error}") from None
+    return checked
+
+
+def _check(run: Settings) -> None:
+    for field in ("slots", "shrink"):
+        value = run.config["sampler"][field]
+        all_at_once = "0 in a sweep, whose runs sample all prompts at once"
+        require(value == 0, f"sampler.{field}", value, all_at_once)
+    for axis, size in run.config["mesh"].items():
+        alone = "1 in a sweep, whose runs have one device each (population.method='devices')"
+        require(size == 1, f"mesh.{axis}", size, alone)
+
+
+def _flat(c: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in c.items():
+        inner = isinstance(value, Mapping) and value
+        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat
+
+
+def _is_traced(field: str) -> bool:
+    return field in TRACED or (field.startswith("objective.") and field not in STATIC_OF_OBJECTIVE)
+
+
+def static(run: Settings) -> str:
+    """Equal for runs that can share their executables."""
+    fields = {k: v for k, v in _flat(run.config).items() if not _is_traced(k)}
+    return json.dumps([fields, run.needs_reference], sort_keys=True)
+
+
+def _objective_name(run: Settings) -> str:
+    options = run.config["objective"]
+    own = options["aggregation"]
+    return options["name"] if own is None else f"{options['name']}/{own}"
+
+
+def _cohort(listed: Sequence[tuple[str, Mapping[str, Any], Settings]]) -> Cohort:
+    names, overrides, members = zip(*listed, strict=True)
+    objectives = population.as_one([(_objective_name(run), run.hp.objective) for run in members])
+    hp = [run.hp.replace(objective=o) for run, o in zip(members, objectives, strict=True)]
+    method = stacked.choose(members[0].config["population"]["method"], len(members))
+    return Cohort(names, overrides, members, stacked.values(hp), method)
+
+
+def resolve(base: ConfigDict, sweep: Overrides, *, most: int = 0) -> list[Cohort]:
+    """The cohorts of a sweep, in the order of their first runs.
+
+    Args:
+      base: the config that the runs change.
+      sweep: what each run changes, see `axes`.
+      most: runs of a cohort; larger ones are cut into parts of almost one size. 0: no limit.
+
+    Raises:
+      ValueError: a run is refused, two runs are the same, or there is none.
+    """
+    if not sweep:
+        raise ValueError("the sweep has no runs: give at least one, see sapo_jax.axes")
+    groups: dict[str, list] = {}
+    seen: dict[str, str] = {}
+    for override in sweep:
+        name, run = name_of(override), settings_of(base, override)
+        same = json.dumps(run.config, sort_keys=True)
+        if same in seen:
+            raise ValueError(f"two runs of the sweep are the same: {seen[same]} and {name}")
+        if name in seen.values():
+            raise ValueError(f"two runs of the sweep would share the directory {name}")
+        seen[same] = name
+        groups.setdefault(static(run), []).append((name, override, run))
+    cohorts = []
+    for members in groups.values():
+        parts = math.ceil(len(members) / most) if most else 1
+        bounds = [len(members) * i // parts for i in range(parts + 1)]
+        cohorts += [_cohort(members[a:b]) for a, b in itertools.pairwise(bounds)]
+    return cohorts

@@ -1,0 +1,135 @@
+"""What crosses devices inside `sharding.split`, written out; nothing at all without a mesh.
+
+An axis that the surrounding mesh lacks, or that has size 1, adds no operation: a program for one
+device is the same as if this module did not exist. Gradients are taken inside the split, where
+every device differentiates the sum of its own rows, hence two rules for sums over `tensor`
+(arXiv 1909.08053): `enter` where what all devices share meets what is split, `leave` where the
+parts of a sum come together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sapo_jax.sharding import ROWS
+from sapo_jax.types import Histogram, Max, Min, Weighted, is_reduction
+
+
+def size(axis: str) -> int:
+    """Devices along a mesh axis, 1 outside of a split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape[axis] if axis in mesh.manual_axes else 1
+
+
+def platform() -> str:
+    """What the program is compiled for: the mesh's platform, without one the default device's."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def _present(axes: Iterable[str]) -> tuple[str, ...]:
+    return tuple(axis for axis in axes if size(axis) > 1)
+
+
+def index(axis: str) -> jax.Array | int:
+    """This device's place along a mesh axis."""
+    return jax.lax.axis_index(axis) if size(axis) > 1 else 0
+
+
+def total(tree: Any, axes: Iterable[str]) -> Any:
+    """The sum over devices; not to be differentiated."""
+    axes = _present(axes)
+    return jax.lax.psum(tree, axes) if axes else tree
+
+
+def largest(tree: Any, axes: Iterable[str]) -> Any:
+    """The maximum over devices; not to be differentiated."""
+    axes = _present(axes)
+    return jax.lax.pmax(tree, axes) if axes else tree
+
+
+def smallest(tree: Any, axes: Iterable[str]) -> Any:
+    """The minimum over devices; not to be differentiated."""
+    axes = _present(axes)
+    return jax.lax.pmin(tree, axes) if axes else tree
+
+
+def gather(x: jax.Array, axes: Iterable[str], dimension: int = 0) -> jax.Array:
+    """The parts of all devices, one after the other; its gradient is `scatter`."""
+    axes = _present(axes)
+    return jax.lax.all_gather(x, axes, axis=dimension, tiled=True) if axes else x
+
+
+def scatter(x: jax.Array, axes: Iterable[str], dimension: int = 0) -> jax.Array:
+    """This device's part of the sum over devices; its gradient is `gather`."""
+    axes = _present(axes)
+    if not axes:
+        return x
+    return jax.lax.psum_scatter(x, axes, scatter_dimension=dimension, tiled=True)
+
+
+@jax.custom_vjp
+def _enter(x):
+    return x
+
+
+_enter.defvjp(lambda x: (x, None), lambda _, g: (jax.lax.psum(g, "tensor"),))
+
+
+@jax.custom_vjp
+def _leave(x):
+    return jax.lax.psum(x, "tensor")
+
+
+_leave.defvjp(lambda x: (jax.lax.psum(x, "tensor"), None), lambda _, g: (g,))
+
+
+def enter(x: jax.Array) -> jax.Array:
+    """A value that all devices of `tensor` share, before its use with split weights."""
+    return _enter(x) if size("tensor") > 1 else x
+
+
+def leave(x: jax.Array) -> jax.Array:
+    """The sum of what the devices of `tensor` made of split weights, shared by all of them."""
+    return _leave(x) if size("tensor") > 1 else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _fetch(x, dimension, dtype):
+    return jax.lax.all_gather(x.astype(dtype), "fsdp", axis=dimension, tiled=True)
+
+
+def _fetch_forward(x, dimension, dtype):
+    return _fetch(x, dimension, dtype), jnp.zeros((), x.dtype)
+
+
+def _fetch_backward(dimension, dtype, like, g):
+    del dtype
+    # Summed in the parameter's dtype: bf16 loses what many devices add.
+    g = g.astype(like.dtype)
+    return (jax.lax.psum_scatter(g, "fsdp", scatter_dimension=dimension, tiled=True),)
+
+
+_fetch.defvjp(_fetch_forward, _fetch_backward)
+
+
+def fetch(x: jax.Array, dimension: int, dtype: Any) -> jax.Array:
+    """A parameter from its parts along `fsdp`, cast before it travels."""
+    return _fetch(x, dimension, jnp.dtype(dtype).name) if size("fsdp") > 1 else x
+
+
+def merge(terms: Any) -> Any:
+    """Mergeable reductions of the rows of all devices, one all-reduce for each kind."""
+    leaves, treedef = jax.tree.flatten(terms, is_leaf=is_reduction)
+    kinds = {Weighted: total, Histogram: total, Max: largest, Min: smallest}
+    for kind, reduce in kinds.items():
+        at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, kind)]
+        values = [leaves[i].counts if kind is Histogram else leaves[i] for i in at]
+        for i, value in zip(at, reduce(values, ROWS), strict=True):
+            leaves[i] = leaves[i].replace(counts=value) if kind is Histogram else value
+    return treedef.unflatten(leaves)

@@ -1,0 +1,268 @@
+"""A run's programs compiled for a pod that is not there: memory, FLOPs, collectives, time.
+
+    python -m sapo_jax.preflight --config=configs/pod/qwen3_4b_v5e.py --topology=v5e:4x4
+
+With libtpu (``pip install libtpu``) programs are compiled as on the pod; without, for as many
+devices of the CPU, and the output says so.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import sys
+import time
+from typing import Any
+
+import jax
+from absl import app, flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from sapo_jax import (
+    chips,
+    costs,
+    hlo,
+    model,
+    preflight_checks,
+    preflight_tables,
+    programs,
+    settings,
+    sharding,
+)
+from sapo_jax.model import moe, params, splash
+from sapo_jax.programs import Program
+
+FIELDS = ("count", "once", "bytes", "largest")  # of collectives: "once" is each turn's bytes
+
+
+def stand_in(config: ConfigDict) -> ConfigDict:
+    """The config with stand-ins for what shapes no program: data, tokenizer, and weights.
+
+    A Hugging Face directory that is not here gives its shape by its name: that of the preset with
+    the same.
+    """
+    c = ConfigDict(config.to_dict(), type_safe=False)
+    directory = epath.Path(c.model.preset)
+    preset = directory.name.lower().replace("-", "_").replace(".", "_")
+    if not (directory / "config.json").exists() and preset in model.PRESETS:
+        c.model.preset = preset
+    if c.tokenizer.directory:
+        c.task, c.tasks = ConfigDict({"name": "chain_sum", "options": {}}), ConfigDict()
+        c.tokenizer.update(directory="", system="", template_options=ConfigDict())
+        c.eval.every = 0
+    return c
+
+
+def _attention(matmuls: int) -> costs.Kernel:
+    def count(instruction: hlo.Instruction, computation: hlo.Computation) -> float:
+        floats = ("bf16[", "f32[")
+        shapes = [computation[name].shape for name in instruction.operands]
+        *heads, rows, width = hlo.dimensions(next(s for s in shapes if s.startswith(floats)))
+        return 2 * matmuls * math.prod(heads) * splash.executed_scores(rows) * width
+
+    return count
+
+
+def kernels(checked: settings.Settings, program: Program) -> dict[str, costs.Kernel]:
+    """FLOPs of the Pallas kernels, by how their names start.
+
+    Which rows of a grouped matmul are computed depends on the routing: here every expert is chosen
+    as often as the others.
+    """
+    config, devices = checked.model, 1 if checked.mesh is None else checked.mesh.shape["expert"]
+    tokens = program.tokens // sharding.parts(checked.mesh) * devices
+    experts, k = config.num_experts, config.num_experts_per_tok
+
+    def grouped(instruction: hlo.Instruction, computation: hlo.Computation) -> float:
+        rows = moe.visited_rows(tokens, k, experts, experts // devices)
+        left = hlo.dimensions(computation[instruction.operands[-2]].shape)
+        out = hlo.dimensions(instruction.shape)
+        return 2 * rows * out[-1] * (out[-2] if len(out) == 3 else left[-1])
+
+    # The backward kernel computes scores, their gradient, and the gradients of q, k and v.
+    return {
+        "splash_mha_fwd": _attention(2), "splash_mha_dkv": _attention(5),
+        "gmm": grouped, "tgmm": grouped,
+    }  # fmt: skip
+
+
+def _moved(checked: settings.Settings, name: str, found: list[costs.Collective]) -> list[dict]:
+    """Collectives by kind, inside and outside of the loop over layers."""
+    repeats = {group.repeats for group in params.groups(checked.model)}
+    around = int(name in ("score", "update") and checked.hp.micro_batches > 1)
+    rows: dict[tuple, dict] = {}
+    for c in found:
+        inside = len(c.loops) > around and c.loops[around] in repeats
+        row = rows.setdefault((c.kind, inside), dict.fromkeys(FIELDS, 0))
+        row["count"] += c.times
+        row["once"] += c.bytes
+        row["bytes"] += c.times * c.bytes
+        row["largest"] = max(row["largest"], c.bytes)
+    return [{"kind": kind, "in_layers": inside, **row} for (kind, inside), row in rows.items()]
+
+
+def _memory(program: Program, compiled: Any) -> dict[str, Any]:
+    """Bytes on a chip by kind; "total" is what the compiler has given away, padding included."""
+    stats = compiled.memory_analysis()
+    kinds: collections.Counter[str] = collections.Counter()
+    for trees in (program.arguments, program.resident, program.result):
+        kinds.update({kind: programs.bytes_per_chip(tree) for kind, tree in trees.items()})
+    resident, result = (
+        sum(programs.bytes_per_chip(tree) for tree in trees.values())
+        for trees in (program.resident, program.result)
+    )
+    fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
+    needed = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes + fresh
+    total = stats.argument_size_in_bytes + needed + resident
+    return {"kinds": dict(kinds), "temporaries": needed - result, "total": total}
+
+
+def measure(
+    checked: settings.Settings, name: str, program: Program, chip: chips.Chip
+) -> dict[str, Any]:
+    """Compile a program and say what it takes on each chip.
+
+    Raises:
+      jax.errors.JaxRuntimeError: among others, it does not fit the chip's memory.
+    """
+    start = time.monotonic()
+    compiled = program.lower().compile()
+    seconds = time.monotonic() - start
+    parsed = hlo.parse(compiled.as_text())
+    buffers = costs.buffers(parsed)
+    parsed = hlo.turn(parsed) if program.one_turn else parsed
+    devices = 1 if checked.mesh is None else checked.mesh.size
+    flops = costs.flops(parsed, unknown=program.turns, kernels=kernels(checked, program))
+    moved = _moved(checked, name, costs.collectives(parsed, unknown=program.turns))
+    traffic = costs.memory_bytes(parsed, unknown=program.turns)
+    linked = sum(row["bytes"] * (1 + (row["kind"] == "all-reduce")) for row in moved)
+    bounds = {
+        "compute": flops / chip.flops, "memory": traffic / chip.bandwidth,
+        "links": linked / chip.link,
+    }  # fmt: skip
+    model_flops = program.model_flops / devices
+    step = max(bounds.values())
+    return {
+        "program": name,
+        "memory": _memory(program, compiled),
+        "flops": flops,
+        "model_flops": model_flops,
+        "bytes": traffic,
+        "collectives": moved,
+        "largest_buffers": [b._asdict() for b in buffers[:12]],
+        "logits_rows": preflight_checks.logits_rows(buffers, checked),
+        "gathered_share": preflight_checks.gathered_share(buffers, checked),
+        "bounds": bounds,
+        "step_seconds": step,
+        "mfu": model_flops / step / chip.flops,
+        "runs": program.runs,
+        "compile_seconds": seconds,
+    }
+
+
+def _too_large(error: jax.errors.JaxRuntimeError) -> str:
+    """What the compiler says of a program that does not fit; raises what it says of others."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return str(error).splitlines()[0]
+
+
+def largest_micro_batch(checked: settings.Settings, chip: chips.Chip) -> list[dict[str, Any]]:
+    """Compile the update with larger and larger micro-batches, until one does not fit.
+
+    Returns:
+      For each that was tried: rows on a chip, bytes ("total" None where the compiler refused), and
+      whether it fits with room to spare.
+    """
+    rows = checked.rows // checked.config["batch"]["minibatches"] // sharding.parts(checked.mesh)
+    tried = []
+    for local in (n for n in range(1, rows + 1) if rows % n == 0):
+        hp = checked.hp.replace(micro_batches=rows // local)
+        other = dataclasses.replace(checked, hp=hp)
+        try:
+            program = programs.programs(other)["update"]
+            total = measure(other, "update", program, chip)["memory"]["total"]
+        except jax.errors.JaxRuntimeError as error:
+            _too_large(error)
+            total = None
+        fits = total is not None and total <= (1 - preflight_checks.SPARE) * chip.hbm
+        tried.append({"rows": local, "micro_batches": rows // local, "total": total, "fits": fits})
+        if not fits:
+            break
+    return tried
+
+
+def report(checked: settings.Settings, topology: str, only: list[str] | None, tpu: bool) -> dict:
+    """Measure programs, and what is demanded of them.
+
+    Raises:
+      ValueError: a program that the run does not have.
+    """
+    chip, found = chips.CHIPS[chips.parse(topology)[0]], programs.programs(checked)
+    if unknown := set(only or ()) - set(found):
+        raise ValueError(f"--programs: {min(unknown)!r} must be one of {', '.join(found)}")
+    results, refused = [], {}
+    for name, program in found.items():
+        if only is None or name in only:
+            print(f"compiling: {name}", file=sys.stderr, flush=True)
+            try:
+                results.append(measure(checked, name, program, chip))
+            except jax.errors.JaxRuntimeError as error:
+                refused[name] = _too_large(error)
+    demands = preflight_checks.checks(checked, results, chip.hbm)
+    mesh = {} if checked.mesh is None else checked.mesh.shape
+    return {
+        "name": checked.config["name"],
+        "topology": topology,
+        "tpu": tpu,
+        "mesh": sharding.describe({axis: n for axis, n in mesh.items() if n > 1}) or "one device",
+        "chip": chip._asdict(),
+        "compiled_with": {
+            "jax": jax.__version__,
+            "libtpu": importlib.metadata.version("libtpu") if tpu else None,
+            "cores": os.cpu_count(),
+        },
+        "programs": results,
+        "refused": refused,
+        "checks": [c._asdict() | {"met": c.met} for c in demands],
+        "iteration_seconds": sum(r["runs"] * r["step_seconds"] for r in results),
+    }
+
+
+def main(argv: list[str]) -> None:
+    """Print the report, write its JSON, and exit with 1 where a demand is not met."""
+    given = flags.FLAGS
+    if len(argv) > 1:
+        sys.exit(f"error: unknown argument {argv[1]!r}; fields are set by --config.<field>=<value>")
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        found, tpu = chips.devices(given.topology)
+        checked = settings.resolve(stand_in(given.config), devices=found)
+        if given.fit:
+            chip = chips.CHIPS[chips.parse(given.topology)[0]]
+            print(preflight_tables.fit_text(largest_micro_batch(checked, chip), chip.hbm))
+            return
+        made = report(checked, given.topology, given.programs, tpu)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(preflight_tables.text(made))
+    if given.json:
+        epath.Path(given.json).write_text(json.dumps(made, indent=1) + "\n")
+    sys.exit(bool(made["refused"]) or any(not c["met"] for c in made["checks"]))
+
+
+if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
+    flags.DEFINE_string("topology", None, "Such as v5e:4x4 or v5p:4x4x8.")
+    flags.DEFINE_list("programs", None, "Some of them; all by default.")
+    flags.DEFINE_bool("fit", False, "Search the largest micro-batch that fits.")
+    flags.DEFINE_string(
+        "json", None, "File for the results; a run's report shows those in its preflight.json."
+    )
+    flags.mark_flags_as_required(["config", "topology"])
+    app.run(main)

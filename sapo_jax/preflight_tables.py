@@ -1,0 +1,156 @@
+"""Preflight's results as tables: for a terminal, in Markdown, and for a run's report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+GIB = 2**30
+COLUMNS = (
+    "program", "memory a chip, GiB (temporaries)", "executed ÷ model FLOPs",
+    "collectives a chip, GB", "at least, s", "MFU at most", "compiled in, s",
+)  # fmt: skip
+
+
+def _grid(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _number(x: float) -> str:
+    return f"{x:.2f}" if x == 0 or x >= 0.1 else f"{x:.2g}"
+
+
+def _of_model(result: dict[str, Any]) -> list[str]:
+    """Executed over model FLOPs, and the MFU, of a program that has any."""
+    model = result["model_flops"]
+    return [f"{result['flops'] / model:.2f}", f"{result['mfu']:.0%}"] if model else ["–", "–"]
+
+
+def _memory(results: Sequence[dict[str, Any]], hbm: float) -> list[list[str]]:
+    kinds = list(dict.fromkeys(kind for r in results for kind in r["memory"]["kinds"]))
+    rows = [["GiB a chip", *kinds, "temporaries", "total", f"of {hbm / GIB:.2f}"]]
+    for r in results:
+        m = r["memory"]
+        sizes = [m["kinds"].get(kind, 0) for kind in kinds] + [m["temporaries"], m["total"]]
+        rows.append([r["program"], *(_number(n / GIB) for n in sizes), f"{m['total'] / hbm:.0%}"])
+    return rows
+
+
+def _speed(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    rows = [["a chip", "GFLOP", "÷ model", "GB moved", "compute s", "memory s", "links s", "MFU",
+             "compiled in s"]]  # fmt: skip
+    for r in results:
+        ratio, mfu = _of_model(r)
+        bounds = (f"{x:.3f}" for x in r["bounds"].values())
+        rows.append([r["program"], f"{r['flops'] / 1e9:.0f}", ratio, f"{r['bytes'] / 1e9:.1f}",
+                     *bounds, mfu, f"{r['compile_seconds']:.0f}"])  # fmt: skip
+    return rows
+
+
+def _moved(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    rows = [["program", "collective", "where", "count", "GB", "largest MB"]]
+    for r in results:
+        for c in sorted(r["collectives"], key=lambda c: -c["bytes"]):
+            where = "layers" if c["in_layers"] else ""
+            size, largest = _number(c["bytes"] / 1e9), _number(c["largest"] / 1e6)
+            rows.append([r["program"], c["kind"], where, str(c["count"]), size, largest])
+    return rows
+
+
+def _demands(checks: Sequence[dict[str, Any]]) -> list[list[str]]:
+    rows = [["demand", "value", "at most", ""]]
+    for c in checks:
+        verdict = "" if c["met"] else "NOT MET"
+        rows.append([c["name"], _number(c["value"]), _number(c["limit"]), verdict])
+    return rows
+
+
+def head(report: dict[str, Any]) -> str:
+    """What was compiled, for which devices, and how far that can be trusted."""
+    compiled = "as on the pod" if report["tpu"] else (
+        "FOR THE CPU, without libtpu: memory, kernels and collectives differ from a pod's"
+    )  # fmt: skip
+    return f"{report['name']} on {report['topology']}, {report['mesh']}; compiled {compiled}"
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report for a terminal."""
+    results, hbm = report["programs"], report["chip"]["hbm"]
+    tables = [_memory(results, hbm), _speed(results), _moved(results), _demands(report["checks"])]
+    parts = [head(report), *map(_grid, tables if results else [])]
+    parts += [f"{name} DOES NOT FIT: {why}" for name, why in report["refused"].items()]
+    if not report["refused"]:
+        parts.append(f"An iteration takes at least {report['iteration_seconds']:.1f} s.")
+    return "\n\n".join(parts)
+
+
+def rows(report: dict[str, Any]) -> list[list[str]]:
+    """A row for each program, under `COLUMNS`."""
+    found, hbm = [], report["chip"]["hbm"]
+    for r in report["programs"]:
+        m, moved = r["memory"], sum(c["bytes"] for c in r["collectives"]) / 1e9
+        used = f"{m['total'] / GIB:.1f} of {hbm / GIB:.2f} ({m['temporaries'] / GIB:.1f})"
+        ratio, mfu = _of_model(r)
+        found.append([r["program"], used, ratio, f"{moved:.2f}", f"{r['step_seconds']:.3g}", mfu,
+                      f"{r['compile_seconds']:.0f}"])  # fmt: skip
+    none = ["–"] * (len(COLUMNS) - 2)
+    return found + [[name, "does not fit", *none] for name in report["refused"]]
+
+
+def markdown(reports: Sequence[dict[str, Any]]) -> str:
+    """Many reports as one table, a row for each program."""
+    lines = [("config, topology, mesh", *COLUMNS)]
+    for report in reports:
+        where = f"`{report['name']}`, `{report['topology']}`, {report['mesh']}"
+        for row in rows(report):
+            lines.append((where, *row))
+            where = ""
+    return _markdown(lines)
+
+
+def _summary(report: dict[str, Any]) -> list[str]:
+    where = [f"`{report['name']}`", f"`{report['topology']}`, {report['mesh']}"]
+    if report["refused"]:
+        return [*where, f"does not fit ({', '.join(report['refused'])})", *["–"] * 6]
+    results, hbm = {r["program"]: r for r in report["programs"]}, report["chip"]["hbm"]
+    fullest = max(results.values(), key=lambda r: r["memory"]["total"])
+    used = f"{fullest['memory']['total'] / GIB:.1f} of {hbm / GIB:.2f} ({fullest['program']})"
+    update, decode = results["update"], results["decode"]
+    moved = sum(c["bytes"] for c in update["collectives"]) / 1e9
+    seconds = sum(r["compile_seconds"] for r in results.values())
+    temporaries = decode["memory"]["temporaries"] / GIB
+    return [
+        *where, used, *_of_model(update), f"{moved:.0f}", f"{temporaries:.2f}",
+        f"{report['iteration_seconds']:.0f}", f"{seconds / 60:.0f}",
+    ]  # fmt: skip
+
+
+def summary(reports: Sequence[dict[str, Any]]) -> str:
+    """Many reports of all programs as one table in Markdown, a row for each."""
+    columns = (
+        "config", "chips", "memory a chip at most, GiB", "update: executed ÷ model FLOPs",
+        "its MFU at most", "its collectives a chip, GB", "decode: temporaries, GiB",
+        "an iteration at least, s", "compiled in, min",
+    )  # fmt: skip
+    return _markdown([columns, *map(_summary, reports)])
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *body = lines
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *body))
+
+
+def fit_text(tried: Sequence[dict[str, Any]], hbm: float) -> str:
+    """The search for the largest micro-batch, in words."""
+    table = [["rows a chip", "config.batch.micro_batches", "GiB", f"of {hbm / GIB:.2f}"]]
+    for t in tried:
+        size = "more" if t["total"] is None else f"{t['total'] / GIB:.2f}"
+        fits = "fits" if t["fits"] else "does not fit"
+        table.append([str(t["rows"]), str(t["micro_batches"]), size, fits])
+    best = [t for t in tried if t["fits"]]
+    found = "No micro-batch fits."
+    if best:
+        found = f"Largest that fits: --config.batch.micro_batches={best[-1]['micro_batches']}"
+    return f"{_grid(table)}\n\n{found}"

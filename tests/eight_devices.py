@@ -1,0 +1,342 @@
+"""Meshes of eight devices against one; run by `test_sharding` in a process that has them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sapo_jax import (
+    checkpoint,
+    decoding,
+    handover,
+    learner,
+    model,
+    objectives,
+    sampler,
+    sampling,
+    settings,
+    sharding,
+    startup,
+    train,
+)  # fmt: skip
+from sapo_jax.aggregations import finish
+from sapo_jax.model import params, transformer
+from sapo_jax.sampler import Plan
+from sapo_jax.types import Batch
+from tests import fakes, tiny_config
+
+P, N, G, T = 16, 5, 4, 8
+VOCAB = 520  # three blocks of the two-stage draw; a quarter of it is no whole number of blocks
+MESHES = {
+    "data 8": {"data": 8},
+    "fsdp 8": {"fsdp": 8},
+    "tensor 4, data 2": {"tensor": 4, "data": 2},
+    "expert 4, fsdp 2": {"expert": 4, "fsdp": 2},
+}
+KINDS = {"dense": ("nano", "gspo", {}), "moe": ("nano_moe", "sapo", {})}
+CASES = [(kind, name) for kind in KINDS for name in MESHES]
+
+
+def test_there_are_eight_devices():
+    assert jax.device_count() == 8
+
+
+@pytest.fixture(scope="module")
+def policies():
+    def policy(preset):
+        config = model.make(
+            preset, vocab_size=VOCAB, num_key_value_heads=4, stop_tokens=(1, 7, 11, 40),
+            max_position_embeddings=64,
+        )  # fmt: skip
+        return config, fakes.perturbed(jax.jit(params.init, static_argnums=0)(config, 0))
+
+    return {kind: policy(preset) for kind, (preset, *_) in KINDS.items()}
+
+
+def placed(policy, mesh):
+    config, weights = policy
+    if mesh is None:
+        return weights
+    return jax.device_put(weights, params.shardings(config, mesh))
+
+
+def roll(policy, mesh, **kw):
+    """Half of the prompts wait for a slot."""
+    config, _ = policy
+    options = {"plan": Plan((8,), (T,), 8), "temperature": 1.0, **kw}
+    rollout = sampler.rollout(
+        placed(policy, mesh), config, fakes.prompts(P, N), group_size=G, max_new_tokens=T,
+        seed=11, iteration=3, **options,
+    )  # fmt: skip
+    if mesh is not None:
+        assert len(rollout.tokens.sharding.device_set) == 8
+        assert rollout.tokens.addressable_shards[0].data.shape[0] == P * G / sharding.parts(mesh)
+    return jax.device_get(rollout)
+
+
+@pytest.fixture(scope="module")
+def references(policies):
+    return {kind: roll(policy, None) for kind, policy in policies.items()}
+
+
+def batch_of(rollout):
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=rollout.tokens.shape).astype(np.float32)
+    advantages = rng.normal(size=len(rollout.tokens)).astype(np.float32)
+    return Batch(
+        rollout.tokens, rollout.mask, rollout.segments, rollout.sampler_logp,
+        rollout.sampler_logp + 0.05 * noise, advantages, routing=rollout.routing,
+    )  # fmt: skip
+
+
+def hyperparameters(config, objective, mesh, **kw):
+    """With Adam's usual eps, the first step of a gradient near rounding would be noise."""
+    return learner.Hyperparameters(
+        objectives.resolve(objective), 1e-4, 0.1, 1e9, 1.0, model=config, mesh=mesh,
+        micro_batches=2, head_chunk=32, eps=1e-6, **kw,
+    )  # fmt: skip
+
+
+def updated(policy, batch, hp):
+    """Loss and metrics, the gradient, the parameters after one update, and the program's text."""
+    state = learner.init(jax.tree.map(jnp.copy, placed(policy, hp.mesh)), hp)
+    batch = sharding.feed(batch, hp.mesh)
+    update = learner.update.lower(state, batch, hp).compile()
+    state, terms = update(state, batch, hp)
+    loss, metrics = finish(terms)
+    # Adam's first moment after one step from 0, without clipping.
+    gradient = jax.tree.map(lambda m: np.asarray(m) / np.float32(1 - hp.b1), state.opt_state[1].mu)
+    if hp.mesh is not None:
+        want = jax.tree.map(lambda x: x.sharding, learner.abstract(hp))
+        assert jax.tree.map(lambda x: x.sharding, state) == want, "the next update would compile"
+    numbers = {k: np.asarray(v) for k, v in metrics.items() if not k.startswith("histogram")}
+    return {"loss": np.asarray(loss), **numbers}, gradient, jax.device_get(state.params), update
+
+
+def agree(got, expected):
+    metrics, gradient, weights, _ = got
+    for key, value in expected[0].items():
+        np.testing.assert_allclose(metrics[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(expected[1]))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), gradient, expected[1]
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), weights, expected[2])
+
+
+@pytest.fixture(scope="module")
+def on_one(policies, references):
+    """One update on one device, computed once for each kind of model and replay."""
+    done = {}
+
+    def compute(kind, **kw):
+        key = (kind, *kw.items())
+        if key not in done:
+            hp = hyperparameters(policies[kind][0], KINDS[kind][1], None, **kw)
+            done[key] = updated(policies[kind], batch_of(references[kind]), hp)
+        return done[key]
+
+    return compute
+
+
+def collectives(compiled):
+    names = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+    text = compiled.as_text()
+    return {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in names}
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_one_update_agrees_with_one_device(policies, references, on_one, kind, name):
+    """Loss, metrics, gradient and parameters; GSPO (dense) needs whole sequences on a device.
+
+    A sum that is taken twice or not at all, over any axis, is off by a factor.
+    """
+    mesh = sharding.make_mesh(**MESHES[name])
+    hp = hyperparameters(policies[kind][0], KINDS[kind][1], mesh)
+    got = updated(policies[kind], batch_of(references[kind]), hp)
+    agree(got, on_one(kind))
+    counts = collectives(got[-1])
+    split = sum(
+        "fsdp" in str(spec) for spec in jax.tree.leaves(params.specs(policies[kind][0]))
+    )  # fmt: skip
+    if name == "data 8":
+        assert counts.pop("all-reduce") > 0
+        assert not any(counts.values()), counts
+    if name == "fsdp 8":  # once forward and once backward; gradients once
+        assert 0 < counts["all-gather"] <= 2 * split
+        assert 0 < counts["reduce-scatter"] <= split
+
+
+def test_replayed_routing_and_its_balance_agree_with_one_device(policies, references, on_one):
+    """Experts of the sampler on the devices that hold them, and fractions over all rows."""
+    options = {"routing_replay": "R3", "router_aux_coef": 0.1, "remat": True}
+    mesh = sharding.make_mesh(**MESHES["expert 4, fsdp 2"])
+    hp = hyperparameters(policies["moe"][0], "sapo", mesh, **options)
+    got = updated(policies["moe"], batch_of(references["moe"]), hp)
+    agree(got, on_one("moe", **options))
+
+
+def near_tie(policy, rollout, row, at):
+    """The gap of the draw at a token: between the two best blocks, or in the chosen one."""
+    config, weights = policy
+    prompt, sample = row // G, row % G
+    logits = model.logits(weights, config, jnp.asarray(rollout.tokens[row])[None])[0, at - 1]
+    base = sampling.base_key(np.uint32(11), "train", 3)
+    prompts = fakes.prompts(P, N)
+    key = sampling.row_keys(base, jnp.asarray(prompts.id[prompt : prompt + 1]), G)[0, sample]
+    outer, inner = jax.random.split(jax.random.fold_in(key, at - int(prompts.length[prompt])))
+    blocks = jnp.pad(logits, (0, -VOCAB % sampling.BLOCK), constant_values=-jnp.inf)
+    blocks = blocks.reshape(-1, sampling.BLOCK)
+    mass = jax.nn.logsumexp(blocks, -1)
+    mass = mass + jax.random.gumbel(outer, mass.shape)
+    inside = blocks[jnp.argmax(mass)] + jax.random.gumbel(inner, (sampling.BLOCK,))
+    first, second = (np.sort(np.asarray(x)) for x in (mass, inside))
+    return min(first[-1] - first[-2], second[-1] - second[-2])
+
+
+def near_expert(policy, rollout, row, at):
+    """The smallest distance at the k-th place of a router, over layers and earlier tokens."""
+    config, weights = policy
+    tokens = jnp.asarray(rollout.tokens[row, :at])[None]
+    _, probs = transformer.hidden_routing(
+        weights, config, tokens, jnp.ones_like(tokens), summarise=lambda r: r.probs
+    )
+    best, k = np.sort(np.asarray(probs), -1), config.num_experts_per_tok
+    return (best[..., -k] - best[..., -k - 1]).min()
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_rollouts_agree_up_to_near_ties(policies, references, kind, name):
+    """Slots, caches and the vocabulary split: the same noise, the same rows, the same experts."""
+    mesh, policy, expected = sharding.make_mesh(**MESHES[name]), policies[kind], references[kind]
+    got = roll(policy, mesh)
+    assert expected.mask.sum() > 300
+    differs = np.flatnonzero((got.tokens != expected.tokens).any(-1))
+    assert len(differs) <= 0.01 * len(got.tokens)
+    for row in differs:
+        at = int(np.argmax(got.tokens[row] != expected.tokens[row]))
+        close = near_tie(policy, expected, row, at) < 1e-3
+        assert close or (kind == "moe" and near_expert(policy, expected, row, at) < 1e-4)
+    same = np.setdiff1d(np.arange(len(got.tokens)), differs)
+    for field in ("mask", "segments", "finished", "prompt_id", "sample_index"):
+        np.testing.assert_array_equal(getattr(got, field)[same], getattr(expected, field)[same])
+    np.testing.assert_allclose(got.sampler_logp[same], expected.sampler_logp[same], atol=2e-5)
+    if kind == "moe":
+        assert (got.routing[same] != expected.routing[same]).mean() < 1e-3
+    # Without parameters only the noise decides.
+    blank = (policy[0], jax.tree.map(np.zeros_like, policy[1]))
+    np.testing.assert_array_equal(roll(blank, mesh).tokens, roll(blank, None).tokens)
+
+
+def test_slots_shrink_and_caches_grow_in_every_part(policies, references):
+    """Parts of the rows finish at different times; each group is reported once, with its tokens."""
+    mesh = sharding.make_mesh(**MESHES["tensor 4, data 2"])
+    seen = {}
+
+    def on_groups(index, tokens, count, finished):
+        for prompt, *rows in zip(index, tokens, count, strict=True):
+            assert prompt not in seen
+            seen[prompt] = rows
+
+    got = roll(policies["dense"], mesh, plan=Plan((4, 2), (3, T), 2), on_groups=on_groups)
+    np.testing.assert_array_equal(got.tokens, references["dense"].tokens)
+    assert sorted(seen) == list(range(P))
+    for row in range(P * G):
+        tokens, count = (x[row % G] for x in seen[row // G])
+        np.testing.assert_array_equal(got.tokens[row][got.mask[row]], tokens[:count])
+
+
+def test_greedy_and_truncated_draws_look_at_the_whole_vocabulary(policies):
+    mesh = sharding.make_mesh(**MESHES["tensor 4, data 2"])
+    for options in ({"temperature": 0.0}, {"top_k": 5, "top_p": 0.9, "domain": "eval"}):
+        got, expected = (roll(policies["dense"], m, **options) for m in (mesh, None))
+        assert (got.tokens != expected.tokens).any(-1).mean() <= 0.01
+
+
+def test_the_learner_scores_what_the_sampler_drew(policies, references):
+    """The gap between sampler and learner on a mesh, by both of its columns of the table."""
+    config, rollout = policies["dense"][0], references["dense"]
+    mesh = sharding.make_mesh(**MESHES["tensor 4, data 2"])
+    hp = hyperparameters(config, "sapo", mesh)
+    batch = sharding.feed(batch_of(rollout), mesh)
+    logp = np.asarray(learner.score(placed(policies["dense"], mesh), batch, hp))
+    assert np.abs(logp - rollout.sampler_logp)[rollout.mask].max() <= 1e-5
+
+
+def test_to_sampler_moves_what_changes_place(policies):
+    config, _ = policies["dense"]
+    for name, kept in (("data 8", ("embed", "final_norm")), ("fsdp 8", ())):
+        weights = placed(policies["dense"], sharding.make_mesh(**MESHES[name]))
+        fast = sampler.to_sampler(weights, config)
+        for key in kept:
+            assert fast[key] is weights[key]
+        everything = 8 * sum(x.nbytes for x in jax.tree.leaves(fast))
+        moved = everything - 8 * sum(weights[key].nbytes for key in kept)
+        assert sampler.moved_bytes(weights, fast) == moved
+        assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(fast))
+
+
+def test_decoding_gathers_no_weights(policies):
+    """Of all that travels between devices while decoding, nothing is larger than the rows."""
+    config, _ = policies["moe"]
+    mesh = sharding.make_mesh(**MESHES["expert 4, fsdp 2"])
+    weights = sampler.to_sampler(placed(policies["moe"], mesh), config)
+    state = decoding.empty(config, 8, T, P, N, G, T, mesh)
+    arguments = (sampling.controls(1.0), state, np.int32(9), np.full(8, 1, np.int32), np.int32(1))
+    compiled = decoding.decode.lower(
+        weights, config, *arguments, truncate=False, mesh=mesh
+    ).compile()  # fmt: skip
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", compiled.as_text())
+    sizes = [np.prod([int(n) for n in dims.split(",") if n]) for dims in gathered]
+    assert sizes
+    assert max(sizes) <= 8 * G * config.hidden_size
+    assert jax.tree.structure(handover.specs(config)) == jax.tree.structure(weights)
+
+
+def test_a_run_goes_on_on_another_mesh(tmp_path):
+    """Trained on 2×4, resumed there, on 8×1 and on one device: the next update is the same."""
+    fields = {"iterations": 1, "eval.every": 0, "batch.minibatches": 1, "sampler.slots": 0}
+
+    def resolved(**mesh):
+        config = tiny_config.get_config()
+        with config.unlocked():
+            config.update_from_flattened_dict(fields | {f"mesh.{k}": v for k, v in mesh.items()})
+        return settings.resolve(config)
+
+    trained = resolved(data=2, fsdp=4)
+    train.run(trained, tmp_path)
+    rng = np.random.default_rng(0)
+    shape = (trained.rows, trained.width + trained.max_new_tokens)
+    index = np.arange(shape[1])
+    batch = Batch(
+        rng.integers(2, trained.model.vocab_size, shape).astype(np.int32),
+        np.broadcast_to(index > 3, shape),
+        np.ones(shape, np.int32),
+        *rng.normal(-3, 0.3, (2, *shape)).astype(np.float32),
+        rng.normal(size=shape[0]).astype(np.float32),
+    )
+    results = []
+    for mesh in ({"data": 2, "fsdp": 4}, {"data": -1}, {}):
+        checked = resolved(**mesh)
+        with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
+            state, _, _ = startup.start(checked, checkpoints)
+        assert int(state.iteration) == 1
+        _, terms = learner.update(state, sharding.feed(batch, checked.mesh), checked.hp)
+        loss, metrics = finish(terms)
+        numbers = {k: v for k, v in metrics.items() if not k.startswith("histogram")}
+        results.append(jax.device_get({"loss": loss, **numbers}))
+    for other in results[1:]:
+        for key, value in results[0].items():
+            np.testing.assert_allclose(other[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+def test_random_parameters_are_those_of_one_device():
+    """They are drawn in parts, each where it belongs."""
+    drawn = []
+    for mesh in ({}, {"mesh.fsdp": 8, "sampler.slots": 0}):
+        config = tiny_config.get_config()
+        config.update_from_flattened_dict(mesh)
+        drawn.append(startup.random_parameters(settings.resolve(config)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *drawn)

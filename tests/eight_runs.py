@@ -1,0 +1,77 @@
+"""A population on eight devices against one; run by `test_population` in a process with eight."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from sapo_jax import axes, cohort_run, cohorts, population, sharding, stacked
+from sapo_jax.model.config import ModelConfig
+from tests import tiny_sweep
+from tests.eight_devices import collectives
+from tests.test_population import Bar
+from tests.test_train import final_state, records
+
+RUNS = axes.product(axes.axis("objective.name", "sapo", "grpo"), axes.axis("seed", *range(6)))
+FIELDS = {
+    "eval.every": 1, "checkpoint.every": 1, "model.num_hidden_layers": 1,
+    "sampler.max_new_tokens": 24,
+}  # fmt: skip
+
+
+class Compiled:
+    """A jitted function that keeps its executables, and is strict: other shardings are an error."""
+
+    def __init__(self, function):
+        self.function, self.programs = function, {}
+
+    def __call__(self, *arguments, **static):
+        key = tuple(sorted(static.items()))
+        if key not in self.programs:
+            self.programs[key] = self.function.lower(*arguments, **static).compile()
+        return self.programs[key](*(x for x in arguments if not isinstance(x, ModelConfig)))
+
+
+def cohort_of(method, iterations):
+    fields = {**FIELDS, "iterations": iterations, "population.method": method}
+    (cohort,) = cohorts.resolve(tiny_sweep.get_config(**fields), RUNS)
+    return cohort
+
+
+def test_runs_on_devices_of_their_own_are_those_of_a_map(tmp_path, monkeypatch):
+    """Two runs on each of six devices, stopped and resumed: as one device's, and apart.
+
+    A sum over the devices, or a run computed with its neighbour's values, shows in both.
+    """
+    on_one = cohort_of("map", 2)
+    assert cohort_run.run(on_one, tmp_path / "map", Bar())
+    programs = {name: Compiled(getattr(population, name)) for name in ("update", "rollout")}
+    for name, program in programs.items():
+        monkeypatch.setattr(population, name, program)
+    for iterations in (1, 2):
+        on_all = cohort_of("devices", iterations)
+        assert cohort_run.run(on_all, tmp_path / "devices", Bar())
+    for name, checked in zip(on_all.names, on_all.runs, strict=True):
+        both = [tmp_path / method / name for method in ("devices", "map")]
+        for got, expected in zip(*map(records, both), strict=True):
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=5e-6), got, expected)
+        got, expected = (final_state(place, checked)[0].params for place in both)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-6), got, expected)
+    assert [len(p.programs) for p in programs.values()] == [1, 1]
+    for program in programs.values():
+        for compiled in program.programs.values():
+            assert len(jax.tree.leaves(compiled.output_shardings)[0].device_set) == 6
+            assert not any(collectives(compiled).values()), collectives(compiled)
+
+
+def test_the_method_follows_from_the_runs_and_the_devices(monkeypatch):
+    """As many devices as divide the runs; by itself none on a CPU: they would share its cores."""
+    assert sharding.run_mesh(12).size == 6
+    assert stacked.choose("devices", 12) == "devices"
+    assert stacked.choose("auto", 16) == "map"
+    with pytest.raises(ValueError, match=r"population.method='devices': 11 runs .* 8 device"):
+        stacked.choose("devices", 11)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert stacked.choose("auto", 16) == "devices"
+    assert stacked.choose("auto", 11) == "vmap"

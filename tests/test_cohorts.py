@@ -1,0 +1,107 @@
+"""Which runs of a sweep share their executables, and what is refused."""
+
+import numpy as np
+import pytest
+
+from sapo_jax import cohorts, learner
+from sapo_jax.axes import axis, product, zip_
+from tests import tiny_config
+
+
+def base(**fields):
+    config = tiny_config.get_config()
+    config.update_from_flattened_dict({"sampler.slots": 0, **fields})
+    return config
+
+
+def test_what_is_traced_shares_and_what_is_not_separates():
+    """A batch size is static; seeds, rates, temperatures of gates and samplers are not."""
+    traced = product(
+        axis("seed", 0, 1),
+        axis("objective.tau_neg", 1.0, 2.0),
+        axis("learner.learning_rate", 1e-3, 1e-2),
+        axis("sampler.temperature", 1.0, 0.8),
+    )
+    sweep = product(axis("batch.group_size", 2, 4), traced)
+    small, large = cohorts.resolve(base(), sweep)
+    assert [run.config["batch"]["group_size"] for run in small.runs] == [2] * 16
+    assert [run.config["batch"]["group_size"] for run in large.runs] == [4] * 16
+    assert small.names[1] == (
+        "batch.group_size=2,seed=0,objective.tau_neg=1.0,learner.learning_rate=0.001,"
+        "sampler.temperature=0.8"
+    )
+    hp = small.hp
+    np.testing.assert_allclose(hp.temperature, [1.0, 0.8] * 8)
+    np.testing.assert_allclose(hp.learning_rate[:4], [1e-3, 1e-3, 1e-2, 1e-2])
+    np.testing.assert_allclose(hp.objective.hyperparameters["tau_neg"][:8], [1.0] * 4 + [2.0] * 4)
+
+
+def test_objectives_become_a_switch():
+    """Runs of several objectives share one, in which each has its own name, index and values."""
+    sweep = zip_(
+        axis("objective.name", "sapo", "grpo", "dr_grpo", "sapo"),
+        axis("objective.max_length", None, None, 32.0, None),
+        axis("objective.eps_high", None, 0.3, None, None),
+        axis("objective.tau_pos", None, None, None, 2.0),
+    )
+    (cohort,) = cohorts.resolve(base(), sweep)
+    held = cohort.hp.objective.hyperparameters
+    np.testing.assert_array_equal(held["index"], [0, 1, 2, 0])
+    assert held["index"].dtype == np.int32
+    assert held["sapo.tau_pos"][3] == 2
+    assert held["sapo.tau_pos"][0] == 1
+    assert held["grpo.eps_high"][1] == np.float32(0.3)
+    np.testing.assert_array_equal(held["dr_grpo.max_length"], [32] * 4)
+
+
+def test_a_kl_penalty_separates():
+    """A reference policy is scored by programs of its own."""
+    fields = {"init_from": "somewhere"}
+    parts = cohorts.resolve(base(**fields), axis("objective.kl_coef", 0.0, 0.1, 0.2))
+    assert [len(part.runs) for part in parts] == [1, 2]
+
+
+def test_large_cohorts_are_cut_evenly():
+    parts = cohorts.resolve(base(), axis("seed", *range(10)), most=4)
+    assert [len(part.runs) for part in parts] == [3, 3, 4]
+    assert [name for part in parts for name in part.names] == [f"seed={i}" for i in range(10)]
+
+
+def test_hyperparameters_share_one_form():
+    """What jit sees is the same for every cut of a cohort: arrays, and the same static fields."""
+    a, b = cohorts.resolve(base(), axis("learner.learning_rate", 1e-3, 2e-3, 3e-3, 4e-3), most=2)
+    assert isinstance(a.hp, learner.Hyperparameters)
+    same = [x.dtype == y.dtype == np.float32 for x, y in zip(*_leaves(a.hp, b.hp), strict=True)]
+    assert all(same)
+
+
+def _leaves(*trees):
+    import jax
+
+    assert len({jax.tree.structure(tree) for tree in trees}) == 1
+    return [jax.tree.leaves(tree) for tree in trees]
+
+
+REFUSED = [
+    (
+        axis("objectve.tau_neg", 1.0),
+        "'objectve.tau_neg'; the nearest is 'objective.tau_neg'",
+    ),
+    (axis("sed", 1), "the run sed=1: there is no field 'sed'; the nearest is 'seed'"),
+    (axis("objective.tau_neg", "x"), "the run objective.tau_neg=x: .*float"),
+    (axis("mesh.fsdp", 2), "the run mesh.fsdp=2: .*mesh"),
+    (axis("objective.tau_neg", -1.0), "the run objective.tau_neg=-1.0: .*tau_neg"),
+    (axis("seed", "x"), "the run seed=x: "),
+    (axis("sampler.slots", 4), "sampler.slots.*0 in a sweep"),
+    (axis("seed", 1, 1), "two runs of the sweep are the same: seed=1 and seed=1"),
+    ([{"seed": 1, "name": "a"}, {"name": "a", "seed": 1}], "the same: seed=1,name=a and name=a,"),
+    (axis("learner.learning_rate", 1, 1.0), "the same: learner.learning_rate=1 and "),
+    (axis("name", "a/b", "a_b"), "would share the directory name=a_b"),
+    ([], "the sweep has no runs"),
+]
+
+
+@pytest.mark.parametrize(("sweep", "message"), REFUSED)
+def test_mistakes_are_named_before_anything_compiles(sweep, message):
+    with pytest.raises(ValueError, match=message):
+        cohorts.resolve(base(), sweep)

@@ -1,0 +1,410 @@
+"""Populations: a run among others is the run alone, nothing compiles twice, resume, grouping."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from sapo_jax import (
+    axes,
+    cohort_run,
+    cohorts,
+    experience,
+    joint,
+    learner,
+    objectives,
+    population,
+    rewards,
+    rundir,
+    sampler,
+    sampling,
+    stacked,
+    sweep_run,
+    train,
+)
+from sapo_jax.model import params
+from sapo_jax.progress import Clock
+from sapo_jax.stacked import pick, stack
+from sapo_jax.types import Rollout
+from tests import fakes, tiny_sweep
+from tests.test_sampler import G, N, P, T, peaked, perturbed_logits, roll
+from tests.test_train import digest, final_state, records
+
+__all__ = ["peaked"]  # a fixture
+
+RUNS = axes.zip_(
+    axes.axis("seed", 3, 4, 5),
+    axes.axis("objective.tau_neg", 1.05, 1.0, 2.0),
+    axes.axis("learner.learning_rate", 0.8e-4, 1e-4, 1.2e-4),
+)
+
+
+def base(**fields):
+    times = {"iterations": 10, "eval.every": 5, "checkpoint.every": 5, "log.samples_every": 5}
+    return tiny_sweep.get_config(**{**times, **fields})
+
+
+class Bar:
+    """Counts what a progress bar would show."""
+
+    def __init__(self):
+        self.steps, self.notes, self.shown = 0, [], []
+
+    def step(self, count):
+        self.steps += count
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def show(self, record):
+        self.shown.append(record)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """A population of three for 10 iterations; what it compiled, and what after its start."""
+    workdir = tmp_path_factory.mktemp("together")
+    (cohort,) = cohorts.resolve(base(), RUNS)
+    bar, late, warm_up = Bar(), fakes.Compilations(), cohort_run._warm_up
+
+    def counted(*arguments):
+        warm_up(*arguments)
+        late.__enter__()
+
+    with pytest.MonkeyPatch.context() as patch, fakes.Compilations() as compiled:
+        patch.setattr(cohort_run, "_warm_up", counted)
+        assert cohort_run.run(cohort, workdir, bar)
+        late.__exit__()
+    return workdir, cohort, bar, compiled, late
+
+
+@pytest.fixture(scope="module")
+def alone(together, tmp_path_factory):
+    """The second run of the population, by itself."""
+    workdir, checked = tmp_path_factory.mktemp("alone") / "run", together[1].runs[1]
+    train.run(checked, workdir)
+    return workdir
+
+
+def test_a_run_of_a_map_is_bitwise_the_run_alone(together, alone):
+    """Over 10 iterations, through both sizes of the cache: metrics, samples, last checkpoint.
+
+    A fusion across the loop over the runs, the noise or data order of another run, a learning rate
+    that all share: each shows in the first update at the latest.
+    """
+    workdir, cohort, *_ = together
+    assert cohort.method == "map"
+    among, checked = workdir / cohort.names[1], cohort.runs[1]
+    found, expected = records(among), records(alone)
+    assert len(found) == 11
+    assert found == expected
+    every = [[set(r) for r in rundir.read_metrics(place)] for place in (among, alone)]
+    assert every[0] == every[1]  # phases that are timed, too
+    assert all(r["grad/norm"] > 0 and r["length/max"] > 20 for r in found[1:])
+    assert digest(among) == digest(alone)
+    (state, meta), (wanted, wanted_meta) = (final_state(w, checked) for w in (among, alone))
+    jax.tree.map(np.testing.assert_array_equal, state, wanted)
+    assert meta == wanted_meta
+    assert sorted(p.name for p in among.iterdir()) == sorted(
+        p.name for p in alone.iterdir() if p.name != ".lock"
+    )
+
+
+def test_each_program_compiles_once(together):
+    """For all runs, iterations and evaluations, and nothing compiles after the start."""
+    *_, compiled, late = together
+    for program in ("_convert", "rollout", "split", "learn_from", "update", "_finish"):
+        assert compiled.names[program] == 1, compiled.names
+    assert late.count == 0
+
+
+def test_every_run_has_its_own_values(together):
+    """Runs of other seeds and learning rates differ, from the first iteration on."""
+    workdir, cohort, bar, *_ = together
+    first = [rundir.read_metrics(workdir / name)[1] for name in cohort.names]
+    assert len({r["policy/loss"] for r in first}) == 3
+    rates = [r["learning_rate"] for r in first]
+    np.testing.assert_allclose(rates, [0.8e-4, 1e-4, 1.2e-4], rtol=1e-6)
+    assert bar.steps == 30
+    means = [r["reward/mean"] for r in (rundir.read_metrics(workdir / n)[-1] for n in cohort.names)]
+    assert bar.shown[-1]["reward/mean"] == pytest.approx(np.mean(means))
+
+
+def test_a_population_goes_on_where_it_stopped(together, tmp_path):
+    """5 iterations, then again for 10: one checkpoint holds parameters and positions of all."""
+    (short,) = cohorts.resolve(base(iterations=5), RUNS)
+    assert cohort_run.run(short, tmp_path, Bar())
+    whole, cohort, *_ = together
+    bar = Bar()
+    assert cohort_run.run(cohort, tmp_path, bar)
+    assert bar.steps == 30
+    for name in cohort.names:
+        assert records(tmp_path / name) == records(whole / name)
+    state, wanted = (final_state(w / cohort.names[2], cohort.runs[2])[0] for w in (tmp_path, whole))
+    jax.tree.map(np.testing.assert_array_equal, state, wanted)
+
+
+def test_a_directory_of_another_population_is_refused(together):
+    workdir, cohort, *_ = together
+    (other,) = cohorts.resolve(base(**{"advantages": "mean"}), RUNS)
+    with pytest.raises(ValueError, match="advantages: stored 'group', given 'mean'"):
+        cohort_run.run(other, workdir, Bar())
+    assert other.names == cohort.names
+
+
+def rows_of(checked, seed):
+    """A rollout of random completions of the next prompts, as the sampler would return it."""
+    rng = np.random.default_rng(seed)
+    stream = experience.open_stream(checked)
+    asked = experience.ask(checked, stream, rewards.Scorer(checked.task))
+    b, s = checked.sampled, checked.width + checked.max_new_tokens
+    group_size = checked.config["batch"]["group_size"]
+    length_B1 = np.repeat(asked.prompts.length, group_size)[:, None]
+    count_B1 = rng.integers(1, checked.max_new_tokens, (b, 1))
+    count_B1[: 3 * group_size] = 5  # three groups whose rewards are all equal
+    mask_BS = (np.arange(s) >= length_B1) & (np.arange(s) < length_B1 + count_B1)
+    logp_BS = np.where(mask_BS, -rng.random((b, s)), 0).astype(np.float32)
+    return Rollout(
+        tokens=rng.integers(2, 8, (b, s)).astype(np.int32),
+        mask=mask_BS,
+        sampler_logp=logp_BS,
+        prompt_id=np.repeat(asked.prompts.id, group_size),
+        sample_index=np.tile(np.arange(group_size, dtype=np.int32), b // group_size),
+        policy_step=np.ones(b, np.int32),
+        finished=np.zeros(b, np.int32),
+        segments=(np.arange(s) < length_B1 + count_B1).astype(np.int32),
+    )
+
+
+def test_dynamic_sampling_is_that_of_the_run_alone(monkeypatch):
+    """Twice the prompts are drawn; of each run, its own first informative groups are kept.
+
+    Rows chosen by another run's rewards, or masks that are not carried along, would show.
+    """
+    fields = {"batch.oversample": 2, "batch.prompts": 6}
+    (cohort,) = cohorts.resolve(base(**fields), axes.axis("seed", 3, 4))
+    given = [rows_of(checked, seed) for seed, checked in enumerate(cohort.runs)]
+    streams = [experience.open_stream(checked) for checked in cohort.runs]
+    for module in (population, sampler):
+        monkeypatch.setattr(module, "to_sampler", lambda *a, **k: None)
+    monkeypatch.setattr(population, "rollout", lambda *a, **k: jax.device_put(stack(given)))
+    live_R = np.ones(2, bool)
+    with rewards.Scorer(cohort.lead.task, cohort.lead.recipe) as scorer:
+        got = joint.from_rollout(cohort, live_R, None, None, streams, 1, Clock(), scorer)
+        for r, checked in enumerate(cohort.runs):
+            stream = experience.open_stream(checked)
+
+            def rollout(*arguments, r=r, on_groups, **options):
+                joint.hand_over(on_groups, given[r], 4)
+                return jax.device_put(given[r])
+
+            monkeypatch.setattr(sampler, "rollout", rollout)
+            own = experience.from_rollout(checked, None, None, stream, 1, Clock(), scorer)
+            assert got.metrics[r] == own.metrics
+            assert got.samples[r] == own.samples
+            for among, alone in zip(got.minibatches, own.minibatches, strict=True):
+                jax.tree.map(np.testing.assert_array_equal, pick(among, r), alone)
+    assert own.metrics["advantage/kept_groups"] == 1
+    assert own.metrics["advantage/zero_groups"] == 3 / 12
+
+
+def test_vmap_samples_the_same_up_to_near_ties(peaked):
+    """Two policies at once, through three sizes of the cache: rows leave at near-ties only."""
+    config, weights = peaked
+    policies = [weights, fakes.perturbed(weights, 0.01, seed=2)]
+    prompts, live_R = fakes.prompts(P, N), np.ones(2, bool)
+    fast = population.to_sampler(live_R, stack(policies), config, method="vmap")
+    among = jax.device_get(
+        population.rollout(
+            live_R, fast, config, stack([prompts] * 2),
+            population.base_keys(np.array([11, 11], np.uint32), "train", np.int32(3)),
+            stack([sampling.controls(1.0)] * 2), np.int32(3), group_size=G, max_new_tokens=T,
+            cache=(3, 9, T), truncate=False, method="vmap",
+        )
+    )  # fmt: skip
+    for r, policy in enumerate(policies):
+        alone, other = roll((config, policy), prompts), pick(among, r)
+        differs = np.flatnonzero((other.tokens != alone.tokens).any(-1))
+        assert len(differs) <= 0.01 * len(other.tokens)
+        for row in differs:
+            at = int(np.argmax(other.tokens[row] != alone.tokens[row]))
+            sample = (alone.prompt_id[row], alone.sample_index[row])
+            best = perturbed_logits((config, policy), alone.tokens[row], prompts, sample, at, 1.0)
+            assert best[-1] - best[-2] < 1e-3
+        same = np.setdiff1d(np.arange(len(other.tokens)), differs)
+        np.testing.assert_array_equal(other.mask[same], alone.mask[same])
+        np.testing.assert_array_equal(other.finished[same], alone.finished[same])
+        np.testing.assert_allclose(other.sampler_logp[same], alone.sampler_logp[same], atol=2e-5)
+
+
+def test_vmap_of_decoding_selects_no_caches(peaked):
+    """A loop whose predicate has the axis R would copy every cache at each step by a select."""
+    config, weights = peaked
+    live_R = np.ones(2, bool)
+    both = population.to_sampler(live_R, stack([weights, weights]), config, method="vmap")
+    arguments = (
+        live_R, both, config, stack([fakes.prompts(P, N)] * 2),
+        population.base_keys(np.zeros(2, np.uint32), "train", np.int32(1)),
+        stack([sampling.controls(1.0)] * 2), np.int32(1),
+    )  # fmt: skip
+    static = {"group_size": G, "max_new_tokens": T, "cache": (T,), "truncate": False}
+    text = population.rollout.trace(*arguments, **static, method="vmap").lower().as_text()
+    cache = f"2x{P}x{G}x{config.num_key_value_heads}x{T}x{config.head_dim}xf32"
+    assert cache in text
+    selected = [line for line in text.splitlines() if "stablehlo.select" in line and cache in line]
+    scattered = [line for line in text.splitlines() if "scatter" in line and cache in line]
+    assert not selected
+    assert not scattered
+
+
+def test_the_first_update_under_vmap(together):
+    """To 1e-5, with other learning rates and temperatures of the gate."""
+    cohort = together[1]
+    states = [learner.init(params.init(r.model, r.config["seed"]), r.hp) for r in cohort.runs]
+    given = [rows_of(checked, seed) for seed, checked in enumerate(cohort.runs)]
+    batches = []
+    for rollout in given:
+        batch = jax.tree.map(lambda x: x[:16], experience.batch_of(rollout))
+        advantages = np.random.default_rng(3).standard_normal(16).astype(np.float32)
+        batches.append(batch.replace(advantages=advantages))
+    live_R = np.ones(3, bool)
+    arguments = (live_R, stack(states), stack(batches), cohort.hp)
+    after, metrics = jax.device_get(population.update(*arguments, method="vmap"))
+    for r, (state, batch, checked) in enumerate(zip(states, batches, cohort.runs, strict=True)):
+        start = jax.device_get(state.params)
+        wanted, own = jax.device_get(learner.update(state, batch, checked.hp))
+        moved = jax.tree.map(np.subtract, pick(after, r).params, start)
+        expected = jax.tree.map(np.subtract, wanted.params, start)
+        largest = max(np.abs(x).max() for x in jax.tree.leaves(expected))
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), moved, expected)
+        assert largest > 5e-5
+        np.testing.assert_allclose(
+            pick(metrics, r)["grad/norm"].numerator, own["grad/norm"].numerator, rtol=1e-5
+        )
+
+
+def test_a_switch_gives_each_run_its_own_objective(rng):
+    """Loss and gradient of each run are those of its own objective."""
+    logp, old = (-rng.random((4, 6)).astype(np.float32) for _ in range(2))
+    advantages, mask = rng.standard_normal(4).astype(np.float32), rng.random((4, 6)) < 0.8
+    named = [
+        ("sapo", objectives.resolve("sapo", tau_neg=3.0)),
+        ("gspo", objectives.resolve("gspo")),
+        ("dr_grpo", objectives.resolve("dr_grpo", max_length=6)),
+        ("sapo", objectives.resolve("sapo", tau_pos=0.5)),
+    ]
+    all_R = stacked.values(population.as_one(named))
+
+    def loss(logp, objective):
+        return objectives.policy_loss(objective, logp, old, advantages, mask)[0]
+
+    one = jax.value_and_grad(loss)
+    found = stacked.over("map", np.ones(4, bool), lambda o: one(logp, o), all_R)
+    for r, (_, objective) in enumerate(named):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7),
+            pick(found, r),
+            one(logp, objective),
+        )
+
+
+def test_runs_that_are_not_live_cost_nothing_and_give_zeros():
+    """The warm-up compiles on them: a run that was computed would show by its calls."""
+    calls = []
+
+    def function(x):
+        jax.debug.callback(lambda _: calls.append(1), x)
+        return x + 1
+
+    live_R = np.array([True, False, True])
+    found = stacked.over("map", live_R, function, np.arange(3.0))
+    jax.effects_barrier()
+    np.testing.assert_array_equal(found, [1, 0, 3])
+    assert len(calls) == 2
+
+
+def test_a_population_on_eight_devices():
+    """`eight_runs.py`, in a process whose CPU counts as eight devices."""
+    fakes.on_eight_devices("tests/eight_runs.py")
+
+
+@pytest.fixture(scope="module")
+def swept(together, tmp_path_factory):
+    """A sweep of two cohorts of three, without interruption, and what the second one compiled."""
+    workdir = tmp_path_factory.mktemp("swept")
+    parts = cohorts.resolve(tiny_sweep.get_config(), tiny_sweep.get_sweep(), most=3)
+    assert sweep_run.run(parts[:1], workdir / "first")
+    with fakes.Compilations() as compiled:
+        assert sweep_run.run(parts, workdir / "whole")
+    return workdir / "whole", parts, compiled
+
+
+def test_cohorts_of_one_size_share_their_programs(swept):
+    assert swept[2].count == 0
+
+
+class KilledError(Exception):
+    """Stands for SIGKILL; tests/test_sweep.py has the real one, which is slow."""
+
+
+def kill(patch, module, name, calls):
+    """The function raises at the call of that number."""
+    function, left = getattr(module, name), [calls]
+
+    def dies(*arguments, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KilledError
+        return function(*arguments, **options)
+
+    patch.setattr(module, name, dies)
+
+
+KILLS = [
+    (population, "update", 3),  # in the first iteration, before any checkpoint
+    (population, "update", 9),  # in iteration 4, after the checkpoint of iteration 2
+    (rundir, "read_metrics", 2),  # between the last checkpoints of the first cohort's runs
+    (train, "report", 3),
+    (rundir, "write_samples", 5),  # in the second cohort
+]
+
+
+def test_a_killed_sweep_loses_and_repeats_nothing(swept, tmp_path):
+    """Killed five times, then left alone: every run as if nothing had happened, none done twice."""
+    whole, parts, _ = swept
+    for module, name, calls in KILLS:
+        with pytest.MonkeyPatch.context() as patch:
+            kill(patch, module, name, calls)
+            with pytest.raises(KilledError):
+                sweep_run.run(parts, tmp_path)
+    first = {p: p.stat().st_mtime_ns for p in (tmp_path / "cohort-000").rglob("part-*.jsonl")}
+    assert len({p.parents[1] for p in first}) == 3
+    assert sweep_run.run(parts, tmp_path)
+    listed = json.loads((tmp_path / "manifest.json").read_text())["runs"]
+    assert [run["overrides"] for run in listed] == tiny_sweep.get_sweep()
+    for run in listed:
+        found = records(tmp_path / run["directory"])
+        assert [r["iteration"] for r in found] == list(range(5))
+        assert found == records(whole / run["directory"])
+        assert digest(tmp_path / run["directory"]) == digest(whole / run["directory"])
+        assert (tmp_path / run["directory"] / "report.html").exists()
+    assert {p: p.stat().st_mtime_ns for p in first} == first
+
+
+def test_jobs_share_a_sweep(swept, tmp_path):
+    """Each job does its cohorts; the sweep is complete when both have ended."""
+    whole, parts, _ = swept
+    assert not sweep_run.run(parts, tmp_path, job=(1, 2))
+    assert not (tmp_path / "cohort-000").exists()
+    assert sweep_run.run(parts, tmp_path, job=(0, 2))
+    for run in json.loads((tmp_path / "manifest.json").read_text())["runs"]:
+        assert records(tmp_path / run["directory"]) == records(whole / run["directory"])
+
+
+def test_a_directory_of_another_sweep_is_refused(swept, tmp_path):
+    whole, parts, _ = swept
+    with pytest.raises(ValueError, match=r"has 6 runs, given are 3, .*'cohort-001/"):
+        sweep_run.run(parts[:1], whole)
+    with rundir.Lease(tmp_path / "cohort-000"), pytest.raises(RuntimeError, match="in use"):
+        sweep_run.run(parts, tmp_path)

@@ -1,0 +1,128 @@
+"""Two processes of four devices each: one run, killed and resumed, and three ways to fail."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from sapo_jax import checkpoint, distributed, learner, rundir
+from tests import two_processes
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def begin(workdir, what):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "tests.two_processes", str(workdir), str(port)]
+    options = {"cwd": ROOT, "env": environment, "text": True}
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return [subprocess.Popen([*command, str(i), what], **options, **pipes) for i in range(2)]
+
+
+def both(workdir, what):
+    """Exit statuses and messages of the two."""
+    processes = begin(workdir, what)
+    try:
+        messages = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], messages
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    statuses, messages = both(workdir, "whole")
+    assert statuses == [0, 0], messages
+    return workdir
+
+
+def stored(workdir):
+    """Metrics but for the times, and samples."""
+    records = [
+        {k: v for k, v in record.items() if not k.startswith("time/")}
+        for record in rundir.read_metrics(workdir)
+    ]
+    samples = [rundir.read_samples(workdir, i) for i in range(1, 5)]
+    return records, samples
+
+
+def restored(workdir):
+    checked = two_processes.resolved()
+    with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+        state, meta = checkpoints.restore(checkpoints.latest(), learner.abstract(checked.hp))
+    return state, meta
+
+
+def test_a_run_of_two_processes_resumes_where_it_was_killed(whole, tmp_path):
+    """Bit for bit: parameters, optimizer, data position, samples, every metric but times."""
+    statuses, messages = both(tmp_path, "killed")
+    assert -signal.SIGKILL in statuses
+    assert 0 not in statuses
+    done = [record["iteration"] for record in rundir.read_metrics(tmp_path)]
+    assert done == [0, 1, 2], messages
+    statuses, messages = both(tmp_path, "")
+    assert statuses == [0, 0], messages
+    assert stored(tmp_path) == stored(whole)
+    (state, meta), (expected, meta_expected) = restored(tmp_path), restored(whole)
+    assert meta == meta_expected
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+
+
+def test_the_processes_judge_different_rows_and_agree_on_the_metrics(whole):
+    """With equal lengths and rewards everywhere, a process that ignores the others goes unseen."""
+    own = [json.loads((whole / f"own-{i}.json").read_text()) for i in range(2)]
+    half = 16  # rows of each process, in an iteration and in an evaluation; the last is one
+    judged = np.array([rows[-5 * half : -half] for rows in own]).reshape(2, 4, half, 2)
+    length, reward = np.moveaxis(judged, -1, 0)
+    assert (np.abs(length[0].mean(-1) - length[1].mean(-1)) > 1e-3).any()
+    assert (np.abs(reward[0].mean(-1) - reward[1].mean(-1)) > 1e-3).any()
+    for key, values in (("length/mean", length), ("reward/overlong", reward)):
+        found = [r[key] for r in rundir.read_metrics(whole) if key in r]
+        np.testing.assert_allclose(found, values.mean((0, 2)), rtol=1e-6, err_msg=key)
+
+
+def test_one_update_agrees_with_one_process(whole):
+    """Sums over two processes are those of one, to 1e-6."""
+    found = np.load(whole / "update.npz")
+    numbers, gradient = two_processes.updated(two_processes.resolved())
+    for key, value in numbers.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-6, atol=1e-6, err_msg=key)
+    scale = max(np.abs(g).max() for g in gradient.values())
+    for key, value in gradient.items():
+        np.testing.assert_allclose(found[key], value, atol=1e-6 * scale, err_msg=key)
+
+
+@pytest.mark.parametrize("what", ["dies", "stops", "hangs"])
+def test_a_process_that_fails_ends_the_other(tmp_path, what):
+    """Of one that is killed or suspended, or whose verifier never returns, the other hears.
+
+    It says where it was and what to do, within the time-out and what start-up takes.
+    """
+    processes = begin(tmp_path, what)
+    try:
+        message = processes[0].communicate(timeout=300)[1]
+        elapsed = time.monotonic()
+        assert processes[0].returncode not in (0, -signal.SIGKILL), message[-2000:]
+        assert "process 0" in message or "unhealthy" in message or "heartbeat" in message
+        if what != "stops":
+            assert processes[1].wait(timeout=60) != 0
+        assert time.monotonic() - elapsed < 60
+    finally:
+        for process in processes:
+            process.kill()
+    if what == "hangs":
+        assert processes[0].returncode in (1, distributed.HUNG), message[-2000:]
+        assert "same command" in message
