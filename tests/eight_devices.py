@@ -169,6 +169,7 @@ def test_one_update_agrees_with_one_device(policies, references, on_one, kind, n
         assert 0 < counts["reduce-scatter"] <= split
 
 
+@pytest.mark.slow
 def test_replayed_routing_and_its_balance_agree_with_one_device(policies, references, on_one):
     """Experts of the sampler on the devices that hold them, and fractions over all rows."""
     options = {"routing_replay": "R3", "router_aux_coef": 0.1, "remat": True}
@@ -248,6 +249,7 @@ def test_slots_shrink_and_caches_grow_in_every_part(policies, references):
         np.testing.assert_array_equal(got.tokens[row][got.mask[row]], tokens[:count])
 
 
+@pytest.mark.slow
 def test_greedy_and_truncated_draws_look_at_the_whole_vocabulary(policies):
     mesh = sharding.make_mesh(**MESHES["tensor 4, data 2"])
     for options in ({"temperature": 0.0}, {"top_k": 5, "top_p": 0.9, "domain": "eval"}):

@@ -60,11 +60,11 @@ class Compilations:
         self.names[fun_name.removeprefix("jit(").removesuffix(")")] += event == self.EVENT
 
 
-def on_eight_devices(file):
+def on_eight_devices(file, *options):
     """Run a file of tests in a process whose CPU counts as eight devices."""
     flags = "--xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", file]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", file, *options]
     root = pathlib.Path(__file__).parents[1]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

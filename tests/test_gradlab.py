@@ -2,10 +2,7 @@
 
 import dataclasses
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -321,16 +318,10 @@ def test_token_statistics(lab):
     json.dumps(found)
 
 
-@pytest.mark.parametrize("kind", ["moe", pytest.param("dense", marks=pytest.mark.slow)])
-def test_on_eight_devices(kind):
+@pytest.mark.slow
+def test_on_eight_devices():
     """`eight_devices_gradlab.py`, in a process whose CPU counts as eight devices."""
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist"]
-    command += ["tests/eight_devices_gradlab.py", "-k", kind]
-    root = pathlib.Path(__file__).parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    fakes.on_eight_devices("tests/eight_devices_gradlab.py")
 
 
 def test_deciles_hold_a_tenth_each():

@@ -324,6 +324,7 @@ def test_runs_that_are_not_live_cost_nothing_and_give_zeros():
     assert len(calls) == 2
 
 
+@pytest.mark.slow
 def test_a_population_on_eight_devices():
     """`eight_runs.py`, in a process whose CPU counts as eight devices."""
     fakes.on_eight_devices("tests/eight_runs.py")

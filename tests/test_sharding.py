@@ -15,6 +15,11 @@ def test_programs_on_eight_devices():
     fakes.on_eight_devices("tests/eight_devices.py")
 
 
+@pytest.mark.slow
+def test_more_programs_on_eight_devices():
+    fakes.on_eight_devices("tests/eight_devices.py", "-m", "slow")
+
+
 def test_a_mesh_has_every_axis_and_automatic_types():
     """`jax.make_mesh` makes explicit axes, `topologies.make_mesh` automatic ones."""
     mesh = sharding.make_mesh(fsdp=-1, devices=jax.devices()[:1])
