@@ -31,7 +31,7 @@ def _in_cluster() -> bool:
     """Whether the environment says that this process is one of several, or a TPU host."""
     counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
     several = any(int(os.environ.get(name, "1")) > 1 for name in counts)
-    platforms = os.environ.get("JAX_PLATFORMS", "tpu")
+    platforms = os.environ.get("JAX_PLATFORMS") or "tpu"
     chips = epath.Path("/dev").glob("accel[0-9]*"), epath.Path("/dev/vfio").glob("[0-9]*")
     has_tpu = importlib.util.find_spec("libtpu") is not None and any(map(any, chips))
     return several or ("tpu" in platforms and has_tpu)
