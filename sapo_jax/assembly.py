@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from sapo_jax import sharding
 from sapo_jax.model.config import ModelConfig
+from sapo_jax.parallel import sharding
 from sapo_jax.types import Prompts, Rollout
 
 

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
-from sapo_jax import collectives, handover, sampling, sharding
+from sapo_jax import handover, sampling
 from sapo_jax.model import attention, moe, transformer
 from sapo_jax.model.config import ModelConfig
+from sapo_jax.parallel import collectives, sharding
 from sapo_jax.types import LENGTH, STOP
 
 

@@ -12,17 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapo_jax import (
-    advantages,
-    data,
-    evaluate,
-    learnable,
-    learner,
-    rewards,
-    sampler,
-    sharding,
-    streams,
-)
+from sapo_jax import advantages, data, evaluate, learnable, learner, rewards, sampler, streams
+from sapo_jax.parallel import sharding
 from sapo_jax.progress import Clock
 from sapo_jax.settings import Settings
 from sapo_jax.tasks.base import Example

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
-from sapo_jax import collectives, gates, learner, objectives, sharding
+from sapo_jax import gates, learner, objectives
 from sapo_jax.aggregations import finish
 from sapo_jax.model import params
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.objectives import Objective
+from sapo_jax.parallel import collectives, sharding
 from sapo_jax.types import Batch
 
 SKETCH = 8191  # a prime; inner products of sketches err by 1/√8191 = 1% of the norms

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from sapo_jax import learner, objectives, sharding
+from sapo_jax import learner, objectives
 from sapo_jax.gradlab_pull import cotangents
 from sapo_jax.model import params, transformer, vocab
 from sapo_jax.objectives import OBJECTIVES, Objective
+from sapo_jax.parallel import sharding
 from sapo_jax.types import Batch
 
 NEAR = (0.01, 0.05, 0.1, 0.2)  # |log r| beyond which a token counts as off-policy

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sapo_jax import sharding
 from sapo_jax.model import params
 from sapo_jax.model.config import ModelConfig
+from sapo_jax.parallel import sharding
 
 
 def specs(config: ModelConfig) -> Any:

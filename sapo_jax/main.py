@@ -9,7 +9,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sapo_jax import distributed, progress, rundir, settings, train
+from sapo_jax import progress, rundir, settings, train
+from sapo_jax.parallel import distributed
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, local or gs://…")

@@ -32,9 +32,9 @@ from sapo_jax import (
     preflight_tables,
     programs,
     settings,
-    sharding,
 )
 from sapo_jax.model import moe, params, splash
+from sapo_jax.parallel import sharding
 from sapo_jax.programs import Program
 
 FIELDS = ("count", "once", "bytes", "largest")  # of collectives: "once" is each turn's bytes

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 
-from sapo_jax import decoding, handover, learner, sampling, sharding
+from sapo_jax import decoding, handover, learner, sampling
 from sapo_jax.model import moe, params
+from sapo_jax.parallel import sharding
 from sapo_jax.settings import Settings
 from sapo_jax.types import Batch, Prompts, TrainState
 

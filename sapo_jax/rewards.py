@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from sapo_jax import distributed
+from sapo_jax.parallel import distributed
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.tokenizer import Tokenizer
 from sapo_jax.types import STOP

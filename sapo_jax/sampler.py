@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sapo_jax import assembly, decoding, plans, sampling, sharding
+from sapo_jax import assembly, decoding, plans, sampling
 from sapo_jax.decoding import Decoding
 from sapo_jax.handover import moved_bytes, to_sampler
 from sapo_jax.model.config import ModelConfig
+from sapo_jax.parallel import sharding
 from sapo_jax.plans import Plan, make_plan
 from sapo_jax.types import Prompts, Rollout
 

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sapo_jax import collectives
 from sapo_jax.model import vocab
+from sapo_jax.parallel import collectives
 
 BLOCK = 256  # vocabulary entries per block of the two-stage draw
 

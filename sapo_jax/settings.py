@@ -22,7 +22,6 @@ from sapo_jax import (
     objectives,
     routing,
     sampler,
-    sharding,
     stacked,
     streams,
     tasks,
@@ -30,6 +29,7 @@ from sapo_jax import (
 from sapo_jax.checks import choice as _choice
 from sapo_jax.checks import require as _require
 from sapo_jax.model import params
+from sapo_jax.parallel import sharding
 from sapo_jax.ratios import KL_ESTIMATES
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Example, Task

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec, Sharding, SingleDeviceSharding
 
-from sapo_jax import sharding
+from sapo_jax.parallel import sharding
 
 METHODS = ("map", "vmap", "devices")
 # Of one device. On a CPU one run keeps the cores busy; experiments/population has the measurement.

@@ -10,18 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from sapo_jax import (
-    checkpoint,
-    distributed,
-    experience,
-    inputs,
-    learner,
-    rewards,
-    rundir,
-    streams,
-)
+from sapo_jax import checkpoint, experience, inputs, learner, rewards, rundir, streams
 from sapo_jax.model import hf
 from sapo_jax.model import params as parameters
+from sapo_jax.parallel import distributed
 from sapo_jax.progress import Clock
 from sapo_jax.settings import Settings
 from sapo_jax.types import TrainState

@@ -11,10 +11,10 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
-from sapo_jax import sharding
 from sapo_jax.model import params
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.objectives import Objective
+from sapo_jax.parallel import sharding
 from sapo_jax.types import TrainState
 
 SCHEDULES = ("constant", "linear", "cosine")

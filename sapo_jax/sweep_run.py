@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
-from sapo_jax import cohort_run, rundir, sharding
+from sapo_jax import cohort_run, rundir
 from sapo_jax.cohorts import Cohort
+from sapo_jax.parallel import sharding
 from sapo_jax.progress import Progress
 
 MANIFEST, DONE = "manifest.json", "done.json"

@@ -11,7 +11,8 @@ import jax
 from absl import logging
 from etils import epath
 
-from sapo_jax import checkpoint, distributed, experience, learner, rewards, rundir, startup
+from sapo_jax import checkpoint, experience, learner, rewards, rundir, startup
+from sapo_jax.parallel import distributed
 from sapo_jax.progress import Clock, Profile, Progress
 from sapo_jax.settings import Settings
 

@@ -17,12 +17,12 @@ from sapo_jax import (
     sampler,
     sampling,
     settings,
-    sharding,
     startup,
-    train,
-)  # fmt: skip
+    train,  # fmt: skip
+)
 from sapo_jax.aggregations import finish
 from sapo_jax.model import params, transformer
+from sapo_jax.parallel import sharding
 from sapo_jax.sampler import Plan
 from sapo_jax.types import Batch
 from tests import fakes, tiny_config

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import gradlab, gradlab_tokens, learner, model, sharding
+from sapo_jax import gradlab, gradlab_tokens, learner, model
 from sapo_jax.model import params
 from sapo_jax.objectives import OBJECTIVES
+from sapo_jax.parallel import sharding
 from tests import fakes, test_gradlab
 
 CASES = {

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import axes, cohort_run, cohorts, population, sharding, stacked
+from sapo_jax import axes, cohort_run, cohorts, population, stacked
 from sapo_jax.model.config import ModelConfig
+from sapo_jax.parallel import sharding
 from tests import tiny_sweep
 from tests.eight_devices import collectives
 from tests.test_population import Bar

@@ -10,11 +10,11 @@ import threading
 import jax
 import pytest
 
-from sapo_jax import distributed
+from sapo_jax.parallel import distributed
 
 HANGS = """
 import time
-from sapo_jax.distributed import Watchdog
+from sapo_jax.parallel.distributed import Watchdog
 with Watchdog({timeout}, index=3) as dog:
     for i in range({beats}):
         dog.beat(f"phase 'score' of iteration {{i}}")

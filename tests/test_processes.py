@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import checkpoint, distributed, learner, rundir
+from sapo_jax import checkpoint, learner, rundir
+from sapo_jax.parallel import distributed
 from tests import two_processes
 
 ROOT = pathlib.Path(__file__).parents[1]

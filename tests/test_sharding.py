@@ -4,9 +4,10 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
-from sapo_jax import model, sharding
+from sapo_jax import model
 from sapo_jax.model import params
-from sapo_jax.sharding import Dimension
+from sapo_jax.parallel import sharding
+from sapo_jax.parallel.sharding import Dimension
 from tests import fakes
 
 

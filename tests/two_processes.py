@@ -10,8 +10,9 @@ import time
 import jax
 import numpy as np
 
-from sapo_jax import distributed, learner, main, rewards, settings, sharding, startup, train
+from sapo_jax import learner, main, rewards, settings, startup, train
 from sapo_jax.aggregations import finish
+from sapo_jax.parallel import distributed, sharding
 from sapo_jax.types import Batch
 from tests import killed_run, tiny_config
 

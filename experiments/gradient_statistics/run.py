@@ -33,9 +33,9 @@ from sapo_jax import (
     rundir,
     sampler,
     settings,
-    sharding,
     startup,
 )
+from sapo_jax.parallel import sharding
 from sapo_jax.progress import Clock
 from sapo_jax.types import Batch
 

@@ -7,9 +7,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from sapo_jax import collectives
 from sapo_jax.model import rope, splash
 from sapo_jax.model.config import ModelConfig
+from sapo_jax.parallel import collectives
 
 HIGHEST = jax.lax.Precision.HIGHEST
 NEGATIVE = -1e30  # finite: a row without any key must not give NaN

@@ -11,9 +11,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from sapo_jax import collectives
 from sapo_jax.model import vocab
 from sapo_jax.model.attention import einsum
+from sapo_jax.parallel import collectives
 
 
 def _plan(mask_T: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:

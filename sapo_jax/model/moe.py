@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from sapo_jax import collectives
 from sapo_jax.model.attention import HIGHEST, einsum
 from sapo_jax.model.config import ModelConfig
+from sapo_jax.parallel import collectives
 
 
 @struct.dataclass

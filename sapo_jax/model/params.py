@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sapo_jax import collectives, sharding
 from sapo_jax.model.config import ModelConfig
+from sapo_jax.parallel import collectives, sharding
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sapo_jax import collectives
 from sapo_jax.model import attention, moe, params, splash, vocab
 from sapo_jax.model.attention import dense, einsum
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.model.moe import Routing
 from sapo_jax.model.params import head_weight
+from sapo_jax.parallel import collectives
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

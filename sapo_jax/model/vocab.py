@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from sapo_jax import collectives
+from sapo_jax.parallel import collectives
 
 TENSOR = ("tensor",)
 

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.sharding import ROWS
+from sapo_jax.parallel.sharding import ROWS
 from sapo_jax.types import Histogram, Max, Min, Weighted, is_reduction
 
 

@@ -1,0 +1,1 @@
+"""Meshes and processes: what lies where, what crosses devices, who runs."""
