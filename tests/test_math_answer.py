@@ -18,9 +18,10 @@ import time
 import pytest
 
 from sapo_jax import rewards, types
-from sapo_jax.tasks import agreement, answers, make
+from sapo_jax.tasks import make
 from sapo_jax.tasks.base import make_example
-from sapo_jax.tasks.forks import Forks
+from sapo_jax.tasks.verifiers import math_equal, math_text
+from sapo_jax.tasks.verifiers.forks import Forks
 
 LABELS = pathlib.Path(__file__).parent / "oracles" / "math_answers.txt"
 BOUND = 1.5  # seconds in which any answer is judged
@@ -41,7 +42,7 @@ def in_time(seconds, bound=BOUND):
 @pytest.fixture(scope="module")
 def forks():
     """Comparisons with more time than in a run, so that a busy machine changes no verdict."""
-    with Forks("sapo_jax.tasks.agreement:compare", seconds=5) as forks:
+    with Forks("sapo_jax.tasks.verifiers.math_equal:compare", seconds=5) as forks:
         yield forks
 
 
@@ -65,7 +66,7 @@ def test_labelled_answers(forks):
     wrong = [
         (kind, gold, answer)
         for kind, gold, answer in rows
-        if agreement.same(gold, answer, forks.call) != (kind == "right")
+        if math_equal.same(gold, answer, forks.call) != (kind == "right")
     ]
     assert not wrong
     kinds = [kind for kind, _, _ in rows]
@@ -100,7 +101,7 @@ def test_labelled_answers(forks):
 )
 def test_the_last_box_counts(completion, boxed):
     """Truncated completions have no answer, even with an earlier guess in a closed box."""
-    assert answers.last_boxed(completion) == boxed
+    assert math_text.last_boxed(completion) == boxed
 
 
 def test_completions(task):

@@ -18,7 +18,7 @@ import pytest
 from sapo_jax import rewards, types
 from sapo_jax.tasks import make
 from sapo_jax.tasks.programs import Problem, Programs, last_block, parse, same_output, same_value
-from sapo_jax.tasks.sandbox import MODES, Limits, Sandbox
+from sapo_jax.tasks.verifiers.sandbox import MODES, Limits, Sandbox
 
 PYTHONS = {"namespaces": "", "plain": "/usr/bin/python3"}  # plain: one that other users can read
 PATIENT = Limits(seconds=30.0, memory_mb=256)  # a busy machine changes no verdict

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sapo_jax.tasks import jsonl
-from sapo_jax.tasks.agreement import same
-from sapo_jax.tasks.answers import last_boxed
 from sapo_jax.tasks.base import Example, check_option, make_example
-from sapo_jax.tasks.forks import Forks
+from sapo_jax.tasks.verifiers.forks import Forks
+from sapo_jax.tasks.verifiers.math_equal import same
+from sapo_jax.tasks.verifiers.math_text import last_boxed
 
 TEMPLATE = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
@@ -24,7 +24,9 @@ class Boxed(Forks):
     """
 
     def __init__(self, workers: int = 1):
-        super().__init__("sapo_jax.tasks.agreement:compare", workers=workers, seconds=0.9)
+        super().__init__(
+            "sapo_jax.tasks.verifiers.math_equal:compare", workers=workers, seconds=0.9
+        )
 
     def __call__(self, completion: str, answer: str) -> float:
         """1.0 iff it agrees with the answer; see ``agreement.same``."""

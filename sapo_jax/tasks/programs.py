@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from sapo_jax.tasks import jsonl
 from sapo_jax.tasks.base import Example, check_option, make_example
-from sapo_jax.tasks.sandbox import MODES, Limits, Sandbox, available
+from sapo_jax.tasks.verifiers.sandbox import MODES, Limits, Sandbox, available
 
 TEMPLATE = (
     "{question}\n\nAnswer with a complete Python program in a ```python block. {how}\n{starter}"

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar
 
-from sapo_jax.tasks.answers import last_boxed
 from sapo_jax.tasks.base import Example, GeneratedExamples, check_option, make_example
+from sapo_jax.tasks.verifiers.math_text import last_boxed
 
 MAX_ANSWER_CHARS = 1000
 _INTEGER = re.compile(r"[+-]?[0-9]{1,40}")

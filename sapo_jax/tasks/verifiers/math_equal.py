@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from sapo_jax.tasks import answers
+from sapo_jax.tasks.verifiers import math_text
 
 _NAME = re.compile(r"\s*(?:[A-Za-z]|\\[a-z]{2,})(?:_\{?\w+\}?)?(?:\([A-Za-z]\))?\s*")
 _RELATION = re.compile(r"\\(?:leq?|geq?|lt|gt)(?:slant)?(?![A-Za-z])|[<>]")
@@ -42,29 +42,29 @@ def same(gold: str, answer: str, symbolic: Callable[[str, str], bool | None]) ->
         answer: what was in the box.
         symbolic: compares two LaTeX expressions; None where it could not.
     """
-    left, right = answers.clean(gold), answers.clean(answer)
+    left, right = math_text.clean(gold), math_text.clean(answer)
     if left is None or right is None:
         return False
     if left == right:
         return True
     left, right = _same_side(left, right)
-    (left, unit), (right, other) = answers.split_unit(left), answers.split_unit(right)
+    (left, unit), (right, other) = math_text.split_unit(left), math_text.split_unit(right)
     left, percent = _percent(left, unit)
     right, other_percent = _percent(right, other)
     if not percent and not other_percent and unit and other and unit != other:
         return False
-    values = answers.number(left), answers.number(right)
+    values = math_text.number(left), math_text.number(right)
     if values[0] is not None:
         if values[1] is None:
             return False
         exact = [v / 100 if p else v for v, p in zip(values, (percent, other_percent), strict=True)]
         return exact[0] == exact[1] or (percent != other_percent and values[0] == values[1])
-    if answers.is_words(left) or answers.is_words(right):
-        return answers.letters(left) == answers.letters(right)
+    if math_text.is_words(left) or math_text.is_words(right):
+        return math_text.letters(left) == math_text.letters(right)
     left, right = _AND.sub(",", left), _AND.sub(",", right)
     if percent != other_percent or not comparable(left, right):
         return False
-    return symbolic(answers.exact_decimals(left), answers.exact_decimals(right)) is True
+    return symbolic(math_text.exact_decimals(left), math_text.exact_decimals(right)) is True
 
 
 def comparable(gold: str, answer: str) -> bool:

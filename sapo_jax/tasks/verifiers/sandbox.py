@@ -17,7 +17,7 @@ import tempfile
 import time
 from typing import Any
 
-from sapo_jax.tasks import jail
+from sapo_jax.tasks.verifiers import jail
 
 MODES = ("namespaces", "plain")
 STARTUP = 30.0  # seconds; nothing of the program runs until then

@@ -1,0 +1,1 @@
+"""How answers are judged: mathematics by equality, programs by tests in a sandbox."""
