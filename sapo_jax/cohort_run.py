@@ -13,10 +13,10 @@ from etils import epath
 
 from sapo_jax import checkpoint, experience, joint, population, rundir, stacked, startup, train
 from sapo_jax.cohorts import Cohort
+from sapo_jax.data.stream import Stream
 from sapo_jax.parallel import distributed
 from sapo_jax.progress import Clock, Profile, Progress
 from sapo_jax.stacked import pick
-from sapo_jax.streams import Stream
 from sapo_jax.types import TrainState
 
 

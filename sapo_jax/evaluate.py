@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from sapo_jax import data, hf_tokenizer, model, rewards, sampler, streams, tasks
+from sapo_jax import model, rewards, sampler, tasks
+from sapo_jax.data import encode, hf_tokenizer, stream
+from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.tasks.base import Example
-from sapo_jax.tokenizer import Tokenizer
 from sapo_jax.types import Rollout
 
 RESAMPLES = 2000
@@ -104,7 +105,7 @@ def evaluate(
         real = list(examples[start : start + batch])
         filled = (real * batch)[:batch]
         groups = rewards.Groups(scorer, filled, tokenizer)
-        rows = sample(data.encode_prompts(filled, tokenizer, width), on_groups=groups)
+        rows = sample(encode.encode_prompts(filled, tokenizer, width), on_groups=groups)
         judged.append((groups, len(real)))
         lengths.append(sampler.ends(rows)[0].reshape(batch, samples)[: len(real)])
     correct_PN = np.array(
@@ -149,8 +150,8 @@ def _evaluate_set(given: Any, config: model.ModelConfig, params: Any, tokenizer,
     name, options = parse_task(text)
     task = tasks.make(name, **options)
     width, room = given.max_prompt_tokens, given.max_new_tokens
-    fits = streams.Fits(tokenizer, width)
-    examples = list(data.distinct(task.examples("test"), given.prompts, keep=fits))
+    fits = stream.Fits(tokenizer, width)
+    examples = list(encode.distinct(task.examples("test"), given.prompts, keep=fits))
     if not examples:
         raise ValueError(f"--task={text}: no prompt fits --max_prompt_tokens={width}")
     batch = min(given.batch, len(examples))

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapo_jax import advantages, data, evaluate, learnable, learner, rewards, sampler, streams
+from sapo_jax import advantages, evaluate, learnable, learner, rewards, sampler
+from sapo_jax.data import encode
+from sapo_jax.data import stream as streams
 from sapo_jax.parallel import sharding
 from sapo_jax.progress import Clock
 from sapo_jax.settings import Settings
@@ -170,7 +172,7 @@ def ask(settings: Settings, stream: streams.Stream, scorer: rewards.Scorer) -> A
     """The prompts of the next iteration, more than P where some are drawn to spare."""
     batch = settings.config["batch"]
     examples = stream.take(batch["prompts"] * batch["oversample"])
-    prompts = data.encode_prompts(examples, settings.tokenizer, settings.width)
+    prompts = encode.encode_prompts(examples, settings.tokenizer, settings.width)
     return Asked(examples, prompts, rewards.Groups(scorer, examples, settings.tokenizer))
 
 
@@ -268,7 +270,7 @@ def from_demonstrations(
     del params, reference, iteration, scorer, warm_up
     with clock("rollout"):
         width = settings.width + settings.max_new_tokens
-        batch = data.encode_demonstrations(stream.take(settings.rows), settings.tokenizer, width)
+        batch = encode.encode_demonstrations(stream.take(settings.rows), settings.tokenizer, width)
         metrics = {"length/mean": float(batch.mask.sum(-1).mean())}
         batch = sharding.feed(batch, settings.mesh)
         minibatches = learnable.split(batch, settings.config["batch"]["minibatches"], settings.mesh)
@@ -299,7 +301,7 @@ def test_set(settings: Settings, count: int) -> list[Example]:
     return [
         example
         for k in sorted(parts)
-        for example in data.held_out(sources[k], parts[k], keep=settings.keep, task=k)
+        for example in encode.held_out(sources[k], parts[k], keep=settings.keep, task=k)
     ]
 
 

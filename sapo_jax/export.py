@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
-from sapo_jax import checkpoint, hf_tokenizer, rundir, settings
+from sapo_jax import checkpoint, rundir, settings
+from sapo_jax.data import hf_tokenizer
+from sapo_jax.data.tokenizer import CharTokenizer
 from sapo_jax.model import hf, params
-from sapo_jax.tokenizer import CharTokenizer
 
 
 def export(workdir: epath.PathLike, out: epath.PathLike, *, which: str = "latest") -> epath.Path:

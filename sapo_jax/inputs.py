@@ -7,10 +7,11 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from sapo_jax import hf_tokenizer, model, streams, tasks
+from sapo_jax import model, tasks
 from sapo_jax.checks import require
+from sapo_jax.data import hf_tokenizer, stream
+from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
 from sapo_jax.tasks.base import Task
-from sapo_jax.tokenizer import CharTokenizer, Tokenizer
 
 
 def make_tasks(c: dict) -> tuple[dict[str, Task], dict[str, float]]:
@@ -110,7 +111,7 @@ def make_model(c: dict, tokenizer: Tokenizer) -> model.ModelConfig:
 
 def lengths(
     c: dict, made: Mapping[str, Task], tokenizer: Tokenizer, shape: model.ModelConfig
-) -> tuple[int, int, streams.Fits | None]:
+) -> tuple[int, int, stream.Fits | None]:
     """Tokens of room for a prompt and for a completion, and the filter of what has none.
 
     Raises:
@@ -137,7 +138,7 @@ def lengths(
     for field, value in (("data.max_prompt_tokens", width), ("sampler.max_new_tokens", room)):
         require(value > 0, field, value, "at least 1: the tasks have no bound of their own")
     if not bounded:
-        keep = streams.Fits(tokenizer, width, room if supervised else None)
+        keep = stream.Fits(tokenizer, width, room if supervised else None)
     context = shape.max_position_embeddings
     least = f"at least {width + room}: prompts of {width} and completions of {room} tokens"
     require(width + room <= context, "model.max_position_embeddings", context, least)

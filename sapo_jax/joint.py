@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sapo_jax import data, experience, handover, population, rewards, sampling, stacked, streams
+from sapo_jax import experience, handover, population, rewards, sampling, stacked
 from sapo_jax.cohorts import Cohort
+from sapo_jax.data import encode
+from sapo_jax.data import stream as streams
 from sapo_jax.progress import Clock
 from sapo_jax.stacked import pick, stack
 from sapo_jax.types import Batch, Prompts, Rollout
@@ -196,7 +198,7 @@ def held_out(
     drawn = []
     for start in range(0, len(examples), size):
         batch = (examples[start : start + size] * size)[:size]
-        prompts = data.encode_prompts(batch, run.tokenizer, run.width)
+        prompts = encode.encode_prompts(batch, run.tokenizer, run.width)
         every = stack([prompts] * len(cohort.runs))
         drawn.append(jax.device_get(draw_all(every)))
 

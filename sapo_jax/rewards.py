@@ -12,9 +12,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.parallel import distributed
 from sapo_jax.tasks.base import Example, Task
-from sapo_jax.tokenizer import Tokenizer
 from sapo_jax.types import STOP
 
 _THINK = re.compile(r"</?think>")

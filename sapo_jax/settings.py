@@ -23,17 +23,17 @@ from sapo_jax import (
     routing,
     sampler,
     stacked,
-    streams,
     tasks,
 )
 from sapo_jax.checks import choice as _choice
 from sapo_jax.checks import require as _require
+from sapo_jax.data import stream
+from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.model import params
 from sapo_jax.parallel import sharding
 from sapo_jax.ratios import KL_ESTIMATES
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Example, Task
-from sapo_jax.tokenizer import Tokenizer
 
 SOURCES = ("rollout", "demonstrations")
 OLD_LOGP = ("sampler", "recompute")
@@ -66,7 +66,7 @@ class Settings:
     shares: Mapping[str, float]
     recipe: Recipe
     tokenizer: Tokenizer
-    keep: streams.Fits | None
+    keep: stream.Fits | None
     model: model.ModelConfig
     hp: learner.Hyperparameters
     width: int

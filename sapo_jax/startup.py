@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from sapo_jax import checkpoint, experience, inputs, learner, rewards, rundir, streams
+from sapo_jax import checkpoint, experience, inputs, learner, rewards, rundir
+from sapo_jax.data import stream as streams
 from sapo_jax.model import hf
 from sapo_jax.model import params as parameters
 from sapo_jax.parallel import distributed

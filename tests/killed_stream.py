@@ -5,9 +5,10 @@ import os
 import sys
 import time
 
-from sapo_jax import streams, tasks
+from sapo_jax import tasks
+from sapo_jax.data import stream as streams
+from sapo_jax.data.tokenizer import CharTokenizer
 from sapo_jax.tasks.prepared import Prepared
-from sapo_jax.tokenizer import CharTokenizer
 
 SHARES = {"prepared": 0.5, "chain_sum": 0.25, "countdown": 0.25}
 

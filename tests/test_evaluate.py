@@ -5,8 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from sapo_jax import data, evaluate, rewards, tasks
-from sapo_jax.tokenizer import CharTokenizer
+from sapo_jax import evaluate, rewards, tasks
+from sapo_jax.data import encode
+from sapo_jax.data.tokenizer import CharTokenizer
 from sapo_jax.types import LENGTH, STOP, Rollout
 
 
@@ -41,7 +42,7 @@ def test_evaluation_counts_every_prompt_once():
     """The last batch is filled up with repeats, which must not be counted."""
     task = tasks.make("chain_sum", terms=2)
     tokenizer = CharTokenizer(task.alphabet)
-    examples = data.held_out(task.examples("test"), 7)
+    examples = encode.held_out(task.examples("test"), 7)
     wrong, cut = examples[2].prompt, examples[5].prompt
 
     def sample(prompts, on_groups):

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import checkpoint, export, hf_tokenizer, learner, model, rundir, settings, train
+from sapo_jax import checkpoint, export, learner, model, rundir, settings, train
+from sapo_jax.data import hf_tokenizer
 from sapo_jax.model import params
 from tests import tiny_config
 

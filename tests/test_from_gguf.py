@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import hf_tokenizer, model
+from sapo_jax import model
+from sapo_jax.data import hf_tokenizer
 from sapo_jax.model import from_gguf
 from tests import fakes
 

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 
-from sapo_jax import hf_tokenizer
+from sapo_jax.data import hf_tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
 from tests.oracles import qwen, record_tokenizer  # noqa: E402

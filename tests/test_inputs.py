@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sapo_jax import data, datasets, experience, rewards, rundir, settings, train
+from sapo_jax import datasets, experience, rewards, rundir, settings, train
+from sapo_jax.data import encode
 from sapo_jax.tasks import prepared
 from tests import tiny_config
 from tests.test_hf_tokenizer import small
@@ -60,7 +61,7 @@ def test_rows_are_judged_by_their_own_task(dataset):
     checked = settings.resolve(mixture(dataset))
     stream = experience.open_stream(checked)
     examples = stream.take(8)
-    prompts = data.encode_prompts(examples, checked.tokenizer, checked.width)
+    prompts = encode.encode_prompts(examples, checked.tokenizer, checked.width)
     assert np.bincount(prompts.task).tolist() == [2, 6]
     for example in examples:
         assert checked.task.verify(example, f"={example.answer}") == 1

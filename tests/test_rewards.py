@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from sapo_jax import types
+from sapo_jax.data.tokenizer import CharTokenizer
 from sapo_jax.rewards import (
     Groups,
     Recipe,
@@ -23,7 +24,6 @@ from sapo_jax.rewards import (
 )
 from sapo_jax.tasks import make
 from sapo_jax.tasks.base import make_example
-from sapo_jax.tokenizer import CharTokenizer
 
 
 @dataclasses.dataclass(frozen=True)

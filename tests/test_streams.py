@@ -11,9 +11,10 @@ from collections import Counter
 import grain
 import pytest
 
-from sapo_jax import datasets, streams, tasks
+from sapo_jax import datasets, tasks
+from sapo_jax.data import stream as streams
+from sapo_jax.data.tokenizer import CharTokenizer
 from sapo_jax.tasks.base import make_example
-from sapo_jax.tokenizer import CharTokenizer
 from tests import killed_stream
 
 TASK = tasks.make("chain_sum", terms=3)

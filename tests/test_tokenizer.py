@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from sapo_jax.tokenizer import CharTokenizer
+from sapo_jax.data.tokenizer import CharTokenizer
 
 ALPHABET = "+-0123456789;="
 

@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 from configs import base
 from sapo_jax import (
     checkpoint,
-    data,
     experience,
     gradlab,
     gradlab_report,
@@ -35,6 +34,7 @@ from sapo_jax import (
     settings,
     startup,
 )
+from sapo_jax.data import encode
 from sapo_jax.parallel import sharding
 from sapo_jax.progress import Clock
 from sapo_jax.types import Batch
@@ -79,7 +79,7 @@ def draw(
     rollout = sampler.rollout(
         params,
         checked.model,
-        data.encode_prompts(examples, checked.tokenizer, checked.width),
+        encode.encode_prompts(examples, checked.tokenizer, checked.width),
         group_size=group_size,
         max_new_tokens=checked.max_new_tokens,
         temperature=checked.config["sampler"]["temperature"],

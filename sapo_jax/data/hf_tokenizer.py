@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from sapo_jax.tokenizer import CharTokenizer
+from sapo_jax.data.tokenizer import CharTokenizer
 
 ENDS = ("<|im_end|>", "<|endoftext|>")  # stop a completion wherever they are special tokens
 PADDING = 1024  # rows by which a model's vocabulary may exceed its tokenizer's

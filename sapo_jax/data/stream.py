@@ -8,8 +8,8 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 
+from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.tasks.base import Example
-from sapo_jax.tokenizer import Tokenizer
 
 AHEAD = 64  # examples that a worker process reads ahead
 MAX_DROPPED = 10_000  # in a row: a longer search would look like a hang

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.tasks.base import Example
-from sapo_jax.tokenizer import Tokenizer
 from sapo_jax.types import Batch, Prompts
 
 

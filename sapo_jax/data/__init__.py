@@ -1,0 +1,1 @@
+"""From text to rows, in order: tokenizers, the stream of examples, their encoding."""
