@@ -14,8 +14,8 @@ import numpy as np
 
 from docs.differences import DIFFERENCES
 from sapo_jax import corrections, objectives
-from sapo_jax.aggregations import AGGREGATIONS
 from sapo_jax.objectives import OBJECTIVES, Objective
+from sapo_jax.objectives.aggregations import AGGREGATIONS
 
 OUT = pathlib.Path(__file__).parent / "algorithms"
 CURVE = tuple(np.round(np.linspace(0.02, 4, 200), 4).tolist())

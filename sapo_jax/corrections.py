@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from sapo_jax import masked
-from sapo_jax.ratios import LOG_RATIO_BOUND, LOGP_BOUND, RATIOS, bounded
+from sapo_jax.objectives.ratios import LOG_RATIO_BOUND, LOGP_BOUND, RATIOS, bounded
 from sapo_jax.types import Weighted
 
 

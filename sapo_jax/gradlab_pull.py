@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
-from sapo_jax import gates, learner, objectives
-from sapo_jax.aggregations import finish
+from sapo_jax import learner, objectives
 from sapo_jax.model import params
 from sapo_jax.model.config import ModelConfig
-from sapo_jax.objectives import Objective
+from sapo_jax.objectives import Objective, gates
+from sapo_jax.objectives.aggregations import finish
 from sapo_jax.parallel import collectives, sharding
 from sapo_jax.types import Batch
 

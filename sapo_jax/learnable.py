@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sapo_jax import advantages, corrections, ratios
+from sapo_jax import advantages, corrections
+from sapo_jax.objectives import ratios
 from sapo_jax.parallel import sharding
 from sapo_jax.types import Batch
 

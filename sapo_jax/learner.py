@@ -16,8 +16,8 @@ import optax
 from jax.sharding import PartitionSpec
 
 from sapo_jax import diagnostics, masked, objectives, routing
-from sapo_jax.aggregations import finish
 from sapo_jax.model import head, params, transformer
+from sapo_jax.objectives.aggregations import finish
 from sapo_jax.parallel import collectives, sharding
 from sapo_jax.state import (
     SCHEDULES,

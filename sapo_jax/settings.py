@@ -30,8 +30,8 @@ from sapo_jax.checks import require as _require
 from sapo_jax.data import stream
 from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.model import params
+from sapo_jax.objectives.ratios import KL_ESTIMATES
 from sapo_jax.parallel import sharding
-from sapo_jax.ratios import KL_ESTIMATES
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Example, Task
 

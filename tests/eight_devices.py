@@ -20,8 +20,8 @@ from sapo_jax import (
     startup,
     train,  # fmt: skip
 )
-from sapo_jax.aggregations import finish
 from sapo_jax.model import params, transformer
+from sapo_jax.objectives.aggregations import finish
 from sapo_jax.parallel import sharding
 from sapo_jax.sampler import Plan
 from sapo_jax.types import Batch

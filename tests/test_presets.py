@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sapo_jax import learner, objectives
-from sapo_jax.aggregations import finish
 from sapo_jax.objectives import OBJECTIVES, policy_loss, switch
+from sapo_jax.objectives.aggregations import finish
 from sapo_jax.types import Batch
 from tests import fakes
 

@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from flax import struct
 
-from sapo_jax import gates
-from sapo_jax.aggregations import AGGREGATIONS
-from sapo_jax.ratios import RATIOS
+from sapo_jax.objectives import gates
+from sapo_jax.objectives.aggregations import AGGREGATIONS
+from sapo_jax.objectives.ratios import RATIOS
 
 _POSITIVE = (lambda v: v > 0, "a number > 0")
 _NOT_NEGATIVE = (lambda v: v >= 0, "a number ≥ 0")

@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapo_jax import gates, masked
-from sapo_jax.aggregations import aggregate, finish
-from sapo_jax.presets import DOMAINS, OBJECTIVES, Objective, switch
-from sapo_jax.ratios import LOG_RATIO_BOUND, LOGP_BOUND, RATIOS, bounded, kl_estimate
+from sapo_jax import masked
+from sapo_jax.objectives import gates
+from sapo_jax.objectives.aggregations import aggregate, finish
+from sapo_jax.objectives.presets import DOMAINS, OBJECTIVES, Objective, switch
+from sapo_jax.objectives.ratios import LOG_RATIO_BOUND, LOGP_BOUND, RATIOS, bounded, kl_estimate
 from sapo_jax.types import Max, Min
 
 __all__ = [
