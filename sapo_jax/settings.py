@@ -20,7 +20,6 @@ from sapo_jax import (
     learner,
     model,
     objectives,
-    routing,
     sampler,
     stacked,
     tasks,
@@ -29,7 +28,7 @@ from sapo_jax.checks import choice as _choice
 from sapo_jax.checks import require as _require
 from sapo_jax.data import stream
 from sapo_jax.data.tokenizer import Tokenizer
-from sapo_jax.model import params
+from sapo_jax.model import params, routing
 from sapo_jax.objectives.ratios import KL_ESTIMATES
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.smollm2 import from_gguf
 from sapo_jax import model
 from sapo_jax.data import hf_tokenizer
-from sapo_jax.model import from_gguf
 from tests import fakes
 
 gguf = pytest.importorskip("gguf")

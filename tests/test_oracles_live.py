@@ -13,9 +13,9 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.smollm2 import from_gguf
 from sapo_jax import model, sampler
 from sapo_jax.data import hf_tokenizer
-from sapo_jax.model import from_gguf
 from sapo_jax.types import Prompts
 from tests import test_hf, test_hf_tokenizer
 from tests.oracles import drawn

