@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapo_jax import assembly, decoding, handover, learnable, learner, objectives, sampling
-from sapo_jax.decoding import Decoding
+from sapo_jax import learnable, learner, objectives
 from sapo_jax.learner import Hyperparameters
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.objectives import Objective
+from sapo_jax.sampler import decode, decode_state, sampling
+from sapo_jax.sampler import weights as handover
+from sapo_jax.sampler.decode import Decoding
 from sapo_jax.stacked import over, pick, spread
 from sapo_jax.types import Batch, Prompts, Rollout, TrainState
 
@@ -63,7 +65,7 @@ def decode_runs(weights, config, controls, state, until, *, truncate) -> Decodin
     """
 
     def advance(weights, controls, state):
-        return decoding.step(weights, config, controls, truncate, state)
+        return decode.step(weights, config, controls, truncate, state)
 
     step = jax.vmap(advance, in_axes=(0, 0, RUNS), out_axes=RUNS)
     return jax.lax.while_loop(
@@ -125,22 +127,22 @@ def rollout(
     every, none = jnp.arange(p, dtype=jnp.int32), np.iinfo(np.int32).max
 
     def start(weights, prompts, base, controls):
-        state = decoding.empty(config, p, cache[0], p, width, group_size, max_new_tokens)
+        state = decode.empty(config, p, cache[0], p, width, group_size, max_new_tokens)
         arguments = (weights, config, prompts, base, controls, state, every, every)
-        return decoding.prefill(*arguments, truncate=truncate)
+        return decode.prefill(*arguments, truncate=truncate)
 
     def end(state, prompts):
         results = (state.tokens, state.logp, state.count, state.finished)
-        return assembly.assemble(config, results, prompts, iteration, state.routing, None)
+        return decode_state.assemble(config, results, prompts, iteration, state.routing, None)
 
     def one(weights, prompts, base, controls):
         state = start(weights, prompts, base, controls)
         for i, size in enumerate(cache):
             if i:
-                state = state.replace(own_kv=decoding.grow(state.own_kv, size))
+                state = state.replace(own_kv=decode.grow(state.own_kv, size))
             until = size if size < cache[-1] else none
             arguments = (weights, config, controls, state, until, jnp.array([p]), 1)
-            state, _ = decoding.decode(*arguments, truncate=truncate)
+            state, _ = decode.decode(*arguments, truncate=truncate)
         return end(state, prompts)
 
     def all_of(method, live_R, weights, prompts, base_R, controls):
@@ -150,7 +152,7 @@ def rollout(
         state = state.replace(done=state.done | ~live_R[:, None, None])
         for i, size in enumerate(cache):
             if i:
-                own_kv = jax.vmap(partial(decoding.grow, size=size))(state.own_kv)
+                own_kv = jax.vmap(partial(decode.grow, size=size))(state.own_kv)
                 state = state.replace(own_kv=own_kv)
             until = size if size < cache[-1] else none
             state = decode_runs(weights, config, controls, state, until, truncate=truncate)

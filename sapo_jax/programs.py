@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 
-from sapo_jax import decoding, handover, learner, sampling
+from sapo_jax import learner
 from sapo_jax.model import moe, params
 from sapo_jax.parallel import sharding
+from sapo_jax.sampler import decode, sampling
+from sapo_jax.sampler import weights as handover
 from sapo_jax.settings import Settings
 from sapo_jax.types import Batch, Prompts, TrainState
 
@@ -120,13 +122,13 @@ def abstract_prompts(settings: Settings) -> Prompts:
     return fed(made, settings.mesh)
 
 
-def abstract_decoding(settings: Settings, cache: int = -1) -> decoding.Decoding:
+def abstract_decoding(settings: Settings, cache: int = -1) -> decode.Decoding:
     """The decode loop's state with all its slots and the largest cache, or an earlier one."""
     plan, mesh = settings.plan, settings.mesh
     sizes = (plan.slots[0], plan.cache[cache], _drawn(settings), settings.width,
              settings.config["batch"]["group_size"], settings.max_new_tokens)  # fmt: skip
-    empty = jax.eval_shape(lambda: decoding.empty(settings.model, *sizes, mesh))
-    return placed(empty, mesh, decoding.specs())
+    empty = jax.eval_shape(lambda: decode.empty(settings.model, *sizes, mesh))
+    return placed(empty, mesh, decode.specs())
 
 
 def abstract_sampler(settings: Settings) -> Any:
@@ -212,7 +214,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
     smaller = abstract_decoding(settings, -min(2, len(plan.cache)))
     prompts, controls = abstract_prompts(settings), sampling.controls(1.0)
     group, n, t = settings.config["batch"]["group_size"], settings.width, settings.max_new_tokens
-    base = jax.eval_shape(lambda: decoding.base_key(np.uint32(0), "train", np.int32(0)))
+    base = jax.eval_shape(lambda: decode.base_key(np.uint32(0), "train", np.int32(0)))
     static = {"truncate": False, "mesh": mesh}
     slots = fed(jax.ShapeDtypeStruct((plan.refill,), jnp.int32), mesh)
     parts = fed(jax.ShapeDtypeStruct((sharding.parts(mesh),), jnp.int32), mesh)
@@ -236,7 +238,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
             result={"sampler's parameters": moved}, tokens=0, turns=1, model_flops=0.0, runs=1,
         ),
         "prefill": Program(
-            lambda: decoding.fill_slots.lower(
+            lambda: decode.fill_slots.lower(
                 weights, config, prompts, base, controls, state.replace(own_kv=None),
                 slots, slots, **static,
             ),
@@ -246,7 +248,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
             model_flops=fill + plan.refill * _head_flops(settings),
         ),
         "decode": Program(
-            lambda: decoding.decode.lower(
+            lambda: decode.decode.lower(
                 weights, config, controls, state, np.int32(0), parts, np.int32(1), **static
             ),
             sampler | cache | {"rows": results}, resident=resident,
@@ -254,7 +256,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
             runs=t * _drawn(settings) / plan.slots[0],
         ),
         "grow": Program(
-            lambda: decoding.grow.lower(smaller.own_kv, plan.cache[-1], mesh),
+            lambda: decode.grow.lower(smaller.own_kv, plan.cache[-1], mesh),
             {"cache": smaller.own_kv},
             resident=resident | sampler | {"cache": state.prompt_kv, "rows": results},
             result={"cache": state.own_kv}, tokens=0, turns=1, model_flops=0.0,

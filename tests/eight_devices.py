@@ -7,23 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax import (
-    checkpoint,
-    decoding,
-    handover,
-    learner,
-    model,
-    objectives,
-    sampler,
-    sampling,
-    settings,
-    startup,
-    train,  # fmt: skip
-)
+from sapo_jax import checkpoint, learner, model, objectives, sampler, settings, startup, train
 from sapo_jax.model import params, transformer
 from sapo_jax.objectives.aggregations import finish
 from sapo_jax.parallel import sharding
-from sapo_jax.sampler import Plan
+from sapo_jax.sampler import Plan, decode, sampling
+from sapo_jax.sampler import weights as handover
 from sapo_jax.types import Batch
 from tests import fakes, tiny_config
 
@@ -285,9 +274,9 @@ def test_decoding_gathers_no_weights(policies):
     config, _ = policies["moe"]
     mesh = sharding.make_mesh(**MESHES["expert 4, fsdp 2"])
     weights = sampler.to_sampler(placed(policies["moe"], mesh), config)
-    state = decoding.empty(config, 8, T, P, N, G, T, mesh)
+    state = decode.empty(config, 8, T, P, N, G, T, mesh)
     arguments = (sampling.controls(1.0), state, np.int32(9), np.full(8, 1, np.int32), np.int32(1))
-    compiled = decoding.decode.lower(
+    compiled = decode.decode.lower(
         weights, config, *arguments, truncate=False, mesh=mesh
     ).compile()  # fmt: skip
     gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", compiled.as_text())

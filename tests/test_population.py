@@ -18,13 +18,13 @@ from sapo_jax import (
     rewards,
     rundir,
     sampler,
-    sampling,
     stacked,
     sweep_run,
     train,
 )
 from sapo_jax.model import params
 from sapo_jax.progress import Clock
+from sapo_jax.sampler import sampling
 from sapo_jax.stacked import pick, stack
 from sapo_jax.types import Rollout
 from tests import fakes, tiny_sweep

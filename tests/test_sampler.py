@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax import learner, model, objectives, sampler, sampling
-from sapo_jax.sampler import Plan
+from sapo_jax import learner, model, objectives, sampler
+from sapo_jax.sampler import Plan, sampling
 from sapo_jax.types import LENGTH, STOP, Batch, Prompts
 from tests import fakes
 

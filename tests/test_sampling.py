@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax import sampling
+from sapo_jax.sampler import sampling
 
 
 def draws(logits, count, *, truncate=False, **controls):

@@ -17,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from sapo_jax import assembly, decoding, plans, sampling
-from sapo_jax.decoding import Decoding
-from sapo_jax.handover import moved_bytes, to_sampler
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
-from sapo_jax.plans import Plan, make_plan
+from sapo_jax.sampler import decode as decoding
+from sapo_jax.sampler import decode_state, sampling, scheduler
+from sapo_jax.sampler.decode import Decoding
+from sapo_jax.sampler.scheduler import Plan, make_plan
+from sapo_jax.sampler.weights import moved_bytes, to_sampler
 from sapo_jax.types import Prompts, Rollout
 
 __all__ = ["Plan", "check", "ends", "make_plan", "moved_bytes", "rollout", "to_sampler"]
@@ -155,7 +156,7 @@ def rollout(
     else:
         state = _run(plan, state, p, mesh, prefill, decode, on_groups)
     results = (state.tokens, state.logp, state.count, state.finished)
-    return assembly.assemble(config, results, prompts, np.int32(iteration), state.routing, mesh)
+    return decode_state.assemble(config, results, prompts, np.int32(iteration), state.routing, mesh)
 
 
 def _run(plan: Plan, state: Decoding, total: int, mesh, prefill, decode, on_groups) -> Decoding:
@@ -170,8 +171,8 @@ def _run(plan: Plan, state: Decoding, total: int, mesh, prefill, decode, on_grou
     prompt_nQ = np.full(idle_nQ.shape, own)
     report = _nothing
     while True:
-        while (count_n := plans.fillable(idle_nQ, own - waiting_n, plan.refill // parts)).any():
-            slot_nF, prompt_nF = plans.fill(plan, parts, own, idle_nQ, waiting_n, count_n)
+        while (count_n := scheduler.fillable(idle_nQ, own - waiting_n, plan.refill // parts)).any():
+            slot_nF, prompt_nF = scheduler.fill(plan, parts, own, idle_nQ, waiting_n, count_n)
             arguments = (sharding.feed(x.ravel(), mesh) for x in (slot_nF, prompt_nF))
             state = prefill(state, *arguments)
             part, at = np.nonzero(slot_nF < slots[0])
@@ -197,7 +198,7 @@ def _run(plan: Plan, state: Decoding, total: int, mesh, prefill, decode, on_grou
         need_n = np.where(waiting_n < own, plan.refill // parts, slots[level] + 1)
         need_n = np.full(parts, slots[level] - smaller) if done else need_n
         waiting, reports = (waiting_n < own).sum(), on_groups is not None
-        enough_n, quorum = plans.until(idle_nQ, need_n, waiting, slots[0], reports)
+        enough_n, quorum = scheduler.until(idle_nQ, need_n, waiting, slots[0], reports)
         enough = sharding.feed(enough_n, mesh)
         state, idle = decode(state, np.int32(until), enough, quorum)
         report()  # what had finished before, while the device decodes
@@ -245,7 +246,7 @@ def _compile_all(
     _completions(state, np.full((parts, plan.slots[0] // parts), total // parts), mesh)
     report(f"prefill of {plan.refill} prompts")
     none, idle = np.zeros(parts, int), np.ones((parts, plan.slots[0] // parts), bool)
-    nothing = plans.fill(plan, parts, total // parts, idle, none, none)
+    nothing = scheduler.fill(plan, parts, total // parts, idle, none, none)
     state = prefill(state, *(sharding.feed(x.ravel(), mesh) for x in nothing))
     for level, slots in enumerate(plan.slots):
         last = level + 1 == len(plan.slots)

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
-from sapo_jax import handover, sampling
 from sapo_jax.model import attention, moe, transformer
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import collectives, sharding
+from sapo_jax.sampler import sampling
+from sapo_jax.sampler import weights as handover
 from sapo_jax.types import LENGTH, STOP
 
 
