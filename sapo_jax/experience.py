@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapo_jax import advantages, evaluate, learnable, learner, rewards, sampler
+from sapo_jax import advantages, evaluate, learner, rewards, sampler
 from sapo_jax.data import encode
 from sapo_jax.data import stream as streams
+from sapo_jax.learner import minibatches as learnable
 from sapo_jax.parallel import sharding
 from sapo_jax.progress import Clock
 from sapo_jax.settings import Settings

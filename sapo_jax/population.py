@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapo_jax import learnable, learner, objectives
+from sapo_jax import learner, objectives
 from sapo_jax.learner import Hyperparameters
+from sapo_jax.learner import minibatches as learnable
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.objectives import Objective
 from sapo_jax.sampler import decode, decode_state, sampling

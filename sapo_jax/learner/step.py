@@ -15,11 +15,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from sapo_jax import diagnostics, masked, objectives
-from sapo_jax.model import head, params, routing, transformer
-from sapo_jax.objectives.aggregations import finish
-from sapo_jax.parallel import collectives, sharding
-from sapo_jax.state import (
+from sapo_jax import masked, objectives
+from sapo_jax.learner import diagnostics
+from sapo_jax.learner.optimizer import (
     SCHEDULES,
     Hyperparameters,
     abstract,
@@ -28,6 +26,9 @@ from sapo_jax.state import (
     optimizer,
     specs,
 )
+from sapo_jax.model import head, params, routing, transformer
+from sapo_jax.objectives.aggregations import finish
+from sapo_jax.parallel import collectives, sharding
 from sapo_jax.types import Batch, Histogram, TrainState, Weighted, merge
 
 __all__ = [
