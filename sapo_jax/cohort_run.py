@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from sapo_jax import checkpoint, experience, joint, population, rundir, stacked, startup, train
+from sapo_jax import joint, population, stacked, train
 from sapo_jax.cohorts import Cohort
 from sapo_jax.data.stream import Stream
 from sapo_jax.parallel import distributed
-from sapo_jax.progress import Clock, Profile, Progress
 from sapo_jax.stacked import pick
+from sapo_jax.training import checkpoint, experience, startup
+from sapo_jax.training import workdir as rundir
+from sapo_jax.training.progress import Clock, Profile, Progress
 from sapo_jax.types import TrainState
 
 

@@ -15,11 +15,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sapo_jax import population, settings, stacked
+from sapo_jax import population, stacked
 from sapo_jax.axes import Overrides
-from sapo_jax.checks import require
 from sapo_jax.learner import Hyperparameters
-from sapo_jax.settings import Settings
+from sapo_jax.training import settings
+from sapo_jax.training.checks import require
+from sapo_jax.training.settings import Settings
 
 # What reaches the device as a value, or not at all. The objective's numbers are values too; its
 # name and aggregation are where several of them become one switch.

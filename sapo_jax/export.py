@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from etils import epath
 from ml_collections import ConfigDict
 
-from sapo_jax import checkpoint, rundir, settings
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.tokenizer import CharTokenizer
 from sapo_jax.model import hf, params
+from sapo_jax.training import checkpoint, settings
+from sapo_jax.training import workdir as rundir
 
 
 def export(workdir: epath.PathLike, out: epath.PathLike, *, which: str = "latest") -> epath.Path:

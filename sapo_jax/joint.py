@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sapo_jax import experience, population, rewards, stacked
+from sapo_jax import population, rewards, stacked
 from sapo_jax.cohorts import Cohort
 from sapo_jax.data import encode
 from sapo_jax.data import stream as streams
-from sapo_jax.progress import Clock
 from sapo_jax.sampler import sampling
 from sapo_jax.sampler import weights as handover
 from sapo_jax.stacked import pick, stack
+from sapo_jax.training import experience
+from sapo_jax.training.progress import Clock
 from sapo_jax.types import Batch, Prompts, Rollout
 
 

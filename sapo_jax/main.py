@@ -9,8 +9,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sapo_jax import progress, rundir, settings, train
+from sapo_jax import train
 from sapo_jax.parallel import distributed
+from sapo_jax.training import progress, settings, workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, local or gs://…")
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
     if jax.process_index() > 0:
         return
-    print(progress.reached(rundir.read_metrics(_WORKDIR.value)))
+    print(progress.reached(workdir.read_metrics(_WORKDIR.value)))
     print(f"report: {path}" if path else "stopped by SIGTERM and saved: the same command goes on")
 
 

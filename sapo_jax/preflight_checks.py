@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from sapo_jax import costs, hlo
 from sapo_jax.model import params
 from sapo_jax.parallel import sharding
-from sapo_jax.settings import Settings
+from sapo_jax.training.settings import Settings
 
 SPARE = 0.10  # of a chip's memory stays free
 EXECUTED = 1.40  # times the model's FLOPs, in an update

@@ -21,7 +21,7 @@ from sapo_jax.model import moe, params
 from sapo_jax.parallel import sharding
 from sapo_jax.sampler import decode, sampling
 from sapo_jax.sampler import weights as handover
-from sapo_jax.settings import Settings
+from sapo_jax.training.settings import Settings
 from sapo_jax.types import Batch, Prompts, TrainState
 
 ROWS, WHOLE = sharding.spec("rows"), PartitionSpec()

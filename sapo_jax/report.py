@@ -13,11 +13,12 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from sapo_jax import preflight_tables, rundir
+from sapo_jax import preflight_tables
 from sapo_jax import report_page as page
 from sapo_jax import report_plots as plots
 from sapo_jax.report_plots import Config, Records
 from sapo_jax.report_words import KINDS, SECTIONS
+from sapo_jax.training import workdir as rundir
 
 SAMPLES = 24
 RIGHT = 0.5  # a completion with a larger reward counts as right

@@ -16,11 +16,11 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from sapo_jax import report_page as page
-from sapo_jax import rundir
 from sapo_jax import sweep_plots as plots
 from sapo_jax.report_plots import STYLE
 from sapo_jax.sweep_stats import Run, summarise, varied
 from sapo_jax.sweep_words import LEAD, PANELS, SECTIONS, TERMS
+from sapo_jax.training import workdir as rundir
 
 CARDS = {
     "learning": ("pass", "reward", "entropy", "length"),

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
-from sapo_jax import cohort_run, rundir
+from sapo_jax import cohort_run
 from sapo_jax.cohorts import Cohort
 from sapo_jax.parallel import sharding
-from sapo_jax.progress import Progress
+from sapo_jax.training import workdir as rundir
+from sapo_jax.training.progress import Progress
 
 MANIFEST, DONE = "manifest.json", "done.json"
 

@@ -11,10 +11,12 @@ import jax
 from absl import logging
 from etils import epath
 
-from sapo_jax import checkpoint, experience, learner, rewards, rundir, startup
+from sapo_jax import learner, rewards
 from sapo_jax.parallel import distributed
-from sapo_jax.progress import Clock, Profile, Progress
-from sapo_jax.settings import Settings
+from sapo_jax.training import checkpoint, experience, startup
+from sapo_jax.training import workdir as rundir
+from sapo_jax.training.progress import Clock, Profile, Progress
+from sapo_jax.training.settings import Settings
 
 
 class Edge(NamedTuple):

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax import checkpoint, learner, model, objectives, sampler, settings, startup, train
+from sapo_jax import learner, model, objectives, sampler, train
 from sapo_jax.model import params, transformer
 from sapo_jax.objectives.aggregations import finish
 from sapo_jax.parallel import sharding
 from sapo_jax.sampler import Plan, decode, sampling
 from sapo_jax.sampler import weights as handover
+from sapo_jax.training import checkpoint, settings, startup
 from sapo_jax.types import Batch
 from tests import fakes, tiny_config
 

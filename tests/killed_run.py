@@ -6,7 +6,8 @@ import sys
 
 import jax
 
-from sapo_jax import checkpoint, learner, sampler, settings, train
+from sapo_jax import learner, sampler, train
+from sapo_jax.training import checkpoint, settings
 from tests import tiny_config
 
 

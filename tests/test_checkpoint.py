@@ -18,8 +18,8 @@ import pytest
 from absl import logging
 from etils import epath
 
-from sapo_jax import checkpoint
-from sapo_jax.checkpoint import Checkpoints, restore_params
+from sapo_jax.training import checkpoint
+from sapo_jax.training.checkpoint import Checkpoints, restore_params
 from sapo_jax.types import TrainState
 
 ROOT = pathlib.Path(checkpoint.__file__).parents[1]
@@ -156,7 +156,7 @@ def test_predecessor_stays_until_its_successor_reads_back(tmp_path, monkeypatch)
 KILLED = """
     import os, signal, sys, time
     import jax.numpy as jnp, numpy as np
-    from sapo_jax.checkpoint import Checkpoints
+    from sapo_jax.training.checkpoint import Checkpoints
 
     directory = sys.argv[1]
     checkpoints = Checkpoints(directory)

@@ -8,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import checkpoint, export, learner, model, rundir, settings, train
+from sapo_jax import export, learner, model, train
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.model import params
+from sapo_jax.training import checkpoint, settings
+from sapo_jax.training import workdir as rundir
 from tests import tiny_config
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sapo_jax import datasets, experience, rewards, rundir, settings, train
+from sapo_jax import datasets, rewards, train
 from sapo_jax.data import encode
 from sapo_jax.tasks import prepared
+from sapo_jax.training import experience, settings, workdir
 from tests import tiny_config
 from tests.test_hf_tokenizer import small
 
@@ -46,13 +47,13 @@ def test_a_run_of_several_tasks(dataset, tmp_path):
     """Each row is judged by its own task, and each task has its own metrics."""
     checked = settings.resolve(mixture(dataset, iterations=1, **{"data.max_prompt_tokens": 4}))
     train.run(checked, tmp_path / "run")
-    start, end = rundir.read_metrics(tmp_path / "run")
+    start, end = workdir.read_metrics(tmp_path / "run")
     for name in ("doubles", "sums"):
         assert 0 <= end[f"reward/{name}"] <= 1
         assert 0 <= start[f"eval/{name}/pass_at_1"] <= 1
     expected = 0.25 * end["reward/doubles"] + 0.75 * end["reward/sums"]
     assert end["reward/mean"] == pytest.approx(expected, abs=1e-6)
-    rows = rundir.read_samples(tmp_path / "run", 1)
+    rows = workdir.read_samples(tmp_path / "run", 1)
     assert max(len(row["prompt"]) for row in rows) == 4
     assert end["data/dropped"] > 0  # "10+10=" has no room
 

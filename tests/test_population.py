@@ -10,22 +10,22 @@ from sapo_jax import (
     axes,
     cohort_run,
     cohorts,
-    experience,
     joint,
     learner,
     objectives,
     population,
     rewards,
-    rundir,
     sampler,
     stacked,
     sweep_run,
     train,
 )
 from sapo_jax.model import params
-from sapo_jax.progress import Clock
 from sapo_jax.sampler import sampling
 from sapo_jax.stacked import pick, stack
+from sapo_jax.training import experience
+from sapo_jax.training import workdir as rundir
+from sapo_jax.training.progress import Clock
 from sapo_jax.types import Rollout
 from tests import fakes, tiny_sweep
 from tests.test_sampler import G, N, P, T, peaked, perturbed_logits, roll

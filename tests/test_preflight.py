@@ -22,11 +22,11 @@ from sapo_jax import (
     preflight_checks,
     preflight_tables,
     programs,
-    settings,
-    train,
-)  # fmt: skip
+    train,  # fmt: skip
+)
 from sapo_jax.model import params
 from sapo_jax.report import write
+from sapo_jax.training import settings
 from tests import tiny_config
 
 

@@ -13,8 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import checkpoint, learner, rundir
+from sapo_jax import learner
 from sapo_jax.parallel import distributed
+from sapo_jax.training import checkpoint
+from sapo_jax.training import workdir as rundir
 from tests import two_processes
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from sapo_jax import report, report_plots, report_words, rundir
+from sapo_jax import report, report_plots, report_words
+from sapo_jax.training import workdir
 
 HOSTILE = "</script><script>alert(1)</script>"
 VOID = {"meta", "col", "br", "link", "img", "input"}
@@ -257,7 +258,7 @@ def test_command_line_gives_the_same_bytes(small, monkeypatch, capsys):
 
 
 def test_summary_is_what_the_records_say(run):
-    records = rundir.read_metrics(run)
+    records = workdir.read_metrics(run)
     numbers = report.summary(records)
     assert numbers["iterations"] == 200
     assert numbers["updates"] == 800
@@ -297,7 +298,7 @@ def test_evaluation_before_training_counts_as_no_iteration(tmp_path):
 
 
 def test_header_names_method_and_numbers(run, html):
-    numbers = report.summary(rundir.read_metrics(run))
+    numbers = report.summary(workdir.read_metrics(run))
     head = re.search(r"<header>.*?</header>", html, re.DOTALL)[0]
     words = " ".join(" ".join(Page(head).words).split())
     for expected in ("SAPO", "quickstart", "tau_pos 1.0", "tau_neg 1.1", "seq_mean", "800 updates"):
@@ -308,7 +309,7 @@ def test_header_names_method_and_numbers(run, html):
 
 
 def test_time_shares_add_up_to_the_time_of_the_run(run, html):
-    records = rundir.read_metrics(run)
+    records = workdir.read_metrics(run)
     table = html[html.index('id="shares"') :]
     rows = re.findall(r"<td>(\w+)</td><td[^>]*>([\d.,]+)</td><td[^>]*>([\d.]+)%</td>", table)
     seconds = {phase: float(spent.replace(",", "")) for phase, spent, _ in rows}
@@ -406,7 +407,7 @@ def test_scales_are_readable_when_nothing_happens():
 
 
 def test_ratios_of_a_full_run_are_all_in_view(run):
-    records = rundir.read_metrics(run)
+    records = workdir.read_metrics(run)
     low, high = _drawn_axes("extremes", records).get_ylim()
     assert 0 < low < min(r["policy/ratio_min"] for r in records)
     assert max(r["policy/ratio_max"] for r in records) < high
@@ -414,7 +415,7 @@ def test_ratios_of_a_full_run_are_all_in_view(run):
 
 
 def test_samples_are_new_mixed_and_marked(run):
-    picked = report._pick_samples(rundir.read_samples(run))
+    picked = report._pick_samples(workdir.read_samples(run))
     assert len(picked) == report.SAMPLES
     assert {sample["iteration"] for _, sample in picked} == {200}
     assert all(right == (sample["reward"] > 0.5) for right, sample in picked)

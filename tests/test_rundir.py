@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from absl import logging
 
-from sapo_jax import rundir
-from sapo_jax.rundir import Lease, Metrics, read_metrics
+from sapo_jax.training import workdir as rundir
+from sapo_jax.training.workdir import Lease, Metrics, read_metrics
 
 ROOT = pathlib.Path(rundir.__file__).parents[1]
 
@@ -41,7 +41,7 @@ def kill(process):
 
 HOLDER = """
     import os, sys, time
-    from sapo_jax.rundir import Lease
+    from sapo_jax.training.workdir import Lease
 
     with Lease(sys.argv[1]):
         if os.fork() == 0:

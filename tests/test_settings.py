@@ -6,7 +6,7 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from sapo_jax import settings
+from sapo_jax.training import settings
 from tests import fakes, tiny_config
 
 

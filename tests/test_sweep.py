@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from sapo_jax import rundir, sweep
+from sapo_jax import sweep
+from sapo_jax.training import workdir
 from tests import tiny_sweep
 
 COMMAND = [sys.executable, "-m", "sapo_jax.sweep", "--config=tests/tiny_sweep.py"]
@@ -29,7 +30,7 @@ def test_sigkill_loses_and_repeats_no_run(tmp_path):
         assert (tmp_path / name / "report.html").stat().st_size > 10_000
 
     def records(name, run):
-        found = rundir.read_metrics(tmp_path / name / run["directory"])
+        found = workdir.read_metrics(tmp_path / name / run["directory"])
         return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in found]
 
     listed = json.loads((tmp_path / "killed" / "manifest.json").read_text())["runs"]

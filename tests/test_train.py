@@ -13,8 +13,10 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import checkpoint, learner, rundir, settings, startup, train
+from sapo_jax import learner, train
 from sapo_jax.model import params
+from sapo_jax.training import checkpoint, settings, startup
+from sapo_jax.training import workdir as rundir
 from tests import fakes, tiny_config
 
 

@@ -10,9 +10,10 @@ import time
 import jax
 import numpy as np
 
-from sapo_jax import learner, main, rewards, settings, startup, train
+from sapo_jax import learner, main, rewards, train
 from sapo_jax.objectives.aggregations import finish
 from sapo_jax.parallel import distributed, sharding
+from sapo_jax.training import settings, startup
 from sapo_jax.types import Batch
 from tests import killed_run, tiny_config
 

@@ -19,9 +19,10 @@ import jax
 from absl import app, flags, logging
 
 from configs.sweeps import temperature
-from sapo_jax import cohort_run, cohorts, rundir, sweep_report, sweep_run, train
+from sapo_jax import cohort_run, cohorts, sweep_report, sweep_run, train
 from sapo_jax.axes import axis, product
-from sapo_jax.progress import Progress
+from sapo_jax.training import workdir
+from sapo_jax.training.progress import Progress
 
 HERE = pathlib.Path(__file__).parent
 RUNS = pathlib.Path("runs/experiments/population")
@@ -63,7 +64,7 @@ def phases(places: list) -> dict[str, float]:
     """Seconds of each phase, the mean over runs."""
     total: dict[str, float] = collections.Counter()
     for place in places:
-        for record in rundir.read_metrics(place):
+        for record in workdir.read_metrics(place):
             total.update({k: v for k, v in record.items() if k in SHOWN})
     return {key: total[key] / len(places) for key in SHOWN}
 
@@ -120,7 +121,7 @@ def methods() -> dict[str, float]:
         (cohort,) = cohorts.resolve(config(**fields), seeds)
         place = RUNS / method
         cohort_run.run(cohort, place, Progress(4 * _METHODS.value, 0, method))
-        records = rundir.read_metrics(place / cohort.names[0])
+        records = workdir.read_metrics(place / cohort.names[0])
         found[method] = statistics.median(r["time/iteration"] for r in records)
     return found
 

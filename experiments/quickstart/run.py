@@ -16,7 +16,7 @@ import sys
 import numpy as np
 from absl import app, flags
 
-from sapo_jax import rundir
+from sapo_jax.training import workdir as rundir
 
 HERE = pathlib.Path(__file__).parent
 RUNS = pathlib.Path("runs/experiments/quickstart")

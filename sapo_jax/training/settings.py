@@ -13,19 +13,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sapo_jax import (
-    advantages,
-    corrections,
-    inputs,
-    learner,
-    model,
-    objectives,
-    sampler,
-    stacked,
-    tasks,
-)
-from sapo_jax.checks import choice as _choice
-from sapo_jax.checks import require as _require
+from sapo_jax import advantages, corrections, learner, model, objectives, sampler, stacked, tasks
 from sapo_jax.data import stream
 from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.model import params, routing
@@ -33,6 +21,9 @@ from sapo_jax.objectives.ratios import KL_ESTIMATES
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Example, Task
+from sapo_jax.training import build
+from sapo_jax.training.checks import choice as _choice
+from sapo_jax.training.checks import require as _require
 
 SOURCES = ("rollout", "demonstrations")
 OLD_LOGP = ("sampler", "recompute")
@@ -301,11 +292,11 @@ def resolve(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> Sett
     _choice("population.method", c["population"]["method"], ("auto", *stacked.METHODS))
     _check_numbers(c)
     _check_batch(c)
-    made, shares = inputs.make_tasks(c)
-    tokenizer = inputs.make_tokenizer(c, made)
+    made, shares = build.make_tasks(c)
+    tokenizer = build.make_tokenizer(c, made)
     objective = _objective(c)
-    shape = inputs.make_model(c, tokenizer)
-    width, room, keep = inputs.lengths(c, made, tokenizer, shape)
+    shape = build.make_model(c, tokenizer)
+    width, room, keep = build.lengths(c, made, tokenizer, shape)
     slots, shrink = c["sampler"]["slots"], c["sampler"]["shrink"]
     mesh = _mesh(c, shape, devices)
     parts = sharding.parts(mesh)

@@ -17,9 +17,9 @@ from sapo_jax.data import encode
 from sapo_jax.data import stream as streams
 from sapo_jax.learner import minibatches as learnable
 from sapo_jax.parallel import sharding
-from sapo_jax.progress import Clock
-from sapo_jax.settings import Settings
 from sapo_jax.tasks.base import Example
+from sapo_jax.training.progress import Clock
+from sapo_jax.training.settings import Settings
 from sapo_jax.types import LENGTH, Batch, Prompts, Rollout
 
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from etils import epath
 
 from sapo_jax import model, tasks
-from sapo_jax.checks import require
 from sapo_jax.data import hf_tokenizer, stream
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
 from sapo_jax.tasks.base import Task
+from sapo_jax.training.checks import require
 
 
 def make_tasks(c: dict) -> tuple[dict[str, Task], dict[str, float]]:

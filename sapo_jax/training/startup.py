@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from sapo_jax import checkpoint, experience, inputs, learner, rewards, rundir
+from sapo_jax import learner, rewards
 from sapo_jax.data import stream as streams
 from sapo_jax.model import hf
 from sapo_jax.model import params as parameters
 from sapo_jax.parallel import distributed
-from sapo_jax.progress import Clock
-from sapo_jax.settings import Settings
+from sapo_jax.training import build, checkpoint, experience
+from sapo_jax.training import workdir as rundir
+from sapo_jax.training.progress import Clock
+from sapo_jax.training.settings import Settings
 from sapo_jax.types import TrainState
 
 
@@ -59,7 +61,7 @@ def _weights(settings: Settings, abstract: Any) -> Any:
     """The parameters that ``init_from`` names: of a Hugging Face directory, or of a run."""
     c = settings.config
     source = epath.Path(c["init_from"]).expanduser()
-    if inputs.is_hf(c["init_from"]):
+    if build.is_hf(c["init_from"]):
         return hf.load(source, dtype=c["dtype"]["params"], mesh=settings.mesh)[1]
     return checkpoint.restore_params(source / "checkpoints", abstract)
 
