@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import axes, cohort_run, cohorts, population, stacked
+from sapo_jax import axes
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
+from sapo_jax.sweep import cohorts, population, train, vectorize
 from tests import tiny_sweep
 from tests.eight_devices import collectives
 from tests.test_population import Bar
@@ -46,13 +47,13 @@ def test_runs_on_devices_of_their_own_are_those_of_a_map(tmp_path, monkeypatch):
     A sum over the devices, or a run computed with its neighbour's values, shows in both.
     """
     on_one = cohort_of("map", 2)
-    assert cohort_run.run(on_one, tmp_path / "map", Bar())
+    assert train.run(on_one, tmp_path / "map", Bar())
     programs = {name: Compiled(getattr(population, name)) for name in ("update", "rollout")}
     for name, program in programs.items():
         monkeypatch.setattr(population, name, program)
     for iterations in (1, 2):
         on_all = cohort_of("devices", iterations)
-        assert cohort_run.run(on_all, tmp_path / "devices", Bar())
+        assert train.run(on_all, tmp_path / "devices", Bar())
     for name, checked in zip(on_all.names, on_all.runs, strict=True):
         both = [tmp_path / method / name for method in ("devices", "map")]
         for got, expected in zip(*map(records, both), strict=True):
@@ -69,10 +70,10 @@ def test_runs_on_devices_of_their_own_are_those_of_a_map(tmp_path, monkeypatch):
 def test_the_method_follows_from_the_runs_and_the_devices(monkeypatch):
     """As many devices as divide the runs; by itself none on a CPU: they would share its cores."""
     assert sharding.run_mesh(12).size == 6
-    assert stacked.choose("devices", 12) == "devices"
-    assert stacked.choose("auto", 16) == "map"
+    assert vectorize.choose("devices", 12) == "devices"
+    assert vectorize.choose("auto", 16) == "map"
     with pytest.raises(ValueError, match=r"population.method='devices': 11 runs .* 8 device"):
-        stacked.choose("devices", 11)
+        vectorize.choose("devices", 11)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert stacked.choose("auto", 16) == "devices"
-    assert stacked.choose("auto", 11) == "vmap"
+    assert vectorize.choose("auto", 16) == "devices"
+    assert vectorize.choose("auto", 11) == "vmap"

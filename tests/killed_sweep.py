@@ -6,7 +6,7 @@ import sys
 
 import jax
 
-from sapo_jax import cohorts, population, sweep_run
+from sapo_jax.sweep import cohorts, population, schedule
 from tests import tiny_sweep
 
 
@@ -25,7 +25,7 @@ def main(workdir: str, number: int) -> None:
 
     population.update = counted
     parts = cohorts.resolve(tiny_sweep.get_config(), tiny_sweep.get_sweep(), most=3)
-    sweep_run.run(parts, workdir)
+    schedule.run(parts, workdir)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from sapo_jax import cohorts, learner
+from sapo_jax import learner
 from sapo_jax.axes import axis, product, zip_
+from sapo_jax.sweep import cohorts
 from tests import tiny_config
 
 

@@ -6,23 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import (
-    axes,
-    cohort_run,
-    cohorts,
-    joint,
-    learner,
-    objectives,
-    population,
-    rewards,
-    sampler,
-    stacked,
-    sweep_run,
-    train,
-)
+from sapo_jax import axes, learner, objectives, rewards, sampler, train
 from sapo_jax.model import params
 from sapo_jax.sampler import sampling
-from sapo_jax.stacked import pick, stack
+from sapo_jax.sweep import cohorts, population, schedule, vectorize
+from sapo_jax.sweep import experience as joint
+from sapo_jax.sweep import train as cohort_run
+from sapo_jax.sweep.vectorize import pick, stack
 from sapo_jax.training import experience
 from sapo_jax.training import workdir as rundir
 from sapo_jax.training.progress import Clock
@@ -294,13 +284,13 @@ def test_a_switch_gives_each_run_its_own_objective(rng):
         ("dr_grpo", objectives.resolve("dr_grpo", max_length=6)),
         ("sapo", objectives.resolve("sapo", tau_pos=0.5)),
     ]
-    all_R = stacked.values(population.as_one(named))
+    all_R = vectorize.values(population.as_one(named))
 
     def loss(logp, objective):
         return objectives.policy_loss(objective, logp, old, advantages, mask)[0]
 
     one = jax.value_and_grad(loss)
-    found = stacked.over("map", np.ones(4, bool), lambda o: one(logp, o), all_R)
+    found = vectorize.over("map", np.ones(4, bool), lambda o: one(logp, o), all_R)
     for r, (_, objective) in enumerate(named):
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7),
@@ -318,7 +308,7 @@ def test_runs_that_are_not_live_cost_nothing_and_give_zeros():
         return x + 1
 
     live_R = np.array([True, False, True])
-    found = stacked.over("map", live_R, function, np.arange(3.0))
+    found = vectorize.over("map", live_R, function, np.arange(3.0))
     jax.effects_barrier()
     np.testing.assert_array_equal(found, [1, 0, 3])
     assert len(calls) == 2
@@ -335,9 +325,9 @@ def swept(together, tmp_path_factory):
     """A sweep of two cohorts of three, without interruption, and what the second one compiled."""
     workdir = tmp_path_factory.mktemp("swept")
     parts = cohorts.resolve(tiny_sweep.get_config(), tiny_sweep.get_sweep(), most=3)
-    assert sweep_run.run(parts[:1], workdir / "first")
+    assert schedule.run(parts[:1], workdir / "first")
     with fakes.Compilations() as compiled:
-        assert sweep_run.run(parts, workdir / "whole")
+        assert schedule.run(parts, workdir / "whole")
     return workdir / "whole", parts, compiled
 
 
@@ -378,10 +368,10 @@ def test_a_killed_sweep_loses_and_repeats_nothing(swept, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             kill(patch, module, name, calls)
             with pytest.raises(KilledError):
-                sweep_run.run(parts, tmp_path)
+                schedule.run(parts, tmp_path)
     first = {p: p.stat().st_mtime_ns for p in (tmp_path / "cohort-000").rglob("part-*.jsonl")}
     assert len({p.parents[1] for p in first}) == 3
-    assert sweep_run.run(parts, tmp_path)
+    assert schedule.run(parts, tmp_path)
     listed = json.loads((tmp_path / "manifest.json").read_text())["runs"]
     assert [run["overrides"] for run in listed] == tiny_sweep.get_sweep()
     for run in listed:
@@ -396,9 +386,9 @@ def test_a_killed_sweep_loses_and_repeats_nothing(swept, tmp_path):
 def test_jobs_share_a_sweep(swept, tmp_path):
     """Each job does its cohorts; the sweep is complete when both have ended."""
     whole, parts, _ = swept
-    assert not sweep_run.run(parts, tmp_path, job=(1, 2))
+    assert not schedule.run(parts, tmp_path, job=(1, 2))
     assert not (tmp_path / "cohort-000").exists()
-    assert sweep_run.run(parts, tmp_path, job=(0, 2))
+    assert schedule.run(parts, tmp_path, job=(0, 2))
     for run in json.loads((tmp_path / "manifest.json").read_text())["runs"]:
         assert records(tmp_path / run["directory"]) == records(whole / run["directory"])
 
@@ -406,6 +396,6 @@ def test_jobs_share_a_sweep(swept, tmp_path):
 def test_a_directory_of_another_sweep_is_refused(swept, tmp_path):
     whole, parts, _ = swept
     with pytest.raises(ValueError, match=r"has 6 runs, given are 3, .*'cohort-001/"):
-        sweep_run.run(parts[:1], whole)
+        schedule.run(parts[:1], whole)
     with rundir.Lease(tmp_path / "cohort-000"), pytest.raises(RuntimeError, match="in use"):
-        sweep_run.run(parts, tmp_path)
+        schedule.run(parts, tmp_path)

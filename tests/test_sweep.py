@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sapo_jax import sweep
+from sapo_jax.sweep import __main__ as sweep
 from sapo_jax.training import workdir
 from tests import tiny_sweep
 
@@ -50,7 +50,7 @@ def test_the_sweeps_of_the_repository_resolve(name, monkeypatch):
     """One cohort each: everything that they vary is traced."""
     import importlib
 
-    from sapo_jax import cohorts
+    from sapo_jax.sweep import cohorts
 
     config = importlib.import_module(f"configs.sweeps.{name}")
     (cohort,) = cohorts.resolve(config.get_config(), config.get_sweep())

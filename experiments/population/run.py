@@ -19,8 +19,10 @@ import jax
 from absl import app, flags, logging
 
 from configs.sweeps import temperature
-from sapo_jax import cohort_run, cohorts, sweep_report, sweep_run, train
+from sapo_jax import sweep_report, train
 from sapo_jax.axes import axis, product
+from sapo_jax.sweep import cohorts, schedule
+from sapo_jax.sweep import train as cohort_run
 from sapo_jax.training import workdir
 from sapo_jax.training.progress import Progress
 
@@ -94,7 +96,7 @@ def whole_sweep() -> dict:
     jax.monitoring.register_event_duration_secs_listener(listen)
     taus = axis("objective.tau_neg", *TAUS)
     parts = cohorts.resolve(config(), product(taus, axis("seed", *range(_SEEDS.value))))
-    complete = sweep_run.run(parts, RUNS / "sweep")
+    complete = schedule.run(parts, RUNS / "sweep")
     sweep_report.write(RUNS / "sweep")
     spent = timer()
     jax.monitoring.unregister_event_duration_listener(listen)

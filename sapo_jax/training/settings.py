@@ -13,13 +13,14 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sapo_jax import advantages, corrections, learner, model, objectives, sampler, stacked, tasks
+from sapo_jax import advantages, corrections, learner, model, objectives, sampler, tasks
 from sapo_jax.data import stream
 from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.model import params, routing
 from sapo_jax.objectives.ratios import KL_ESTIMATES
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
+from sapo_jax.sweep import vectorize
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.training import build
 from sapo_jax.training.checks import choice as _choice
@@ -289,7 +290,7 @@ def resolve(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> Sett
     c = json.loads(config.to_json_best_effort())
     _choice("source", c["source"], SOURCES)
     _choice("advantages", c["advantages"], tuple(advantages.ESTIMATORS))
-    _choice("population.method", c["population"]["method"], ("auto", *stacked.METHODS))
+    _choice("population.method", c["population"]["method"], ("auto", *vectorize.METHODS))
     _check_numbers(c)
     _check_batch(c)
     made, shares = build.make_tasks(c)

@@ -21,7 +21,7 @@ from sapo_jax.objectives import Objective
 from sapo_jax.sampler import decode, decode_state, sampling
 from sapo_jax.sampler import weights as handover
 from sapo_jax.sampler.decode import Decoding
-from sapo_jax.stacked import over, pick, spread
+from sapo_jax.sweep.vectorize import over, pick, spread
 from sapo_jax.types import Batch, Prompts, Rollout, TrainState
 
 

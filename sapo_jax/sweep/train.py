@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from sapo_jax import joint, population, stacked, train
-from sapo_jax.cohorts import Cohort
+from sapo_jax import train
 from sapo_jax.data.stream import Stream
 from sapo_jax.parallel import distributed
-from sapo_jax.stacked import pick
+from sapo_jax.sweep import experience as joint
+from sapo_jax.sweep import population, vectorize
+from sapo_jax.sweep.cohorts import Cohort
+from sapo_jax.sweep.vectorize import pick
 from sapo_jax.training import checkpoint, experience, startup
 from sapo_jax.training import workdir as rundir
 from sapo_jax.training.progress import Clock, Profile, Progress
@@ -68,8 +70,8 @@ def _start(
         # By way of the host: a device keeps its own runs only, and none of them twice.
         held.append(jax.device_get((state, reference)))
         streams.append(stream)
-    state, reference = stacked.stack(held)
-    where, latest = stacked.place(cohort.method, len(held)), checkpoints.latest()
+    state, reference = vectorize.stack(held)
+    where, latest = vectorize.place(cohort.method, len(held)), checkpoints.latest()
     if latest is not None:
         wanted = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), state

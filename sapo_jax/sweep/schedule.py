@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
-from sapo_jax import cohort_run
-from sapo_jax.cohorts import Cohort
 from sapo_jax.parallel import sharding
+from sapo_jax.sweep import train
+from sapo_jax.sweep.cohorts import Cohort
 from sapo_jax.training import workdir as rundir
 from sapo_jax.training.progress import Progress
 
@@ -95,7 +95,7 @@ def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int
             continue
         bar.line(f"{place.name}: {len(part.runs)} runs, by {_how(part)}")
         start = time.time()
-        if not cohort_run.run(part, place, bar):
+        if not train.run(part, place, bar):
             break
         record = {"iterations": part.lead.config["iterations"], "method": part.method}
         rundir.write_json(place / DONE, record | {"seconds": time.time() - start})

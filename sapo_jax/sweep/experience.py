@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sapo_jax import population, rewards, stacked
-from sapo_jax.cohorts import Cohort
+from sapo_jax import rewards
 from sapo_jax.data import encode
 from sapo_jax.data import stream as streams
 from sapo_jax.sampler import sampling
 from sapo_jax.sampler import weights as handover
-from sapo_jax.stacked import pick, stack
+from sapo_jax.sweep import population, vectorize
+from sapo_jax.sweep.cohorts import Cohort
+from sapo_jax.sweep.vectorize import pick, stack
 from sapo_jax.training import experience
 from sapo_jax.training.progress import Clock
 from sapo_jax.types import Batch, Prompts, Rollout
@@ -84,7 +85,7 @@ def _scored(
 
 @partial(jax.jit, static_argnames="method")
 def _batch_of(live_R: jax.Array, rollout: Rollout, *, method: str) -> Batch:
-    return stacked.over(method, live_R, experience.batch_of, rollout)
+    return vectorize.over(method, live_R, experience.batch_of, rollout)
 
 
 def from_rollout(
@@ -135,7 +136,7 @@ def from_rollout(
             np.stack([signal_B for _, signal_B, _ in kept]),
             np.stack([x[rows_B] for (x, _), rows_B in zip(judged, rows_RB, strict=True)]),
             np.array([run.config["reward"]["kl_coef"] for run in members], np.float32),
-            stacked.values([run.bounds for run in members]),
+            vectorize.values([run.bounds for run in members]),
             method=method,
             **experience.recipe_of(cohort.lead),
         )

@@ -15,9 +15,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sapo_jax import population, stacked
 from sapo_jax.axes import Overrides
 from sapo_jax.learner import Hyperparameters
+from sapo_jax.sweep import population, vectorize
 from sapo_jax.training import settings
 from sapo_jax.training.checks import require
 from sapo_jax.training.settings import Settings
@@ -127,8 +127,8 @@ def _cohort(listed: Sequence[tuple[str, Mapping[str, Any], Settings]]) -> Cohort
     names, overrides, members = zip(*listed, strict=True)
     objectives = population.as_one([(_objective_name(run), run.hp.objective) for run in members])
     hp = [run.hp.replace(objective=o) for run, o in zip(members, objectives, strict=True)]
-    method = stacked.choose(members[0].config["population"]["method"], len(members))
-    return Cohort(names, overrides, members, stacked.values(hp), method)
+    method = vectorize.choose(members[0].config["population"]["method"], len(members))
+    return Cohort(names, overrides, members, vectorize.values(hp), method)
 
 
 def resolve(base: ConfigDict, sweep: Overrides, *, most: int = 0) -> list[Cohort]:

@@ -13,8 +13,9 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from sapo_jax import cohorts, main, sweep_run
+from sapo_jax import main
 from sapo_jax.axes import Overrides
+from sapo_jax.sweep import cohorts, schedule
 
 
 def read_sweep(path: str) -> Overrides:
@@ -50,7 +51,7 @@ def run_main(argv: list[str]) -> None:
                 f"{len(overrides)} runs"
             )
         main.use_cache(given.config.compilation_cache)
-        whole = sweep_run.run(parts, given.workdir, job=(given.job_index, given.job_count))
+        whole = schedule.run(parts, given.workdir, job=(given.job_index, given.job_count))
     except (ValueError, RuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) or given["verbosity"].present:
             raise

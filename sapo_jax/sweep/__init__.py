@@ -1,0 +1,1 @@
+"""Many runs through shared programs: cohorts, their schedule, the axis R."""
