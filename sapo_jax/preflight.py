@@ -23,10 +23,11 @@ from absl import app, flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from sapo_jax import chips, costs, hlo, model, preflight_checks, preflight_tables, programs
+from sapo_jax import chips, costs, hlo, model, preflight_checks, programs
 from sapo_jax.model import moe, params, splash
 from sapo_jax.parallel import sharding
 from sapo_jax.programs import Program
+from sapo_jax.report import preflight_tables
 from sapo_jax.training import settings
 
 FIELDS = ("count", "once", "bytes", "largest")  # of collectives: "once" is each turn's bytes

@@ -68,7 +68,7 @@ def open_edge(settings: Settings, workdir: epath.Path) -> Iterator[Edge]:
 def report(workdir: epath.Path) -> epath.Path:
     """Write the report, where this machine can draw."""
     try:
-        from sapo_jax.report import write
+        from sapo_jax.report.run import write
 
         return write(workdir)
     except ImportError as error:

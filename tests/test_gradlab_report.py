@@ -6,8 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from sapo_jax import gradlab_plots, gradlab_report, gradlab_tokens
-from sapo_jax.gradlab_words import PANELS, SECTIONS
+from sapo_jax import gradlab_tokens
+from sapo_jax.report import gradlab, gradlab_plots
+from sapo_jax.report.gradlab_words import PANELS, SECTIONS
 
 NAMES = ["ungated", "ungated_token", "sapo", "gspo"]
 
@@ -72,7 +73,7 @@ def test_the_page_holds_every_plot(found, tmp_path):
     """Each plot with its title, what to look for, and at least one mark; nothing from elsewhere."""
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(found))
-    page = gradlab_report.write(path)
+    page = gradlab.write(path)
     text = page.read_text()
     assert page == tmp_path / "mine.html"
     for slug in PANELS:
@@ -83,12 +84,12 @@ def test_the_page_holds_every_plot(found, tmp_path):
     assert "<script" not in text
     value = found["stages"][-1]["gradients"]["fidelity"]["reward"][2]["difference"]["value"]
     assert f"{value:+.3f}" in text
-    assert gradlab_report.write(path).read_text() == text  # the same statistics, the same bytes
+    assert gradlab.write(path).read_text() == text  # the same statistics, the same bytes
 
 
 def test_the_picture_is_small(found, tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps(found))
-    gradlab_report.picture(tmp_path / "mine.json", tmp_path / "mine.png")
+    gradlab.picture(tmp_path / "mine.json", tmp_path / "mine.png")
     written = (tmp_path / "mine.png").read_bytes()
     assert written.startswith(b"\x89PNG")
     assert len(written) < 300_000
@@ -96,7 +97,7 @@ def test_the_picture_is_small(found, tmp_path):
 
 def test_every_plot_has_words():
     assert set(gradlab_plots.PLOTS) == set(PANELS)
-    assert {name for names in gradlab_report.CARDS.values() for name in names} == set(PANELS)
+    assert {name for names in gradlab.CARDS.values() for name in names} == set(PANELS)
 
 
 def test_what_was_not_measured_is_left_out(found, tmp_path):
@@ -106,7 +107,7 @@ def test_what_was_not_measured_is_left_out(found, tmp_path):
         del each["tokens"]["algorithms"]["gspo"]
     path = tmp_path / "less.json"
     path.write_text(json.dumps(found))
-    text = gradlab_report.write(path).read_text()
+    text = gradlab.write(path).read_text()
     for slug in ("groups", "share", "collateral"):
         assert f'id="{slug}"' not in text
     assert 'id="fidelity"' in text

@@ -14,18 +14,10 @@ from ml_collections import ConfigDict
 
 from configs.pod import qwen3_4b_v5e, qwen3_8b_v6e, qwen3_30b_a3b_v5p
 from experiments.pods import run
-from sapo_jax import (
-    chips,
-    costs,
-    hlo,
-    preflight,
-    preflight_checks,
-    preflight_tables,
-    programs,
-    train,  # fmt: skip
-)
+from sapo_jax import chips, costs, hlo, preflight, preflight_checks, programs, train
 from sapo_jax.model import params
-from sapo_jax.report import write
+from sapo_jax.report import preflight_tables
+from sapo_jax.report.run import write
 from sapo_jax.training import settings
 from tests import tiny_config
 

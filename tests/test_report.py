@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from sapo_jax import report, report_plots, report_words
+from sapo_jax.report import __main__, run_plots, run_words
+from sapo_jax.report import run as report
 from sapo_jax.training import workdir
 
 HOSTILE = "</script><script>alert(1)</script>"
@@ -196,17 +197,17 @@ def html(run):
 def _present(html):
     ids = Page(html).ids
     assert len(ids) == len(set(ids)), "two elements share an id: an SVG shows another's clip path"
-    return set(ids) & {*report_words.SECTIONS, *report_words.PANELS}
+    return set(ids) & {*run_words.SECTIONS, *run_words.PANELS}
 
 
 def test_page_shows_every_section_of_a_full_run(html):
-    assert _present(html) == {*report_words.SECTIONS, *report_words.PANELS}
-    assert html.count("<svg") == len(report_words.PANELS)
+    assert _present(html) == {*run_words.SECTIONS, *run_words.PANELS}
+    assert html.count("<svg") == len(run_words.PANELS)
 
 
 def test_every_panel_has_a_place_a_caption_and_a_drawing():
-    placed = [panel for _, _, panels in report_words.SECTIONS.values() for panel in panels]
-    assert sorted(placed) == sorted(report_words.PANELS) == sorted(report_plots.PLOTS)
+    placed = [panel for _, _, panels in run_words.SECTIONS.values() for panel in panels]
+    assert sorted(placed) == sorted(run_words.PANELS) == sorted(run_plots.PLOTS)
 
 
 def test_page_loads_nothing_and_runs_nothing(html):
@@ -252,7 +253,7 @@ def test_command_line_gives_the_same_bytes(small, monkeypatch, capsys):
     """No clock and no random ids: a report under version control changes only with its run."""
     first = report.write(small).read_bytes()
     monkeypatch.setattr("sys.argv", ["report", str(small)])
-    report.main()
+    __main__.main()
     assert capsys.readouterr().out.strip() == str(small / "report.html")
     assert (small / "report.html").read_bytes() == first
 
@@ -345,7 +346,7 @@ def test_one_iteration_is_drawn(tmp_path):
     """A run of one iteration has no line to draw, and its page must still show its numbers."""
     make_run(tmp_path / "run", iterations=1)
     html = report.write(tmp_path / "run").read_text(encoding="utf-8")
-    assert _present(html) == {*report_words.SECTIONS, *report_words.PANELS}
+    assert _present(html) == {*run_words.SECTIONS, *run_words.PANELS}
     assert "→" not in html[: html.index("<nav>")]
 
 
@@ -362,7 +363,7 @@ def test_nulls_are_left_out_and_told(tmp_path):
         record["histogram/log_ratio_neg"] = {"edges": [0, None], "counts": [3]}
     _write_metrics(tmp_path / "run", records)
     html = report.write(tmp_path / "run").read_text(encoding="utf-8")
-    absent = {*report_words.SECTIONS, *report_words.PANELS} - _present(html)
+    absent = {*run_words.SECTIONS, *run_words.PANELS} - _present(html)
     assert absent == {"kl", "reward", "log-ratio"}
     assert not re.search(r"\b(nan|inf)\b", html, re.IGNORECASE)
     head = " ".join(Page(html[html.index("<header>") : html.index("<nav>")]).words)
@@ -382,13 +383,11 @@ def test_closed_form_gate_is_drawn_for_sapo_only():
     records = [{"iteration": 1, "policy/ratio_min": 0.5, "policy/ratio_max": 2.0}]
     for name, drawn in (("sapo", True), ("grpo", False), ("p3o", False)):
         config = {"objective": {"name": name}}
-        assert (
-            report_plots.figure_of(report_plots.PLOTS["gate"], records, config) is not None
-        ) == drawn
+        assert (run_plots.figure_of(run_plots.PLOTS["gate"], records, config) is not None) == drawn
 
 
 def _drawn_axes(slug, records):
-    return report_plots.figure_of(report_plots.PLOTS[slug], records, {}).axes[0]
+    return run_plots.figure_of(run_plots.PLOTS[slug], records, {}).axes[0]
 
 
 def test_scales_are_readable_when_nothing_happens():
@@ -428,8 +427,8 @@ def test_long_curves_are_binned_and_keep_their_extremes(html):
     assert len(html) < 1.5e6
     x, y = np.arange(100_000.0), np.ones(100_000)
     y[77_777] = 50
-    few_x, few_y = report_plots._binned(x, y, np.max)
-    assert len(few_x) == len(few_y) == report_plots.POINTS
+    few_x, few_y = run_plots._binned(x, y, np.max)
+    assert len(few_x) == len(few_y) == run_plots.POINTS
     assert few_y.max() == 50
     assert few_x[few_y.argmax()] == pytest.approx(77_777, abs=100)
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from sapo_jax import sweep_plots, sweep_report, sweep_stats
-from sapo_jax.sweep_stats import Run
+from sapo_jax.report import sweep, sweep_plots, sweep_stats
+from sapo_jax.report.sweep_stats import Run
 
 
 def records(reward, *, ends=0.5, entropy=None, broken=None):
@@ -112,7 +112,7 @@ def test_the_report_of_a_sweep(tmp_path):
         path = tmp_path / run.directory / "metrics" / "part-00000.jsonl"
         path.parent.mkdir(parents=True)
         path.write_text("".join(json.dumps(r) + "\n" for r in run.records))
-    text = sweep_report.write(tmp_path).read_text()
+    text = sweep.write(tmp_path).read_text()
     for panel in ("pass", "reward", "entropy", "ends", "differences", "heat", "collapse"):
         assert f'id="{panel}"' in text, panel
     assert "+10.0 (+10.0 to +10.0)" in text
@@ -122,5 +122,5 @@ def test_the_report_of_a_sweep(tmp_path):
     assert "http" not in text.replace("http://www.w3.org", "").replace("http-equiv", "")
     found = json.loads((tmp_path / "report.json").read_text())
     assert found == json.loads(json.dumps(sweep_stats.summarise(runs)))
-    sweep_report.picture(tmp_path, tmp_path / "p.png")
+    sweep.picture(tmp_path, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")

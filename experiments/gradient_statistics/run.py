@@ -20,9 +20,10 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from configs import base
-from sapo_jax import gradlab, gradlab_report, gradlab_tokens, learner, objectives, rewards, sampler
+from sapo_jax import gradlab, gradlab_tokens, learner, objectives, rewards, sampler
 from sapo_jax.data import encode
 from sapo_jax.parallel import sharding
+from sapo_jax.report import gradlab as gradlab_report
 from sapo_jax.training import checkpoint, experience, settings, startup
 from sapo_jax.training import workdir as rundir
 from sapo_jax.training.progress import Clock

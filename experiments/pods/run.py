@@ -18,7 +18,7 @@ from typing import Any
 
 from absl import app, flags
 
-from sapo_jax import preflight_tables
+from sapo_jax.report import preflight_tables
 
 _TABLE = flags.DEFINE_bool("table", False, "Only write the tables.")
 

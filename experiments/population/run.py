@@ -19,8 +19,9 @@ import jax
 from absl import app, flags, logging
 
 from configs.sweeps import temperature
-from sapo_jax import sweep_report, train
+from sapo_jax import train
 from sapo_jax.axes import axis, product
+from sapo_jax.report import sweep
 from sapo_jax.sweep import cohorts, schedule
 from sapo_jax.sweep import train as cohort_run
 from sapo_jax.training import workdir
@@ -97,7 +98,7 @@ def whole_sweep() -> dict:
     taus = axis("objective.tau_neg", *TAUS)
     parts = cohorts.resolve(config(), product(taus, axis("seed", *range(_SEEDS.value))))
     complete = schedule.run(parts, RUNS / "sweep")
-    sweep_report.write(RUNS / "sweep")
+    sweep.write(RUNS / "sweep")
     spent = timer()
     jax.monitoring.unregister_event_duration_listener(listen)
     if not complete:

@@ -62,12 +62,12 @@ def run_main(argv: list[str]) -> None:
 
 def _report(workdir: str) -> str:
     try:
-        from sapo_jax import sweep_report
+        from sapo_jax.report import sweep
 
-        return f"report: {sweep_report.write(workdir)}"
+        return f"report: {sweep.write(workdir)}"
     except ImportError as error:
         logging.warning("No report: %s.", error)
-        return f"no report here; elsewhere: python -m sapo_jax.sweep_report {workdir}"
+        return f"no report here; elsewhere: python -m sapo_jax.report {workdir}"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,7 @@
-"""A sweep as one self-contained HTML page and a JSON file: python -m sapo_jax.sweep_report DIR.
-
-``--picture=FILE.png`` draws four of its panels; ``report.json`` is all that this needs.
-"""
+"""A sweep as one self-contained HTML page and a JSON file, from which its picture is drawn."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,11 +11,11 @@ import matplotlib
 from etils import epath
 from matplotlib.figure import Figure
 
-from sapo_jax import report_page as page
-from sapo_jax import sweep_plots as plots
-from sapo_jax.report_plots import STYLE
-from sapo_jax.sweep_stats import Run, summarise, varied
-from sapo_jax.sweep_words import LEAD, PANELS, SECTIONS, TERMS
+from sapo_jax.report import page
+from sapo_jax.report import sweep_plots as plots
+from sapo_jax.report.run_plots import STYLE
+from sapo_jax.report.sweep_stats import Run, summarise, varied
+from sapo_jax.report.sweep_words import LEAD, PANELS, SECTIONS, TERMS
 from sapo_jax.training import workdir as rundir
 
 CARDS = {
@@ -185,18 +181,3 @@ def picture(workdir: epath.PathLike, path: epath.PathLike) -> None:
             plots.PLOTS[name](part, found)
             part.suptitle(PANELS[name][0], x=0.02, ha="left", fontsize=11, fontweight="bold")
         figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.15)
-
-
-def main() -> None:
-    """Rebuild the report of the sweep named on the command line, or draw its picture."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workdir", type=epath.Path)
-    parser.add_argument("--picture", type=epath.Path, help="a PNG of four panels instead")
-    arguments = parser.parse_args()
-    if arguments.picture:
-        picture(arguments.workdir, arguments.picture)
-    print(arguments.picture or write(arguments.workdir))
-
-
-if __name__ == "__main__":
-    main()

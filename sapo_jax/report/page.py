@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from sapo_jax.report_words import COLOURS, PANELS, SECTIONS, TERMS
+from sapo_jax.report.run_words import COLOURS, PANELS, SECTIONS, TERMS
 
 LIMIT = 4000  # characters of a prompt or completion that are shown
 SIGNS = {"\n": "↵", "\t": "⇥"}

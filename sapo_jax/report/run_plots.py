@@ -13,7 +13,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from sapo_jax import objectives
-from sapo_jax.report_words import COLOURS
+from sapo_jax.report.run_words import COLOURS
 
 Records = Sequence[Mapping[str, Any]]
 Config = Mapping[str, Any]

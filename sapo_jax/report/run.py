@@ -1,8 +1,7 @@
-"""A run directory told as one self-contained HTML page: python -m sapo_jax.report WORKDIR."""
+"""A run directory told as one self-contained HTML page."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,11 +12,10 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-from sapo_jax import preflight_tables
-from sapo_jax import report_page as page
-from sapo_jax import report_plots as plots
-from sapo_jax.report_plots import Config, Records
-from sapo_jax.report_words import KINDS, SECTIONS
+from sapo_jax.report import page, preflight_tables
+from sapo_jax.report import run_plots as plots
+from sapo_jax.report.run_plots import Config, Records
+from sapo_jax.report.run_words import KINDS, SECTIONS
 from sapo_jax.training import workdir as rundir
 
 SAMPLES = 24
@@ -227,18 +225,3 @@ def write(workdir: epath.PathLike) -> epath.Path:
     path = epath.Path(workdir).expanduser() / "report.html"
     path.write_text(page.document(name, _header(records, config, name), body), encoding="utf-8")
     return path
-
-
-def main() -> None:
-    """Rebuild the report of the run directory named on the command line, or draw its picture."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("workdir", type=epath.Path)
-    parser.add_argument("--picture", type=epath.Path, help="a PNG of four panels instead")
-    arguments = parser.parse_args()
-    if arguments.picture:
-        picture(arguments.workdir, arguments.picture)
-    print(arguments.picture or write(arguments.workdir))
-
-
-if __name__ == "__main__":
-    main()

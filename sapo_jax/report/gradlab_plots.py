@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 
-from sapo_jax.report_words import COLOURS
+from sapo_jax.report.run_words import COLOURS
 
 Found = Mapping[str, Any]
 Draw = Callable[[FigureBase, Found], None]

@@ -1,8 +1,7 @@
-"""The gradient lab as one self-contained page: python -m sapo_jax.gradlab_report FILE.json."""
+"""The gradient lab as one self-contained page."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -11,10 +10,10 @@ import matplotlib
 from etils import epath
 from matplotlib.figure import Figure
 
-from sapo_jax import gradlab_plots as plots
-from sapo_jax import report_page as page
-from sapo_jax.gradlab_words import PANELS, SECTIONS, TERMS
-from sapo_jax.report_plots import STYLE
+from sapo_jax.report import gradlab_plots as plots
+from sapo_jax.report import page
+from sapo_jax.report.gradlab_words import PANELS, SECTIONS, TERMS
+from sapo_jax.report.run_plots import STYLE
 
 CARDS = {
     "direction": ("fidelity", "difference"),
@@ -136,18 +135,3 @@ def picture(path: epath.PathLike, target: epath.PathLike) -> None:
             plots.PLOTS[name](part, found)
             part.suptitle(PANELS[name][0], x=0.01, ha="left", fontsize=11, fontweight="bold")
         figure.savefig(target, format="png", bbox_inches="tight", pad_inches=0.15)
-
-
-def main() -> None:
-    """Rebuild the page of the JSON file named on the command line, or draw its picture."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("json", type=epath.Path)
-    parser.add_argument("--picture", type=epath.Path, help="a PNG of three panels instead")
-    arguments = parser.parse_args()
-    if arguments.picture:
-        picture(arguments.json, arguments.picture)
-    print(arguments.picture or write(arguments.json))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sapo_jax import sweep_stats
-from sapo_jax.report_words import COLOURS
+from sapo_jax.report import sweep_stats
+from sapo_jax.report.run_words import COLOURS
 
 Found = Mapping[str, Any]
 PALETTE = ("blue", "orange", "green", "purple", "amber", "grey", "ink")
