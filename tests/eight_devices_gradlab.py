@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import gradlab, gradlab_tokens, learner, model
+from sapo_jax import learner, model
+from sapo_jax.gradlab import lab as gradlab
+from sapo_jax.gradlab import tokens as gradlab_tokens
 from sapo_jax.model import params
 from sapo_jax.objectives import OBJECTIVES
 from sapo_jax.parallel import sharding

@@ -9,7 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax import gradlab, gradlab_fidelity, gradlab_pull, gradlab_tokens, learner, objectives
+from sapo_jax import learner, objectives
+from sapo_jax.gradlab import fidelity as gradlab_fidelity
+from sapo_jax.gradlab import lab as gradlab
+from sapo_jax.gradlab import pull
+from sapo_jax.gradlab import tokens as gradlab_tokens
 from sapo_jax.model import transformer
 from sapo_jax.objectives import OBJECTIVES
 from sapo_jax.types import Batch
@@ -70,7 +74,7 @@ def compared(lab, halves):
 @pytest.fixture(scope="module")
 def brute(lab):
     """One `jax.grad` of the plain loss for each algorithm, and for the expected reward's halves."""
-    bare = gradlab_pull.ungated(OBJECTIVES["sapo"])
+    bare = pull.ungated(OBJECTIVES["sapo"])
     token = dataclasses.replace(bare, aggregation="token_mean")
     plain = dataclasses.replace(OBJECTIVES["reinforce"], aggregation="seq_sum")
     named = {"ungated": bare, "ungated_token": token, **ALGORITHMS, "reward": plain}
@@ -170,10 +174,10 @@ def test_on_policy_no_gate_removes_anything(lab):
     """At r = 1 every ungated objective is the objective, for products over a sequence as well."""
     names = [name for name in OBJECTIVES if name != "mhpo"]  # whose c is 0.265 there
     own = [objectives.resolve(n, **({"max_length": 6.0} if n == "dr_grpo" else {})) for n in names]
-    both = (*own, *map(gradlab_pull.ungated, own))
+    both = (*own, *map(pull.ungated, own))
     batch = lab.frozen
     logp = learner.score(lab.weights, batch, lab.hp)
-    u = gradlab_pull.cotangents(both, logp, batch.replace(old_logp=logp))
+    u = pull.cotangents(both, logp, batch.replace(old_logp=logp))
     np.testing.assert_allclose(u[: len(own)], u[len(own) :], rtol=1e-5, atol=1e-9)
 
 
@@ -213,7 +217,7 @@ def test_sapo_coefficients_in_closed_form(lab):
     np.testing.assert_allclose(c, expected, rtol=1e-5)
     np.testing.assert_allclose(ratio[mask], r[mask], rtol=1e-6)
     length = np.maximum(mask.sum(-1, keepdims=True), 1)
-    u = gradlab_pull.cotangents((OBJECTIVES["sapo"],), logp, batch)[0]
+    u = pull.cotangents((OBJECTIVES["sapo"],), logp, batch)[0]
     expected = -expected * batch.advantages[:, None] / length / (mask.sum(-1) > 0).sum()
     np.testing.assert_allclose(u, expected, rtol=1e-5, atol=1e-9)
 
@@ -222,13 +226,13 @@ def test_sketches_keep_inner_products(lab):
     """The bootstrap rests on them: unbiased, and within a few times 1/√width."""
     logp = learner.score(lab.weights, lab.frozen, lab.hp)
     four = tuple(OBJECTIVES[name] for name in ("sapo", "gspo", "luspo", "cispo"))
-    u = gradlab_pull.cotangents(four, logp, lab.frozen)
+    u = pull.cotangents(four, logp, lab.frozen)
     ((_, tile),) = lab.tiles(u)
     grads = np.stack([flat(jax.tree.map(lambda x, k=k: x[k], tile.grads)) for k in range(4)])
     sketch = np.asarray(tile.sketches, np.float64).sum(0)
     norm = np.sqrt(np.diag(grads @ grads.T))
     error = (sketch @ sketch.T - grads @ grads.T) / np.outer(norm, norm)
-    assert np.abs(error).max() < 5 / np.sqrt(gradlab_pull.SKETCH)
+    assert np.abs(error).max() < 5 / np.sqrt(pull.SKETCH)
 
 
 def planted(rng, noise, prompts=32, size=40):

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from sapo_jax import gradlab_tokens
+from sapo_jax.gradlab import tokens
 from sapo_jax.report import gradlab, gradlab_plots
 from sapo_jax.report.gradlab_words import PANELS, SECTIONS
 
@@ -29,7 +29,7 @@ def stage(rng, updates):
     nothing = {"value": None, "low": None, "high": None}
     removed = fidelities(rng, len(NAMES)) | {"mass": [0.0, 0.0, 0.01, 0.3]}
     removed["reward"][0] = nothing | {"difference": nothing}
-    edges = gradlab_tokens.GATE_EDGES
+    edges = tokens.GATE_EDGES
     counts = rng.integers(0, 50, len(edges) - 1).tolist()
     sides = {side: {"w": counts, "c": counts} for side in ("positive", "negative")}
     logits = {side: {"l1": 1.0, "l2": 2.0, "spread": 3.0} for side in sides}
@@ -51,7 +51,7 @@ def stage(rng, updates):
         "tokens": {
             "tokens": 100,
             "abs_log_ratio": {"mean": 0.01, "max": 0.3},
-            "sequences": [gradlab_tokens.gate_spread(rng.normal(0, 0.3, 5), 1.0) for _ in range(9)],
+            "sequences": [tokens.gate_spread(rng.normal(0, 0.3, 5), 1.0) for _ in range(9)],
             "gate_edges": edges.tolist(),
             "algorithms": {"sapo": algorithm, "gspo": algorithm},
         },

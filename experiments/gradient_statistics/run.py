@@ -20,8 +20,10 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from configs import base
-from sapo_jax import gradlab, gradlab_tokens, learner, objectives, rewards, sampler
+from sapo_jax import learner, objectives, rewards, sampler
 from sapo_jax.data import encode
+from sapo_jax.gradlab import lab as gradlab
+from sapo_jax.gradlab import tokens
 from sapo_jax.parallel import sharding
 from sapo_jax.report import gradlab as gradlab_report
 from sapo_jax.training import checkpoint, experience, settings, startup
@@ -100,10 +102,10 @@ def measure(lab: gradlab.Lab, algorithms: dict, focus: str) -> dict[str, Any]:
     halves = lab.targets()
     found: dict[str, Any] = {"reward": float(lab.rewards.mean())}
     found["gradients"] = gradlab.compare(lab, halves, algorithms)
-    found["tokens"] = gradlab_tokens.describe(algorithms, lab.weights, lab.frozen, lab.hp)
+    found["tokens"] = tokens.describe(algorithms, lab.weights, lab.frozen, lab.hp)
     if focus:
-        scored = gradlab_tokens.score(lab.weights, lab.frozen, lab.hp)
-        kinds = gradlab_tokens.groups(*scored, lab.frozen)
+        scored = tokens.score(lab.weights, lab.frozen, lab.hp)
+        kinds = tokens.groups(*scored, lab.frozen)
         flat = {(kind, name): m for kind, named in kinds.items() for name, m in named.items()}
         found["groups"] = gradlab.split(lab, halves, algorithms[focus], flat)
     return found

@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sapo_jax import advantages, learner, objectives
-from sapo_jax.gradlab_fidelity import Products, fidelities, noise_scale
-from sapo_jax.gradlab_pull import Pulled, blocks_of, cotangents, gram, pull, ungated
+from sapo_jax.gradlab.fidelity import Products, fidelities, noise_scale
+from sapo_jax.gradlab.pull import Pulled, blocks_of, cotangents, gram, pull, ungated
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.objectives import OBJECTIVES, Objective
 from sapo_jax.types import Batch

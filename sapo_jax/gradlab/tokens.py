@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from sapo_jax import learner, objectives
-from sapo_jax.gradlab_pull import cotangents
+from sapo_jax.gradlab.pull import cotangents
 from sapo_jax.model import params, transformer, vocab
 from sapo_jax.objectives import OBJECTIVES, Objective
 from sapo_jax.parallel import sharding
