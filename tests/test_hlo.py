@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax import chips, costs, hlo, learner, model, objectives, programs
+from sapo_jax import learner, model, objectives
 from sapo_jax.model import params
 from sapo_jax.parallel import sharding
+from sapo_jax.preflight import chips, costs, hlo, programs
 from sapo_jax.types import Batch
 
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax import costs, hlo, model
+from sapo_jax import model
 from sapo_jax.model import moe
+from sapo_jax.preflight import costs, hlo
 
 E, K, D, F = 8, 2, 16, 24
 CONFIG = model.make(

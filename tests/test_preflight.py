@@ -14,8 +14,10 @@ from ml_collections import ConfigDict
 
 from configs.pod import qwen3_4b_v5e, qwen3_8b_v6e, qwen3_30b_a3b_v5p
 from experiments.pods import run
-from sapo_jax import chips, costs, hlo, preflight, preflight_checks, programs, train
+from sapo_jax import train
 from sapo_jax.model import params
+from sapo_jax.preflight import chips, costs, demands, hlo, programs
+from sapo_jax.preflight import measure as preflight
 from sapo_jax.report import preflight_tables
 from sapo_jax.report.run import write
 from sapo_jax.training import settings
@@ -197,7 +199,7 @@ def test_what_is_too_large_is_named(report):
     update["collectives"] = decode["collectives"] = [gather]
     update["gathered_share"] = 1.0
     decode["memory"]["temporaries"] = 10**9
-    found = preflight_checks.checks(checked, results, 1.05 * update["memory"]["total"])
+    found = demands.checks(checked, results, 1.05 * update["memory"]["total"])
     missed = {c.name for c in found if not c.met}
     assert missed >= {
         "update: memory, GiB", "update: rows of logits at a time",
@@ -214,10 +216,10 @@ def test_logits_of_whole_rows_are_seen():
         costs.Buffer(0, f"f32[{v},{checked.model.hidden_size}]", "fusion", ""),
         costs.Buffer(0, f"f32[8,31,{v}]", "fusion", ""),
     ]
-    assert preflight_checks.logits_rows(buffers, checked) == 8 * 31
+    assert demands.logits_rows(buffers, checked) == 8 * 31
     # As many rows as a multiple of the model's width: a parameter of that size there is not.
     many = costs.Buffer(0, f"f32[{2 * checked.model.hidden_size},{v}]", "fusion", "")
-    assert preflight_checks.logits_rows([many], checked) == 2 * checked.model.hidden_size
+    assert demands.logits_rows([many], checked) == 2 * checked.model.hidden_size
 
 
 def test_stored_tables_are_those_of_the_results():

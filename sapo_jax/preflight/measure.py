@@ -1,17 +1,10 @@
-"""A run's programs compiled for a pod that is not there: memory, FLOPs, collectives, time.
-
-    python -m sapo_jax.preflight --config=configs/pod/qwen3_4b_v5e.py --topology=v5e:4x4
-
-With libtpu (``pip install libtpu``) programs are compiled as on the pod; without, for as many
-devices of the CPU, and the output says so.
-"""
+"""A run's programs compiled for a pod that is not there: memory, FLOPs, collectives, time."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import importlib.metadata
-import json
 import math
 import os
 import sys
@@ -19,15 +12,14 @@ import time
 from typing import Any
 
 import jax
-from absl import app, flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from sapo_jax import chips, costs, hlo, model, preflight_checks, programs
+from sapo_jax import model
 from sapo_jax.model import moe, params, splash
 from sapo_jax.parallel import sharding
-from sapo_jax.programs import Program
-from sapo_jax.report import preflight_tables
+from sapo_jax.preflight import chips, costs, demands, hlo, programs
+from sapo_jax.preflight.programs import Program
 from sapo_jax.training import settings
 
 FIELDS = ("count", "once", "bytes", "largest")  # of collectives: "once" is each turn's bytes
@@ -148,8 +140,8 @@ def measure(
         "bytes": traffic,
         "collectives": moved,
         "largest_buffers": [b._asdict() for b in buffers[:12]],
-        "logits_rows": preflight_checks.logits_rows(buffers, checked),
-        "gathered_share": preflight_checks.gathered_share(buffers, checked),
+        "logits_rows": demands.logits_rows(buffers, checked),
+        "gathered_share": demands.gathered_share(buffers, checked),
         "bounds": bounds,
         "step_seconds": step,
         "mfu": model_flops / step / chip.flops,
@@ -183,7 +175,7 @@ def largest_micro_batch(checked: settings.Settings, chip: chips.Chip) -> list[di
         except jax.errors.JaxRuntimeError as error:
             _too_large(error)
             total = None
-        fits = total is not None and total <= (1 - preflight_checks.SPARE) * chip.hbm
+        fits = total is not None and total <= (1 - demands.SPARE) * chip.hbm
         tried.append({"rows": local, "micro_batches": rows // local, "total": total, "fits": fits})
         if not fits:
             break
@@ -207,7 +199,7 @@ def report(checked: settings.Settings, topology: str, only: list[str] | None, tp
                 results.append(measure(checked, name, program, chip))
             except jax.errors.JaxRuntimeError as error:
                 refused[name] = _too_large(error)
-    demands = preflight_checks.checks(checked, results, chip.hbm)
+    checks = demands.checks(checked, results, chip.hbm)
     mesh = {} if checked.mesh is None else checked.mesh.shape
     return {
         "name": checked.config["name"],
@@ -222,40 +214,6 @@ def report(checked: settings.Settings, topology: str, only: list[str] | None, tp
         },
         "programs": results,
         "refused": refused,
-        "checks": [c._asdict() | {"met": c.met} for c in demands],
+        "checks": [c._asdict() | {"met": c.met} for c in checks],
         "iteration_seconds": sum(r["runs"] * r["step_seconds"] for r in results),
     }
-
-
-def main(argv: list[str]) -> None:
-    """Print the report, write its JSON, and exit with 1 where a demand is not met."""
-    given = flags.FLAGS
-    if len(argv) > 1:
-        sys.exit(f"error: unknown argument {argv[1]!r}; fields are set by --config.<field>=<value>")
-    jax.config.update("jax_platforms", "cpu")
-    try:
-        found, tpu = chips.devices(given.topology)
-        checked = settings.resolve(stand_in(given.config), devices=found)
-        if given.fit:
-            chip = chips.CHIPS[chips.parse(given.topology)[0]]
-            print(preflight_tables.fit_text(largest_micro_batch(checked, chip), chip.hbm))
-            return
-        made = report(checked, given.topology, given.programs, tpu)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    print(preflight_tables.text(made))
-    if given.json:
-        epath.Path(given.json).write_text(json.dumps(made, indent=1) + "\n")
-    sys.exit(bool(made["refused"]) or any(not c["met"] for c in made["checks"]))
-
-
-if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "The experiment.", lock_config=True)
-    flags.DEFINE_string("topology", None, "Such as v5e:4x4 or v5p:4x4x8.")
-    flags.DEFINE_list("programs", None, "Some of them; all by default.")
-    flags.DEFINE_bool("fit", False, "Search the largest micro-batch that fits.")
-    flags.DEFINE_string(
-        "json", None, "File for the results; a run's report shows those in its preflight.json."
-    )
-    flags.mark_flags_as_required(["config", "topology"])
-    app.run(main)

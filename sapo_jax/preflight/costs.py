@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sapo_jax.hlo import (
+from sapo_jax.preflight.hlo import (
     Computation,
     Executed,
     Instruction,

@@ -8,9 +8,9 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from sapo_jax import costs, hlo
 from sapo_jax.model import params
 from sapo_jax.parallel import sharding
+from sapo_jax.preflight import costs, hlo
 from sapo_jax.training.settings import Settings
 
 SPARE = 0.10  # of a chip's memory stays free

@@ -1,0 +1,1 @@
+"""A pod that is not there: its programs compiled, measured, and held against what must be met."""
