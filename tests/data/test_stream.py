@@ -15,7 +15,7 @@ from sapo_jax import datasets, tasks
 from sapo_jax.data import stream as streams
 from sapo_jax.data.tokenizer import CharTokenizer
 from sapo_jax.tasks.base import make_example
-from tests import killed_stream
+from tests.data import killed_stream
 
 TASK = tasks.make("chain_sum", terms=3)
 
@@ -130,7 +130,15 @@ def test_what_cannot_be_streamed_is_refused(monkeypatch):
 
 
 def spawn(prepared, workdir, batches, workers):
-    command = [sys.executable, "-m", "tests.killed_stream", prepared, workdir, batches, workers]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.data.killed_stream",
+        prepared,
+        workdir,
+        batches,
+        workers,
+    ]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
 
 

@@ -13,7 +13,7 @@ from sapo_jax.data import encode
 from sapo_jax.tasks import prepared
 from sapo_jax.training import experience, settings, workdir
 from tests import tiny_config
-from tests.test_hf_tokenizer import small
+from tests.data.test_hf_tokenizer import small
 
 ROWS = [{"prompt": f"{i}+{i}=", "answer": 2 * i} for i in range(1, 35)]
 

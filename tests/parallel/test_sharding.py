@@ -13,12 +13,12 @@ from tests import fakes
 
 def test_programs_on_eight_devices():
     """`eight_devices.py`, in a process whose CPU counts as eight devices."""
-    fakes.on_eight_devices("tests/eight_devices.py")
+    fakes.on_eight_devices("tests/parallel/eight_devices.py")
 
 
 @pytest.mark.slow
 def test_more_programs_on_eight_devices():
-    fakes.on_eight_devices("tests/eight_devices.py", "-m", "slow")
+    fakes.on_eight_devices("tests/parallel/eight_devices.py", "-m", "slow")
 
 
 def test_a_mesh_has_every_axis_and_automatic_types():

@@ -17,9 +17,9 @@ from sapo_jax import learner
 from sapo_jax.parallel import distributed
 from sapo_jax.training import checkpoint
 from sapo_jax.training import workdir as rundir
-from tests import two_processes
+from tests.parallel import two_processes
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def begin(workdir, what):
@@ -27,7 +27,7 @@ def begin(workdir, what):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "tests.two_processes", str(workdir), str(port)]
+    command = [sys.executable, "-m", "tests.parallel.two_processes", str(workdir), str(port)]
     options = {"cwd": ROOT, "env": environment, "text": True}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     return [subprocess.Popen([*command, str(i), what], **options, **pipes) for i in range(2)]

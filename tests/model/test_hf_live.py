@@ -17,10 +17,11 @@ from experiments.smollm2 import from_gguf
 from sapo_jax import model, sampler
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.types import Prompts
-from tests import test_hf, test_hf_tokenizer
+from tests.data import test_hf_tokenizer
+from tests.model import test_hf
 from tests.oracles import drawn
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 RECORD = ROOT / "tests" / "oracles" / "record.py"
 SMOLLM2 = ROOT / "tests" / "oracles" / "smollm2.json"
 PACKAGES = (

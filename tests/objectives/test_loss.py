@@ -14,7 +14,7 @@ from sapo_jax.objectives import OBJECTIVES, policy_loss
 from sapo_jax.objectives.aggregations import finish
 from sapo_jax.types import merge
 
-GOLDEN = json.loads((pathlib.Path(__file__).parent / "goldens/gates.json").read_text())
+GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "goldens/gates.json").read_text())
 GRID = np.array(GOLDEN["r_grid"])
 DTYPES = [("float32", 1e-6), ("float64", 1e-12)]
 OLD = -1.3  # log π_old of every token: anything but 0

@@ -18,7 +18,7 @@ from sapo_jax.model import params
 from tests import fakes
 from tests.oracles import drawn
 
-ORACLES = pathlib.Path(__file__).parent / "oracles"
+ORACLES = pathlib.Path(__file__).parents[1] / "oracles"
 CASES = sorted(path.stem for path in ORACLES.glob("*.npz"))
 
 
@@ -219,7 +219,7 @@ def test_loading_holds_one_tensor_and_two_shards(tmp_path):
 SHARDED = """
 import pathlib, sys
 import jax, numpy as np
-from tests import test_hf
+from tests.model import test_hf
 directory = pathlib.Path(sys.argv[1])
 weights = test_hf.big_enough(directory)
 mesh = jax.make_mesh((2, 2, 2), ("fsdp", "tensor", "expert"))

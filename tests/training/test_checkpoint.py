@@ -22,7 +22,7 @@ from sapo_jax.training import checkpoint
 from sapo_jax.training.checkpoint import Checkpoints, restore_params
 from sapo_jax.types import TrainState
 
-ROOT = pathlib.Path(checkpoint.__file__).parents[1]
+ROOT = pathlib.Path(checkpoint.__file__).parents[2]
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.constant_schedule(1e-3)))
 
 

@@ -11,8 +11,8 @@ from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
 from sapo_jax.sweep import cohorts, population, train, vectorize
 from tests import tiny_sweep
-from tests.eight_devices import collectives
-from tests.test_population import Bar
+from tests.parallel.eight_devices import collectives
+from tests.sweep.test_population import Bar
 from tests.test_train import final_state, records
 
 RUNS = axes.product(axes.axis("objective.name", "sapo", "grpo"), axes.axis("seed", *range(6)))

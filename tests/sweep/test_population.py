@@ -18,7 +18,7 @@ from sapo_jax.training import workdir as rundir
 from sapo_jax.training.progress import Clock
 from sapo_jax.types import Rollout
 from tests import fakes, tiny_sweep
-from tests.test_sampler import G, N, P, T, peaked, perturbed_logits, roll
+from tests.sampler.test_engine import G, N, P, T, peaked, perturbed_logits, roll
 from tests.test_train import digest, final_state, records
 
 __all__ = ["peaked"]  # a fixture
@@ -317,7 +317,7 @@ def test_runs_that_are_not_live_cost_nothing_and_give_zeros():
 @pytest.mark.slow
 def test_a_population_on_eight_devices():
     """`eight_runs.py`, in a process whose CPU counts as eight devices."""
-    fakes.on_eight_devices("tests/eight_runs.py")
+    fakes.on_eight_devices("tests/sweep/eight_runs.py")
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +336,7 @@ def test_cohorts_of_one_size_share_their_programs(swept):
 
 
 class KilledError(Exception):
-    """Stands for SIGKILL; tests/test_sweep.py has the real one, which is slow."""
+    """Stands for SIGKILL; tests/sweep/test_sweep.py has the real one, which is slow."""
 
 
 def kill(patch, module, name, calls):

@@ -72,11 +72,11 @@ def test_the_programs_are_those_that_train(tmp_path):
 def test_the_programs_are_those_that_train_on_a_mesh(tmp_path, fields):
     """On four devices of the CPU; a sparse policy replays the experts of its scoring."""
     call = f"differing({str(tmp_path)!r}, **{fields})"
-    code = f"from tests.test_preflight import differing; print({call})"
+    code = f"from tests.preflight.test_measure import differing; print({call})"
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | flags,
-        cwd=pathlib.Path(__file__).parents[1],
+        cwd=pathlib.Path(__file__).parents[2],
     )  # fmt: skip
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr[-3000:]
 

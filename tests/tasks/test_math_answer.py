@@ -23,7 +23,7 @@ from sapo_jax.tasks.base import make_example
 from sapo_jax.tasks.verifiers import math_equal, math_text
 from sapo_jax.tasks.verifiers.forks import Forks
 
-LABELS = pathlib.Path(__file__).parent / "oracles" / "math_answers.txt"
+LABELS = pathlib.Path(__file__).parents[1] / "oracles" / "math_answers.txt"
 BOUND = 1.5  # seconds in which any answer is judged
 
 

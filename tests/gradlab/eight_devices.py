@@ -12,7 +12,8 @@ from sapo_jax.gradlab import tokens as gradlab_tokens
 from sapo_jax.model import params
 from sapo_jax.objectives import OBJECTIVES
 from sapo_jax.parallel import sharding
-from tests import fakes, test_gradlab
+from tests import fakes
+from tests.gradlab import test_lab as test_gradlab
 
 CASES = {
     "dense": ("nano", {"data": 2, "fsdp": 2, "tensor": 2}),

@@ -22,7 +22,7 @@ from tests import fakes
 PROMPTS, G, N, S = 4, 2, 4, 8
 NAMES = ["sapo", "grpo", "gspo", "cispo", "luspo"]
 ALGORITHMS = {name: OBJECTIVES[name] for name in NAMES}
-GOLDEN = json.loads((pathlib.Path(__file__).parent / "goldens/gates.json").read_text())["toy"]
+GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "goldens/gates.json").read_text())["toy"]
 
 
 def rows(rng, count, weights, hp, spread=0.3):
@@ -325,7 +325,7 @@ def test_token_statistics(lab):
 @pytest.mark.slow
 def test_on_eight_devices():
     """`eight_devices_gradlab.py`, in a process whose CPU counts as eight devices."""
-    fakes.on_eight_devices("tests/eight_devices_gradlab.py")
+    fakes.on_eight_devices("tests/gradlab/eight_devices.py")
 
 
 def test_deciles_hold_a_tenth_each():

@@ -19,7 +19,7 @@ from absl import logging
 from sapo_jax.training import workdir as rundir
 from sapo_jax.training.workdir import Lease, Metrics, read_metrics
 
-ROOT = pathlib.Path(rundir.__file__).parents[1]
+ROOT = pathlib.Path(rundir.__file__).parents[2]
 
 
 def start(script, *arguments):
