@@ -13,7 +13,7 @@ from etils import epath
 
 from sapo_jax import learner, rewards
 from sapo_jax.parallel import distributed
-from sapo_jax.training import checkpoint, experience, startup
+from sapo_jax.training import checkpoint, evaluation, experience, startup
 from sapo_jax.training import workdir as rundir
 from sapo_jax.training.progress import Clock, Profile, Progress
 from sapo_jax.training.settings import Settings
@@ -83,7 +83,7 @@ def _loop(settings: Settings, edge: Edge) -> bool:
     rundir.write_config(edge.workdir, c)
     startup.check_shared(edge.workdir, c)
     collect = partial(experience.SOURCES[c["source"]], settings, scorer=edge.scorer)
-    held_out = partial(experience.held_out, settings, scorer=edge.scorer)
+    held_out = partial(evaluation.held_out, settings, scorer=edge.scorer)
     total, done = c["iterations"], int(state.iteration)
     resumed = done > 0
     rundir.cut_samples(edge.workdir, done)

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from sapo_jax import datasets, tasks
+from sapo_jax.tasks.records import Records, locate
 
 PAIRS = [{"prompt": f"{i}+{i}=", "answer": 2 * i} for i in range(50)]
 
@@ -38,13 +39,13 @@ def prepared(tmp_path_factory):
 
 
 def test_records_come_back_in_the_order_of_the_file(prepared):
-    records = datasets.Records(prepared, "train")
+    records = Records(prepared, "train")
     expected = [
         {"prompt": p["prompt"], "answer": str(p["answer"]), "demonstration": ""} for p in PAIRS
     ]
     assert list(records) == expected
     assert list(pickle.loads(pickle.dumps(records))) == expected
-    assert len(datasets.Records(prepared / "prompts" / "1.0.0", "train[:10]")) == 10
+    assert len(Records(prepared / "prompts" / "1.0.0", "train[:10]")) == 10
 
 
 def test_fields_may_have_other_names(tmp_path):
@@ -52,8 +53,8 @@ def test_fields_may_have_other_names(tmp_path):
     path = jsonl(tmp_path / "aime.jsonl", [{"problem": "Où ∑ 数?", "answer": 204, "id": 3}])
     fields = {"prompt": "problem", "answer": "answer"}
     out = datasets.prepare_jsonl({"test": path}, tmp_path / "out", fields)
-    assert datasets.Records(out, "test")[0]["prompt"] == "Où ∑ 数?"
-    assert datasets.Records(out, "test")[0]["answer"] == "204"
+    assert Records(out, "test")[0]["prompt"] == "Où ∑ 数?"
+    assert Records(out, "test")[0]["answer"] == "204"
 
 
 def test_gsm8k_is_parsed_by_the_catalogue(tmp_path):
@@ -62,7 +63,7 @@ def test_gsm8k_is_parsed_by_the_catalogue(tmp_path):
     files = {"train": path, "test": path}
     out = datasets.prepare_catalogued("gsm8k", tmp_path / "out", files)
     assert out == tmp_path / "out" / "gsm8k" / "1.0.0"
-    records = datasets.Records(tmp_path / "out", "test")
+    records = Records(tmp_path / "out", "test")
     assert len(records) == 3
     assert records[0]["short_answer"] == "1,072"
     assert records[0]["annotation"] == worked.removesuffix("#### 1,072")
@@ -122,9 +123,9 @@ def test_broken_raw_files_are_refused_by_line(tmp_path):
 def test_missing_data_says_how_to_prepare_it(prepared, tmp_path):
     begin = time.monotonic()
     with pytest.raises(ValueError, match=r"no prepared dataset.*python -m sapo_jax.datasets"):
-        datasets.Records(tmp_path / "nowhere", "train")
+        Records(tmp_path / "nowhere", "train")
     with pytest.raises(ValueError, match=r"no split 'dev'; it has .*train"):
-        datasets.Records(prepared, "dev")
+        Records(prepared, "dev")
     with pytest.raises(ValueError, match="no such file"):
         datasets.prepare_jsonl({"train": tmp_path / "nothing.jsonl"}, tmp_path)
     assert time.monotonic() - begin < 5
@@ -147,10 +148,10 @@ def test_damaged_files_are_refused(prepared, tmp_path, what):
     """A shard that was cut short would otherwise give records of nothing."""
     copy = tmp_path / "copy"
     shutil.copytree(prepared / "prompts" / "1.0.0", copy)
-    assert len(datasets.Records(copy, "train")) == 50
+    assert len(Records(copy, "train")) == 50
     damage(copy, what)
     with pytest.raises(ValueError, match=r"copy is damaged: .*prepare it again"):
-        datasets.Records(copy, "train")
+        Records(copy, "train")
 
 
 def test_a_second_preparation_is_refused(prepared, tmp_path):
@@ -166,7 +167,7 @@ def test_several_datasets_are_told_apart(prepared, tmp_path):
         directory.mkdir(parents=True)
         (directory / "dataset_info.json").write_text("{}")
     with pytest.raises(ValueError, match=r"several datasets: name one of .*a/1.0.0"):
-        datasets.locate(tmp_path)
+        locate(tmp_path)
 
 
 def test_downloads_fail_at_once_without_a_network(tmp_path, monkeypatch):

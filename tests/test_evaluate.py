@@ -8,6 +8,7 @@ import pytest
 from sapo_jax import evaluate, rewards, tasks
 from sapo_jax.data import encode
 from sapo_jax.data.tokenizer import CharTokenizer
+from sapo_jax.training import evaluation
 from sapo_jax.types import LENGTH, STOP, Rollout
 
 
@@ -17,12 +18,12 @@ def test_pass_at_k_is_the_mean_over_all_subsets(k):
     for correct in range(6):
         verdicts = [True] * correct + [False] * (5 - correct)
         exact = np.mean([any(chosen) for chosen in itertools.combinations(verdicts, k)])
-        assert evaluate.pass_at_k(np.array([correct]), 5, k)[0] == pytest.approx(exact, abs=1e-12)
+        assert evaluation.pass_at_k(np.array([correct]), 5, k)[0] == pytest.approx(exact, abs=1e-12)
 
 
 def test_k_beyond_the_samples_is_refused():
     with pytest.raises(ValueError, match=r"1\.\.4"):
-        evaluate.pass_at_k(np.array([1]), 4, 5)
+        evaluation.pass_at_k(np.array([1]), 4, 5)
 
 
 def test_intervals_cover_the_truth(rng):
@@ -31,7 +32,7 @@ def test_intervals_cover_the_truth(rng):
     for _ in range(200):
         skill = rng.beta(0.5, 0.5, 60)
         verdicts = rng.uniform(size=(60, 8)) < skill[:, None]
-        metrics = evaluate.summarise(verdicts)
+        metrics = evaluation.summarise(verdicts)
         covered += metrics["eval/pass_at_1_low"] <= 0.5 <= metrics["eval/pass_at_1_high"]
         assert metrics["eval/pass_at_1"] == pytest.approx(verdicts.mean())
         assert metrics["eval/pass_at_8"] == pytest.approx(verdicts.any(-1).mean())
@@ -64,7 +65,7 @@ def test_evaluation_counts_every_prompt_once():
         return Rollout(tokens, mask, None, None, None, None, finished, None)
 
     with rewards.Scorer(task) as scorer:
-        metrics = evaluate.evaluate(
+        metrics = evaluation.evaluate(
             sample, scorer, examples, tokenizer, samples=2, width=task.max_prompt_chars, batch=4
         )
     assert metrics["eval/pass_at_1"] == pytest.approx(5 / 7)

@@ -17,7 +17,7 @@ from sapo_jax.sampler import weights as handover
 from sapo_jax.sweep import population, vectorize
 from sapo_jax.sweep.cohorts import Cohort
 from sapo_jax.sweep.vectorize import pick, stack
-from sapo_jax.training import experience
+from sapo_jax.training import evaluation, experience
 from sapo_jax.training.progress import Clock
 from sapo_jax.types import Batch, Prompts, Rollout
 
@@ -194,9 +194,9 @@ def hand_over(groups: rewards.Groups, rollout: Rollout, group_size: int) -> None
 def held_out(
     cohort: Cohort, live_R: np.ndarray, params: Any, scorer: rewards.Scorer
 ) -> list[dict[str, float]]:
-    """`experience.held_out` of R runs: one evaluation set, each run's own noise."""
+    """`evaluation.held_out` of R runs: one evaluation set, each run's own noise."""
     run, options = cohort.lead, cohort.lead.config["eval"]
-    examples, size = experience.test_set(run, options["prompts"]), run.eval_batch
+    examples, size = evaluation.test_set(run, options["prompts"]), run.eval_batch
     weights = population.to_sampler(live_R, params, run.model, method=cohort.method)
     draw_all = partial(sample, cohort, live_R, weights, iteration=0, domain="eval")
     drawn = []
@@ -218,5 +218,5 @@ def held_out(
         return draw
 
     return [
-        experience.evaluated(one, replay(r), scorer, examples) for r, one in enumerate(cohort.runs)
+        evaluation.evaluated(one, replay(r), scorer, examples) for r, one in enumerate(cohort.runs)
     ]

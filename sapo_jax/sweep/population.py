@@ -119,7 +119,7 @@ def rollout(
       max_new_tokens: T.
       cache: sizes of the completion cache, ascending, the last one T (see `sampler.Plan`).
       truncate: whether top_k and top_p apply.
-      method: one of `stacked.METHODS`.
+      method: one of "map", "vmap", "devices".
 
     Returns:
       Rollout with a leading axis R.

@@ -19,7 +19,6 @@ from jax.sharding import PartitionSpec, Sharding, SingleDeviceSharding
 
 from sapo_jax.parallel import sharding
 
-METHODS = ("map", "vmap", "devices")
 # Of one device. On a CPU one run keeps the cores busy; experiments/population has the measurement.
 # Accelerators are not measured: small policies leave them idle, which a batched program can only
 # better.

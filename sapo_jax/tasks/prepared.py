@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from sapo_jax import datasets
 from sapo_jax.tasks.base import Example, make_example
 from sapo_jax.tasks.math_answer import Boxed
+from sapo_jax.tasks.records import HOW, Records, locate
 
 _NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?|-?\d+(?:\.\d+)?", re.ASCII)
 MAX_DIGITS = 64
@@ -46,7 +46,7 @@ class PreparedExamples(Sequence[Example]):
     """The records of a split as examples."""
 
     def __init__(self, task: Prepared, split: str):
-        self._task, self._records = task, datasets.Records(task.directory, split)
+        self._task, self._records = task, Records(task.directory, split)
         missing = [f for f in (task.prompt, task.answer) if f not in self._records[0]]
         if missing:
             raise ValueError(
@@ -70,7 +70,7 @@ class Prepared:
     """Prompts and answers that ``python -m sapo_jax.datasets``, or any TFDS builder, prepared.
 
     Args:
-        directory: of the dataset; see ``datasets.locate``.
+        directory: of the dataset; see ``records.locate``.
         verifier: one of ``VERIFIERS``: the whole text, the last number, or the last
             ``\\boxed{}`` as ``math_answer`` judges it.
         template: the prompt of a policy, where ``{}`` stands for the dataset's.
@@ -94,8 +94,8 @@ class Prepared:
 
     def __post_init__(self):
         if not self.directory:
-            raise ValueError(f"directory='' names no prepared dataset: {datasets.HOW}")
-        datasets.locate(self.directory)
+            raise ValueError(f"directory='' names no prepared dataset: {HOW}")
+        locate(self.directory)
         if self.verifier not in VERIFIERS:
             raise ValueError(f"unknown verifier {self.verifier!r}; allowed: {', '.join(VERIFIERS)}")
         if "{}" not in self.template:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapo_jax import advantages, evaluate, learner, rewards, sampler
+from sapo_jax import advantages, learner, rewards, sampler
 from sapo_jax.data import encode
 from sapo_jax.data import stream as streams
 from sapo_jax.learner import minibatches as learnable
@@ -279,44 +278,3 @@ def from_demonstrations(
 
 
 SOURCES = {"rollout": from_rollout, "demonstrations": from_demonstrations}
-
-
-def held_out(
-    settings: Settings,
-    params: Any,
-    scorer: rewards.Scorer,
-    warm_up: Callable[[str], None] | None = None,
-) -> dict[str, float]:
-    """Metrics on the fixed evaluation set; the same noise at every iteration."""
-    weights = sampler.to_sampler(params, settings.model)
-    draw = partial(sample, settings, weights, iteration=0, domain="eval", warm_up=warm_up)
-    count = settings.config["eval"]["prompts"]
-    count = min(settings.eval_batch, count) if warm_up else count
-    return evaluated(settings, draw, scorer, test_set(settings, count))
-
-
-def test_set(settings: Settings, count: int) -> list[Example]:
-    """The first ``count`` examples of the evaluation set, in the tasks' shares."""
-    parts = collections.Counter(streams.slots(settings.shares, count))
-    sources = list(settings.sources("test").values())
-    return [
-        example
-        for k in sorted(parts)
-        for example in encode.held_out(sources[k], parts[k], keep=settings.keep, task=k)
-    ]
-
-
-def evaluated(
-    settings: Settings, draw: Callable[..., Rollout], scorer: rewards.Scorer, chosen: list[Example]
-) -> dict[str, float]:
-    """Metrics of what ``draw`` writes to the chosen examples, see `evaluate.evaluate`."""
-    return evaluate.evaluate(
-        draw,
-        scorer,
-        chosen,
-        settings.tokenizer,
-        samples=settings.config["eval"]["samples"],
-        width=settings.width,
-        batch=settings.eval_batch,
-        names=tuple(settings.tasks) if len(settings.tasks) > 1 else (),
-    )

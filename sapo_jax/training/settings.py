@@ -20,7 +20,6 @@ from sapo_jax.model import params, routing
 from sapo_jax.objectives.ratios import KL_ESTIMATES
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
-from sapo_jax.sweep import vectorize
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.training import build
 from sapo_jax.training.checks import choice as _choice
@@ -28,6 +27,7 @@ from sapo_jax.training.checks import require as _require
 
 SOURCES = ("rollout", "demonstrations")
 OLD_LOGP = ("sampler", "recompute")
+POPULATION_METHODS = ("auto", "map", "vmap", "devices")
 MAY_DIFFER = {
     "iterations", "profile_steps", "compilation_cache", "checkpoint.every",
     "log.samples", "log.samples_every", "data.workers", "reward.workers", "distributed.timeout",
@@ -290,7 +290,7 @@ def resolve(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> Sett
     c = json.loads(config.to_json_best_effort())
     _choice("source", c["source"], SOURCES)
     _choice("advantages", c["advantages"], tuple(advantages.ESTIMATORS))
-    _choice("population.method", c["population"]["method"], ("auto", *vectorize.METHODS))
+    _choice("population.method", c["population"]["method"], POPULATION_METHODS)
     _check_numbers(c)
     _check_batch(c)
     made, shares = build.make_tasks(c)

@@ -15,7 +15,7 @@ from sapo_jax.data import stream as streams
 from sapo_jax.model import hf
 from sapo_jax.model import params as parameters
 from sapo_jax.parallel import distributed
-from sapo_jax.training import build, checkpoint, experience
+from sapo_jax.training import build, checkpoint, evaluation, experience
 from sapo_jax.training import workdir as rundir
 from sapo_jax.training.progress import Clock
 from sapo_jax.training.settings import Settings
@@ -101,4 +101,4 @@ def warm_up(
     note("update")
     learner.learn(jax.tree.map(jnp.copy, state), got.minibatches, settings.hp)
     if settings.config["eval"]["every"]:
-        experience.held_out(settings, state.params, scorer, note)
+        evaluation.held_out(settings, state.params, scorer, note)
