@@ -15,7 +15,13 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar
 
-from sapo_jax.tasks.base import Example, GeneratedExamples, check_option, make_example
+from sapo_jax.tasks.base import (
+    PRINTABLE,
+    Example,
+    GeneratedExamples,
+    check_option,
+    make_example,
+)
 from sapo_jax.tasks.verifiers.math_text import last_boxed
 
 MAX_ANSWER_CHARS = 1000
@@ -91,18 +97,18 @@ class ReasoningGym:
     """Problems of one data set of ``reasoning_gym``, at a level of its curriculum.
 
     Args:
-        dataset: one of ``DATASETS``.
-        level: of every attribute of the curriculum; 0 is the easiest.
-        levels: attribute -> level, for single attributes.
-        options: fields of the data set's config, over what the curriculum says.
-        prompt: "original", or "compact" for the data sets of ``COMPACT`` ("4-1-7=").
-        template: around the question, which ``{question}`` stands for.
-        answer: where a completion has its answer: "whole" (all of it), "tags" (the last
-            ``<answer>…</answer>``), "boxed" (the last box), "last" (the last number).
-        completion_chars: what ``max_completion_chars`` says; 0: the longest answer of a sample.
+      dataset: one of ``DATASETS``.
+      level: of every attribute of the curriculum; 0 is the easiest.
+      levels: attribute -> level, for single attributes.
+      options: fields of the data set's config, over what the curriculum says.
+      prompt: "original", or "compact" for the data sets of ``COMPACT`` ("4-1-7=").
+      template: around the question, which ``{question}`` stands for.
+      answer: where a completion has its answer: "whole" (all of it), "tags" (the last
+        ``<answer>…</answer>``), "boxed" (the last box), "last" (the last number).
+      completion_chars: what ``max_completion_chars`` says; 0: the longest answer of a sample.
 
     Raises:
-        ValueError: an option is unknown or out of its range.
+      ValueError: an option is unknown or out of its range.
     """
 
     dataset: str = "chain_sum"
@@ -158,11 +164,8 @@ class ReasoningGym:
     @functools.cached_property
     def alphabet(self) -> str:
         """The characters of a sample of prompts and answers, and printable ASCII, sorted."""
-        if self.prompt == "original":
-            printable = {chr(i) for i in range(32, 127)} | {"\n"}
-        else:
-            printable = set("-+*/=().,;<0123456789")
-        return "".join(sorted(printable.union(*(e.prompt + e.answer for e in self._sample))))
+        known = PRINTABLE if self.prompt == "original" else frozenset("-+*/=().,;<0123456789")
+        return "".join(sorted(known.union(*(e.prompt + e.answer for e in self._sample))))
 
     @functools.cached_property
     def max_prompt_chars(self) -> int:
