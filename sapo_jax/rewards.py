@@ -252,12 +252,12 @@ class Groups:
         if jax.process_count() == 1:
             return [verdict for group in own for verdict in group]
         names = list(self._scorer.recipe.weights)
-        size = int(distributed.gather(np.int32(max(map(len, own)))).max())
+        size = int(distributed.all_gather(np.int32(max(map(len, own)))).max())
         table = np.zeros((len(own), size, len(names) + 1), np.float32)
         for p, group in enumerate(own):
             for i, (parts, seconds) in enumerate(group):
                 table[p, i] = [*(parts[name] for name in names), seconds]
-        rows = distributed.gather(table).sum(0).reshape(-1, len(names) + 1).tolist()
+        rows = distributed.all_gather(table).sum(0).reshape(-1, len(names) + 1).tolist()
         return [Verdict(dict(zip(names, parts, strict=True)), s) for *parts, s in rows]
 
     def texts(self, size: int) -> list[str | None]:

@@ -130,7 +130,7 @@ class Stream:
     The order is a function of the seed and of the position alone: worker processes, the number of
     processes of a run and restarts do not change it. Every process of a run follows the whole
     order, which costs little beside sampling, so that the length filter never needs to communicate;
-    `sharding.feed` places its part.
+    `sharding.place` places its part.
 
     Args:
       sources: examples of each task by its name; ``Example.task`` counts them.
