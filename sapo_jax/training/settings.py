@@ -17,7 +17,7 @@ from sapo_jax import advantages, corrections, learner, model, objectives, sample
 from sapo_jax.data import stream
 from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.model import params, routing
-from sapo_jax.objectives.ratios import KL_ESTIMATES
+from sapo_jax.objectives.kl import KL_ESTIMATORS
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Example, Task
@@ -176,7 +176,7 @@ def _objective(c: dict) -> objectives.Objective:
     if c["source"] == "demonstrations":
         only = "'reinforce' for source='demonstrations': likelihood is REINFORCE with advantage 1"
         _require(name == "reinforce", "objective.name", name, only)
-    _choice("objective.kl", kl, KL_ESTIMATES)
+    _choice("objective.kl", kl, KL_ESTIMATORS)
     try:
         given = {key: value for key, value in fields.items() if value is not None}
         objective = objectives.resolve(name, **given)
@@ -268,7 +268,7 @@ def _bounds(c: dict) -> dict[str, float]:
 def _recipe(c: dict, room: int) -> Recipe:
     fields = dict(c["reward"])
     kl_coef, kl, _ = (fields.pop(name) for name in ("kl_coef", "kl", "workers"))
-    _choice("reward.kl", kl, KL_ESTIMATES)
+    _choice("reward.kl", kl, KL_ESTIMATORS)
     only = "0 without config.init_from, whose policy is the reference"
     _require(kl_coef == 0 or c["init_from"] != "", "reward.kl_coef", kl_coef, only)
     try:
