@@ -62,7 +62,7 @@ def main(workdir: str, stop_at: str) -> None:
     if stop_at:
         place, iteration = stop_at.split()
         _kill_at(place, int(iteration))
-    train.run(settings.resolve(tiny_config.get_config()), workdir)
+    train.run(settings.from_config(tiny_config.get_config()), workdir)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def run(workdir, **fields):
     config = tiny_config.get_config()
     with config.unlocked():
         config.update_from_flattened_dict(fields)
-    checked = settings.resolve(config)
+    checked = settings.from_config(config)
     train.run(checked, workdir)
     return checked
 
@@ -86,7 +86,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(whole, stop, tmp_path):
     assert spawn(workdir).wait() == 0
     assert records(workdir) == records(whole)
     assert digest(workdir) == digest(whole)
-    checked = settings.resolve(tiny_config.get_config())
+    checked = settings.from_config(tiny_config.get_config())
     (state, meta), (expected, expected_meta) = (final_state(w, checked) for w in (workdir, whole))
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     assert meta == expected_meta

@@ -88,13 +88,13 @@ WRONG = [
 @pytest.mark.parametrize(("fields", "value", "allowed"), WRONG, ids=[str(w[0]) for w in WRONG])
 def test_wrong_configs_are_refused(fields, value, allowed):
     with fakes.Compilations() as compilations, pytest.raises(ValueError, match=allowed) as refusal:
-        settings.resolve(changed(fields))
+        settings.from_config(changed(fields))
     assert value in str(refusal.value)
     assert compilations.count == 0
 
 
 def test_the_defaults_are_accepted():
-    checked = settings.resolve(tiny_config.get_config())
+    checked = settings.from_config(tiny_config.get_config())
     assert checked.rows == 32
     assert checked.hp.objective.hyperparameters == {"kl_coef": 0.0, "tau_pos": 1.0, "tau_neg": 1.05}
 
