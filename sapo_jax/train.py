@@ -15,6 +15,7 @@ from sapo_jax import learner, rewards
 from sapo_jax.parallel import distributed
 from sapo_jax.training import checkpoint, evaluation, experience, provenance, startup
 from sapo_jax.training import workdir as rundir
+from sapo_jax.training.lease import Lease
 from sapo_jax.training.progress import Clock, Profile, Progress
 from sapo_jax.training.settings import Settings
 
@@ -42,7 +43,7 @@ def run(settings: Settings, workdir: epath.PathLike) -> epath.Path | None:
       RuntimeError: another process works in the directory.
     """
     workdir = epath.Path(workdir)
-    with distributed.only_first(rundir.Lease(workdir)):
+    with distributed.only_first(Lease(workdir)):
         rundir.check_config(workdir, settings.plain, may_differ=settings.may_differ)
         with open_edge(settings, workdir) as edge:
             whole = _loop(settings, edge)

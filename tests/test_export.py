@@ -12,7 +12,7 @@ from sapo_jax import export, learner, model, train
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.model import params
 from sapo_jax.training import checkpoint, settings
-from sapo_jax.training import workdir as rundir
+from sapo_jax.training.workdir import read_metrics
 from tests import tiny_config
 
 
@@ -68,7 +68,7 @@ def test_a_run_goes_on_from_the_directory(first, tmp_path):
     _, root = first
     whole = settings_of(**start_from(root / "policy", iterations=2, **{"checkpoint.every": 1}))
     train.run(whole, tmp_path / "whole")
-    before, after = rundir.read_metrics(root / "run"), rundir.read_metrics(tmp_path / "whole")
+    before, after = read_metrics(root / "run"), read_metrics(tmp_path / "whole")
     assert after[0]["eval/pass_at_1"] == before[-1]["eval/pass_at_1"]
     assert after[0]["eval/length_mean"] == before[-1]["eval/length_mean"]
     part = settings_of(**start_from(root / "policy", iterations=1, **{"checkpoint.every": 1}))

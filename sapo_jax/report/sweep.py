@@ -17,6 +17,7 @@ from sapo_jax.report.run_plots import STYLE
 from sapo_jax.report.sweep_stats import Run, summarise, varied
 from sapo_jax.report.sweep_words import LEAD, PANELS, SECTIONS, TERMS
 from sapo_jax.training import workdir as rundir
+from sapo_jax.training.files import write_json
 
 CARDS = {
     "learning": ("pass", "reward", "entropy", "length"),
@@ -141,7 +142,7 @@ def write(workdir: epath.PathLike) -> epath.Path:
     """Write ``report.html`` and ``report.json`` of a sweep; returns the path of the page."""
     workdir = epath.Path(workdir)
     found = summarise(read(workdir))
-    rundir.write_json(workdir / "report.json", found)
+    write_json(workdir / "report.json", found)
     tables = {"final": _finals, "collapse": _collapsed}
     body = {}
     with matplotlib.rc_context(STYLE):

@@ -21,6 +21,7 @@ from sapo_jax.sweep import population, vectorize
 from sapo_jax.training import settings
 from sapo_jax.training.checks import require
 from sapo_jax.training.settings import Settings
+from sapo_jax.training.workdir import flat
 
 # What reaches the device as a value, or not at all. The objective's numbers are values too; its
 # name and aggregation are where several of them become one switch.
@@ -74,7 +75,7 @@ def settings_of(base: ConfigDict, override: Mapping[str, Any]) -> Settings:
     try:
         config.update_from_flattened_dict(override)
     except (KeyError, AttributeError):
-        known = _flat(base.to_dict())
+        known = dict(flat(base.to_dict()))
         wrong = next(field for field in override if field not in known)
         near = difflib.get_close_matches(wrong, known, 1, cutoff=0.0)
         text = f"the run {name}: there is no field {wrong!r}; the nearest is {near[0]!r}"
@@ -99,21 +100,13 @@ def _check(run: Settings) -> None:
         require(size == 1, f"mesh.{axis}", size, alone)
 
 
-def _flat(c: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in c.items():
-        inner = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return flat
-
-
 def _is_traced(field: str) -> bool:
     return field in TRACED or (field.startswith("objective.") and field not in STATIC_OF_OBJECTIVE)
 
 
 def static(run: Settings) -> str:
     """Equal for runs that can share their executables."""
-    fields = {k: v for k, v in _flat(run.plain).items() if not _is_traced(k)}
+    fields = {k: v for k, v in flat(run.plain) if not _is_traced(k)}
     return json.dumps([fields, run.needs_reference], sort_keys=True)
 
 

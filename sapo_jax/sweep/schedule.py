@@ -12,7 +12,7 @@ from etils import epath
 from sapo_jax.parallel import sharding
 from sapo_jax.sweep import train
 from sapo_jax.sweep.cohorts import Cohort
-from sapo_jax.training import workdir as rundir
+from sapo_jax.training.files import read_json, write_json
 from sapo_jax.training.progress import Progress
 
 MANIFEST, DONE = "manifest.json", "done.json"
@@ -41,8 +41,8 @@ def check_manifest(workdir: epath.Path, manifest: dict) -> None:
     """
     path = workdir / MANIFEST
     if not path.exists():
-        rundir.write_json(path, manifest)
-    stored = json.loads(path.read_text())
+        write_json(path, manifest)
+    stored = read_json(path)
     if stored != manifest:
         old, new = ([r["directory"] for r in m["runs"]] for m in (stored, manifest))
         strange = [name for name in new if name not in old] or [n for n in old if n not in new]
@@ -54,9 +54,8 @@ def check_manifest(workdir: epath.Path, manifest: dict) -> None:
 
 
 def _is_done(part: Cohort, place: epath.Path) -> bool:
-    path = place / DONE
-    wanted = part.lead.config.iterations
-    return path.exists() and json.loads(path.read_text())["iterations"] == wanted
+    done = read_json(place / DONE) or {}
+    return done.get("iterations") == part.lead.config.iterations
 
 
 def _how(part: Cohort) -> str:
@@ -98,6 +97,6 @@ def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int
         if not train.run(part, place, bar):
             break
         record = {"iterations": part.lead.config.iterations, "method": part.method}
-        rundir.write_json(place / DONE, record | {"seconds": time.time() - start})
+        write_json(place / DONE, record | {"seconds": time.time() - start})
     bar.close()
     return all(_is_done(*each) for each in zip(parts, places, strict=True))

@@ -20,6 +20,7 @@ from sapo_jax.sweep.cohorts import Cohort
 from sapo_jax.sweep.vectorize import pick
 from sapo_jax.training import checkpoint, experience, provenance, startup
 from sapo_jax.training import workdir as rundir
+from sapo_jax.training.lease import Lease
 from sapo_jax.training.progress import Clock, Profile, Progress
 from sapo_jax.types import TrainState
 
@@ -45,7 +46,7 @@ def run(cohort: Cohort, workdir: epath.PathLike, bar: Progress) -> bool:
     """
     workdir = epath.Path(workdir)
     places = [workdir / name for name in cohort.names]
-    with rundir.Lease(workdir):
+    with Lease(workdir):
         for one, place in zip(cohort.runs, places, strict=True):
             rundir.check_config(place, one.plain, may_differ=one.may_differ)
         with train.open_edge(cohort.lead, workdir) as edge:

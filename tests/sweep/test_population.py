@@ -15,6 +15,7 @@ from sapo_jax.sweep import train as cohort_run
 from sapo_jax.sweep.vectorize import pick, stack
 from sapo_jax.training import experience
 from sapo_jax.training import workdir as rundir
+from sapo_jax.training.lease import Lease
 from sapo_jax.training.progress import Clock
 from sapo_jax.types import Rollout
 from tests import fakes, tiny_sweep
@@ -397,5 +398,5 @@ def test_a_directory_of_another_sweep_is_refused(swept, tmp_path):
     whole, parts, _ = swept
     with pytest.raises(ValueError, match=r"has 6 runs, given are 3, .*'cohort-001/"):
         schedule.run(parts[:1], whole)
-    with rundir.Lease(tmp_path / "cohort-000"), pytest.raises(RuntimeError, match="in use"):
+    with Lease(tmp_path / "cohort-000"), pytest.raises(RuntimeError, match="in use"):
         schedule.run(parts, tmp_path)

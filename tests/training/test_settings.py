@@ -60,7 +60,7 @@ WRONG = [
     ({"task.options.terms": 1}, "terms", ">= 2"),
     ({"task.options.colour": 1}, "'colour'", "terms"),
     ({"task": {"name": "prepared", "options": {}}}, "directory=''", "sapo_jax.datasets --jsonl"),
-    ({"task": {"name": "gsm8k", "options": {}}}, "data/gsm8k", "--catalogue=NAME"),
+    ({"task": {"name": "gsm8k", "options": {}}}, "data/gsm8k", "--catalogue=gsm8k"),
     ({"tasks": {"a": {"name": "countdown"}}}, "tasks.a", "dictionary of name, share"),
     ({"tasks": {"a": HALF | {"weight": 1}}}, "tasks.a", "dictionary of name, share"),
     ({"tasks": {"a": HALF}}, "tasks=", "add up to 1, not 0.5"),
