@@ -41,7 +41,7 @@ class Hyperparameters:
         ``batch.routing``, with the gates of the present router.
       router_aux_coef: weight of the load-balancing loss; None switches it off.
       mesh: from `sharding.make_mesh`; None computes on one device. State and batches lie on it as
-        `shardings` and `sharding.feed` place them.
+        `shardings` and `sharding.place` place them.
     """
 
     objective: Objective
@@ -108,7 +108,7 @@ def init(weights: Any, hp: Hyperparameters) -> TrainState:
 
 def specs(hp: Hyperparameters) -> TrainState:
     """Where the state lies: the optimizer's moments where their parameters do."""
-    whole, weights = PartitionSpec(), params.specs(hp.model)
+    whole, weights = PartitionSpec(), params.partition_specs(hp.model)
     step = optimizer(hp, jnp.float32(0))
     opt_state = jax.eval_shape(step.init, params.abstract(hp.model))
     placed = optax.tree_map_params(

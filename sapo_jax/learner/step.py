@@ -50,7 +50,7 @@ def forward(
         if batch.routing is None:
             raise ValueError(f"routing_replay={hp.routing_replay!r}: the batch has no routing")
         replay = batch.routing
-    weights = params.fetched(weights, params.table(hp.model), hp.model)
+    weights = params.all_gather(weights, params.table(hp.model), hp.model)
     hidden_BSD, summary = transformer.hidden_routing(
         weights, hp.model, batch.tokens, batch.segments, remat=hp.remat, replay_BSLk=replay,
         summarise=lambda r: routing.summarise(r, batch.segments > 0, hp.model),
@@ -78,8 +78,8 @@ def _micro(tree: Any, count: int) -> Any:
 
 def _split(function: Any, hp: Hyperparameters, out_specs: Any) -> Any:
     """(weights, batch, hp) → …, for each device's rows and part of the parameters."""
-    specs = (params.specs(hp.model), sharding.spec("rows"), PartitionSpec())
-    return sharding.split(function, hp.mesh, specs, out_specs)
+    specs = (params.partition_specs(hp.model), sharding.spec("rows"), PartitionSpec())
+    return sharding.shard_map(function, hp.mesh, specs, out_specs)
 
 
 @jax.jit
@@ -161,7 +161,7 @@ def gradient(weights: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict
     Numerators and denominators add up, over micro-batches and devices, and are divided once: the
     split changes nothing.
     """
-    out_specs = (params.specs(hp.model), PartitionSpec())
+    out_specs = (params.partition_specs(hp.model), PartitionSpec())
     return _split(_gradient, hp, out_specs)(weights, batch, hp)
 
 
@@ -184,7 +184,7 @@ def _gradient(weights: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dic
 
     zeros = jax.tree.map(jnp.zeros_like, weights)
     grads, stacked = jax.lax.scan(accumulate, zeros, micros)
-    grads = params.summed(grads, hp.model)
+    grads = params.psum_gradients(grads, hp.model)
     terms = routing.finish_load(collectives.merge(merge(stacked)))
     count = terms["loss"].denominator
     grads = jax.tree.map(lambda g: masked.ratio(Weighted(g, count.astype(g.dtype))), grads)
@@ -256,7 +256,7 @@ def learn(
     for batch in minibatches:
         state, metrics = update(state, batch, hp)
         collected.append(metrics)
-    found = sharding.fetch(finish_iteration(tuple(collected)))
+    found = sharding.to_host(finish_iteration(tuple(collected)))
     return end_iteration(state), record(*found)
 
 
