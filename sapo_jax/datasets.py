@@ -8,15 +8,15 @@ Only preparing downloads; a run reads what is there, or fails at once. No Tensor
 
 from __future__ import annotations
 
-import json
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from sapo_jax.tasks import jsonl
 from sapo_jax.tasks.records import Records
 
 VERSION = "1.0.0"
@@ -25,29 +25,6 @@ CATALOGUE = {  # module that registers the builder, and where it downloads from
     "gsm8k": ("tensorflow_datasets.text.gsm8k", "https://raw.githubusercontent.com"),
 }
 PROBE_SECONDS = 10  # the catalogue's own downloads go on trying for minutes
-
-
-def read_jsonl(path: epath.PathLike) -> Iterator[tuple[int, dict]]:
-    """Objects of a file with their line numbers, from 1; empty lines are passed over.
-
-    Raises:
-      ValueError: there is no such file, or a line is no JSON object; the line is named.
-    """
-    path = epath.Path(path).expanduser()
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: no JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{path}, line {number}: expected an object, got {type(record).__name__}"
-            )
-        yield number, record
 
 
 def _is_text(value: Any) -> bool:
@@ -67,7 +44,7 @@ def prompt_records(path: epath.PathLike, fields: Mapping[str, str]) -> list[dict
       ValueError: a line is broken or lacks a field, named by its number; or there are none.
     """
     records = []
-    for number, line in read_jsonl(path):
+    for number, line in jsonl.read(path):
         record = dict.fromkeys(FIELDS, "")
         for field, source in fields.items():
             value = line.get(source)
@@ -81,8 +58,6 @@ def prompt_records(path: epath.PathLike, fields: Mapping[str, str]) -> list[dict
                 )
             record[field] = value
         records.append(record)
-    if not records:
-        raise ValueError(f"{path} is empty: it must hold at least one line")
     return records
 
 
@@ -151,8 +126,7 @@ def prepare_catalogued(
     builder = tfds.builder_cls(name)
     if files:
         for path in files.values():
-            if not list(read_jsonl(path)):
-                raise ValueError(f"{path} is empty: it must hold at least one line")
+            jsonl.read(path)  # the builder's own refusals name no line
 
         class Local(builder, skip_registration=True):
             """The catalogue's builder on files that are here."""

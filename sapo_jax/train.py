@@ -13,7 +13,7 @@ from etils import epath
 
 from sapo_jax import learner, rewards
 from sapo_jax.parallel import distributed
-from sapo_jax.training import checkpoint, evaluation, experience, startup
+from sapo_jax.training import checkpoint, evaluation, experience, provenance, startup
 from sapo_jax.training import workdir as rundir
 from sapo_jax.training.progress import Clock, Profile, Progress
 from sapo_jax.training.settings import Settings
@@ -90,6 +90,7 @@ def _loop(settings: Settings, edge: Edge) -> bool:
     with rundir.Metrics(edge.workdir, first_iteration=done if resumed else -1) as metrics:
         if done >= total:
             return True
+        provenance.write(edge.workdir)
         bar, clock = Progress(total, done, c["name"]), Clock(edge.watchdog.beat)
         profile = Profile(edge.workdir / "profile", done + 3, c["profile_steps"])
         notes = (edge.watchdog.beat, bar.note)

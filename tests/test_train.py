@@ -15,7 +15,7 @@ import pytest
 
 from sapo_jax import learner, train
 from sapo_jax.model import params
-from sapo_jax.training import checkpoint, settings, startup
+from sapo_jax.training import checkpoint, provenance, settings, startup
 from sapo_jax.training import workdir as rundir
 from tests import fakes, tiny_config
 
@@ -114,6 +114,7 @@ def test_the_run_directory_holds_what_a_person_needs(whole):
     assert {"prompt", "completion", "answer", "reward"} <= set(rows[0])
     assert (whole / "report.html").stat().st_size > 10_000
     assert list((whole / "tensorboard").iterdir())
+    assert [start["devices"] for start in provenance.read(whole)] == [jax.device_count()]
 
 
 def test_nothing_compiles_after_the_start(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from sapo_jax.gradlab import lab as gradlab
 from sapo_jax.gradlab import tokens
 from sapo_jax.parallel import sharding
 from sapo_jax.report import gradlab as gradlab_report
-from sapo_jax.training import checkpoint, experience, settings, startup
+from sapo_jax.training import checkpoint, experience, provenance, settings, startup
 from sapo_jax.training import workdir as rundir
 from sapo_jax.training.progress import Clock
 from sapo_jax.types import Batch
@@ -166,6 +166,7 @@ def examine(
         "group_size": group_size,
         "fresh": fresh * group_size,
         "focus": focus,
+        "provenance": provenance.provenance(),
         "stages": stages,
     }
 

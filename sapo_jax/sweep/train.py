@@ -18,7 +18,7 @@ from sapo_jax.sweep import experience as joint
 from sapo_jax.sweep import population, vectorize
 from sapo_jax.sweep.cohorts import Cohort
 from sapo_jax.sweep.vectorize import pick
-from sapo_jax.training import checkpoint, experience, startup
+from sapo_jax.training import checkpoint, experience, provenance, startup
 from sapo_jax.training import workdir as rundir
 from sapo_jax.training.progress import Clock, Profile, Progress
 from sapo_jax.types import TrainState
@@ -117,6 +117,8 @@ def _loop(
         files = [stack.enter_context(rundir.Metrics(p, first_iteration=first)) for p in places]
         if done >= total:
             return state, streams, True
+        for place in places:
+            provenance.write(place)
         clock = Clock(edge.watchdog.beat)
         profile = Profile(edge.workdir / "profile", done + 3, c["profile_steps"])
         _warm_up(cohort, state, reference, edge, bar.note)

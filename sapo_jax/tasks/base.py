@@ -13,6 +13,7 @@ from typing import Protocol
 LENGTHS = {"train": 2**20, "test": 4096}  # examples per split of a generated task
 HELD_OUT = 8  # one problem in this many belongs to "test"
 MAX_ATTEMPTS = 100_000
+PRINTABLE = frozenset(map(chr, range(32, 127))) | {"\n"}  # ASCII, for free completions
 
 
 @dataclass(frozen=True)

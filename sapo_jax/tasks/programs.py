@@ -9,13 +9,12 @@ import io
 import json
 import pickle
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, ClassVar
 
-from sapo_jax.tasks import jsonl
 from sapo_jax.tasks.base import Example, check_option, make_example
+from sapo_jax.tasks.jsonl import Fields, FileTask
 from sapo_jax.tasks.verifiers.sandbox import MODES, Limits, Sandbox, available
 
 TEMPLATE = (
@@ -39,42 +38,39 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Programs:
+class Programs(FileTask):
     """A question is answered by a program that passes all of its tests.
 
+    A line has ``question_content``, ``public_test_cases``, and optionally ``question_id``,
+    ``private_test_cases``, ``starter_code`` and ``metadata``.
+
     Args:
-        train: JSON-lines file of the training split; "" where there is none. A line has
-            ``question_content``, ``public_test_cases``, and optionally ``question_id``,
-            ``private_test_cases``, ``starter_code`` and ``metadata``.
-        test: the same of the test split.
-        template: the prompt; ``{question}``, ``{how}`` and ``{starter}`` are filled in.
-        max_tests: of a problem, the first so many; 0: all.
-        seconds: of each test; the first that fails ends the judgement.
-        memory_mb: address space.
-        sandbox: one of ``sandbox.MODES``, or "auto": the strongest that the machine permits.
-        python: interpreter; "" for the running one.
-        completion_chars: what ``max_completion_chars`` says.
+      train, test, completion_chars: see ``FileTask``.
+      template: the prompt; ``{question}``, ``{how}`` and ``{starter}`` are filled in.
+      max_tests: of a problem, the first so many; 0: all.
+      seconds: of each test; the first that fails ends the judgement.
+      memory_mb: address space.
+      sandbox: one of ``sandbox.MODES``, or "auto": the strongest that the machine permits.
+      python: interpreter; "" for the running one.
 
     Raises:
-        ValueError: an option is out of its range.
+      ValueError: an option is out of its range.
     """
 
-    train: str = ""
-    test: str = ""
     template: str = TEMPLATE
     max_tests: int = 0
     seconds: float = 6.0
     memory_mb: int = 1024
     sandbox: str = "auto"
     python: str = ""
-    completion_chars: int = 4096
 
     name: ClassVar[str] = "programs"
+    _fields: ClassVar[Fields] = {"question_content": str, "public_test_cases": (str, list)}
 
     def __post_init__(self):
+        super().__post_init__()
         check_option("max_tests", self.max_tests, 0)
         check_option("memory_mb", self.memory_mb, 64)
-        check_option("completion_chars", self.completion_chars, 1)
         if not 0 < self.seconds <= 600:
             raise ValueError(f"seconds must be a number in (0, 600], got {self.seconds!r}")
         if self.sandbox not in ("auto", *MODES):
@@ -82,59 +78,24 @@ class Programs:
                 f"sandbox must be one of auto, {', '.join(MODES)}, got {self.sandbox!r}"
             )
 
-    @property
-    def _paths(self) -> dict[str, str]:
-        return {"train": self.train, "test": self.test}
-
-    @functools.cached_property
-    def _problems(self) -> dict[str, list[tuple[Example, Problem]]]:
-        return {s: self._read(path) for s, path in self._paths.items() if path}
-
     @functools.cached_property
     def _by_key(self) -> dict[str, Problem]:
-        return {e.answer: p for rows in self._problems.values() for e, p in rows}
+        return {e.answer: problem for rows in self._splits.values() for e, problem in rows}
 
-    def _read(self, path: str) -> list[tuple[Example, Problem]]:
-        fields = {"question_content": str, "public_test_cases": (str, list)}
-        rows = []
-        for line, row in jsonl.read(path, fields):
-            try:
-                problem = parse(row, self.max_tests)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {line}: {error}") from None
-            key = f"{path}#{row.get('question_id', line)}"
-            starter = row.get("starter_code") or ""
-            prompt = self.template.replace("{how}", FUNCTION if problem.function else STDIN)
-            prompt = prompt.replace("{starter}", f"```python\n{starter}\n```" if starter else "")
-            prompt = prompt.replace("{question}", row["question_content"])
-            rows.append((make_example(prompt.strip(), key, ""), problem))
-        return rows
-
-    @functools.cached_property
-    def alphabet(self) -> str:
-        """The characters of the prompts, and printable ASCII."""
-        return jsonl.alphabet([e for rows in self._problems.values() for e, _ in rows])
-
-    @functools.cached_property
-    def max_prompt_chars(self) -> int:
-        """The longest prompt of the files."""
-        rows = [row for split in self._problems.values() for row in split]
-        return max((len(example.prompt) for example, _ in rows), default=0)
-
-    @property
-    def max_completion_chars(self) -> int:
-        """As configured: there are no demonstrations."""
-        return self.completion_chars
+    def _parse(self, row: dict[str, Any], key: str) -> tuple[Example, Problem]:
+        problem = parse(row, self.max_tests)
+        if "question_id" in row:
+            key = f"{key.rpartition('#')[0]}#{row['question_id']}"
+        starter = row.get("starter_code") or ""
+        prompt = self.template.replace("{how}", FUNCTION if problem.function else STDIN)
+        prompt = prompt.replace("{starter}", f"```python\n{starter}\n```" if starter else "")
+        prompt = prompt.replace("{question}", row["question_content"])
+        return make_example(prompt.strip(), key, ""), problem
 
     @property
     def isolation(self) -> str:
         """The sandbox in use, one of ``sandbox.MODES``."""
         return available() if self.sandbox == "auto" else self.sandbox
-
-    def examples(self, split: str) -> Sequence[Example]:
-        """The problems of ``"train"`` or ``"test"``, in the order of the file."""
-        jsonl.split_path(split, self._paths)
-        return [example for example, _ in self._problems[split]]
 
     def start(self) -> None:
         """Find out which sandbox works, before the first program."""

@@ -15,7 +15,13 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar
 
-from sapo_jax.tasks.base import Example, GeneratedExamples, check_option, make_example
+from sapo_jax.tasks.base import (
+    PRINTABLE,
+    Example,
+    GeneratedExamples,
+    check_option,
+    make_example,
+)
 from sapo_jax.tasks.verifiers.math_text import last_boxed
 
 MAX_ANSWER_CHARS = 1000
@@ -158,11 +164,8 @@ class ReasoningGym:
     @functools.cached_property
     def alphabet(self) -> str:
         """The characters of a sample of prompts and answers, and printable ASCII, sorted."""
-        if self.prompt == "original":
-            printable = {chr(i) for i in range(32, 127)} | {"\n"}
-        else:
-            printable = set("-+*/=().,;<0123456789")
-        return "".join(sorted(printable.union(*(e.prompt + e.answer for e in self._sample))))
+        known = PRINTABLE if self.prompt == "original" else frozenset("-+*/=().,;<0123456789")
+        return "".join(sorted(known.union(*(e.prompt + e.answer for e in self._sample))))
 
     @functools.cached_property
     def max_prompt_chars(self) -> int:

@@ -23,6 +23,8 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from sapo_jax.tasks import jsonl
+
 HEARTBEAT_SECONDS = 5.0
 EXPIRY_SECONDS = 60.0
 PART_LINES = 100
@@ -273,17 +275,11 @@ def _line(record: dict) -> str:
 
 
 def _read_lines(path: epath.Path, *, may_be_cut: bool = False) -> list[dict]:
-    *lines, tail = path.read_bytes().split(b"\n")
-    records = []
-    for number, line in enumerate([*lines, tail] if tail else lines, 1):
-        try:
-            records.append(dict(json.loads(line)))
-        except (ValueError, TypeError) as error:
-            if may_be_cut and number > len(lines):
-                break
-            why = f"{path}, line {number} is broken: {error}; expected one JSON record"
-            raise ValueError(f"{why}: repair the line or remove it") from error
-    return records
+    try:
+        rows = jsonl.read(path, strict=True, may_be_cut=may_be_cut)
+    except ValueError as error:
+        raise ValueError(f"{error}; repair the line or remove it") from error
+    return [row for _, row in rows]
 
 
 def _read_json(path: epath.Path) -> dict | None:

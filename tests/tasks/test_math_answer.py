@@ -317,13 +317,13 @@ def test_problems_are_read_in_the_aime_format(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        (['{"problem": "p", "answer": 1}', "{"], "line 2: not JSON"),
-        (["", "[1]"], "line 2: not an object"),
+        (['{"problem": "p", "answer": 1}', "{"], "line 2: no JSON"),
+        (["", "[1]"], "line 2: expected an object, got list"),
         (['{"problem": "p"}'], "line 1: no field 'answer'; it has problem"),
         (['{"problem": 5, "answer": 1}'], "line 1: field 'problem' is 5"),
         (['{"problem": "p", "answer": null}'], "line 1: field 'answer' is None"),
         (['{"problem": "p", "answer": true}'], "line 1: field 'answer' is True"),
-        ([""], "no problems"),
+        ([""], "is empty"),
     ],
 )
 def test_broken_files_are_refused_with_the_line(tmp_path, lines, message):
@@ -334,7 +334,10 @@ def test_broken_files_are_refused_with_the_line(tmp_path, lines, message):
 
 def test_missing_and_binary_files_are_refused(tmp_path):
     (tmp_path / "b").write_bytes(b"\xff\xfe")
-    for path, message in ((tmp_path / "b", "not UTF-8"), (tmp_path / "c", "no such file")):
+    for path, message in (
+        (tmp_path / "b", "line 1: no JSON: .utf-8"),
+        (tmp_path / "c", "no such file"),
+    ):
         with pytest.raises(ValueError, match=message):
             make("math_answer", train=str(path)).examples("train")
     with pytest.raises(ValueError, match="template"):

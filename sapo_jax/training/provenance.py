@@ -1,0 +1,73 @@
+"""What a run was started with: command line, commit, versions, devices."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import jax
+from etils import epath
+
+from sapo_jax.training import workdir as rundir
+
+ROOT = pathlib.Path(__file__).parents[2]
+FILE = "provenance.json"
+
+
+def commit(root: pathlib.Path = ROOT) -> str | None:
+    """The commit of a checkout, with "-dirty" where files differ from it; None of other folders."""
+    if not (root / ".git").exists():  # a folder inside another repository has that one's commit
+        return None
+    command = [
+        "git",
+        "-C",
+        str(root),
+        "describe",
+        "--always",
+        "--dirty",
+        "--exclude=*",
+        "--abbrev=40",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def provenance() -> dict[str, Any]:
+    """Command line, commit, versions, devices and time of this process."""
+    devices = jax.devices()
+    try:
+        version = importlib.metadata.version("sapo_jax")
+    except importlib.metadata.PackageNotFoundError:
+        version = None
+    return {
+        "command": shlex.join([pathlib.Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        "commit": commit(),
+        "versions": {
+            "sapo_jax": version,
+            "jax": jax.__version__,
+            "python": platform.python_version(),
+        },
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write(workdir: epath.PathLike) -> None:
+    """Add an entry of this start to a run directory's provenance.json."""
+    rundir.write_json(epath.Path(workdir) / FILE, [*read(workdir), provenance()])
+
+
+def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """An entry for each start, oldest first; [] where none was written."""
+    path = epath.Path(workdir).expanduser() / FILE
+    return json.loads(path.read_text()) if path.exists() else []
