@@ -39,8 +39,8 @@ def _by_rows(function: Callable) -> Callable:
     @functools.wraps(function)
     def call(weights, batch, hp):
         rows = sharding.spec("rows")
-        specs = (params.specs(hp.static.model), rows, PartitionSpec())
-        return sharding.split(local, hp.static.mesh, specs, rows)(weights, batch, hp)
+        specs = (params.partition_specs(hp.static.model), rows, PartitionSpec())
+        return sharding.shard_map(local, hp.static.mesh, specs, rows)(weights, batch, hp)
 
     return call
 
@@ -57,7 +57,7 @@ def collision(weights: Any, batch: Batch, hp: learner.Hyperparameters) -> jax.Ar
 
     ``hp.static.head_chunk`` tokens have logits at a time.
     """
-    weights = params.fetched(weights, params.table(hp.static.model), hp.static.model)
+    weights = params.all_gather(weights, params.table(hp.static.model), hp.static.model)
     replay = batch.routing if hp.static.routing_replay != "none" else None
     hidden_BSD, _ = transformer.hidden_routing(
         weights, hp.static.model, batch.tokens, batch.segments, replay_BSLk=replay

@@ -36,7 +36,7 @@ class Static:
       routing_replay: one of `routing.REPLAY`; other than "none", the experts are those of
         ``batch.routing``, with the gates of the present router.
       mesh: from `sharding.make_mesh`; None computes on one device. State and batches lie on it as
-        `shardings` and `sharding.feed` place them.
+        `shardings` and `sharding.place` place them.
     """
 
     model: ModelConfig
@@ -132,7 +132,7 @@ def init(weights: Any, hp: Hyperparameters) -> TrainState:
 
 def partition_specs(hp: Hyperparameters) -> TrainState:
     """Where the state lies: the optimizer's moments where their parameters do."""
-    whole, weights = PartitionSpec(), params.specs(hp.static.model)
+    whole, weights = PartitionSpec(), params.partition_specs(hp.static.model)
     step = optimizer(hp, jnp.float32(0))
     opt_state = jax.eval_shape(step.init, params.abstract(hp.static.model))
     placed = optax.tree_map_params(

@@ -42,7 +42,7 @@ def forward(
         if batch.routing is None:
             raise ValueError(f"routing_replay={static.routing_replay!r}: the batch has no routing")
         replay = batch.routing
-    weights = params.fetched(weights, params.table(static.model), static.model)
+    weights = params.all_gather(weights, params.table(static.model), static.model)
     hidden_BSD, summary = transformer.hidden_routing(
         weights, static.model, batch.tokens, batch.segments, remat=static.remat,
         replay_BSLk=replay,
@@ -66,8 +66,8 @@ def forward(
 
 def _by_rows(function: Any, hp: Hyperparameters, out_specs: Any) -> Any:
     """(weights, batch, hp) → …, for each device's rows and part of the parameters."""
-    in_specs = (params.specs(hp.static.model), sharding.spec("rows"), PartitionSpec())
-    return sharding.split(function, hp.static.mesh, in_specs, out_specs)
+    in_specs = (params.partition_specs(hp.static.model), sharding.spec("rows"), PartitionSpec())
+    return sharding.shard_map(function, hp.static.mesh, in_specs, out_specs)
 
 
 def _micro_batches(batch: Batch, hp: Hyperparameters) -> Batch:
@@ -154,7 +154,7 @@ def gradient(weights: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict
     Numerators and denominators add up, over micro-batches and devices, and are divided once: the
     split changes nothing.
     """
-    out_specs = (params.specs(hp.static.model), PartitionSpec())
+    out_specs = (params.partition_specs(hp.static.model), PartitionSpec())
     return _by_rows(_gradient, hp, out_specs)(weights, batch, hp)
 
 
@@ -177,7 +177,7 @@ def _gradient(weights: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dic
 
     zeros = jax.tree.map(jnp.zeros_like, weights)
     grads, stacked = jax.lax.scan(accumulate, zeros, micros)
-    grads = params.summed(grads, hp.static.model)
+    grads = params.psum_gradients(grads, hp.static.model)
     terms = routing.finish_load(collectives.merge(merge(stacked)))
     count = terms["loss"].denominator
     grads = jax.tree.map(lambda g: masked.ratio(Weighted(g, count.astype(g.dtype))), grads)
@@ -250,7 +250,7 @@ def learn(
     for batch in minibatches:
         state, metrics = update(state, batch, hp)
         collected.append(metrics)
-    found = sharding.fetch(finish_iteration(tuple(collected)))
+    found = sharding.to_host(finish_iteration(tuple(collected)))
     return end_iteration(state), record(*found)
 
 

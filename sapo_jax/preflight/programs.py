@@ -70,7 +70,7 @@ def placed(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
 
 
 def fed(tree: Any, mesh: Mesh | None) -> Any:
-    """Abstract values that come from the host: split by rows, or as they are (`sharding.feed`)."""
+    """Abstract values that come from the host: split by rows, or as they are (`sharding.place`)."""
     return tree if mesh is None else placed(tree, mesh, ROWS)
 
 

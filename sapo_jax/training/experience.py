@@ -247,11 +247,11 @@ def from_rollout(
             **recipe_of(settings),
         )
         advantages_B = np.zeros_like(rewards_B)
-        advantages_B[rows_B] = np.concatenate(sharding.fetch([b.advantages for b in minibatches]))
+        advantages_B[rows_B] = np.concatenate(sharding.to_host([b.advantages for b in minibatches]))
     metrics, rows = told(settings, asked, ends, rewards_B, advantages_B, iteration)
     metrics |= {"data/dropped": float(stream.dropped), **parts, **of_kept}
     metrics["sampler/weights_moved_bytes"] = float(sampler.moved_bytes(params, weights))
-    metrics |= {key: float(value) for key, value in sharding.fetch(more).items()}
+    metrics |= {key: float(value) for key, value in sharding.to_host(more).items()}
     return Experience(minibatches, metrics, rows)
 
 
@@ -271,7 +271,7 @@ def from_demonstrations(
         width = settings.width + settings.max_new_tokens
         batch = encode.encode_demonstrations(stream.take(settings.rows), settings.tokenizer, width)
         metrics = {"length/mean": float(batch.mask.sum(-1).mean())}
-        batch = sharding.feed(batch, settings.mesh)
+        batch = sharding.place(batch, settings.mesh)
         minibatches = learner.split_rows(
             batch, settings.config["batch"]["minibatches"], settings.mesh
         )
