@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_told_and_a_micro_batch_that_fits_is_found(monkeypa
     refusal = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 32G of 15.75G hbm.\nDetails")
 
     def measure(checked, name, program, chip):
-        rows = 16 // checked.hp.micro_batches
+        rows = 16 // checked.hp.static.micro_batches
         if rows >= 8:
             raise refusal
         return {"memory": {"total": 2**32 * rows}}
