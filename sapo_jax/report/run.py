@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from sapo_jax.report.page import Tile
 from sapo_jax.report.run_plots import Config, Records
 from sapo_jax.report.style import Panel, is_number
 from sapo_jax.training import provenance
+from sapo_jax.training.files import read_json
 from sapo_jax.training.workdir import read_config, read_metrics, read_samples
 
 SAMPLES = 24
@@ -177,10 +177,9 @@ def _completion(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 def _preflight(workdir: epath.PathLike) -> dict[str, Any] | None:
     """The table of a preflight whose results lie in the run directory."""
-    path = epath.Path(workdir).expanduser() / "preflight.json"
-    if not path.exists():
+    found = read_json(epath.Path(workdir) / "preflight.json")
+    if found is None:
         return None
-    found = json.loads(path.read_text())
     missed = [c["name"] for c in found["checks"] if not c["met"]]
     missed += [f"{name}: {why}" for name, why in found["refused"].items()]
     note = f"Demands that are not met: {', '.join(missed)}." if missed else "Every demand is met."

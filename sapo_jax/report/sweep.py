@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,8 @@ from sapo_jax.report import sweep_plots as plots
 from sapo_jax.report.page import Tile
 from sapo_jax.report.sweep_stats import COLLAPSES, Run, summarise, varied
 from sapo_jax.training import provenance
-from sapo_jax.training.workdir import read_metrics, write_json
+from sapo_jax.training.files import read_json, write_json
+from sapo_jax.training.workdir import read_metrics
 
 PICTURED = ("pass", "reward", "differences", "heat", "ends", "entropy")
 Found = Mapping[str, Any]
@@ -21,11 +21,12 @@ Found = Mapping[str, Any]
 
 def _read(workdir: epath.Path) -> Found:
     """What the runs say together, from the runs themselves or as report.json keeps it."""
-    if not (workdir / "manifest.json").exists():
-        return json.loads((workdir / "report.json").read_text())
-    listed = json.loads((workdir / "manifest.json").read_text())["runs"]
-    places = [workdir / run["directory"] for run in listed]
-    runs = [Run(**run, records=read_metrics(p)) for run, p in zip(listed, places, strict=True)]
+    manifest = read_json(workdir / "manifest.json")
+    if manifest is None:
+        return read_json(workdir / "report.json")
+    places = [workdir / run["directory"] for run in manifest["runs"]]
+    each = zip(manifest["runs"], places, strict=True)
+    runs = [Run(**run, records=read_metrics(place)) for run, place in each]
     starts = provenance.read(places[0])
     return summarise(runs) | ({"provenance": starts} if starts else {})
 
@@ -125,5 +126,5 @@ def picture(workdir: epath.PathLike, path: epath.PathLike) -> None:
     Raises:
       ValueError: there is nothing to draw.
     """
-    found = json.loads((epath.Path(workdir) / "report.json").read_text())
+    found = read_json(epath.Path(workdir) / "report.json")
     style.picture(path, [plots.PLOTS[name] for name in PICTURED], found)

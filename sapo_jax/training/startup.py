@@ -26,13 +26,13 @@ def start(
     settings: Settings, checkpoints: checkpoint.Checkpoints
 ) -> tuple[TrainState, streams.Stream, Any]:
     """State, data stream and reference policy: of the newest checkpoint, or of a new run."""
-    c, latest = settings.config, distributed.of_first(checkpoints.latest())
+    c, latest = settings.config, distributed.broadcast_from_first(checkpoints.latest())
     wanted = learner.abstract(settings.hp)
     to_reference = settings.needs_reference
     weights = None
-    if c["init_from"] and (latest is None or to_reference):
+    if c.init_from and (latest is None or to_reference):
         weights = _place(settings, _weights(settings, wanted.params))
-    stream = experience.open_stream(settings, workers=c["data"]["workers"])
+    stream = experience.open_stream(settings, workers=c.data.workers)
     if latest is None:
         start = random_parameters(settings) if weights is None else weights
         state = learner.init(jax.tree.map(jnp.copy, start), settings.hp)
@@ -45,7 +45,7 @@ def start(
 
 def random_parameters(settings: Settings) -> Any:
     """Initial parameters, on a mesh each part where it belongs from the start."""
-    shape, seed, mesh = settings.model, settings.config["seed"], settings.mesh
+    shape, seed, mesh = settings.model, settings.config.seed, settings.mesh
     if mesh is None:
         return parameters.init(shape, seed)
     places = parameters.shardings(shape, mesh)
@@ -60,9 +60,9 @@ def _place(settings: Settings, tree: Any) -> Any:
 def _weights(settings: Settings, abstract: Any) -> Any:
     """The parameters that ``init_from`` names: of a Hugging Face directory, or of a run."""
     c = settings.config
-    source = epath.Path(c["init_from"]).expanduser()
-    if build.is_hf(c["init_from"]):
-        return hf.load(source, dtype=c["dtype"]["params"], mesh=settings.mesh)[1]
+    source = epath.Path(c.init_from).expanduser()
+    if build.is_hf(c.init_from):
+        return hf.load(source, dtype=c.dtype.params, mesh=settings.mesh)[1]
     return checkpoint.restore_params(source / "checkpoints", abstract)
 
 
@@ -73,7 +73,7 @@ def check_shared(workdir: epath.Path, config: dict) -> None:
       RuntimeError: naming them.
     """
     distributed.any_process(False)  # stored before any of them looks
-    strange = distributed.gather(np.array(rundir.read_config(workdir) != config))
+    strange = distributed.all_gather(np.array(rundir.read_config(workdir) != config))
     if strange.any():
         raise RuntimeError(
             f"processes {np.flatnonzero(strange).tolist()} have another config than process 0 "
@@ -96,9 +96,9 @@ def warm_up(
             each(f"compiling: {text}")
 
     examples = experience.open_stream(settings)
-    collect = experience.SOURCES[settings.config["source"]]
+    collect = experience.SOURCES[settings.config.source]
     got = collect(settings, state.params, reference, examples, 0, Clock(), scorer, note)
     note("update")
     learner.learn(jax.tree.map(jnp.copy, state), got.minibatches, settings.hp)
-    if settings.config["eval"]["every"]:
+    if settings.config.eval.every:
         evaluation.held_out(settings, state.params, scorer, note)
