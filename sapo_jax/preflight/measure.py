@@ -79,7 +79,7 @@ def kernels(checked: settings.Settings, program: Program) -> dict[str, costs.Ker
 def _moved(checked: settings.Settings, name: str, found: list[costs.Collective]) -> list[dict]:
     """Collectives by kind, inside and outside of the loop over layers."""
     repeats = {stack.repeats for stack in params.layer_stacks(checked.model)}
-    around = int(name in ("score", "update") and checked.hp.micro_batches > 1)
+    around = int(name in ("score", "update") and checked.hp.static.micro_batches > 1)
     rows: dict[tuple, dict] = {}
     for c in found:
         inside = len(c.loops) > around and c.loops[around] in repeats
@@ -164,7 +164,7 @@ def largest_micro_batch(checked: settings.Settings, chip: chips.Chip) -> list[di
       For each that was tried: rows on a chip, bytes ("total" None where the compiler refused), and
       whether it fits with room to spare.
     """
-    rows = checked.rows // checked.config["batch"]["minibatches"] // sharding.parts(checked.mesh)
+    rows = checked.rows // checked.config.batch.minibatches // sharding.parts(checked.mesh)
     tried = []
     for local in (n for n in range(1, rows + 1) if rows % n == 0):
         hp = checked.hp.replace(micro_batches=rows // local)
@@ -202,7 +202,7 @@ def report(checked: settings.Settings, topology: str, only: list[str] | None, tp
     checks = demands.checks(checked, results, chip.hbm)
     mesh = {} if checked.mesh is None else checked.mesh.shape
     return {
-        "name": checked.config["name"],
+        "name": checked.config.name,
         "topology": topology,
         "tpu": tpu,
         "mesh": sharding.describe({axis: n for axis, n in mesh.items() if n > 1}) or "one device",

@@ -28,7 +28,7 @@ def tiny(devices=None, /, **fields):
     config = tiny_config.get_config()
     with config.unlocked():
         config.update_from_flattened_dict(fields)
-    return settings.resolve(config, devices=devices)
+    return settings.from_config(config, devices=devices)
 
 
 def module(text):
@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_told_and_a_micro_batch_that_fits_is_found(monkeypa
     refusal = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 32G of 15.75G hbm.\nDetails")
 
     def measure(checked, name, program, chip):
-        rows = 16 // checked.hp.micro_batches
+        rows = 16 // checked.hp.static.micro_batches
         if rows >= 8:
             raise refusal
         return {"memory": {"total": 2**32 * rows}}
@@ -224,9 +224,8 @@ def test_logits_of_whole_rows_are_seen():
 
 def test_stored_tables_are_those_of_the_results():
     """Otherwise: python -m experiments.pods.run --table."""
-    reports, readme = run.stored(), (run.ROOT / "README.md").read_text()
+    reports = run.stored()
     assert (run.ROOT / "docs" / "preflight.md").read_text() == run.page(reports)
-    assert readme == run.marked(readme, reports)
     assert "Every demand is met" in run.verdict(reports)
 
 
@@ -239,7 +238,7 @@ def test_pod_configs_are_those_of_the_paper(config, count):
     assert c.batch.minibatches == 4
     sizes = {**c.mesh}
     assert count % (sizes["tensor"] * sizes["expert"]) == 0
-    checked = settings.resolve(_on_one(c))
+    checked = settings.from_config(_on_one(c))
     assert checked.model.vocab_size == 151936
     assert checked.width + checked.max_new_tokens in (4096, 8192)
 
