@@ -108,17 +108,17 @@ def pull(
     keys = jax.random.split(jax.random.key(0), len(leaves))
     pairs = zip(keys, leaves, strict=True)
     signs = treedef.unflatten([jax.random.rademacher(k, x.shape, jnp.int8) for k, x in pairs])
-    missing = -cotangents_MKRS.shape[2] % sharding.parts(hp.mesh)
+    missing = -cotangents_MKRS.shape[2] % sharding.parts(hp.static.mesh)
     blocks = jax.tree.map(lambda x: _filled_up(x, 1, missing, "edge"), blocks)
-    where, whole = params.partition_specs(hp.model), PartitionSpec()
+    where, whole = params.partition_specs(hp.static.model), PartitionSpec()
     rows, of_each = sharding.spec(None, "rows"), sharding.spec(None, None, "rows")
     function = sharding.shard_map(
         partial(_pull, width=width),
-        hp.mesh,
+        hp.static.mesh,
         (where, where, rows, of_each, whole),
-        Pulled(_stacked(hp.model), whole, whole),
+        Pulled(_stacked(hp.static.model), whole, whole),
     )
-    signs = sharding.constrain(signs, hp.mesh, where)
+    signs = sharding.constrain(signs, hp.static.mesh, where)
     return function(weights, signs, blocks, _filled_up(cotangents_MKRS, 2, missing), hp)
 
 
@@ -133,7 +133,7 @@ def _stacked(config: ModelConfig) -> Any:
 
 
 def _pull(weights, signs, blocks, cotangents_MKRS, hp, width) -> Pulled:
-    specs = jax.tree.leaves(params.partition_specs(hp.model))
+    specs = jax.tree.leaves(params.partition_specs(hp.static.model))
 
     def visit(total, inputs):
         block, cotangents_KRS = inputs
@@ -141,7 +141,7 @@ def _pull(weights, signs, blocks, cotangents_MKRS, hp, width) -> Pulled:
 
         def one(total, numbered):
             k, cotangent_RS = numbered
-            grads = params.psum_gradients(pullback(cotangent_RS)[0], hp.model)
+            grads = params.psum_gradients(pullback(cotangent_RS)[0], hp.static.model)
             grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
             total = jax.tree.map(lambda t, g: t.at[k].add(g), total, grads)
             each = zip(jax.tree.leaves(grads), jax.tree.leaves(signs), specs, strict=True)

@@ -91,14 +91,16 @@ def hyperparameters(config, objective, mesh, **kw):
 
 def updated(policy, batch, hp):
     """Loss and metrics, the gradient, the parameters after one update, and the program's text."""
-    state = learner.init(jax.tree.map(jnp.copy, placed(policy, hp.mesh)), hp)
-    batch = sharding.place(batch, hp.mesh)
+    state = learner.init(jax.tree.map(jnp.copy, placed(policy, hp.static.mesh)), hp)
+    batch = sharding.place(batch, hp.static.mesh)
     update = learner.update.lower(state, batch, hp).compile()
     state, terms = update(state, batch, hp)
     loss, metrics = finish(terms)
     # Adam's first moment after one step from 0, without clipping.
-    gradient = jax.tree.map(lambda m: np.asarray(m) / np.float32(1 - hp.b1), state.opt_state[1].mu)
-    if hp.mesh is not None:
+    gradient = jax.tree.map(
+        lambda m: np.asarray(m) / np.float32(1 - hp.static.b1), state.opt_state[1].mu
+    )
+    if hp.static.mesh is not None:
         want = jax.tree.map(lambda x: x.sharding, learner.abstract(hp))
         assert jax.tree.map(lambda x: x.sharding, state) == want, "the next update would compile"
     numbers = {k: np.asarray(v) for k, v in metrics.items() if not k.startswith("histogram")}

@@ -51,7 +51,7 @@ def updated(checked):
     numbers = {k: np.asarray(v) for k, v in metrics.items() if not k.startswith("histogram")}
     moments = sharding.to_host(state.opt_state[1].mu)
     named = jax.tree_util.tree_leaves_with_path(moments)
-    gradient = {jax.tree_util.keystr(k): v / np.float32(1 - hp.b1) for k, v in named}
+    gradient = {jax.tree_util.keystr(k): v / np.float32(1 - hp.static.b1) for k, v in named}
     return {"loss": np.asarray(loss), **numbers}, gradient
 
 
