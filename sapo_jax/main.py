@@ -50,8 +50,8 @@ def main(argv: list[str]) -> None:
     try:
         timeout = _CONFIG.value.distributed.timeout
         distributed.start(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, timeout=timeout)
-        checked = settings.resolve(_CONFIG.value)
-        use_cache(checked.config["compilation_cache"])
+        checked = settings.from_config(_CONFIG.value)
+        use_cache(checked.config.compilation_cache)
         path = train.run(checked, _WORKDIR.value)
     except Exception as error:
         internal = isinstance(error, jax.errors.JaxRuntimeError)

@@ -43,7 +43,7 @@ def run_main(argv: list[str]) -> None:
                 f"--job_index={given.job_index}: must be below --job_count={given.job_count}"
             )
         overrides = read_sweep(config_flags.get_config_filename(given["config"]))
-        parts = cohorts.resolve(given.config, overrides, most=given.most)
+        parts = cohorts.make(given.config, overrides, most=given.most)
         if given.job_count > len(parts):
             raise ValueError(
                 f"--job_count={given.job_count}: the sweep has {len(parts)} cohort(s) for them; "

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from sapo_jax import learner, main, rewards, train
-from sapo_jax.objectives.aggregations import finish
+from sapo_jax.masked import finish
 from sapo_jax.parallel import distributed, sharding
 from sapo_jax.training import settings, startup
 from sapo_jax.types import Batch
@@ -29,7 +29,7 @@ def resolved(**fields):
     }  # fmt: skip
     with config.unlocked():
         config.update_from_flattened_dict(own | fields)
-    return settings.resolve(config)
+    return settings.from_config(config)
 
 
 def updated(checked):
