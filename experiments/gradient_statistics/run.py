@@ -23,10 +23,10 @@ from configs import base
 from sapo_jax import gradlab, learner, objectives, rewards, sampler
 from sapo_jax.data import encode
 from sapo_jax.parallel import sharding
-from sapo_jax.report import gradlab as gradlab_report
+from sapo_jax.report.gradlab import write
 from sapo_jax.training import checkpoint, experience, provenance, settings, startup
-from sapo_jax.training import workdir as rundir
 from sapo_jax.training.progress import Clock
+from sapo_jax.training.workdir import read_config
 from sapo_jax.types import Batch
 
 HERE = pathlib.Path(__file__).parent
@@ -50,13 +50,13 @@ def load(workdir: str, learning_rate: float | None = None) -> settings.Settings:
     """The settings of a run, without dynamic sampling, perhaps with another learning rate."""
     config = base.get_config()
     with config.unlocked():
-        config.update(ConfigDict(rundir.read_config(workdir)))
+        config.update(ConfigDict(read_config(workdir)))
         config.batch.oversample = 1
         config.learner.learning_rate = learning_rate or config.learner.learning_rate
     return settings.from_config(config)
 
 
-def joined(parts: tuple[Batch, ...]) -> Batch:
+def concatenate(parts: tuple[Batch, ...]) -> Batch:
     """Minibatches as one batch."""
     return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
@@ -138,7 +138,7 @@ def examine(
             return [got.minibatches for got in each]
 
         first, *others = rollouts(1 + -(-max(updates) // c.batch.minibatches))
-        frozen, queue = joined(first), [batch for parts in others for batch in parts]
+        frozen, queue = concatenate(first), [batch for parts in others for batch in parts]
         stages = []
         for k in range(max(updates) + 1):
             if k in updates:
@@ -215,7 +215,7 @@ def main(argv: list[str]) -> None:
     found = examine(checked, _WORKDIR.value, algorithms, updates, _FRESH.value, _FOCUS.value)
     path = out / f"{_NAME.value}.json"
     path.write_text(json.dumps(found))
-    print(gradlab_report.write(path))
+    print(write(path))
 
 
 if __name__ == "__main__":
