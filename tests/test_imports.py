@@ -6,7 +6,7 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 ORDER = """
-types axes masked tasks parallel data datasets objectives advantages model rewards corrections
+types axes cli masked tasks parallel data datasets objectives advantages model rewards corrections
 sampler learner training gradlab report evaluate export train preflight main sweep
 """
 WINGS = ORDER.split()

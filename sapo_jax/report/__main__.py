@@ -1,30 +1,31 @@
-"""Pages again from what a command left: python -m sapo_jax.report PATH [--picture=FILE.png].
-
-PATH is a run directory, a sweep's, or a result of the gradient lab (a JSON file).
-"""
+"""The page of a run, a sweep or a gradient lab again, from what it left."""
 
 from __future__ import annotations
 
-import argparse
-
 from etils import epath
 
-from sapo_jax.report import gradlab, run, sweep
+from sapo_jax import cli
+
+FLAGS = cli.Flags("report", __doc__)
+FLAGS.string("path", "", "Directory of a run or a sweep, or a lab's JSON file.", positional=True)
+FLAGS.string("picture", "", "A PNG of the main panels instead.")
 
 
-def main() -> None:
-    """Write the page of PATH, or draw its picture."""
-    parser = argparse.ArgumentParser(prog="python -m sapo_jax.report", description=__doc__)
-    parser.add_argument("path", type=epath.Path)
-    parser.add_argument("--picture", type=epath.Path, help="a PNG of the main panels instead")
-    arguments = parser.parse_args()
-    path = arguments.path
+def main(given: cli.Flags) -> None:
+    """Write the page of the path, or draw its picture."""
+    from sapo_jax.report import gradlab, run, sweep  # late: --help needs no plots
+
+    path = epath.Path(given.path).expanduser()
+    if not path.exists():
+        raise ValueError(f"{path}: no such directory or file")
     sweeps = any((path / name).exists() for name in ("manifest.json", "report.json"))
     kind = gradlab if path.suffix == ".json" else sweep if sweeps else run
-    if arguments.picture:
-        kind.picture(path, arguments.picture)
-    print(arguments.picture or kind.write(path))
+    if kind is run and not (path / "config.json").exists():
+        raise ValueError(f"{path}: neither a run (config.json) nor a sweep (manifest.json)")
+    if given.picture:
+        kind.picture(path, epath.Path(given.picture).expanduser())
+    print(given.picture or kind.write(path))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, FLAGS)

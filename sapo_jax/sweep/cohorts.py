@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import json
@@ -16,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sapo_jax.axes import Overrides
+from sapo_jax.cli import flat, nearest
 from sapo_jax.learner import Hyperparameters
 from sapo_jax.sweep import population, vectorize
 from sapo_jax.training import settings
@@ -74,10 +74,10 @@ def settings_of(base: ConfigDict, override: Mapping[str, Any]) -> Settings:
     try:
         config.update_from_flattened_dict(override)
     except (KeyError, AttributeError):
-        known = _flat(base.to_dict())
+        known = flat(base.to_dict())
         wrong = next(field for field in override if field not in known)
-        near = difflib.get_close_matches(wrong, known, 1, cutoff=0.0)
-        text = f"the run {name}: there is no field {wrong!r}; the nearest is {near[0]!r}"
+        near = nearest(wrong, known)
+        text = f"the run {name}: there is no field {wrong!r}; the nearest is {near!r}"
         raise ValueError(text) from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"the run {name}: {error}") from None
@@ -99,21 +99,13 @@ def _check(run: Settings) -> None:
         require(size == 1, f"mesh.{axis}", size, alone)
 
 
-def _flat(c: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in c.items():
-        inner = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
-    return flat
-
-
 def _is_traced(field: str) -> bool:
     return field in TRACED or (field.startswith("objective.") and field not in STATIC_OF_OBJECTIVE)
 
 
 def static(run: Settings) -> str:
     """Equal for runs that can share their executables."""
-    fields = {k: v for k, v in _flat(run.config).items() if not _is_traced(k)}
+    fields = {k: v for k, v in flat(run.config).items() if not _is_traced(k)}
     return json.dumps([fields, run.needs_reference], sort_keys=True)
 
 

@@ -15,7 +15,6 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from sapo_jax.cli import flat, missing
 from sapo_jax.tasks import jsonl
 
 HEARTBEAT_SECONDS = 5.0
@@ -134,7 +134,7 @@ def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset
     stored = read_config(workdir)
     if stored is None:
         return
-    old, new = dict(_flat(stored)), dict(_flat(json.loads(json.dumps(config))))
+    old, new = flat(stored), flat(json.loads(json.dumps(config)))
     differences = ""
     for key in sorted((old.keys() | new.keys()) - may_differ):
         before, now = old.get(key, "(absent)"), new.get(key, "(absent)")
@@ -248,16 +248,8 @@ def _tensorboard(directory: epath.Path, purge_step: int) -> Any:
             os.fspath(directory), purge_step=purge_step, flush_secs=10, filename_suffix=name
         )
     except ImportError as error:
-        logging.warning("No TensorBoard events are written: %s", error)
+        logging.warning("No TensorBoard events are written: %s", missing(error))
         return None
-
-
-def _flat(config: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _plain(x: Any) -> Any:

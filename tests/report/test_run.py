@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from sapo_jax import cli
 from sapo_jax.report import __main__, run_plots, run_words
 from sapo_jax.report import run as report
 from sapo_jax.training import workdir
@@ -253,7 +254,8 @@ def test_command_line_gives_the_same_bytes(small, monkeypatch, capsys):
     """No clock and no random ids: a report under version control changes only with its run."""
     first = report.write(small).read_bytes()
     monkeypatch.setattr("sys.argv", ["report", str(small)])
-    __main__.main()
+    with pytest.raises(SystemExit):
+        cli.run(__main__.main, __main__.FLAGS)
     assert capsys.readouterr().out.strip() == str(small / "report.html")
     assert (small / "report.html").read_bytes() == first
 
