@@ -1,4 +1,4 @@
-"""Write docs/algorithms/ from the presets and their docstrings: python -m docs.generate."""
+"""Write docs/algorithms/ from the presets, and docs/metrics.md: python -m docs.generate."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from docs.differences import DIFFERENCES
 from sapo_jax import corrections, objectives
 from sapo_jax.objectives import OBJECTIVES, Objective
 from sapo_jax.objectives.aggregations import AGGREGATIONS
+from sapo_jax.training.metrics import METRICS
 
-OUT = pathlib.Path(__file__).parent / "algorithms"
+OUT = pathlib.Path(__file__).parent
 CURVE = tuple(np.round(np.linspace(0.02, 4, 200), 4).tolist())
 GRID = (0.1, 0.5, 0.8, 1.0, 1.2, 2.0, 5.0, 20.0)
 SIDES = (("A > 0", "#0072b2", ""), ("A < 0", "#d55e00", ' stroke-dasharray="6 4"'))
@@ -33,6 +34,25 @@ FAMILIES = {
     "sapo_arctan": "f(r) = arctan(κ(r − 1))/κ; w = 1/(1 + u²) with u = κ(r − 1)",
     "sapo_softsign": "f(r) = (1/κ)·u/(1 + |u|); w = 1/(1 + |u|)² with u = κ(r − 1)",
 }
+METRICS_TEXT = """# Metrics
+
+Written by `python -m docs.generate` from `sapo_jax/training/metrics.py`; `sapo-jax list metrics`
+prints the same. A run writes a record an iteration: a line of JSON in `metrics/part-*.jsonl`, and
+its numbers and histograms to TensorBoard. The last column names the field of the config that must
+be set, or what else it takes; without it the key is not there. `<task>` is a name in
+`config.tasks`, `<k>` a number.
+
+Numerators and denominators are added up over micro-batches, devices and minibatches and divided
+once; `minibatch` has the numbers of each update. A number that is not finite is `null`. Times are
+of the wall clock; in a sweep, a run's share of its cohort's. "In a healthy run" is what the runs of
+this repository show: something to compare with first, no law.
+"""
+METRICS_GROUPS = {
+    "": "The record", "reward": "Rewards", "eval": "Evaluation", "length": "Lengths",
+    "policy": "Policy and gate", "grad": "Gradient", "advantage": "Advantages",
+    "sampler": "Sampler and learner", "correction": "Sampler corrections", "router": "Routers",
+    "histogram": "Histograms", "data": "Data", "time": "Time",
+}  # fmt: skip
 
 
 @functools.cache
@@ -190,18 +210,33 @@ def index() -> str:
     return "\n".join(lines) + "\n"
 
 
+def metrics() -> str:
+    """The table of metric keys, by what stands before the slash."""
+    lines = [METRICS_TEXT]
+    for group, title in METRICS_GROUPS.items():
+        lines += [f"## {title}", "", "| key | meaning | unit | in a healthy run | only with |"]
+        lines += ["|---|---|---|---|---|"]
+        for key, row in METRICS.items():
+            if group == (key.partition("/")[0] if "/" in key else ""):
+                cells = (f"`{key}`", row.meaning, row.unit, row.healthy, row.when)
+                lines.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def files() -> dict[str, str]:
-    """Every generated file by name."""
-    pages = {f"{name}.md": page(name) for name in OBJECTIVES}
-    return {"README.md": index(), **pages, **{f"{name}.svg": plot(name) for name in OBJECTIVES}}
+    """Every generated file by its path in docs/."""
+    pages = {f"algorithms/{name}.md": page(name) for name in OBJECTIVES}
+    plots = {f"algorithms/{name}.svg": plot(name) for name in OBJECTIVES}
+    return {"algorithms/README.md": index(), **pages, **plots, "metrics.md": metrics()}
 
 
 def main() -> None:
     """Write what is new, remove what no preset has."""
-    OUT.mkdir(exist_ok=True)
+    (OUT / "algorithms").mkdir(exist_ok=True)
     wanted = files()
-    for old in OUT.iterdir():
-        if old.name not in wanted:
+    for old in (OUT / "algorithms").iterdir():
+        if f"algorithms/{old.name}" not in wanted:
             old.unlink()
     for name, content in wanted.items():
         (OUT / name).write_text(content, encoding="utf-8")

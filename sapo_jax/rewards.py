@@ -39,13 +39,13 @@ def rows_of(
     """The rows of a batch, one by one.
 
     Args:
-        examples: B examples, what each row was asked.
-        completions: B texts.
-        finished_B: i32[B], ``types.STOP`` or ``types.LENGTH``.
-        length_B: i32[B], completion tokens.
+      examples: B examples, what each row was asked.
+      completions: B texts.
+      finished_B: i32[B], ``types.STOP`` or ``types.LENGTH``.
+      length_B: i32[B], completion tokens.
 
     Raises:
-        ValueError: the lengths differ.
+      ValueError: the lengths differ.
     """
     finished_B, length_B = np.asarray(finished_B), np.asarray(length_B)
     rows = len(examples)
@@ -66,19 +66,19 @@ class Recipe:
     ``Recipe(format=…, think=True)``.
 
     Args:
-        accuracy: weight of the task's verdict, in [0, 1]; 0 where the row ran out of length.
-        format: weight of "``<think>``, ``</think>``, answer", 0 or 1.
-        overlong: weight p of the soft penalty min(0, −(|y| − (max_length − buffer)) / buffer),
-            from 0 to −1 inside the buffer (DAPO, arXiv 2503.14476, Eq. 13).
-        repetition: weight of −(1 − distinct n-grams / n-grams), from 0 to −1, over the words.
-        think: the task judges only what follows ``</think>``; a row without it gets accuracy 0.
-        opened: the prompt already ends with ``<think>``, so that completions lack it.
-        max_length: L_max, tokens; needed for overlong.
-        buffer: B, tokens before L_max over which the penalty grows.
-        ngram: words of an n-gram.
+      accuracy: weight of the task's verdict, in [0, 1]; 0 where the row ran out of length.
+      format: weight of "``<think>``, ``</think>``, answer", 0 or 1.
+      overlong: weight p of the soft penalty min(0, −(|y| − (max_length − buffer)) / buffer),
+        from 0 to −1 inside the buffer (DAPO, arXiv 2503.14476, Eq. 13).
+      repetition: weight of −(1 − distinct n-grams / n-grams), from 0 to −1, over the words.
+      think: the task judges only what follows ``</think>``; a row without it gets accuracy 0.
+      opened: the prompt already ends with ``<think>``, so that completions lack it.
+      max_length: L_max, tokens; needed for overlong.
+      buffer: B, tokens before L_max over which the penalty grows.
+      ngram: words of an n-gram.
 
     Raises:
-        ValueError: a weight is negative, or a field is out of its range.
+      ValueError: a weight is negative, or a field is out of its range.
     """
 
     accuracy: float = 1.0
@@ -114,7 +114,7 @@ def judge(task: Task, row: Row, recipe: Recipe, index: int = 0) -> dict[str, flo
     """The unweighted parts of one row, those of ``recipe.weights``.
 
     Raises:
-        ValueError: the task's verdict is no number of [0, 1].
+      ValueError: the task's verdict is no number of [0, 1].
     """
     thought, answer = split_thought(row.completion, opened=recipe.opened)
     judged = row
@@ -133,7 +133,7 @@ def split_thought(completion: str, *, opened: bool = False) -> tuple[str | None,
     """Thought and answer of ``<think>thought</think>answer``, both stripped.
 
     Returns:
-        (None, "") where the tags are not one at the start and one behind it.
+      (None, "") where the tags are not one at the start and one behind it.
     """
     text = f"<think>{completion}" if opened else completion.strip()
     tags = list(_THINK.finditer(text))
@@ -158,11 +158,11 @@ def combine(parts: Sequence[dict[str, float]], recipe: Recipe) -> tuple[np.ndarr
     """Rewards of judged rows, and the mean of every part.
 
     Args:
-        parts: B results of ``judge``.
-        recipe: the weights.
+      parts: B results of ``judge``.
+      recipe: the weights.
 
     Returns:
-        f32[B], larger is better; and ``reward/<part>`` (unweighted) for each part.
+      f32[B], larger is better; and ``reward/<part>`` (unweighted) for each part.
     """
     columns = {name: np.array([p[name] for p in parts], np.float32) for name in recipe.weights}
     total_B = np.zeros(len(parts), np.float32)
@@ -182,16 +182,16 @@ class Verdict(NamedTuple):
 class Scorer:
     """Scores rows on threads, so that slow tasks overlap work on the device; a context manager.
 
-    A task that computes for long does so in processes of its own (``tasks.forks``,
-    ``tasks.sandbox``), which it replaces when they die: the threads here only wait for them.
+    A task that computes for long does so in processes of its own (``tasks.verifiers``),
+    which it replaces when they die: the threads here only wait for them.
 
     Args:
-        task: judges the completions.
-        recipe: the parts and their weights.
-        workers: rows judged at a time.
+      task: judges the completions.
+      recipe: the parts and their weights.
+      workers: rows judged at a time.
 
     Raises:
-        ValueError: workers is less than 1.
+      ValueError: workers is less than 1.
     """
 
     def __init__(self, task: Task, recipe: Recipe | None = None, *, workers: int = 1):
@@ -225,9 +225,9 @@ class Groups:
     A process judges what its own devices have sampled; `wait` brings the verdicts together.
 
     Args:
-        scorer: judges the rows.
-        examples: P examples, one of each prompt of the rollout.
-        tokenizer: of the policy.
+      scorer: judges the rows.
+      examples: P examples, one of each prompt of the rollout.
+      tokenizer: of the policy.
     """
 
     def __init__(self, scorer: Scorer, examples: Sequence[Example], tokenizer: Tokenizer):
@@ -252,12 +252,12 @@ class Groups:
         if jax.process_count() == 1:
             return [verdict for group in own for verdict in group]
         names = list(self._scorer.recipe.weights)
-        size = int(distributed.gather(np.int32(max(map(len, own)))).max())
+        size = int(distributed.all_gather(np.int32(max(map(len, own)))).max())
         table = np.zeros((len(own), size, len(names) + 1), np.float32)
         for p, group in enumerate(own):
             for i, (parts, seconds) in enumerate(group):
                 table[p, i] = [*(parts[name] for name in names), seconds]
-        rows = distributed.gather(table).sum(0).reshape(-1, len(names) + 1).tolist()
+        rows = distributed.all_gather(table).sum(0).reshape(-1, len(names) + 1).tolist()
         return [Verdict(dict(zip(names, parts, strict=True)), s) for *parts, s in rows]
 
     def texts(self, size: int) -> list[str | None]:

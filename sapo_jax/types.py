@@ -39,7 +39,7 @@ class Rollout:
     policy_step: jax.Array  # i32[B], the iteration whose policy sampled the row
     finished: jax.Array  # i32[B], STOP or LENGTH
     segments: jax.Array  # i32[B, S], 1 on prompt and completion, 0 on pads
-    routing: jax.Array | None = None  # MoE only: i8/i16[B, S, L_moe, k], experts, see `routing`
+    routing: jax.Array | None = None  # MoE only: i8/i16[B, S, L_moe, k], see `model.routing`
 
 
 @struct.dataclass

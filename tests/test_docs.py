@@ -1,4 +1,4 @@
-"""The generated pages are those of the presets as they are."""
+"""The generated pages are those of the code as it is, and links lead somewhere."""
 
 import re
 
@@ -8,18 +8,38 @@ from docs import generate
 from docs.differences import DIFFERENCES
 from sapo_jax.objectives import OBJECTIVES
 
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
 
 def test_pages_are_up_to_date():
     """Numbers may differ in the last digit that is shown; otherwise: python -m docs.generate."""
     wanted = generate.files()
-    assert {path.name for path in generate.OUT.iterdir()} == set(wanted)
+    kept = {f"algorithms/{path.name}" for path in (generate.OUT / "algorithms").iterdir()}
+    assert kept | {"metrics.md"} == set(wanted)
     for name, content in wanted.items():
         stored = (generate.OUT / name).read_text(encoding="utf-8")
         assert NUMBER.split(stored) == NUMBER.split(content), f"{name} is out of date"
         old, new = (np.array(NUMBER.findall(text), float) for text in (stored, content))
         np.testing.assert_allclose(old, new, rtol=2e-3, atol=0.11, err_msg=name)
+
+
+def anchors(path):
+    """Of the headings of a page, as GitHub and the site make them."""
+    titles = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_links_lead_somewhere():
+    root = generate.OUT.parent
+    pages = [root / "README.md", *root.glob("docs/**/*.md"), *root.glob("experiments/*/*.md")]
+    for page in pages:
+        for link in LINK.findall(page.read_text()):
+            path, _, anchor = link.partition("#")
+            if not path.startswith(("https:", "mailto:")):
+                target = page.parent / path if path else page
+                assert target.exists(), f"{page} links to {link}"
+                assert not anchor or anchor in anchors(target), f"{page} links to {link}"
 
 
 def test_every_preset_says_how_implementations_differ():

@@ -14,6 +14,7 @@ from sapo_jax.model import params
 from sapo_jax.training import checkpoint, settings
 from sapo_jax.training import workdir as rundir
 from tests import tiny_config
+from tests.training.test_metrics import check
 
 
 def resolve(**fields):
@@ -98,6 +99,7 @@ def test_a_directory_is_evaluated_from_the_command_line(first, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())["sets"][task]
+    check(found, "an evaluation", "sapo_jax.evaluate", samples=3)
     assert found["eval/prompts"] == 6
     assert 0 <= found["eval/pass_at_1_low"] <= found["eval/pass_at_1"] <= 1
     assert found["eval/pass_at_1"] <= found["eval/pass_at_3"]

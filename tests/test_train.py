@@ -18,6 +18,7 @@ from sapo_jax.model import params
 from sapo_jax.training import checkpoint, provenance, settings, startup
 from sapo_jax.training import workdir as rundir
 from tests import fakes, tiny_config
+from tests.training.test_metrics import check
 
 
 def run(workdir, **fields):
@@ -104,6 +105,7 @@ def test_the_run_directory_holds_what_a_person_needs(whole):
     }  # fmt: skip
     lines = rundir.read_metrics(whole)
     assert [r["iteration"] for r in lines] == list(range(7))
+    check(lines, "", "source=rollout", "an evaluation", "eval.every", "checkpoint.every")
     for record in lines[1:]:
         assert required <= set(record)
         assert record["sampler/logp_gap_max"] <= 1e-5
@@ -148,7 +150,9 @@ def test_supervised_runs_start_others(tmp_path):
     }  # fmt: skip
     checked = run(tmp_path / "cold", **cold)
     taught, _ = final_state(tmp_path / "cold", checked)
-    losses = [r["policy/loss"] for r in rundir.read_metrics(tmp_path / "cold")[1:]]
+    lines = rundir.read_metrics(tmp_path / "cold")
+    check(lines, "", "an evaluation", "eval.every")
+    losses = [r["policy/loss"] for r in lines[1:]]
     assert losses[1] < losses[0]
     frozen = {"learner.learning_rate": 0.0, "iterations": 1, "init_from": str(tmp_path / "cold")}
     checked = run(tmp_path / "rl", **frozen)
@@ -184,11 +188,15 @@ def test_what_is_rejected_moves_nothing(tmp_path):
     fields = {
         "learner.old_logp": "recompute", "reward.kl_coef": 0.1, "batch.oversample": 2,
         "reward.overlong": 1.0, "reward.buffer": 6, "reward.max_length": 6,
+        "reward.format": 1.0, "reward.repetition": 1.0,
         "correction.name": "geometric", "correction.low": 2.0, "correction.high": 3.0,
         "init_from": str(tmp_path / "start"), "iterations": 1, "eval.every": 0,
     }  # fmt: skip
     run(tmp_path / "run", **fields)
     record = rundir.read_metrics(tmp_path / "run")[0]
+    of_reward = ("reward.format", "reward.overlong", "reward.repetition")
+    others = ("objective.kl_coef or reward.kl_coef", "batch.oversample", "correction.name")
+    check(record, "", "source=rollout", *of_reward, *others)
     assert record["correction/cut"] == 1
     assert record["correction/rho_mean"] == pytest.approx(1, abs=1e-4)
     assert record["grad/norm"] == 0

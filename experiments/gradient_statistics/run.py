@@ -85,7 +85,7 @@ def draw(
     )
     rewards_B, _ = rewards.combine([v.parts for v in groups.wait()], checked.recipe)
     batch = experience.batch_of(rollout)
-    if checked.hp.routing_replay == "R2":
+    if checked.hp.static.routing_replay == "R2":
         hp = in_passes(checked, len(rewards_B))
         batch = batch.replace(routing=learner.score_routing(params, batch, hp)[1])
     return batch, rewards_B
@@ -94,7 +94,7 @@ def draw(
 def in_passes(checked: settings.Settings, rows: int) -> learner.Hyperparameters:
     """The run's hyperparameters for so many rows, as many in each pass as in the run."""
     parts = rows * checked.config["batch"]["minibatches"] // checked.rows
-    return checked.hp.replace(micro_batches=checked.hp.micro_batches * parts)
+    return checked.hp.replace(micro_batches=checked.hp.static.micro_batches * parts)
 
 
 def measure(lab: gradlab.Lab, algorithms: dict, focus: str) -> dict[str, Any]:

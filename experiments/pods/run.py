@@ -2,8 +2,8 @@
 
     make preflight
 
-Results go to results/<config>-<topology>.json, the tables made of them to docs/preflight.md and to
-the README; ``--table`` writes the tables from the results that are there.
+Results go to results/<config>-<topology>.json, the tables made of them to docs/preflight.md;
+``--table`` writes the tables from the results that are there.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import json
 import pathlib
-import re
 import subprocess
 import sys
 from typing import Any
@@ -30,17 +29,30 @@ PODS = (
     ("qwen3_30b_a3b_v5p", "v5p:4x4x4"),
     ("qwen3_30b_a3b_v5p", "v5p:4x4x8"),
 )
-MARKS = "<!-- preflight -->\n", "<!-- /preflight -->\n"
-INTRODUCTION = """# The pod configs, compiled ahead of time
+INTRODUCTION = """# Preflight
 
-Written by `make preflight` from `experiments/pods/results`: every program of an iteration, compiled
-with libtpu for the pod named, on a machine without a TPU. Nothing here was measured on one. Times
-are lower bounds: the largest of FLOPs, bytes of memory and bytes between chips, each over what the
-chip can do; the MFU that follows is an upper one. "decode" is one step with all slots at full
-length, "grow" the last enlargement of the cache. FLOPs are of matmuls and kernels, each loop's body
-as often as it turns; the model's are 6·N_active + 6·L·H·d·S a token (causal), the head's for
-completion tokens alone. Memory includes what lies on a chip while the program runs: the optimizer
-during a rollout, say, or the copy of the state on which the update is tried at the start.
+    pip install "jax[tpu]"    # brings the compiler for TPUs; no TPU is needed
+    sapo-jax preflight --config=pod/qwen3_4b_v5e --topology=v5e:4x4
+
+compiles every program of a run for a pod that is not there, the same functions that train, and
+tells for each: memory of a chip by kind, executed against model FLOPs, bytes, collectives, and the
+least time that it can take. It exits with 1 where something does not fit with 10% to spare. `--fit`
+searches the largest micro-batch that fits. [Pods](pods.md) says how to start what fits.
+
+## The pod configs, compiled ahead of time
+
+"""
+DETAILS = """## Program by program
+
+Written by `make preflight` from the results of [experiments/pods](../experiments/pods/README.md):
+every program of an iteration, compiled with libtpu for the pod named, on a machine without a TPU.
+Nothing here was measured on one. Times are lower bounds: the largest of FLOPs, bytes of memory and
+bytes between chips, each over what the chip can do; the MFU that follows is an upper one. "decode"
+is one step with all slots at full length, "grow" the last enlargement of the cache. FLOPs are of
+matmuls and kernels, each loop's body as often as it turns; the model's are 6·N_active + 6·L·H·d·S a
+token (causal), the head's for completion tokens alone. Memory includes what lies on a chip while
+the program runs: the optimizer during a rollout, say, or the copy of the state on which the update
+is tried at the start.
 
 """
 
@@ -108,23 +120,10 @@ def moved(reports: list[dict[str, Any]]) -> str:
 
 def page(reports: list[dict[str, Any]]) -> str:
     """docs/preflight.md."""
-    table = preflight_tables.markdown(reports)
-    said = f"{INTRODUCTION}{table}\n{verdict(reports)}\n\n{effort(reports)}\n"
-    return f"{said}\n## Collectives of an update, on each chip\n\n{moved(reports)}"
-
-
-def marked(readme: str, reports: list[dict[str, Any]]) -> str:
-    """The README with a new table between its marks.
-
-    Raises:
-      ValueError: it has no marks.
-    """
-    start, end = MARKS
-    made = f"{start}\n{preflight_tables.summary(reports)}\n{effort(reports)}\n\n{end}"
-    written, count = re.subn(f"{start}.*?{end}", lambda _: made, readme, flags=re.DOTALL)
-    if count != 1:
-        raise ValueError(f"README.md: {start.strip()} … {end.strip()} must be there once")
-    return written
+    said = f"{preflight_tables.summary(reports)}\n{verdict(reports)}\n\n{effort(reports)}\n"
+    tables = f"{DETAILS}{preflight_tables.markdown(reports)}"
+    collectives = f"## Collectives of an update, on each chip\n\n{moved(reports)}"
+    return f"{INTRODUCTION}{said}\n{tables}\n{collectives}"
 
 
 def main(argv: list[str]) -> None:
@@ -139,9 +138,7 @@ def main(argv: list[str]) -> None:
             subprocess.run([*command, f"--json={_path(config, topology)}"], check=False, cwd=ROOT)
     reports = stored()
     (ROOT / "docs" / "preflight.md").write_text(page(reports))
-    readme = ROOT / "README.md"
-    readme.write_text(marked(readme.read_text(), reports))
-    print("written: docs/preflight.md, README.md")
+    print("written: docs/preflight.md")
 
 
 if __name__ == "__main__":

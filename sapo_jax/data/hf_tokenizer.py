@@ -65,10 +65,10 @@ class HFTokenizer:
           ValueError: a negative id.
         """
         dropped = {self.pad_id, *self.stop_ids}
-        kept = [i for i in map(int, ids) if i not in dropped]
-        if kept and min(kept) < 0:
-            raise ValueError(f"token id {min(kept)} is negative")
-        return self.backend.decode(kept, skip_special_tokens=True)
+        ids = [i for i in map(int, ids) if i not in dropped]
+        if ids and min(ids) < 0:
+            raise ValueError(f"token id {min(ids)} is negative")
+        return self.backend.decode(ids, skip_special_tokens=True)
 
     def apply_chat_template(
         self,

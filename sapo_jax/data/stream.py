@@ -58,7 +58,7 @@ class Fits:
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """From an index to an example of a task, and whether it is kept."""
+    """From an index to an example of a task, and whether it is one to keep."""
 
     examples: Sequence[Example]
     task: int
@@ -98,11 +98,11 @@ class _Reader:
         self._ahead, self.read, self.dropped = None, read, dropped
 
     def take(self) -> Example:
-        """The next example that is kept."""
+        """The next example to keep."""
         for _ in range(MAX_DROPPED):
-            example, kept = self._order[self.read] if not self._workers else self._next()
+            example, keep = self._order[self.read] if not self._workers else self._next()
             self.read += 1
-            if kept:
+            if keep:
                 return example
             self.dropped += 1
         raise ValueError(
@@ -130,7 +130,7 @@ class Stream:
     The order is a function of the seed and of the position alone: worker processes, the number of
     processes of a run and restarts do not change it. Every process of a run follows the whole
     order, which costs little beside sampling, so that the length filter never needs to communicate;
-    `sharding.feed` places its part.
+    `sharding.place` places its part.
 
     Args:
       sources: examples of each task by its name; ``Example.task`` counts them.

@@ -37,10 +37,10 @@ class CharTokenizer:
     """One token per character: id 0 pads, 1 stops, 2 + k is the k-th character of the alphabet.
 
     Args:
-        alphabet: the characters that texts may contain, each once.
+      alphabet: the characters that texts may contain, each once.
 
     Raises:
-        ValueError: a character occurs twice.
+      ValueError: a character occurs twice.
     """
 
     alphabet: str
@@ -62,7 +62,7 @@ class CharTokenizer:
         """Token ids of ``text``, one per character.
 
         Raises:
-            ValueError: a character is not in the alphabet.
+          ValueError: a character is not in the alphabet.
         """
         ids = [2 + self.alphabet.find(character) for character in text]
         if 1 in ids:  # find() gave -1
@@ -81,7 +81,7 @@ class CharTokenizer:
         """Text of ``ids``, with pad and stop ids dropped.
 
         Raises:
-            ValueError: an id is outside the vocabulary.
+          ValueError: an id is outside the vocabulary.
         """
         ids = [int(i) for i in ids]
         for i in ids:

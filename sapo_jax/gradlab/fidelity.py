@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from sapo_jax.training import bootstrap
+
 RESAMPLES = 400
 
 
@@ -87,9 +89,9 @@ def fidelities(products: Products, own: Sequence[int], reference: Sequence[int])
     """
     point_KT = _fidelity(*(getattr(products, k) for k in ("aa", "a1", "a2", "h11", "h22", "h12")))
     prompts = len(products.squares)
-    draws = np.random.default_rng(0).multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES)
+    draws_RF = bootstrap.counts(prompts, RESAMPLES)
     whole = _resampled(products, np.ones((1, prompts)))[0]
-    shift_RKT = _resampled(products, draws.astype(float)) - whole
+    shift_RKT = _resampled(products, draws_RF.astype(float)) - whole
     rows = np.arange(len(own))
     result = {}
     for key, column in (("reward", np.zeros(len(own), int)), ("own", np.asarray(own))):
@@ -107,8 +109,8 @@ def _interval(point: float, shifts_R: np.ndarray) -> dict[str, float | None]:
     finite = shifts_R[np.isfinite(shifts_R)]
     if not np.isfinite(point) or len(finite) < RESAMPLES // 2:
         return {"value": None, "low": None, "high": None}
-    low, high = np.quantile(point + finite, (0.025, 0.975))
-    return {"value": float(point), "low": float(low), "high": float(high)}
+    low, high = bootstrap.percentiles(point + finite)
+    return {"value": float(point), "low": low, "high": high}
 
 
 def noise_scale(products: Products) -> np.ndarray:

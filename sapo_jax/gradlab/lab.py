@@ -116,7 +116,7 @@ class Lab:
         with later ones that are pulled back again: memory is two tiles, whatever K is.
         """
         count, size = len(cotangents_KBS), self.hold
-        shape = (self.hp.model, self.hp.mesh)
+        shape = (self.hp.static.model, self.hp.static.mesh)
         matrices: dict[str, np.ndarray] = {}
         with_halves, sketches, squares = ([], []), [], []
         for start, left in self.tiles(cotangents_KBS):
@@ -194,7 +194,7 @@ def compare(lab: Lab, halves: Halves, algorithms: Mapping[str, Objective]) -> di
     named = {**plain, **algorithms}
     resolved = tuple(objectives.resolve(o) for o in named.values())
     logp_BS = learner.score(lab.weights, lab.frozen, lab.hp)
-    kept_KBS = cotangents(resolved, logp_BS, lab.frozen, kl=lab.hp.kl)
+    kept_KBS = cotangents(resolved, logp_BS, lab.frozen, kl=lab.hp.static.kl)
     open_KBS = cotangents(tuple(map(ungated, resolved)), logp_BS, lab.frozen)
     taken_KBS = _removed(open_KBS, kept_KBS)
     products, matrices = lab.products(kept_KBS, halves)
@@ -232,7 +232,7 @@ def split(
     """
     resolved = objectives.resolve(objective)
     logp_BS = learner.score(lab.weights, lab.frozen, lab.hp)
-    pair = cotangents((resolved, ungated(resolved)), logp_BS, lab.frozen, kl=lab.hp.kl)
+    pair = cotangents((resolved, ungated(resolved)), logp_BS, lab.frozen, kl=lab.hp.static.kl)
     open_BS, removed_BS = pair[1], _removed(pair[1], pair[0])
     names, own = list(groups), [1 + _column(resolved)]
     total = float(jnp.abs(open_BS).sum())

@@ -108,17 +108,17 @@ def pull(
     keys = jax.random.split(jax.random.key(0), len(leaves))
     pairs = zip(keys, leaves, strict=True)
     signs = treedef.unflatten([jax.random.rademacher(k, x.shape, jnp.int8) for k, x in pairs])
-    missing = -cotangents_MKRS.shape[2] % sharding.parts(hp.mesh)
+    missing = -cotangents_MKRS.shape[2] % sharding.parts(hp.static.mesh)
     blocks = jax.tree.map(lambda x: _filled_up(x, 1, missing, "edge"), blocks)
-    where, whole = params.specs(hp.model), PartitionSpec()
+    where, whole = params.partition_specs(hp.static.model), PartitionSpec()
     rows, of_each = sharding.spec(None, "rows"), sharding.spec(None, None, "rows")
-    function = sharding.split(
+    function = sharding.shard_map(
         partial(_pull, width=width),
-        hp.mesh,
+        hp.static.mesh,
         (where, where, rows, of_each, whole),
-        Pulled(_stacked(hp.model), whole, whole),
+        Pulled(_stacked(hp.static.model), whole, whole),
     )
-    signs = sharding.constrain(signs, hp.mesh, where)
+    signs = sharding.constrain(signs, hp.static.mesh, where)
     return function(weights, signs, blocks, _filled_up(cotangents_MKRS, 2, missing), hp)
 
 
@@ -129,11 +129,11 @@ def _filled_up(x: jax.Array, axis: int, missing: int, mode: str = "constant") ->
 
 def _stacked(config: ModelConfig) -> Any:
     """Where K gradients lie on a mesh."""
-    return jax.tree.map(lambda spec: PartitionSpec(None, *spec), params.specs(config))
+    return jax.tree.map(lambda spec: PartitionSpec(None, *spec), params.partition_specs(config))
 
 
 def _pull(weights, signs, blocks, cotangents_MKRS, hp, width) -> Pulled:
-    specs = jax.tree.leaves(params.specs(hp.model))
+    specs = jax.tree.leaves(params.partition_specs(hp.static.model))
 
     def visit(total, inputs):
         block, cotangents_KRS = inputs
@@ -141,7 +141,7 @@ def _pull(weights, signs, blocks, cotangents_MKRS, hp, width) -> Pulled:
 
         def one(total, numbered):
             k, cotangent_RS = numbered
-            grads = params.summed(pullback(cotangent_RS)[0], hp.model)
+            grads = params.psum_gradients(pullback(cotangent_RS)[0], hp.static.model)
             grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
             total = jax.tree.map(lambda t, g: t.at[k].add(g), total, grads)
             each = zip(jax.tree.leaves(grads), jax.tree.leaves(signs), specs, strict=True)
@@ -167,7 +167,7 @@ def _added_up(values: list[Any], specs: list[PartitionSpec]) -> Any:
     for value, axes in zip(values, map(_axes, specs), strict=True):
         known = by_axes.get(axes)
         by_axes[axes] = value if known is None else jax.tree.map(jnp.add, known, value)
-    wholes = [collectives.total(value, axes) for axes, value in by_axes.items()]
+    wholes = [collectives.psum(value, axes) for axes, value in by_axes.items()]
     return jax.tree.map(lambda *x: sum(x), *wholes)
 
 
@@ -179,14 +179,14 @@ def _sketch(signed: jax.Array, spec: PartitionSpec, width: int) -> jax.Array:
     """
     if spec[0]:  # not stacked over layers
         signed, spec = signed[None], PartitionSpec(None, *spec)
-    split = any(collectives.size(axis) > 1 for axis in _axes(spec))
+    split = any(collectives.axis_size(axis) > 1 for axis in _axes(spec))
 
     def fold(x):
         for dimension, axis in enumerate(spec[1:]):
-            if axis and collectives.size(axis) > 1:
+            if axis and collectives.axis_size(axis) > 1:
                 part, shape = x.shape[dimension], list(x.shape)
-                shape[dimension] *= collectives.size(axis)
-                start = collectives.index(axis) * part
+                shape[dimension] *= collectives.axis_size(axis)
+                start = collectives.axis_index(axis) * part
                 x = jax.lax.dynamic_update_slice_in_dim(jnp.zeros(shape), x, start, dimension)
         return jnp.pad(x.reshape(-1), (0, -x.size % width)).reshape(-1, width).sum(0)
 
@@ -210,7 +210,9 @@ def gram(
     ``mlp`` (both with their norms), ``router``, ``experts``.
     """
     specs = _stacked(config)
-    function = sharding.split(partial(_gram, config=config), mesh, (specs, specs), PartitionSpec())
+    function = sharding.shard_map(
+        partial(_gram, config=config), mesh, (specs, specs), PartitionSpec()
+    )
     return function(left, right)
 
 
@@ -218,13 +220,13 @@ def _gram(left: Any, right: Any, config: ModelConfig) -> dict[str, jax.Array]:
     def dots(x, y, spec):
         x, y = (z.reshape(*z.shape[:2], -1) for z in (x, y))
         each = jnp.einsum("klx,jlx->lkj", x, y, precision=HIGHEST)
-        return collectives.total(each, _axes(spec))
+        return collectives.psum(each, _axes(spec))
 
     def add(part, value):
         parts[part] = parts.get(part, 0) + value
 
     parts: dict[str, jax.Array] = {}
-    table, specs = params.table(config)["layers"], params.specs(config)
+    table, specs = params.table(config)["layers"], params.partition_specs(config)
     for name in left["layers"]:
         each_LKJ = dots(left["layers"][name], right["layers"][name], specs["layers"][name])
         add(_kind(name), each_LKJ.sum(0))

@@ -30,7 +30,7 @@ def _by_rows(function: Callable) -> Callable:
 
     def local(weights, batch, hp):
         def split(x):
-            return x.reshape(hp.micro_batches, -1, *x.shape[1:])
+            return x.reshape(hp.static.micro_batches, -1, *x.shape[1:])
 
         out = jax.lax.map(lambda b: function(weights, b, hp), jax.tree.map(split, batch))
         return jax.tree.map(lambda x: x.reshape(batch.tokens.shape), out)
@@ -39,8 +39,8 @@ def _by_rows(function: Callable) -> Callable:
     @functools.wraps(function)
     def call(weights, batch, hp):
         rows = sharding.spec("rows")
-        specs = (params.specs(hp.model), rows, PartitionSpec())
-        return sharding.split(local, hp.mesh, specs, rows)(weights, batch, hp)
+        specs = (params.partition_specs(hp.static.model), rows, PartitionSpec())
+        return sharding.shard_map(local, hp.static.mesh, specs, rows)(weights, batch, hp)
 
     return call
 
@@ -55,21 +55,21 @@ def score(weights: Any, batch: Batch, hp: learner.Hyperparameters) -> tuple[jax.
 def collision(weights: Any, batch: Batch, hp: learner.Hyperparameters) -> jax.Array:
     """Σ_v π(v)² of the distribution that each masked token was drawn from, f32[B, S].
 
-    ``hp.head_chunk`` tokens have logits at a time.
+    ``hp.static.head_chunk`` tokens have logits at a time.
     """
-    weights = params.fetched(weights, params.table(hp.model), hp.model)
-    replay = batch.routing if hp.routing_replay != "none" else None
+    weights = params.all_gather(weights, params.table(hp.static.model), hp.static.model)
+    replay = batch.routing if hp.static.routing_replay != "none" else None
     hidden_BSD, _ = transformer.hidden_routing(
-        weights, hp.model, batch.tokens, batch.segments, replay_BSLk=replay
+        weights, hp.static.model, batch.tokens, batch.segments, replay_BSLk=replay
     )
     hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
-    padded_TD = jnp.pad(hidden_TD, ((0, -len(hidden_TD) % hp.head_chunk), (0, 0)))
+    padded_TD = jnp.pad(hidden_TD, ((0, -len(hidden_TD) % hp.static.head_chunk), (0, 0)))
 
     def chunk(hidden_CD):
-        logits_CV = transformer.logits_of(weights, hp.model, hidden_CD) / hp.temperature
+        logits_CV = transformer.logits_of(weights, hp.static.model, hidden_CD) / hp.temperature
         return vocab.total(jnp.exp(2 * vocab.log_softmax(logits_CV)))
 
-    chunks = padded_TD.reshape(-1, hp.head_chunk, hidden_TD.shape[-1])
+    chunks = padded_TD.reshape(-1, hp.static.head_chunk, hidden_TD.shape[-1])
     square_BS = jax.lax.map(chunk, chunks).reshape(-1)[: len(hidden_TD)].reshape(batch.mask.shape)
     return jnp.where(batch.mask, jnp.pad(square_BS[:, :-1], ((0, 0), (1, 0))), 0)
 

@@ -1,17 +1,20 @@
 """Updates: `update(state, batch, hp)` is one optimizer step, one program for all traced values.
 
-`learn` makes an iteration's updates, `score` gives log π of a batch by the same programs, `init`
-the state before the first iteration.
+`make_minibatches` makes of an iteration's judged rows what `learn` takes, one update after the
+other; `score` gives log π of a batch by the same programs; `init` the state before the first
+iteration.
 """
 
+from sapo_jax.learner.minibatches import make_minibatches, select_rows, split_rows
 from sapo_jax.learner.optimizer import (
     SCHEDULES,
     Hyperparameters,
+    Static,
     abstract,
     init,
     learning_rate,
     optimizer,
-    specs,
+    partition_specs,
 )
 from sapo_jax.learner.step import (
     end_iteration,
@@ -26,7 +29,7 @@ from sapo_jax.learner.step import (
 )
 
 __all__ = [
-    "SCHEDULES", "Hyperparameters", "abstract", "end_iteration", "finish_iteration", "forward",
-    "gradient", "init", "learn", "learning_rate", "optimizer", "record", "score", "score_routing",
-    "specs", "update",
+    "SCHEDULES", "Hyperparameters", "Static", "abstract", "end_iteration", "finish_iteration",
+    "forward", "gradient", "init", "learn", "learning_rate", "make_minibatches", "optimizer",
+    "partition_specs", "record", "score", "score_routing", "select_rows", "split_rows", "update",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from sapo_jax.types import Batch
 
 
 @partial(jax.jit, static_argnames=("parts", "mesh"))
-def split(batch: Batch, parts: int, mesh: Mesh | None = None) -> tuple[Batch, ...]:
+def split_rows(batch: Batch, parts: int, mesh: Mesh | None = None) -> tuple[Batch, ...]:
     """Rows in their order as minibatches of one size, each split over all of a mesh."""
     pieces = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
     minibatches = tuple(jax.tree.map(operator.itemgetter(i), pieces) for i in range(parts))
@@ -24,7 +24,7 @@ def split(batch: Batch, parts: int, mesh: Mesh | None = None) -> tuple[Batch, ..
 
 
 @partial(jax.jit, static_argnames="mesh")
-def take(
+def select_rows(
     parts: tuple[Batch, ...], rows_B: jax.Array, signal_B: jax.Array, mesh: Mesh | None = None
 ) -> Batch:
     """Some rows of several batches as one; those without a signal count in no denominator."""
@@ -34,7 +34,7 @@ def take(
 
 
 @partial(jax.jit, static_argnames=("estimator", "group_size", "kl", "correction", "parts", "mesh"))
-def learnable(
+def make_minibatches(
     batch: Batch,
     rewards_B: jax.Array,
     kl_coef: jax.Array | float,
@@ -78,4 +78,4 @@ def learnable(
             segments_BT=batch.segments, **bounds,
         )  # fmt: skip
         batch, metrics = batch.replace(weights=weights_BS), metrics | cut
-    return split(batch, parts, mesh), metrics
+    return split_rows(batch, parts, mesh), metrics

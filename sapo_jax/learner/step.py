@@ -18,23 +18,15 @@ from jax.sharding import PartitionSpec
 from sapo_jax import masked, objectives
 from sapo_jax.learner import diagnostics
 from sapo_jax.learner.optimizer import (
-    SCHEDULES,
     Hyperparameters,
-    abstract,
-    init,
     learning_rate,
     optimizer,
-    specs,
+    partition_specs,
 )
 from sapo_jax.model import head, params, routing, transformer
 from sapo_jax.objectives.aggregations import finish
 from sapo_jax.parallel import collectives, sharding
 from sapo_jax.types import Batch, Histogram, TrainState, Weighted, merge
-
-__all__ = [
-    "SCHEDULES", "Hyperparameters", "abstract", "forward", "gradient", "init", "learn",
-    "learning_rate", "optimizer", "score", "score_routing", "update",
-]  # fmt: skip
 
 
 def forward(
@@ -45,23 +37,24 @@ def forward(
     Returns:
       (f32[B, S], f32[B, S], summary): 0 outside the mask; no summary of a dense model.
     """
-    replay = None
-    if hp.routing_replay != "none" and hp.model.num_experts:
+    static, replay = hp.static, None
+    if static.routing_replay != "none" and static.model.num_experts:
         if batch.routing is None:
-            raise ValueError(f"routing_replay={hp.routing_replay!r}: the batch has no routing")
+            raise ValueError(f"routing_replay={static.routing_replay!r}: the batch has no routing")
         replay = batch.routing
-    weights = params.fetched(weights, params.table(hp.model), hp.model)
+    weights = params.all_gather(weights, params.table(static.model), static.model)
     hidden_BSD, summary = transformer.hidden_routing(
-        weights, hp.model, batch.tokens, batch.segments, remat=hp.remat, replay_BSLk=replay,
-        summarise=lambda r: routing.summarise(r, batch.segments > 0, hp.model),
+        weights, static.model, batch.tokens, batch.segments, remat=static.remat,
+        replay_BSLk=replay,
+        summarise=lambda r: routing.summarise(r, batch.segments > 0, static.model),
     )  # fmt: skip
     logp_T, entropy_T = head.logp_entropy(
-        hidden_BSD[:, :-1].reshape(-1, hp.model.hidden_size),
+        hidden_BSD[:, :-1].reshape(-1, static.model.hidden_size),
         params.head_weight(weights),
         batch.tokens[:, 1:].reshape(-1),
         batch.mask[:, 1:].reshape(-1),
         jnp.float32(hp.temperature),
-        hp.head_chunk,
+        static.head_chunk,
     )
     rows, width = batch.tokens.shape
 
@@ -71,15 +64,15 @@ def forward(
     return align(logp_T), align(entropy_T), summary
 
 
-def _micro(tree: Any, count: int) -> Any:
-    """Split the rows into micro-batches, [M, B/M, ...]."""
-    return jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), tree)
-
-
-def _split(function: Any, hp: Hyperparameters, out_specs: Any) -> Any:
+def _by_rows(function: Any, hp: Hyperparameters, out_specs: Any) -> Any:
     """(weights, batch, hp) → …, for each device's rows and part of the parameters."""
-    specs = (params.specs(hp.model), sharding.spec("rows"), PartitionSpec())
-    return sharding.split(function, hp.mesh, specs, out_specs)
+    in_specs = (params.partition_specs(hp.static.model), sharding.spec("rows"), PartitionSpec())
+    return sharding.shard_map(function, hp.static.mesh, in_specs, out_specs)
+
+
+def _micro_batches(batch: Batch, hp: Hyperparameters) -> Batch:
+    """The rows as micro-batches, [M, B/M, ...]."""
+    return jax.tree.map(lambda x: x.reshape(hp.static.micro_batches, -1, *x.shape[1:]), batch)
 
 
 @jax.jit
@@ -87,10 +80,10 @@ def score(weights: Any, batch: Batch, hp: Hyperparameters) -> jax.Array:
     """log π of the tokens, f32[B, S], by the programs and micro-batches of `update`."""
 
     def local(weights, batch, hp):
-        logp = jax.lax.map(lambda b: forward(weights, b, hp)[0], _micro(batch, hp.micro_batches))
+        logp = jax.lax.map(lambda b: forward(weights, b, hp)[0], _micro_batches(batch, hp))
         return logp.reshape(batch.tokens.shape)
 
-    return _split(local, hp, sharding.spec("rows"))(weights, batch, hp)
+    return _by_rows(local, hp, sharding.spec("rows"))(weights, batch, hp)
 
 
 @jax.jit
@@ -105,10 +98,10 @@ def score_routing(
             logp_BS, _, summary = forward(weights, micro, hp)
             return logp_BS, summary and routing.recorded(summary, micro.segments)
 
-        out = jax.lax.map(one, _micro(batch, hp.micro_batches))
+        out = jax.lax.map(one, _micro_batches(batch, hp))
         return jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], *x.shape[2:]), out)
 
-    return _split(local, hp, sharding.spec("rows"))(weights, batch, hp)
+    return _by_rows(local, hp, sharding.spec("rows"))(weights, batch, hp)
 
 
 def _loss_terms(
@@ -122,7 +115,7 @@ def _loss_terms(
         batch.advantages,
         batch.mask,
         ref_logp_BT=batch.ref_logp,
-        kl=hp.kl,
+        kl=hp.static.kl,
         weights_BT=batch.weights,
         segments_BT=batch.segments,
     )
@@ -139,7 +132,7 @@ def _balance(weights: Any, micros: Batch, hp: Hyperparameters):
     Its fractions are those of the whole minibatch, hence one more forward pass; its sum is scaled
     so that dividing by the policy loss's denominator makes it a mean over tokens.
     """
-    if hp.router_aux_coef is None or not hp.model.num_experts:
+    if hp.router_aux_coef is None or not hp.static.model.num_experts:
         return None
 
     def forward_only(micro):
@@ -161,12 +154,12 @@ def gradient(weights: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict
     Numerators and denominators add up, over micro-batches and devices, and are divided once: the
     split changes nothing.
     """
-    out_specs = (params.specs(hp.model), PartitionSpec())
-    return _split(_gradient, hp, out_specs)(weights, batch, hp)
+    out_specs = (params.partition_specs(hp.static.model), PartitionSpec())
+    return _by_rows(_gradient, hp, out_specs)(weights, batch, hp)
 
 
 def _gradient(weights: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict[str, Any]]:
-    micros = _micro(batch, hp.micro_batches)
+    micros = _micro_batches(batch, hp)
     balance = _balance(weights, micros, hp)
 
     def numerator(w, micro):
@@ -184,7 +177,7 @@ def _gradient(weights: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dic
 
     zeros = jax.tree.map(jnp.zeros_like, weights)
     grads, stacked = jax.lax.scan(accumulate, zeros, micros)
-    grads = params.summed(grads, hp.model)
+    grads = params.psum_gradients(grads, hp.static.model)
     terms = routing.finish_load(collectives.merge(merge(stacked)))
     count = terms["loss"].denominator
     grads = jax.tree.map(lambda g: masked.ratio(Weighted(g, count.astype(g.dtype))), grads)
@@ -199,14 +192,15 @@ def update(
 
     Args:
       state: donated; use the one that comes back.
-      batch: rows whose number ``hp.micro_batches`` divides.
+      batch: rows whose number ``micro_batches`` divides.
       hp: hyperparameters.
 
     Returns:
       (state, metrics): metrics as mergeable reductions, see `objectives.finish`.
     """
     chex.assert_equal_shape([batch.tokens, batch.mask, batch.segments, batch.old_logp])
-    chex.assert_is_divisible(batch.tokens.shape[0], hp.micro_batches * sharding.parts(hp.mesh))
+    parts = hp.static.micro_batches * sharding.parts(hp.static.mesh)
+    chex.assert_is_divisible(batch.tokens.shape[0], parts)
     grads, terms = gradient(state.params, batch, hp)
     rate = learning_rate(hp, state.update)
     step = optimizer(hp, rate)
@@ -220,7 +214,7 @@ def update(
         "learning_rate": Weighted(rate, one),
     }
     state = state.replace(update=state.update + 1, params=weights, opt_state=opt_state)
-    return sharding.constrain(state, hp.mesh, specs(hp)), metrics
+    return sharding.constrain(state, hp.static.mesh, partition_specs(hp)), metrics
 
 
 @jax.jit
@@ -256,7 +250,7 @@ def learn(
     for batch in minibatches:
         state, metrics = update(state, batch, hp)
         collected.append(metrics)
-    found = sharding.fetch(finish_iteration(tuple(collected)))
+    found = sharding.to_host(finish_iteration(tuple(collected)))
     return end_iteration(state), record(*found)
 
 

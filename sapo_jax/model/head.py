@@ -102,7 +102,7 @@ def _backward(chunk, saved, cotangents):
 
     start = (jnp.zeros_like(hidden_TD), jnp.zeros(weight_VD.shape, jnp.float32))
     d_hidden_TD, d_weight_VD = jax.lax.fori_loop(0, chunks, visit, start)
-    d_hidden_TD = collectives.total(d_hidden_TD, vocab.TENSOR)
+    d_hidden_TD = collectives.psum(d_hidden_TD, vocab.TENSOR)
     d_weight_VD = d_weight_VD.astype(weight_VD.dtype)
     return d_hidden_TD, d_weight_VD, None, None, jnp.zeros_like(temperature)
 

@@ -215,10 +215,10 @@ grouped_matmul.defvjp(_forward, _backward)
 
 def _local(experts_Tk: jax.Array, gates_Tk: jax.Array, config: ModelConfig):
     """The layout of the pairs whose expert is on this device; the others get no row and gate 0."""
-    here = config.num_experts // collectives.size("expert")
+    here = config.num_experts // collectives.axis_size("expert")
     if here == config.num_experts:
         return layout(experts_Tk, here), gates_Tk
-    ids_Tk = experts_Tk - collectives.index("expert") * here
+    ids_Tk = experts_Tk - collectives.axis_index("expert") * here
     inside_Tk = (ids_Tk >= 0) & (ids_Tk < here)
     # Pairs of other devices are sorted behind the last expert, into rows that nothing reads.
     plan = layout(jnp.where(inside_Tk, ids_Tk, here), here + 1)
@@ -244,9 +244,9 @@ def experts(
     """
     *leading, d = hidden_XD.shape
     k, dtype = config.num_experts_per_tok, hidden_XD.dtype
-    shared = (collectives.enter(hidden_XD.reshape(-1, d)), routing.experts.reshape(-1, k),
-              collectives.enter(routing.gates.reshape(-1, k)))  # fmt: skip
-    hidden_TD, experts_Tk, gates_Tk = (collectives.gather(x, ("expert",)) for x in shared)
+    shared = (collectives.copy_to_tensor(hidden_XD.reshape(-1, d)), routing.experts.reshape(-1, k),
+              collectives.copy_to_tensor(routing.gates.reshape(-1, k)))  # fmt: skip
+    hidden_TD, experts_Tk, gates_Tk = (collectives.all_gather(x, ("expert",)) for x in shared)
     plan, gates_Tk = _local(experts_Tk, gates_Tk, config)
     x_MD = hidden_TD.at[plan.source].get(mode="fill", fill_value=0)
 
@@ -255,10 +255,10 @@ def experts(
 
     inner_MF = jax.nn.silu(multiply(x_MD, "experts_gate")) * multiply(x_MD, "experts_up")
     out_MD = multiply(inner_MF, "experts_down")
-    if collectives.size("expert") > 1:
+    if collectives.axis_size("expert") > 1:
         out_TkD = out_MD.at[plan.position].get(mode="fill", fill_value=0)
     else:
         out_TkD = out_MD[plan.position]
     out_TD = jnp.sum(out_TkD.astype(jnp.float32) * gates_Tk[..., None], 1)
-    out_TD = collectives.leave(collectives.scatter(out_TD, ("expert",)))
+    out_TD = collectives.reduce_from_tensor(collectives.reduce_scatter(out_TD, ("expert",)))
     return out_TD.astype(dtype).reshape(*leading, d)

@@ -143,7 +143,7 @@ def unstack(layers: dict[str, Any], config: ModelConfig) -> list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class LayerStack:
     """Layers that one scan visits: ``repeats`` times a period of ``period`` layers."""
 
     start: int
@@ -156,30 +156,30 @@ class Group:
         return self.start + self.period * self.repeats
 
 
-def groups(config: ModelConfig) -> tuple[Group, ...]:
+def layer_stacks(config: ModelConfig) -> tuple[LayerStack, ...]:
     """The layers as scans: over the shortest period of dense and sparse ones, else over runs."""
     n = config.num_hidden_layers
     sparse = [i in config.sparse_layers for i in range(n)]
     for period in range(1, n // 2 + 1):
         if n % period == 0 and sparse == sparse[:period] * (n // period):
-            return (Group(0, period, n // period),)
+            return (LayerStack(0, period, n // period),)
     starts = [i for i in range(n) if i == 0 or sparse[i] != sparse[i - 1]]
-    return tuple(Group(a, 1, b - a) for a, b in zip(starts, [*starts[1:], n], strict=True))
+    return tuple(LayerStack(a, 1, b - a) for a, b in zip(starts, [*starts[1:], n], strict=True))
 
 
-def by_period(value: Any, layers: tuple[int, ...], group: Group) -> Any:
-    """A group's part of what is stacked over ``layers``, as [repeats, layers of a period, ...]."""
-    inside = [n for n, i in enumerate(layers) if group.start <= i < group.stop]
+def by_period(value: Any, layers: tuple[int, ...], stack: LayerStack) -> Any:
+    """A stack's part of what is stacked over ``layers``, as [repeats, layers of a period, ...]."""
+    inside = [n for n, i in enumerate(layers) if stack.start <= i < stack.stop]
     part = value if len(inside) == len(layers) else value[inside[0] : inside[-1] + 1]
-    return part.reshape(group.repeats, -1, *value.shape[1:])
+    return part.reshape(stack.repeats, -1, *value.shape[1:])
 
 
-def of_period(config: ModelConfig, group: Group) -> Iterator[dict[str, int]]:
+def of_period(config: ModelConfig, stack: LayerStack) -> Iterator[dict[str, int]]:
     """For each layer of a period: the names that it has, with their place in `by_period`."""
     specs = layer_table(config)
-    for i in range(group.start, group.start + group.period):
+    for i in range(stack.start, stack.start + stack.period):
         yield {
-            name: sum(group.start <= j < i for j in spec.layers)
+            name: sum(stack.start <= j < i for j in spec.layers)
             for name, spec in specs.items()
             if i in spec.layers
         }
@@ -220,7 +220,7 @@ def head_weight(params: Any) -> jax.Array:
     return params.get("head", params["embed"])
 
 
-def specs(config: ModelConfig, column: int = sharding.TRAINING) -> Any:
+def partition_specs(config: ModelConfig, column: int = sharding.TRAINING) -> Any:
     """Where the parameters lie on a mesh, by a column of `sharding.TABLE`."""
     return _map(lambda s: sharding.spec(*s.axes, column=column), table(config))
 
@@ -232,7 +232,7 @@ def shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
       ValueError: a dimension that does not divide, naming parameter, axis and sizes.
     """
     sharding.check(mesh, dimensions(config))
-    return sharding.shardings(mesh, specs(config))
+    return sharding.shardings(mesh, partition_specs(config))
 
 
 def dimensions(config: ModelConfig) -> list[sharding.Dimension]:
@@ -249,25 +249,29 @@ def dimensions(config: ModelConfig) -> list[sharding.Dimension]:
 UNCAST = ("attn_norm", "mlp_norm", "final_norm", "router")
 
 
-def fetched(weights: dict[str, Any], described: dict[str, Spec], config: ModelConfig) -> Any:
+def all_gather(weights: dict[str, Any], described: dict[str, Spec], config: ModelConfig) -> Any:
     """The parameters from their parts along `fsdp`, in the dtype in which they are used."""
 
     def whole(name, value):
-        axes = () if name == "layers" else described[name].axes  # those are fetched one by one
+        axes = () if name == "layers" else described[name].axes  # those are gathered one by one
         dtype = value.dtype if name in UNCAST else config.compute_dtype
-        return collectives.fetch(value, axes.index("embed"), dtype) if "embed" in axes else value
+        return (
+            collectives.all_gather_param(value, axes.index("embed"), dtype)
+            if "embed" in axes
+            else value
+        )
 
     return {name: whole(name, value) for name, value in weights.items()}
 
 
-def summed(grads: Any, config: ModelConfig) -> Any:
+def psum_gradients(grads: Any, config: ModelConfig) -> Any:
     """Gradients of each device's rows, added up: over the axes that do not split the parameter."""
     leaves, treedef = jax.tree.flatten(grads)
     over: dict[tuple, list[int]] = {}
-    for i, spec in enumerate(jax.tree.leaves(specs(config))):
+    for i, spec in enumerate(jax.tree.leaves(partition_specs(config))):
         own = {a for part in spec if part for a in ((part,) if isinstance(part, str) else part)}
         over.setdefault(tuple(a for a in sharding.ROWS if a not in own), []).append(i)
     for axes, at in over.items():
-        for i, value in zip(at, collectives.total([leaves[i] for i in at], axes), strict=True):
+        for i, value in zip(at, collectives.psum([leaves[i] for i in at], axes), strict=True):
             leaves[i] = value
     return treedef.unflatten(leaves)

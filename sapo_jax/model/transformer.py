@@ -55,20 +55,20 @@ def layer(
     """
     dtype, eps = jnp.dtype(config.compute_dtype), config.rms_norm_eps
     w = {name: value.astype(dtype) for name, value in weights.items()}
-    h = collectives.enter(rms_norm(x_XD, weights["attn_norm"], eps))
+    h = collectives.copy_to_tensor(rms_norm(x_XD, weights["attn_norm"], eps))
     q, k, v = (_project(w, name, h) for name in ("q", "k", "v"))
     if "q_norm" in weights:
-        scales = (collectives.enter(weights[name]) for name in ("q_norm", "k_norm"))
+        scales = (collectives.copy_to_tensor(weights[name]) for name in ("q_norm", "k_norm"))
         q, k = (rms_norm(y, scale, eps) for y, scale in zip((q, k), scales, strict=True))
     q, k = attention.rotate(q, rope), attention.rotate(k, rope)
-    x_XD = x_XD + _biased(w, "o", collectives.leave(dense(attend(q, k, v), w["o"], 2)))
+    x_XD = x_XD + _biased(w, "o", collectives.reduce_from_tensor(dense(attend(q, k, v), w["o"], 2)))
     h = rms_norm(x_XD, weights["mlp_norm"], eps)
     if "router" in weights:
         routing = moe.route(h, weights["router"], config, replay_Xk)
         return x_XD + moe.experts(w, config, h, routing), routing
-    h = collectives.enter(h)
+    h = collectives.copy_to_tensor(h)
     inner = jax.nn.silu(dense(h, w["gate"])) * dense(h, w["up"])
-    return x_XD + collectives.leave(dense(inner, w["down"])), None
+    return x_XD + collectives.reduce_from_tensor(dense(inner, w["down"])), None
 
 
 def embed(params: Any, config: ModelConfig, tokens: jax.Array) -> jax.Array:
@@ -88,7 +88,7 @@ def recomputed(step: Callable, remat: bool) -> Callable:
     kept = policies.save_only_these_names(splash.SAVED)
     if remat:
         return jax.checkpoint(step, policy=kept)
-    if collectives.size("fsdp") > 1:
+    if collectives.axis_size("fsdp") > 1:
         dots = policies.save_from_both_policies(policies.checkpoint_dots, kept)
         return jax.checkpoint(step, policy=dots)
     return step
@@ -121,16 +121,16 @@ def hidden_routing(
     def attend(q, k, v):
         return attention.causal(q, k, v, segments_BS, config.attention)
 
-    def visit(group):
-        places = list(params.of_period(config, group))
-        routed = [i in sparse for i in range(group.start, group.start + group.period)]
+    def visit(stack):
+        places = list(params.of_period(config, stack))
+        routed = [i in sparse for i in range(stack.start, stack.start + stack.period)]
 
         def step(x_BSD, inputs):
             stacked, replayed = inputs
             summaries = []
             for place, is_sparse in zip(places, routed, strict=True):
                 w = {name: stacked[name][at] for name, at in place.items()}
-                w = params.fetched(w, specs, config)
+                w = params.all_gather(w, specs, config)
                 experts = replayed[len(summaries)] if is_sparse and replayed is not None else None
                 x_BSD, routing = layer(w, config, x_BSD, rope, attend, experts)
                 if is_sparse:
@@ -142,15 +142,15 @@ def hidden_routing(
 
     specs = params.layer_table(config)
     x_BSD, collected = embed(weights, config, tokens_BS), []
-    for group in params.groups(config):
-        names = {name for place in params.of_period(config, group) for name in place}
+    for stack in params.layer_stacks(config):
+        names = dict.fromkeys(name for place in params.of_period(config, stack) for name in place)
         stacked = {
-            name: params.by_period(weights["layers"][name], specs[name].layers, group)
+            name: params.by_period(weights["layers"][name], specs[name].layers, stack)
             for name in names
         }
         has_router = "router" in names and replay is not None
-        replayed = params.by_period(replay, sparse, group) if has_router else None
-        x_BSD, out = jax.lax.scan(visit(group), x_BSD, (stacked, replayed))
+        replayed = params.by_period(replay, sparse, stack) if has_router else None
+        x_BSD, out = jax.lax.scan(visit(stack), x_BSD, (stacked, replayed))
         if out is not None:
             collected.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out))
     routing = jax.tree.map(lambda *x: jnp.concatenate(x), *collected) if collected else None

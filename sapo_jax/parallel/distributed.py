@@ -148,7 +148,7 @@ def preemption() -> Iterator[Preemption]:
         signal.signal(signal.SIGTERM, before)
 
 
-def gather(value: np.ndarray) -> np.ndarray:
+def all_gather(value: np.ndarray) -> np.ndarray:
     """The values of all processes, [processes, …]; every process must ask."""
     if jax.process_count() == 1:
         return np.asarray(value)[None]
@@ -157,12 +157,12 @@ def gather(value: np.ndarray) -> np.ndarray:
 
 def any_process(flag: bool) -> bool:
     """Whether the flag is set in any process: all of them take the same branch."""
-    return bool(gather(np.array(flag)).any())
+    return bool(all_gather(np.array(flag)).any())
 
 
-def of_first(value: int | None) -> int | None:
+def broadcast_from_first(value: int | None) -> int | None:
     """What process 0 says; None or a number ≥ 0."""
-    first = int(gather(np.int32(-1 if value is None else value))[0])
+    first = int(all_gather(np.int32(-1 if value is None else value))[0])
     return None if first < 0 else first
 
 

@@ -1,7 +1,7 @@
 """Meshes, and the one table from logical axes to mesh axes.
 
 Rows (of a batch, slots of a rollout) are split over `ROWS`; a row is never split. Programs run
-under `split`: each device sees its part of the arrays, and what crosses devices is written out
+under `shard_map`: each device sees its part of the arrays, and what crosses devices is written out
 (see `collectives`).
 """
 
@@ -200,7 +200,7 @@ def constrain(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, shardings(mesh, specs))
 
 
-def split(function: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable:
+def shard_map(function: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable:
     """The function for each device's part of its arguments; as it is where there is no mesh."""
     if mesh is None:
         return function
@@ -209,7 +209,7 @@ def split(function: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) 
     )
 
 
-def feed(tree: Any, mesh: Mesh | None, partition: PartitionSpec | None = None) -> Any:
+def place(tree: Any, mesh: Mesh | None, partition: PartitionSpec | None = None) -> Any:
     """Place arrays of the host on a mesh, split by rows or by another spec; no mesh: as they are.
 
     Every process has whole arrays and places the parts of its own devices only.
@@ -218,13 +218,13 @@ def feed(tree: Any, mesh: Mesh | None, partition: PartitionSpec | None = None) -
         return tree
     sharding = named(mesh, spec("rows") if partition is None else partition)
 
-    def place(x):
+    def placed(x):
         if isinstance(x, jax.Array) and (jax.process_count() == 1 or not x.is_fully_addressable):
             return jax.device_put(x, sharding)
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(placed, tree)
 
 
 @partial(jax.jit, static_argnames="mesh")
@@ -232,7 +232,7 @@ def _whole(tree: Any, mesh: Mesh) -> Any:
     return constrain(tree, mesh, PartitionSpec())
 
 
-def fetch(tree: Any) -> Any:
+def to_host(tree: Any) -> Any:
     """Whole arrays on the host, of every process: for what is small, such as a number a row."""
     mesh = None if jax.process_count() == 1 else mesh_of(tree)
     return jax.device_get(tree if mesh is None else _whole(tree, mesh))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -16,10 +16,11 @@ from sapo_jax.preflight.hlo import (
     Computation,
     Executed,
     Instruction,
-    Program,
+    Module,
     arrays,
     dimensions,
     executed,
+    root,
     size,
 )
 
@@ -110,19 +111,19 @@ def _convolution(instruction: Instruction, computation: Computation) -> int:
 
 
 def flops(
-    program: Program, *, unknown: int = 1, kernels: Mapping[str, Kernel] | None = None
+    module: Module, *, unknown: int = 1, kernels: Mapping[str, Kernel] | None = None
 ) -> float:
     """Executed FLOPs of matmuls, convolutions and kernels, on one device.
 
     A multiplication and its addition are 2; what is not a matmul counts nothing.
 
     Args:
-      program: from `hlo.parse`.
+      module: from `hlo.parse`.
       unknown: turns of a loop whose number is known at run time only.
       kernels: FLOPs of custom calls, by how their names start.
     """
     total = 0.0
-    for e in executed(program, unknown=unknown):
+    for e in executed(module, unknown=unknown):
         if e.instruction.opcode == "dot":
             total += e.times * _dot(e.instruction, e.computation)
         elif e.instruction.opcode == "convolution":
@@ -134,14 +135,14 @@ def flops(
     return total
 
 
-def collectives(program: Program, *, unknown: int = 1) -> list[Collective]:
+def collectives(module: Module, *, unknown: int = 1) -> list[Collective]:
     """Everything that moves between devices, in the order of the text.
 
     TPU's fusion of an all-reduce and the slice that each device keeps is a reduce-scatter. A
     collective that runs next to several matmuls, a piece in the fusion of each, counts once.
     """
     found, chains = [], set()
-    for e in executed(program, unknown=unknown):
+    for e in executed(module, unknown=unknown):
         kind = e.instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
@@ -160,14 +161,14 @@ def collectives(program: Program, *, unknown: int = 1) -> list[Collective]:
     return found
 
 
-def buffers(program: Program) -> list[Buffer]:
+def buffers(module: Module) -> list[Buffer]:
     """The arrays that the program writes to main memory, largest first, one of each shape.
 
     What is inside a fusion never exists there. Several may share their memory. Of what is started
     and done, the end counts: the start names what it takes, too.
     """
     found: dict[str, Buffer] = {}
-    for e in executed(program, fused=False):
+    for e in executed(module, fused=False):
         if e.instruction.opcode in NOTHING_NEW or e.instruction.opcode.endswith("-start"):
             continue
         for dtype, dims, layout in arrays(e.instruction.shape):
@@ -194,52 +195,43 @@ def _touched(name: str, computation: Computation, whole: int) -> int:
     return min(total, whole)
 
 
-def _written(root: Instruction, computation: Computation) -> int:
-    while root.opcode in ("bitcast", "reshape"):
-        root = computation[root.operands[0]]
-    if root.opcode == "dynamic-update-slice":
-        return size(computation[root.operands[1]].shape)
-    if root.opcode == "tuple":
-        return sum(_written(computation[name], computation) for name in root.operands)
-    return size(root.shape, on_chip=False)
+def _written(end: Instruction, computation: Computation) -> int:
+    while end.opcode in ("bitcast", "reshape"):
+        end = computation[end.operands[0]]
+    if end.opcode == "dynamic-update-slice":
+        return size(computation[end.operands[1]].shape)
+    if end.opcode == "tuple":
+        return sum(_written(computation[name], computation) for name in end.operands)
+    return size(end.shape, on_chip=False)
 
 
-def _moved(program: Program, e: Executed) -> Iterator[int]:
-    instruction, computation = e.instruction, e.computation
-    if instruction.opcode == "fusion":
-        inner = program.computations[instruction.called[0]]
-        parameters = {int(i.literal): i.name for i in inner.values() if i.opcode == "parameter"}
-        for at, name in enumerate(instruction.operands):
-            whole = size(computation[name].shape, on_chip=False)
-            yield _touched(parameters[at], inner, whole) if whole else 0
-        if size(instruction.shape, on_chip=False):
-            yield min(
-                size(instruction.shape, on_chip=False),
-                _written(next(i for i in inner.values() if i.root), inner),
-            )
-        return
-    if instruction.opcode == "dynamic-update-slice":
-        yield 2 * size(computation[instruction.operands[1]].shape)
-        return
-    if instruction.opcode in ("slice", "dynamic-slice", "gather"):
-        yield size(instruction.shape) + size(instruction.shape, on_chip=False)
-        return
-    if instruction.opcode == "slice-start":  # it returns what it takes, too
-        yield size(instruction.shape) - size(computation[instruction.operands[0]].shape)
-        return
-    if not instruction.opcode.endswith("-done"):
-        yield sum(size(computation[name].shape, on_chip=False) for name in instruction.operands)
-    if not instruction.opcode.endswith("-start"):
-        yield size(instruction.shape, on_chip=False)
+def _moved(module: Module, e: Executed) -> int:
+    """Bytes that one run of an instruction reads and writes."""
+    i = e.instruction
+    result = size(i.shape, on_chip=False)
+    given = [size(e.computation[name].shape, on_chip=False) for name in i.operands]
+    if i.opcode == "fusion":
+        inner = module.computations[i.called[0]]
+        names = {int(p.literal): p.name for p in inner.values() if p.opcode == "parameter"}
+        read = sum(_touched(names[n], inner, whole) for n, whole in enumerate(given) if whole)
+        return read + (result and min(result, _written(root(inner), inner)))
+    if i.opcode == "dynamic-update-slice":
+        return 2 * size(e.computation[i.operands[1]].shape)
+    if i.opcode in ("slice", "dynamic-slice", "gather"):
+        return size(i.shape) + result
+    if i.opcode == "slice-start":  # it returns what it takes, too
+        return size(i.shape) - size(e.computation[i.operands[0]].shape)
+    read = 0 if i.opcode.endswith("-done") else sum(given)
+    return read + (0 if i.opcode.endswith("-start") else result)
 
 
-def memory_bytes(program: Program, *, unknown: int = 1) -> int:
+def memory_bytes(module: Module, *, unknown: int = 1) -> int:
     """Bytes read from and written to a device's main memory, if nothing stays on the chip.
 
     Of what an instruction slices, the slice counts; of what it updates in place, the update.
     """
     return sum(
-        e.times * sum(_moved(program, e))
-        for e in executed(program, unknown=unknown, fused=False)
+        e.times * _moved(module, e)
+        for e in executed(module, unknown=unknown, fused=False)
         if e.instruction.opcode not in NOTHING_NEW
     )

@@ -135,7 +135,7 @@ def checks(settings: Settings, results: Sequence[dict[str, Any]], hbm: float) ->
     """Every demand, with what was measured."""
     found = []
     drawn = settings.plan.slots[0] * settings.config["batch"]["group_size"]
-    logits = max(settings.hp.head_chunk, drawn // sharding.parts(settings.mesh))
+    logits = max(settings.hp.static.head_chunk, drawn // sharding.parts(settings.mesh))
     for r in results:
         name = r["program"]
         total = r["memory"]["total"] / GIB

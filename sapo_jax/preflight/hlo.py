@@ -47,7 +47,7 @@ Computation = Mapping[str, Instruction]
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class Module:
     """The computations of a module by name."""
 
     computations: Mapping[str, Computation]
@@ -113,8 +113,8 @@ def _instruction(line: str) -> Instruction | None:
     )  # fmt: skip
 
 
-def parse(text: str) -> Program:
-    """The program of ``compiled.as_text()``."""
+def parse(text: str) -> Module:
+    """The module of ``compiled.as_text()``."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current, last = "", {}, None
     for line in text.splitlines():
@@ -128,14 +128,15 @@ def parse(text: str) -> Program:
             last = current[last.name] = dataclasses.replace(last, rest=last.rest + line)
     if not entry:
         raise ValueError("no ENTRY computation: not the text of a compiled program")
-    return Program(computations, entry)
+    return Module(computations, entry)
 
 
-def _root(computation: Computation) -> Instruction:
+def root(computation: Computation) -> Instruction:
+    """The instruction whose value a computation returns."""
     return next(i for i in computation.values() if i.root)
 
 
-def _constant(program: Program, computation: Computation, name: str) -> int | None:
+def _constant(computation: Computation, name: str) -> int | None:
     """The value of a scalar that is a constant but for copies; None if it is computed."""
     while (found := computation.get(name)) is not None:
         if found.opcode == "constant":
@@ -146,11 +147,13 @@ def _constant(program: Program, computation: Computation, name: str) -> int | No
     return None
 
 
-def _carried(loop: Instruction, computation: Computation, body: Computation, name: str):
-    """(index in the carry, instruction that starts it) of a value of a loop's computation."""
-    found = body.get(name)
+def _carried(
+    loop: Instruction, computation: Computation, inside: Computation, name: str
+) -> tuple[int | None, str | None]:
+    """(index in the carry, instruction that starts it) of a value inside of a loop."""
+    found = inside.get(name)
     while found is not None and found.opcode in ("copy", "bitcast", "convert"):
-        found = body.get(found.operands[0])
+        found = inside.get(found.operands[0])
     if found is None or found.opcode != "get-tuple-element":
         return None, None
     index = int(re.search(r"index=(\d+)", found.rest)[1])
@@ -158,64 +161,67 @@ def _carried(loop: Instruction, computation: Computation, body: Computation, nam
     return index, start.operands[index] if start is not None and start.opcode == "tuple" else None
 
 
-def _compared(program: Program, condition: Computation) -> tuple[Instruction, list[str]] | None:
-    """The comparison that ends a loop, and its two operands as names of the condition."""
-    root = _root(condition)
-    if root.opcode == "compare":
-        return root, list(root.operands)
-    if root.opcode != "fusion":
-        return None
-    inner = program.computations[root.called[0]]
-    compare = _root(inner)
-    if compare.opcode != "compare":
-        return None
-    names = []
-    for operand in compare.operands:
-        if inner[operand].opcode != "parameter":
-            return None
-        names.append(root.operands[int(inner[operand].literal)])
-    return compare, names
+def _less_than(module: Module, condition: Computation) -> tuple[str, ...]:
+    """The names of a and b in a loop's condition a < b, or () where it is another one."""
+    compare = end = root(condition)
+    if end.opcode == "fusion":
+        compare = root(inner := module.computations[end.called[0]])
+    if compare.opcode != "compare" or "direction=LT" not in compare.rest:
+        return ()
+    if compare is end:
+        return end.operands
+    inputs = [inner[name] for name in compare.operands]
+    if any(i.opcode != "parameter" for i in inputs):
+        return ()
+    return tuple(end.operands[int(i.literal)] for i in inputs)
 
 
-def trips(program: Program, loop: Instruction, computation: Computation) -> int | None:
-    """How often a loop turns; None if that is known at run time only."""
+def trips(module: Module, loop: Instruction, computation: Computation) -> int | None:
+    """How often a loop turns; None if that is known at run time only.
+
+    XLA notes the number on the CPU. For TPU it does not: there it is read off a condition
+    i < n, where i is carried and grows by 1, and i's start and n are constants (n may be carried).
+    """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])
-    condition = program.computations[re.search(r"condition=%?([\w.-]+)", loop.rest)[1]]
-    body = program.computations[re.search(r"body=%?([\w.-]+)", loop.rest)[1]]
-    found = _compared(program, condition)
-    if found is None or "direction=LT" not in found[0].rest:
-        return None
+    condition, body = (
+        module.computations[re.search(rf"{kind}=%?([\w.-]+)", loop.rest)[1]]
+        for kind in ("condition", "body")
+    )
     values = []
-    for name in found[1]:
-        value = _constant(program, condition, name)
+    for name in _less_than(module, condition):
+        value = _constant(condition, name)
         index, start = _carried(loop, computation, condition, name)
         if value is None and start is not None:
-            value = _constant(program, computation, start)
+            value = _constant(computation, start)
         values.append((value, index))
+    if not values:
+        return None
     (first, counter), (last, _) = values
-    if first is None or last is None or counter is None or not _counts_up(program, body, counter):
+    if first is None or last is None or counter is None or not _counts_up(module, body, counter):
         return None
     return max(0, last - first)
 
 
-def _counts_up(program: Program, body: Computation, index: int) -> bool:
+def _counts_up(module: Module, body: Computation, index: int) -> bool:
     """Whether a loop's body adds 1 to an entry of its carry."""
-    root = _root(body)
-    step = body.get(root.operands[index]) if root.opcode == "tuple" else None
+    end = root(body)
+    step = body.get(end.operands[index]) if end.opcode == "tuple" else None
     if step is not None and step.opcode == "fusion":
-        inner = program.computations[step.called[0]]
-        step, body = _root(inner), inner
-    if step is None or step.opcode != "add":
-        return False
-    return 1 in [_constant(program, body, name) for name in step.operands]
+        body = module.computations[step.called[0]]
+        step = root(body)
+    return (
+        step is not None
+        and step.opcode == "add"
+        and 1 in (_constant(body, name) for name in step.operands)
+    )
 
 
-def executed(program: Program, *, unknown: int = 1, fused: bool = True) -> Iterator[Executed]:
+def executed(module: Module, *, unknown: int = 1, fused: bool = True) -> Iterator[Executed]:
     """Every instruction with how often it runs.
 
     Args:
-      program: from `parse`.
+      module: from `parse`.
       unknown: turns of a loop whose number is known at run time only.
       fused: go into fusions; without, a fusion is one instruction.
 
@@ -223,23 +229,23 @@ def executed(program: Program, *, unknown: int = 1, fused: bool = True) -> Itera
     """
 
     def visit(name: str, times: int, loops: tuple[int, ...]) -> Iterator[Executed]:
-        computation = program.computations[name]
+        computation = module.computations[name]
         for instruction in computation.values():
             yield Executed(instruction, computation, name, times, loops)
             inside, path = times, loops
             if instruction.opcode == "while":
-                count = trips(program, instruction, computation)
+                count = trips(module, instruction, computation)
                 count = unknown if count is None else count
                 inside, path = times * count, (*loops, count)
             if instruction.opcode != "fusion" or fused:
                 for called in instruction.called:
                     yield from visit(called, inside, path)
 
-    yield from visit(program.entry, 1, ())
+    yield from visit(module.entry, 1, ())
 
 
-def turn(program: Program) -> Program:
-    """One turn of the first loop that the program comes to, without what is around it."""
-    loops = (e.instruction for e in executed(program) if e.instruction.opcode == "while")
+def turn(module: Module) -> Module:
+    """One turn of the first loop that the module comes to, without what is around it."""
+    loops = (e.instruction for e in executed(module) if e.instruction.opcode == "while")
     body = re.search(r"body=%?([\w.-]+)", next(loops).rest)[1]
-    return dataclasses.replace(program, entry=body)
+    return dataclasses.replace(module, entry=body)

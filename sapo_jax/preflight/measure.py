@@ -78,8 +78,8 @@ def kernels(checked: settings.Settings, program: Program) -> dict[str, costs.Ker
 
 def _moved(checked: settings.Settings, name: str, found: list[costs.Collective]) -> list[dict]:
     """Collectives by kind, inside and outside of the loop over layers."""
-    repeats = {group.repeats for group in params.groups(checked.model)}
-    around = int(name in ("score", "update") and checked.hp.micro_batches > 1)
+    repeats = {stack.repeats for stack in params.layer_stacks(checked.model)}
+    around = int(name in ("score", "update") and checked.hp.static.micro_batches > 1)
     rows: dict[tuple, dict] = {}
     for c in found:
         inside = len(c.loops) > around and c.loops[around] in repeats

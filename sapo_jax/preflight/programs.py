@@ -70,7 +70,7 @@ def placed(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
 
 
 def fed(tree: Any, mesh: Mesh | None) -> Any:
-    """Abstract values that come from the host: split by rows, or as they are (`sharding.feed`)."""
+    """Abstract values that come from the host: split by rows, or as they are (`sharding.place`)."""
     return tree if mesh is None else placed(tree, mesh, ROWS)
 
 
@@ -161,7 +161,9 @@ def _head_flops(settings: Settings) -> int:
 
 def _abstract_state(settings: Settings) -> TrainState:
     """The learner's state, and on one device its place."""
-    return placed(learner.abstract(settings.hp), settings.mesh, learner.specs(settings.hp))
+    return placed(
+        learner.abstract(settings.hp), settings.mesh, learner.partition_specs(settings.hp)
+    )
 
 
 def _reference(settings: Settings) -> dict[str, Any]:
@@ -181,11 +183,11 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
     t = settings.max_new_tokens
     forward = rows * s * (_layer_flops(settings) + _attention_flops(settings, s / 2))
     forward += rows * t * _head_flops(settings)
-    micro_rows = rows // hp.micro_batches // sharding.parts(settings.mesh)
-    common = {"tokens": rows // hp.micro_batches * s,
-              "turns": -(-micro_rows * t // hp.head_chunk)}  # fmt: skip
+    micro_rows = rows // hp.static.micro_batches // sharding.parts(settings.mesh)
+    common = {"tokens": rows // hp.static.micro_batches * s,
+              "turns": -(-micro_rows * t // hp.static.head_chunk)}  # fmt: skip
     weights, optimizer = {"parameters": state.params}, {"optimizer": state.opt_state}
-    score = learner.score_routing if hp.routing_replay == "R2" else learner.score
+    score = learner.score_routing if hp.static.routing_replay == "R2" else learner.score
     recompute = settings.config["learner"]["old_logp"] == "recompute"
     scored = options["minibatches"] * options["oversample"]
     # The rollout and its minibatches are there while one is scored; in an update, minibatches are.

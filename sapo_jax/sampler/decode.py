@@ -75,11 +75,11 @@ def empty(
     """Q empty slots, with a completion cache of ``size`` and results for P prompts."""
     parts = sharding.parts(mesh)
     local = partial(_empty, config, slots // parts, size, prompts // parts, width, group, t)
-    return sharding.split(local, mesh, (), specs())()
+    return sharding.shard_map(local, mesh, (), specs())()
 
 
 def _empty(config: ModelConfig, q: int, size: int, prompts: int, width: int, group: int, t: int):
-    kv, d = config.num_key_value_heads // collectives.size("tensor"), config.head_dim
+    kv, d = config.num_key_value_heads // collectives.axis_size("tensor"), config.head_dim
 
     def pair(*shape):
         return tuple(jnp.zeros(shape, config.cache_dtype) for _ in range(2))
@@ -153,7 +153,7 @@ def fill_slots(
     local = partial(_fill_slots, config, truncate)
     in_specs = (handover.specs(config), ROWS, WHOLE, WHOLE, specs(), ROWS, ROWS)
     arguments = (weights, prompts, base, controls, state, slot_F, prompt_F)
-    return sharding.split(local, mesh, in_specs, specs())(*arguments)
+    return sharding.shard_map(local, mesh, in_specs, specs())(*arguments)
 
 
 def _fill_slots(config, truncate, weights, prompts, base, controls, state, slot_F, prompt_F):
@@ -281,13 +281,13 @@ def decode(weights, config, controls, state, until, enough_n, quorum, *, truncat
     local = partial(_decode, config, truncate)
     in_specs = (handover.specs(config), WHOLE, specs(), WHOLE, ROWS, WHOLE)
     arguments = (weights, controls, state, until, enough_n, quorum)
-    return sharding.split(local, mesh, in_specs, (specs(), WHOLE))(*arguments)
+    return sharding.shard_map(local, mesh, in_specs, (specs(), WHOLE))(*arguments)
 
 
 def _decode(config, truncate, weights, controls, state, until, enough_1, quorum):
     def agree(s):
         finished = jnp.sum(jnp.all(s.done, -1))
-        return collectives.total((finished >= enough_1[0]).astype(jnp.int32), sharding.ROWS)
+        return collectives.psum((finished >= enough_1[0]).astype(jnp.int32), sharding.ROWS)
 
     def go_on(carry):
         s, agreed = carry
@@ -298,7 +298,7 @@ def _decode(config, truncate, weights, controls, state, until, enough_1, quorum)
         return s, agree(s)
 
     state, _ = jax.lax.while_loop(go_on, advance, (state, agree(state)))
-    return state, collectives.gather(jnp.all(state.done, -1), sharding.ROWS)
+    return state, collectives.all_gather(jnp.all(state.done, -1), sharding.ROWS)
 
 
 @partial(jax.jit, static_argnames=("size", "mesh"))
@@ -319,7 +319,7 @@ def take(state: Decoding, slots: jax.Array, mesh: Mesh | None = None) -> Decodin
         kept = {name: jax.tree.map(lambda x: x[slots], getattr(state, name)) for name in names}
         return state.replace(**kept)
 
-    return sharding.split(local, mesh, (specs(), ROWS), specs())(state, slots)
+    return sharding.shard_map(local, mesh, (specs(), ROWS), specs())(state, slots)
 
 
 @partial(jax.jit, static_argnames="mesh")
@@ -331,7 +331,7 @@ def completions(
     def local(results, prompt_Q):
         return jax.tree.map(lambda x: x[prompt_Q], results)
 
-    return sharding.split(local, mesh, ROWS, ROWS)(results, prompt_Q)
+    return sharding.shard_map(local, mesh, ROWS, ROWS)(results, prompt_Q)
 
 
 def prefill(

@@ -19,7 +19,7 @@ def assemble(
 ) -> Rollout:
     """The rows of what `decoding` has written for each prompt; the last of each part is dropped."""
     rows, whole = sharding.spec("rows"), PartitionSpec()
-    local = sharding.split(partial(_assemble, config), mesh, (rows, rows, whole, rows), rows)
+    local = sharding.shard_map(partial(_assemble, config), mesh, (rows, rows, whole, rows), rows)
     return local(results, prompts, iteration, routing)
 
 

@@ -133,7 +133,7 @@ def rollout(
     p, width = prompts.tokens.shape
     mesh = sharding.mesh_of(params)
     plan = _checked(plan, p, max_new_tokens, mesh)
-    prompts = sharding.feed(prompts, mesh)
+    prompts = sharding.place(prompts, mesh)
     controls = sampling.controls(temperature, top_k, top_p)
     weights = to_sampler(params, config)
     base = decoding.base_key(np.uint32(seed), domain, np.int32(iteration))
@@ -173,7 +173,7 @@ def _run(plan: Plan, state: Decoding, total: int, mesh, prefill, decode, on_grou
     while True:
         while (count_n := scheduler.fillable(idle_nQ, own - waiting_n, plan.refill // parts)).any():
             slot_nF, prompt_nF = scheduler.fill(plan, parts, own, idle_nQ, waiting_n, count_n)
-            arguments = (sharding.feed(x.ravel(), mesh) for x in (slot_nF, prompt_nF))
+            arguments = (sharding.place(x.ravel(), mesh) for x in (slot_nF, prompt_nF))
             state = prefill(state, *arguments)
             part, at = np.nonzero(slot_nF < slots[0])
             prompt_nQ[part, slot_nF[part, at]] = prompt_nF[part, at]
@@ -186,7 +186,7 @@ def _run(plan: Plan, state: Decoding, total: int, mesh, prefill, decode, on_grou
         while done and level + 1 < len(slots) and (~idle_nQ).sum(-1).max() <= slots[level + 1]:
             level += 1
             order_nQ = np.argsort(idle_nQ, axis=-1, kind="stable")[:, : slots[level]]
-            order = sharding.feed(order_nQ.astype(np.int32).ravel(), mesh)
+            order = sharding.place(order_nQ.astype(np.int32).ravel(), mesh)
             state = decoding.take(state, order, mesh)
             idle_nQ, prompt_nQ = (np.take_along_axis(x, order_nQ, -1) for x in (idle_nQ, prompt_nQ))
         if clock >= plan.cache[size] and size + 1 < len(plan.cache):
@@ -199,7 +199,7 @@ def _run(plan: Plan, state: Decoding, total: int, mesh, prefill, decode, on_grou
         need_n = np.full(parts, slots[level] - smaller) if done else need_n
         waiting, reports = (waiting_n < own).sum(), on_groups is not None
         enough_n, quorum = scheduler.until(idle_nQ, need_n, waiting, slots[0], reports)
-        enough = sharding.feed(enough_n, mesh)
+        enough = sharding.place(enough_n, mesh)
         state, idle = decode(state, np.int32(until), enough, quorum)
         report()  # what had finished before, while the device decodes
         clock, idle = jax.device_get((state.clock, idle))
@@ -218,7 +218,7 @@ def _nothing() -> None:
 
 def _completions(state: Decoding, prompt_nQ: np.ndarray, mesh: Mesh | None) -> Any:
     """What has been recorded of some prompts of each part, still on the device."""
-    index = sharding.feed(prompt_nQ.astype(np.int32).ravel(), mesh)
+    index = sharding.place(prompt_nQ.astype(np.int32).ravel(), mesh)
     return decoding.completions((state.tokens, state.count, state.finished), index, mesh)
 
 
@@ -237,17 +237,17 @@ def _compile_all(
 ) -> Decoding:
     """Run every program once on empty slots: it compiles, and there is nothing to compute."""
     zero, parts = np.int32(0), sharding.parts(mesh)
-    zeros = sharding.feed(np.zeros(parts, np.int32), mesh)
+    zeros = sharding.place(np.zeros(parts, np.int32), mesh)
 
     def keep(level):
         order = np.tile(np.arange(plan.slots[level] // parts, dtype=np.int32), parts)
-        return decoding.take(state, sharding.feed(order, mesh), mesh)
+        return decoding.take(state, sharding.place(order, mesh), mesh)
 
     _completions(state, np.full((parts, plan.slots[0] // parts), total // parts), mesh)
     report(f"prefill of {plan.refill} prompts")
     none, idle = np.zeros(parts, int), np.ones((parts, plan.slots[0] // parts), bool)
     nothing = scheduler.fill(plan, parts, total // parts, idle, none, none)
-    state = prefill(state, *(sharding.feed(x.ravel(), mesh) for x in nothing))
+    state = prefill(state, *(sharding.place(x.ravel(), mesh) for x in nothing))
     for level, slots in enumerate(plan.slots):
         last = level + 1 == len(plan.slots)
         smaller = None if last else keep(level + 1)
@@ -269,4 +269,4 @@ def _ends(rollout: Rollout) -> tuple[jax.Array, jax.Array]:
 
 def ends(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of each completion, i32[B], and how it ended, i32[B], in every process."""
-    return sharding.fetch(_ends(rollout))
+    return sharding.to_host(_ends(rollout))

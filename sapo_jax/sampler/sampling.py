@@ -87,7 +87,7 @@ def _gumbel_max_split(key: jax.Array, logits_V: jax.Array, noise: jax.Array) -> 
     """
     part = logits_V.size
     start = vocab.first(part)
-    count = -(-part * collectives.size("tensor") // BLOCK)
+    count = -(-part * collectives.axis_size("tensor") // BLOCK)
     own = part // BLOCK + 2  # blocks that a part can touch
     padded = jax.lax.dynamic_update_slice(
         jnp.full(own * BLOCK, -jnp.inf), logits_V, (start % BLOCK,)
@@ -97,13 +97,13 @@ def _gumbel_max_split(key: jax.Array, logits_V: jax.Array, noise: jax.Array) -> 
     mass_N = jax.lax.dynamic_update_slice(
         jnp.full(count + own, -jnp.inf), jax.nn.logsumexp(blocks_NB, axis=-1), (start // BLOCK,)
     )[:count]
-    most_N = collectives.largest(mass_N, vocab.TENSOR)
-    mass_N = most_N + jnp.log(collectives.total(jnp.exp(mass_N - most_N), vocab.TENSOR))
+    most_N = collectives.pmax(mass_N, vocab.TENSOR)
+    mass_N = most_N + jnp.log(collectives.psum(jnp.exp(mass_N - most_N), vocab.TENSOR))
     block = jnp.argmax(mass_N + jax.random.gumbel(outer_key, mass_N.shape))
     at = block - start // BLOCK
     mine_B = blocks_NB[jnp.clip(at, 0, own - 1)]
     mine_B = jnp.where((at >= 0) & (at < own), mine_B, -jnp.inf)
-    block_B = collectives.largest(mine_B, vocab.TENSOR)
+    block_B = collectives.pmax(mine_B, vocab.TENSOR)
     inside = jnp.argmax(block_B + jax.random.gumbel(inner_key, (BLOCK,)))
     return jnp.where(noise > 0, block * BLOCK + inside, vocab.argmax(logits_V))
 
@@ -125,7 +125,7 @@ def draw(
     """
     logits_V = logits_V / c.temperature
     key = jax.random.fold_in(row_key, index)
-    devices = collectives.size("tensor")
+    devices = collectives.axis_size("tensor")
     if truncate or devices == 1 or logits_V.size * devices <= BLOCK:
         whole_V = vocab.whole(logits_V)
         token = _gumbel_max(key, _truncate(whole_V, c) if truncate else whole_V, c.noise)

@@ -16,7 +16,7 @@ from sapo_jax.parallel import sharding
 
 def specs(config: ModelConfig) -> Any:
     """Where the sampler's parameters lie: no device keeps parts for others (no `fsdp`)."""
-    top = params.specs(config, sharding.SAMPLER)
+    top = params.partition_specs(config, sharding.SAMPLER)
     layers = [
         {
             name: sharding.spec(*spec.axes, column=sharding.SAMPLER)
@@ -41,7 +41,7 @@ def convert(weights: Any, config: ModelConfig, mesh: Mesh | None = None) -> Any:
 
     converted = jax.tree.map_with_path(cast, weights)
     # Stated before and after the move, so that what travels is cast already.
-    converted = sharding.constrain(converted, mesh, some(params.specs(config)))
+    converted = sharding.constrain(converted, mesh, some(params.partition_specs(config)))
     converted = {**converted, "layers": params.unstack(converted["layers"], config)}
     return sharding.constrain(converted, mesh, some(specs(config)))
 

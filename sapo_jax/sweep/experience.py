@@ -69,9 +69,9 @@ def _scored(
     """As `experience` does for one run."""
     c, hp, method = cohort.lead.config, cohort.hp, cohort.method
     parts = c["batch"]["minibatches"] * c["batch"]["oversample"]
-    minibatches = population.split(live_R, batch, parts=parts, method=method)
+    minibatches = population.split_rows(live_R, batch, parts=parts, method=method)
     score = partial(population.score, live_R, method=method)
-    if hp.routing_replay == "R2":
+    if hp.static.routing_replay == "R2":
         routed = partial(population.score_routing, live_R, params, hp=hp, method=method)
         pairs = [(b, *routed(b)) for b in minibatches]
         minibatches = tuple(b.replace(old_logp=logp, routing=r) for b, logp, r in pairs)

@@ -15,7 +15,6 @@ import numpy as np
 
 from sapo_jax import learner, objectives
 from sapo_jax.learner import Hyperparameters
-from sapo_jax.learner import minibatches as learnable
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.objectives import Objective
 from sapo_jax.sampler import decode, decode_state, sampling
@@ -163,9 +162,9 @@ def rollout(
 
 
 @partial(jax.jit, static_argnames=("method", "parts"))
-def split(live_R: jax.Array, batch: Batch, *, parts: int, method: str) -> tuple[Batch, ...]:
-    """`learnable.split` of R runs."""
-    return over(method, live_R, partial(learnable.split, parts=parts), batch)
+def split_rows(live_R: jax.Array, batch: Batch, *, parts: int, method: str) -> tuple[Batch, ...]:
+    """`learner.split_rows` of R runs."""
+    return over(method, live_R, partial(learner.split_rows, parts=parts), batch)
 
 
 @partial(jax.jit, static_argnames="method")
@@ -196,10 +195,11 @@ def learn_from(
     method: str,
     **static: Any,
 ) -> tuple[tuple[Batch, ...], dict[str, jax.Array]]:
-    """`learnable.take`, then `learnable.learnable`, of R runs."""
+    """`learner.select_rows`, then `learner.make_minibatches`, of R runs."""
 
     def one(scored, rows_B, signal_B, *arguments):
-        return learnable.learnable(learnable.take(scored, rows_B, signal_B), *arguments, **static)
+        batch = learner.select_rows(scored, rows_B, signal_B)
+        return learner.make_minibatches(batch, *arguments, **static)
 
     return over(method, live_R, one, scored, rows_RB, signal_RB, rewards_RB, kl_coef_R, bounds)
 

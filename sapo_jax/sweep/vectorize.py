@@ -56,7 +56,7 @@ def spread(method: str, live_R: jax.Array, function: Callable, *stacked: Any) ->
         return function(method, live_R, *stacked)
     inner = METHOD.get(jax.default_backend(), "map")
     mesh = sharding.run_mesh(len(live_R))
-    return sharding.split(partial(function, inner), mesh, BY_RUN, BY_RUN)(live_R, *stacked)
+    return sharding.shard_map(partial(function, inner), mesh, BY_RUN, BY_RUN)(live_R, *stacked)
 
 
 def over(method: str, live_R: jax.Array, function: Callable, *stacked: Any) -> Any:

@@ -28,7 +28,12 @@ class Example:
 
 
 class Task(Protocol):
-    """What is asked, and how an answer is judged."""
+    """What is asked, and how an answer is judged.
+
+    Threads share it, and processes that read data have copies: nothing in it changes. One that
+    needs processes of its own has the methods ``start()`` and ``close()`` too, which a run calls
+    before its first verdict and at its end.
+    """
 
     @property
     def name(self) -> str:
@@ -36,7 +41,7 @@ class Task(Protocol):
 
     @property
     def alphabet(self) -> str:
-        """The characters of prompts and demonstrations, sorted."""
+        """The characters of prompts and demonstrations, sorted: the tokens of a CharTokenizer."""
 
     @property
     def max_prompt_chars(self) -> int:
@@ -47,14 +52,22 @@ class Task(Protocol):
         """A bound on the length of every demonstration, without the stop token; 0: no bound."""
 
     def examples(self, split: str) -> Sequence[Example]:
-        """The examples of ``"train"`` or ``"test"``: lazy, and the same in any process.
+        """The examples of ``"train"`` or ``"test"``, made or read where they are asked for.
+
+        The same index is the same example in any process, on any machine, after any restart, and
+        no prompt is in both splits: so neither ``hash()`` nor a generator that goes on. `draw` and
+        `GeneratedExamples` see to both.
 
         Raises:
-            ValueError: unknown split.
+          ValueError: unknown split.
         """
 
     def verify(self, example: Example, completion: str) -> float:
-        """Judge a completion: a score in [0, 1]; never raises, never hangs, on any string."""
+        """Judge a completion, without its stop token: from 0, wrong, to 1, right.
+
+        It never raises and never hangs, whatever the policy wrote, and depends on nothing else:
+        not on chance, nor on how busy the machine is. Evaluation counts what has exactly 1.
+        """
 
 
 def make_example(prompt: str, answer: str, demonstration: str) -> Example:
@@ -71,7 +84,7 @@ def check_option(field: str, value: int, low: int, high: int | None = None) -> N
     """Refuse an option of a task that is no integer of [low, high].
 
     Raises:
-        ValueError: naming the field, the value and what is allowed.
+      ValueError: naming the field, the value and what is allowed.
     """
     if isinstance(value, int) and low <= value and (high is None or value <= high):
         return
@@ -83,11 +96,11 @@ def draw(key: str, bounds: Sequence[int]) -> list[int]:
     """Independent uniform integers as a pure function of a key.
 
     Args:
-        key: names the draw; other keys give independent draws.
-        bounds: entry k of the result is uniform in [0, bounds[k]).
+      key: names the draw; other keys give independent draws.
+      bounds: entry k of the result is uniform in [0, bounds[k]).
 
     Returns:
-        One integer per bound.
+      One integer per bound.
     """
     size = math.prod(bounds).bit_length() // 8 + 9  # 64 spare bits make the modulo bias negligible
     state = int.from_bytes(hashlib.shake_256(key.encode()).digest(size), "little")
@@ -106,11 +119,11 @@ class GeneratedExamples(Sequence[Example]):
     ``generate("split/i/1")``, …: no example depends on another, and no prompt is in two splits.
 
     Args:
-        split: "train" or "test".
-        generate: a pure function from a key to an example, or to None where the key gives none.
+      split: "train" or "test".
+      generate: a pure function from a key to an example, or to None where the key gives none.
 
     Raises:
-        ValueError: unknown split.
+      ValueError: unknown split.
     """
 
     split: str

@@ -22,13 +22,13 @@ class ChainSum:
     step is another number, and the chain goes on from there. Answers are always right.
 
     Args:
-        terms: operands of a problem, at least 2.
-        digits: digits of the largest operand, 1 to 3.
-        modulus: at least 2.
-        slip: probability of a wrong step in a demonstration, in [0, 1).
+      terms: operands of a problem, at least 2.
+      digits: digits of the largest operand, 1 to 3.
+      modulus: at least 2.
+      slip: probability of a wrong step in a demonstration, in [0, 1).
 
     Raises:
-        ValueError: an option is out of its range.
+      ValueError: an option is out of its range.
     """
 
     terms: int = 6

@@ -27,12 +27,12 @@ class Countdown:
     integers for intermediate values; the verifier accepts any exact solution.
 
     Args:
-        numbers: numbers of a problem, 2 to 8.
-        max_number: 1 to 999999.
-        max_target: 1 to 999999.
+      numbers: numbers of a problem, 2 to 8.
+      max_number: 1 to 999999.
+      max_target: 1 to 999999.
 
     Raises:
-        ValueError: an option is out of its range.
+      ValueError: an option is out of its range.
     """
 
     numbers: int = 3
@@ -91,7 +91,7 @@ def tokenize(text: str) -> list[str]:
     """Split an expression into numbers of at most 6 digits, operators and parentheses.
 
     Raises:
-        ValueError: the text is too long, or holds anything else (spaces, other digits).
+      ValueError: the text is too long, or holds anything else (spaces, other digits).
     """
     if len(text) > MAX_EXPRESSION_CHARS:
         raise ValueError(f"the expression is longer than {MAX_EXPRESSION_CHARS} characters")
@@ -105,11 +105,11 @@ def evaluate(tokens: Sequence[str]) -> Fraction:
     """Exact value of an expression, by recursive descent; * and / bind tighter than + and -.
 
     Args:
-        tokens: as ``tokenize`` returns them.
+      tokens: as ``tokenize`` returns them.
 
     Raises:
-        ValueError: the tokens are no expression, or nest deeper than ``MAX_DEPTH``.
-        ZeroDivisionError: a divisor is zero.
+      ValueError: the tokens are no expression, or nest deeper than ``MAX_DEPTH``.
+      ZeroDivisionError: a divisor is zero.
     """
     rest = list(reversed(tokens))
     value = _expression(rest, 0, 0)
@@ -144,12 +144,12 @@ def _solution(numbers: list[int], choices: list[int]) -> tuple[int, str]:
     """Merge the numbers pairwise into one expression.
 
     Args:
-        numbers: positive integers.
-        choices: per merge, two positions in the shrinking list and a choice of operator, the
-            latter below 12: a multiple of 2, 3 and 4, the possible counts of operators.
+      numbers: positive integers.
+      choices: per merge, two positions in the shrinking list and a choice of operator, the
+        latter below 12: a multiple of 2, 3 and 4, the possible counts of operators.
 
     Returns:
-        Value and text of the expression.
+      Value and text of the expression.
     """
     pool = [(number, str(number), 3) for number in numbers]
     for k in range(0, len(choices), 3):

@@ -70,15 +70,15 @@ class Prepared:
     """Prompts and answers that ``python -m sapo_jax.datasets``, or any TFDS builder, prepared.
 
     Args:
-        directory: of the dataset; see ``records.locate``.
-        verifier: one of ``VERIFIERS``: the whole text, the last number, or the last
-            ``\\boxed{}`` as ``math_answer`` judges it.
-        template: the prompt of a policy, where ``{}`` stands for the dataset's.
-        prompt, answer, demonstration: fields of the records; a dataset need not have the last.
-        train, test: splits, or parts of one such as ``train[:95%]``.
+      directory: of the dataset; see ``records.locate``.
+      verifier: one of ``VERIFIERS``: the whole text, the last number, or the last
+        ``\\boxed{}`` as ``math_answer`` judges it.
+      template: the prompt of a policy, where ``{}`` stands for the dataset's.
+      prompt, answer, demonstration: fields of the records; a dataset need not have the last.
+      train, test: splits, or parts of one such as ``train[:95%]``.
 
     Raises:
-        ValueError: nothing is prepared there, an unknown verifier, or a template without ``{}``.
+      ValueError: nothing is prepared there, an unknown verifier, or a template without ``{}``.
     """
 
     directory: str = ""

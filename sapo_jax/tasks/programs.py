@@ -192,7 +192,7 @@ def parse(row: dict[str, Any], max_tests: int = 0) -> Problem:
     """The tests of a line.
 
     Raises:
-        ValueError: they are missing or broken, or a function has no name.
+      ValueError: they are missing or broken, or a function has no name.
     """
     cases = [*_cases(row, "public_test_cases"), *_cases(row, "private_test_cases")]
     if not cases:

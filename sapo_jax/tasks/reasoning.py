@@ -97,18 +97,18 @@ class ReasoningGym:
     """Problems of one data set of ``reasoning_gym``, at a level of its curriculum.
 
     Args:
-        dataset: one of ``DATASETS``.
-        level: of every attribute of the curriculum; 0 is the easiest.
-        levels: attribute -> level, for single attributes.
-        options: fields of the data set's config, over what the curriculum says.
-        prompt: "original", or "compact" for the data sets of ``COMPACT`` ("4-1-7=").
-        template: around the question, which ``{question}`` stands for.
-        answer: where a completion has its answer: "whole" (all of it), "tags" (the last
-            ``<answer>…</answer>``), "boxed" (the last box), "last" (the last number).
-        completion_chars: what ``max_completion_chars`` says; 0: the longest answer of a sample.
+      dataset: one of ``DATASETS``.
+      level: of every attribute of the curriculum; 0 is the easiest.
+      levels: attribute -> level, for single attributes.
+      options: fields of the data set's config, over what the curriculum says.
+      prompt: "original", or "compact" for the data sets of ``COMPACT`` ("4-1-7=").
+      template: around the question, which ``{question}`` stands for.
+      answer: where a completion has its answer: "whole" (all of it), "tags" (the last
+        ``<answer>…</answer>``), "boxed" (the last box), "last" (the last number).
+      completion_chars: what ``max_completion_chars`` says; 0: the longest answer of a sample.
 
     Raises:
-        ValueError: an option is unknown or out of its range.
+      ValueError: an option is unknown or out of its range.
     """
 
     dataset: str = "chain_sum"

@@ -15,11 +15,10 @@ from sapo_jax.data import encode
 from sapo_jax.data import stream as streams
 from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.tasks.base import Example
+from sapo_jax.training import bootstrap
 from sapo_jax.training.experience import sample
 from sapo_jax.training.settings import Settings
 from sapo_jax.types import Rollout
-
-RESAMPLES = 2000
 
 
 def pass_at_k(correct_P: np.ndarray, samples: int, k: int) -> np.ndarray:
@@ -44,21 +43,13 @@ def pass_at_k(correct_P: np.ndarray, samples: int, k: int) -> np.ndarray:
     return np.array([1 - math.comb(samples - int(c), k) / total for c in correct_P])
 
 
-def interval(values_P: np.ndarray, *, level: float = 0.95) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean over prompts (Efron 1979), with a fixed seed."""
-    draws = np.random.default_rng(0).integers(0, len(values_P), (RESAMPLES, len(values_P)))
-    means = values_P[draws].mean(-1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 def summarise(correct_PN: np.ndarray) -> dict[str, float]:
     """Metrics of a table of verdicts, bool[P, n]: Pass@1 as the mean over samples, and Pass@n."""
     samples = correct_PN.shape[1]
     metrics = {}
     for k in sorted({1, samples}):
         values_P = pass_at_k(correct_PN.sum(-1), samples, k)
-        low, high = interval(values_P)
+        low, high = bootstrap.interval(values_P)
         metrics |= {
             f"eval/pass_at_{k}": float(values_P.mean()),
             f"eval/pass_at_{k}_low": low,

@@ -14,7 +14,6 @@ import numpy as np
 from sapo_jax import advantages, learner, rewards, sampler
 from sapo_jax.data import encode
 from sapo_jax.data import stream as streams
-from sapo_jax.learner import minibatches as learnable
 from sapo_jax.parallel import sharding
 from sapo_jax.tasks.base import Example
 from sapo_jax.training.progress import Clock
@@ -98,9 +97,9 @@ def _scored(settings: Settings, params: Any, reference: Any, batch: Batch) -> tu
     """
     options = settings.config["batch"]
     parts = options["minibatches"] * options["oversample"]
-    minibatches = learnable.split(batch, parts, settings.mesh)
+    minibatches = learner.split_rows(batch, parts, settings.mesh)
     score = partial(learner.score, hp=settings.hp)
-    if settings.hp.routing_replay == "R2":
+    if settings.hp.static.routing_replay == "R2":
         minibatches = tuple(_with_routing(params, b, settings.hp) for b in minibatches)
     elif settings.config["learner"]["old_logp"] == "recompute":
         minibatches = tuple(b.replace(old_logp=score(params, b)) for b in minibatches)
@@ -186,7 +185,7 @@ def kept(settings: Settings, rewards_B: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def recipe_of(settings: Settings) -> dict[str, Any]:
-    """What is static in `learnable.learnable`."""
+    """What is static in `learner.make_minibatches`."""
     c = settings.config
     return {
         "estimator": c["advantages"],
@@ -239,8 +238,8 @@ def from_rollout(
     with clock("update"):
         rewards_B, parts = rewards.combine([v.parts for v in verdicts], settings.recipe)
         rows_B, signal_B, of_kept = kept(settings, rewards_B)
-        minibatches, more = learnable.learnable(
-            learnable.take(minibatches, rows_B, signal_B, settings.mesh),
+        minibatches, more = learner.make_minibatches(
+            learner.select_rows(minibatches, rows_B, signal_B, settings.mesh),
             rewards_B[rows_B],
             settings.config["reward"]["kl_coef"],
             settings.bounds,
@@ -248,11 +247,11 @@ def from_rollout(
             **recipe_of(settings),
         )
         advantages_B = np.zeros_like(rewards_B)
-        advantages_B[rows_B] = np.concatenate(sharding.fetch([b.advantages for b in minibatches]))
+        advantages_B[rows_B] = np.concatenate(sharding.to_host([b.advantages for b in minibatches]))
     metrics, rows = told(settings, asked, ends, rewards_B, advantages_B, iteration)
     metrics |= {"data/dropped": float(stream.dropped), **parts, **of_kept}
     metrics["sampler/weights_moved_bytes"] = float(sampler.moved_bytes(params, weights))
-    metrics |= {key: float(value) for key, value in sharding.fetch(more).items()}
+    metrics |= {key: float(value) for key, value in sharding.to_host(more).items()}
     return Experience(minibatches, metrics, rows)
 
 
@@ -272,8 +271,10 @@ def from_demonstrations(
         width = settings.width + settings.max_new_tokens
         batch = encode.encode_demonstrations(stream.take(settings.rows), settings.tokenizer, width)
         metrics = {"length/mean": float(batch.mask.sum(-1).mean())}
-        batch = sharding.feed(batch, settings.mesh)
-        minibatches = learnable.split(batch, settings.config["batch"]["minibatches"], settings.mesh)
+        batch = sharding.place(batch, settings.mesh)
+        minibatches = learner.split_rows(
+            batch, settings.config["batch"]["minibatches"], settings.mesh
+        )
     return Experience(minibatches, metrics | {"data/dropped": float(stream.dropped)}, [])
 
 

@@ -26,7 +26,7 @@ def start(
     settings: Settings, checkpoints: checkpoint.Checkpoints
 ) -> tuple[TrainState, streams.Stream, Any]:
     """State, data stream and reference policy: of the newest checkpoint, or of a new run."""
-    c, latest = settings.config, distributed.of_first(checkpoints.latest())
+    c, latest = settings.config, distributed.broadcast_from_first(checkpoints.latest())
     wanted = learner.abstract(settings.hp)
     to_reference = settings.needs_reference
     weights = None
@@ -73,7 +73,7 @@ def check_shared(workdir: epath.Path, config: dict) -> None:
       RuntimeError: naming them.
     """
     distributed.any_process(False)  # stored before any of them looks
-    strange = distributed.gather(np.array(rundir.read_config(workdir) != config))
+    strange = distributed.all_gather(np.array(rundir.read_config(workdir) != config))
     if strange.any():
         raise RuntimeError(
             f"processes {np.flatnonzero(strange).tolist()} have another config than process 0 "

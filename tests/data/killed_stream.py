@@ -6,7 +6,7 @@ import sys
 import time
 
 from sapo_jax import tasks
-from sapo_jax.data import stream as streams
+from sapo_jax.data.stream import Fits, Stream
 from sapo_jax.data.tokenizer import CharTokenizer
 from sapo_jax.tasks.prepared import Prepared
 
@@ -21,9 +21,9 @@ def make(directory, *, workers=0, seed=5):
         "countdown": tasks.make("countdown"),
     }
     characters = set().union(*(task.alphabet for task in made.values()))
-    keep = streams.Fits(CharTokenizer("".join(sorted(characters))), width=14)
+    keep = Fits(CharTokenizer("".join(sorted(characters))), width=14)
     sources = {name: task.examples("train") for name, task in made.items()}
-    return streams.Stream(sources, seed, shares=SHARES, keep=keep, workers=workers)
+    return Stream(sources, seed, shares=SHARES, keep=keep, workers=workers)
 
 
 def main(directory, workdir, batches, workers):

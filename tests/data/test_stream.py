@@ -12,7 +12,7 @@ import grain
 import pytest
 
 from sapo_jax import datasets, tasks
-from sapo_jax.data import stream as streams
+from sapo_jax.data.stream import Fits, Stream, slots
 from sapo_jax.data.tokenizer import CharTokenizer
 from sapo_jax.tasks.base import make_example
 from tests.data import killed_stream
@@ -36,11 +36,11 @@ def prepared(tmp_path_factory):
 
 def test_a_stream_resumes_where_it_was():
     """A stream that restarts its epoch, or skips what was not consumed, trains on other data."""
-    whole = streams.Stream({"sum": TASK.examples("train")}, seed=3)
+    whole = Stream({"sum": TASK.examples("train")}, seed=3)
     expected = [whole.take(5) for _ in range(4)]
-    first = streams.Stream({"sum": TASK.examples("train")}, seed=3)
+    first = Stream({"sum": TASK.examples("train")}, seed=3)
     got = [first.take(5) for _ in range(2)]
-    second = streams.Stream({"sum": TASK.examples("train")}, seed=3)
+    second = Stream({"sum": TASK.examples("train")}, seed=3)
     second.position = json.loads(json.dumps(first.position))
     assert got + [second.take(5) for _ in range(2)] == expected
 
@@ -48,17 +48,17 @@ def test_a_stream_resumes_where_it_was():
 def test_the_order_is_grains():
     """The order of the runs that were recorded before there were mixtures."""
     order = grain.MapDataset.range(50).seed(3).shuffle().repeat()
-    stream = streams.Stream({"a": examples(50)}, seed=3)
+    stream = Stream({"a": examples(50)}, seed=3)
     assert [int(e.prompt) for e in stream.take(120)] == [int(order[i]) for i in range(120)]
 
 
 def test_an_epoch_visits_each_example_once_and_epochs_differ():
-    stream = streams.Stream({"a": examples(7)}, seed=0)
+    stream = Stream({"a": examples(7)}, seed=0)
     epochs = [stream.take(7) for _ in range(3)]
     for epoch in epochs:
         assert sorted(e.prompt for e in epoch) == sorted(e.prompt for e in examples(7))
     assert epochs[0] != epochs[1] != epochs[2]
-    assert streams.Stream({"a": examples(7)}, seed=1).take(7) != epochs[0]
+    assert Stream({"a": examples(7)}, seed=1).take(7) != epochs[0]
 
 
 @pytest.mark.parametrize(
@@ -71,13 +71,13 @@ def test_an_epoch_visits_each_example_once_and_epochs_differ():
     ],
 )
 def test_slots(shares, count, expected):
-    assert streams.slots(shares, count) == expected
+    assert slots(shares, count) == expected
 
 
 def test_every_minibatch_has_the_shares():
     """Tasks in blocks would make one update all math and the next all code."""
     shares = {"math": 0.375, "code": 0.25, "logic": 0.25, "sums": 0.125}
-    row = streams.slots(shares, 64)
+    row = slots(shares, 64)
     for parts in (1, 2, 4, 8):
         size = 64 // parts
         for start in range(0, 64, size):
@@ -88,7 +88,7 @@ def test_every_minibatch_has_the_shares():
 def test_tasks_do_not_disturb_each_other():
     """Each task has its own epochs: a small one repeats while a large one does not."""
     sources = {"small": examples(4, "s"), "large": examples(1000, "l")}
-    stream = streams.Stream(sources, seed=1, shares={"small": 0.5, "large": 0.5})
+    stream = Stream(sources, seed=1, shares={"small": 0.5, "large": 0.5})
     taken = [stream.take(8) for _ in range(10)]
     for batch in taken:
         assert Counter(e.prompt for e in batch if e.task == 0) == Counter(
@@ -109,7 +109,7 @@ def test_long_prompts_are_dropped_and_counted(prepared):
 
 
 def test_demonstrations_need_room_for_the_stop_token():
-    fits = streams.Fits(CharTokenizer("ab"), width=2, room=3)
+    fits = Fits(CharTokenizer("ab"), width=2, room=3)
     row = make_example("ab", "", "ba")
     assert fits(row)
     assert not fits(make_example("ab", "", "bab"))
@@ -118,12 +118,12 @@ def test_demonstrations_need_room_for_the_stop_token():
 
 def test_what_cannot_be_streamed_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="'b' has no examples"):
-        streams.Stream({"a": examples(1), "b": []}, seed=0)
-    monkeypatch.setattr(streams, "MAX_DROPPED", 20)
-    fits = streams.Fits(CharTokenizer("0123456789"), width=0)
+        Stream({"a": examples(1), "b": []}, seed=0)
+    monkeypatch.setattr("sapo_jax.data.stream.MAX_DROPPED", 20)
+    fits = Fits(CharTokenizer("0123456789"), width=0)
     with pytest.raises(ValueError, match=r"20 examples in a row .*max_prompt_tokens"):
-        streams.Stream({"a": examples(5)}, seed=0, keep=fits).take(1)
-    stream = streams.Stream({"a": examples(5)}, seed=0)
+        Stream({"a": examples(5)}, seed=0, keep=fits).take(1)
+    stream = Stream({"a": examples(5)}, seed=0)
     for position in ({"b": {"read": 1, "dropped": 0}}, 7):
         with pytest.raises(ValueError, match="not one in the tasks a"):
             stream.position = position

@@ -52,8 +52,8 @@ def test_a_mesh_changes_nothing(kind):
     split = dataclasses.replace(
         lab,
         weights=jax.device_put(weights, params.shardings(config, mesh)),
-        frozen=sharding.feed(lab.frozen, mesh),
-        fresh=sharding.feed(lab.fresh, mesh),
+        frozen=sharding.place(lab.frozen, mesh),
+        fresh=sharding.place(lab.fresh, mesh),
         hp=hp.replace(mesh=mesh),
     )
     expected, got = everything(lab), everything(split)

@@ -130,7 +130,7 @@ def test_parts_of_the_model_are_those_of_brute_force(compared, brute, lab):
         for part, leaves in parts.items():
             norm = np.linalg.norm(flat({k: layers[k] for k in leaves}))
             assert compared["norm"][part][i] == pytest.approx(norm, rel=1e-5)
-        for layer in range(lab.hp.model.num_hidden_layers):
+        for layer in range(lab.hp.static.model.num_hidden_layers):
             norm = np.linalg.norm(flat({k: v[layer] for k, v in layers.items()}))
             assert compared["norm"][f"layer {layer}"][i] == pytest.approx(norm, rel=1e-5)
         top = {k: v for k, v in brute[name].items() if k != "layers"}
@@ -294,8 +294,8 @@ def test_sequence_gates_of_the_toy_batch():
 
 def test_collision_is_that_of_the_softmax(lab):
     batch = lab.frozen
-    hidden = transformer.hidden(lab.weights, lab.hp.model, batch.tokens, batch.segments)
-    logits = transformer.logits_of(lab.weights, lab.hp.model, hidden) / lab.hp.temperature
+    hidden = transformer.hidden(lab.weights, lab.hp.static.model, batch.tokens, batch.segments)
+    logits = transformer.logits_of(lab.weights, lab.hp.static.model, hidden) / lab.hp.temperature
     square = np.square(jax.nn.softmax(logits)).sum(-1)
     expected = np.where(batch.mask, np.pad(square[:, :-1], ((0, 0), (1, 0))), 0)
     np.testing.assert_allclose(

@@ -19,7 +19,7 @@ def rows(rng):
 
 
 def judged(batch, kl_coef=0.0, kl="k1", correction="none", estimator="mean", **bounds):
-    return minibatches.learnable(
+    return minibatches.make_minibatches(
         batch, REWARDS, kl_coef, bounds,
         estimator=estimator, group_size=2, kl=kl, correction=correction, parts=2,
     )  # fmt: skip
@@ -61,10 +61,10 @@ def test_corrections_become_weights_of_the_minibatches(rng):
 def test_taken_rows_without_a_signal_count_nowhere(rng):
     """Groups pass from one scored part to another; what is masked keeps its place only."""
     whole = rows(rng)
-    parts = minibatches.split(whole, 4)
+    parts = minibatches.split_rows(whole, 4)
     picked, signal = advantages.informative(REWARDS, 2, 3)
     np.testing.assert_array_equal(picked, [0, 1, 2, 3, 4, 5])
-    taken = minibatches.take(parts, picked, signal)
+    taken = minibatches.select_rows(parts, picked, signal)
     np.testing.assert_array_equal(taken.old_logp, whole.old_logp[picked])
     np.testing.assert_array_equal(taken.mask[:4], MASK[:4])
     assert not np.any(taken.mask[4:])

@@ -46,8 +46,8 @@ def plain_loss(weights, batch, hp):
     """The loss with full logits and no micro-batches, as one would write it first."""
     from sapo_jax.model import transformer
 
-    hidden = transformer.hidden(weights, hp.model, batch.tokens, batch.segments)
-    logits = transformer.logits_of(weights, hp.model, hidden) / hp.temperature
+    hidden = transformer.hidden(weights, hp.static.model, batch.tokens, batch.segments)
+    logits = transformer.logits_of(weights, hp.static.model, hidden) / hp.temperature
     logp = jax.nn.log_softmax(logits[:, :-1])
     logp = jnp.take_along_axis(logp, batch.tokens[:, 1:, None], -1)[..., 0]
     logp = jnp.pad(logp, ((0, 0), (1, 0)))
@@ -197,3 +197,21 @@ def test_recomputed_old_logp_is_bitwise_what_the_update_sees(nano, batch):
     _, values = finish(terms)
     assert abs(float(values["policy/ratio_max"]) - 1) <= 1e-6
     assert abs(float(values["policy/ratio_min"]) - 1) <= 1e-6
+
+
+def test_what_is_static_and_what_is_traced_are_two_objects(nano):
+    """One flat list of names makes and changes both; a leaf of the wrong one would recompile."""
+    config, _ = nano
+    hp = settings(config, micro_batches=2, router_aux_coef=0.01)
+    assert hp.static == learner.Static(config, micro_batches=2, head_chunk=16)
+    changed = hp.replace(learning_rate=1e-2, micro_batches=4)
+    assert (changed.learning_rate, changed.static.micro_batches) == (1e-2, 4)
+    assert changed.static.head_chunk == 16
+    assert len(jax.tree.leaves(hp)) == 5 + len(hp.objective.hyperparameters)
+    same = hp.replace(learning_rate=1e-2)
+    assert jax.tree.structure(same) == jax.tree.structure(settings(
+        config, micro_batches=2, router_aux_coef=0.5
+    ))  # fmt: skip
+    assert jax.tree.structure(same) != jax.tree.structure(changed)
+    with pytest.raises(TypeError, match="micro_batch"):
+        hp.replace(micro_batch=4)

@@ -11,6 +11,7 @@ from sapo_jax.objectives.aggregations import finish
 from sapo_jax.sampler import Plan
 from sapo_jax.types import Batch
 from tests import fakes
+from tests.training.test_metrics import check
 
 P, N, G, T = 6, 5, 4, 10
 PLAN = Plan((2, 1), (T,), 1)  # slots refilled one by one and compacted: rows keep their routing
@@ -223,6 +224,15 @@ def test_the_load_balancing_loss_in_an_update(policy, batch):
         assert values["router/differs"] <= 0.01
         assert 1 <= values["router/load_max"] <= 8 / 2
         assert 0 < values["router/entropy"] < np.log(8)
+
+
+def test_metrics_of_routers_are_in_the_table(policy, batch):
+    config, weights = policy
+    hp = settings(config, router_aux_coef=0.1)
+    values = jax.eval_shape(update, weights, batch, hp)[1]
+    found = {key: value for key, value in values.items() if key.startswith("router/")}
+    experts = "a model with experts"
+    check(found, experts, f"{experts}, source=rollout", "learner.router_aux_coef")
 
 
 def test_a_batch_without_routing_cannot_be_replayed(policy, batch):

@@ -91,14 +91,16 @@ def hyperparameters(config, objective, mesh, **kw):
 
 def updated(policy, batch, hp):
     """Loss and metrics, the gradient, the parameters after one update, and the program's text."""
-    state = learner.init(jax.tree.map(jnp.copy, placed(policy, hp.mesh)), hp)
-    batch = sharding.feed(batch, hp.mesh)
+    state = learner.init(jax.tree.map(jnp.copy, placed(policy, hp.static.mesh)), hp)
+    batch = sharding.place(batch, hp.static.mesh)
     update = learner.update.lower(state, batch, hp).compile()
     state, terms = update(state, batch, hp)
     loss, metrics = finish(terms)
     # Adam's first moment after one step from 0, without clipping.
-    gradient = jax.tree.map(lambda m: np.asarray(m) / np.float32(1 - hp.b1), state.opt_state[1].mu)
-    if hp.mesh is not None:
+    gradient = jax.tree.map(
+        lambda m: np.asarray(m) / np.float32(1 - hp.static.b1), state.opt_state[1].mu
+    )
+    if hp.static.mesh is not None:
         want = jax.tree.map(lambda x: x.sharding, learner.abstract(hp))
         assert jax.tree.map(lambda x: x.sharding, state) == want, "the next update would compile"
     numbers = {k: np.asarray(v) for k, v in metrics.items() if not k.startswith("histogram")}
@@ -149,7 +151,7 @@ def test_one_update_agrees_with_one_device(policies, references, on_one, kind, n
     agree(got, on_one(kind))
     counts = collectives(got[-1])
     split = sum(
-        "fsdp" in str(spec) for spec in jax.tree.leaves(params.specs(policies[kind][0]))
+        "fsdp" in str(spec) for spec in jax.tree.leaves(params.partition_specs(policies[kind][0]))
     )  # fmt: skip
     if name == "data 8":
         assert counts.pop("all-reduce") > 0
@@ -252,7 +254,7 @@ def test_the_learner_scores_what_the_sampler_drew(policies, references):
     config, rollout = policies["dense"][0], references["dense"]
     mesh = sharding.make_mesh(**MESHES["tensor 4, data 2"])
     hp = hyperparameters(config, "sapo", mesh)
-    batch = sharding.feed(batch_of(rollout), mesh)
+    batch = sharding.place(batch_of(rollout), mesh)
     logp = np.asarray(learner.score(placed(policies["dense"], mesh), batch, hp))
     assert np.abs(logp - rollout.sampler_logp)[rollout.mask].max() <= 1e-5
 
@@ -315,7 +317,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
         with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
             state, _, _ = startup.start(checked, checkpoints)
         assert int(state.iteration) == 1
-        _, terms = learner.update(state, sharding.feed(batch, checked.mesh), checked.hp)
+        _, terms = learner.update(state, sharding.place(batch, checked.mesh), checked.hp)
         loss, metrics = finish(terms)
         numbers = {k: v for k, v in metrics.items() if not k.startswith("histogram")}
         results.append(jax.device_get({"loss": loss, **numbers}))

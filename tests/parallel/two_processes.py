@@ -46,12 +46,12 @@ def updated(checked):
     )
     hp = checked.hp.replace(max_grad_norm=1e9)
     state = learner.init(startup.random_parameters(checked), hp)
-    state, terms = learner.update(state, sharding.feed(batch, checked.mesh), hp)
-    loss, metrics = finish(sharding.fetch(terms))
+    state, terms = learner.update(state, sharding.place(batch, checked.mesh), hp)
+    loss, metrics = finish(sharding.to_host(terms))
     numbers = {k: np.asarray(v) for k, v in metrics.items() if not k.startswith("histogram")}
-    moments = sharding.fetch(state.opt_state[1].mu)
+    moments = sharding.to_host(state.opt_state[1].mu)
     named = jax.tree_util.tree_leaves_with_path(moments)
-    gradient = {jax.tree_util.keystr(k): v / np.float32(1 - hp.b1) for k, v in named}
+    gradient = {jax.tree_util.keystr(k): v / np.float32(1 - hp.static.b1) for k, v in named}
     return {"loss": np.asarray(loss), **numbers}, gradient
 
 

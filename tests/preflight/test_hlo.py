@@ -29,17 +29,17 @@ def test_nested_loops_count_as_often_as_they_turn():
     def outer(x, w_7):
         return jax.lax.scan(inner, x, w_7)[0]
 
-    program = compiled(outer, jnp.ones((4, 16)), jnp.ones((7, 16, 16)))
-    assert costs.flops(program) == 7 * 3 * 2 * 4 * 16 * 16
+    module = compiled(outer, jnp.ones((4, 16)), jnp.ones((7, 16, 16)))
+    assert costs.flops(module) == 7 * 3 * 2 * 4 * 16 * 16
 
 
 def test_a_loop_of_unknown_length_turns_as_often_as_it_is_told():
     def loop(x, w, n):
         return jax.lax.fori_loop(0, n, lambda _, y: jnp.tanh(y @ w), x)
 
-    program = compiled(loop, jnp.ones((4, 16)), jnp.ones((16, 16)), jnp.int32(5))
-    assert costs.flops(program, unknown=5) == 5 * costs.flops(program) == 5 * 2 * 4 * 16 * 16
-    assert costs.flops(hlo.turn(program)) == costs.flops(program)
+    module = compiled(loop, jnp.ones((4, 16)), jnp.ones((16, 16)), jnp.int32(5))
+    assert costs.flops(module, unknown=5) == 5 * costs.flops(module) == 5 * 2 * 4 * 16 * 16
+    assert costs.flops(hlo.turn(module)) == costs.flops(module)
 
 
 def test_buffers_inside_of_fusions_do_not_exist():
@@ -102,20 +102,20 @@ def test_an_update_for_tpu_executes_the_flops_of_its_formula(remat):
 
 def test_the_text_of_a_tpu_program():
     """No trip counts, matmuls as convolutions, `S(1)` for memory on the chip."""
-    program = hlo.parse((pathlib.Path(__file__).parent / "tpu_program.hlo").read_text())
-    counted = costs.flops(program, kernels={"kernel": lambda i, c: 1000.0})
+    module = hlo.parse((pathlib.Path(__file__).parent / "tpu_program.hlo").read_text())
+    counted = costs.flops(module, kernels={"kernel": lambda i, c: 1000.0})
     assert counted == 2 * 6 * 4 * 5 * 7 + 1000
-    gather, scatter = costs.collectives(program)
+    gather, scatter = costs.collectives(module)
     assert gather == ("all-gather", 4 * 64 * 8, 9, (9,), "jit(f)/while/body/all_gather")
     assert scatter[:4] == ("reduce-scatter", 4 * 64 * 8, 9, (9,))
-    shapes = [buffer.shape for buffer in costs.buffers(program)]
+    shapes = [buffer.shape for buffer in costs.buffers(module)]
     assert shapes[0] == "f32[16,8]"  # what is gathered, and the kernel's result, stay on the chip
     assert "bf16[6,4,5]" not in shapes
     # A turn reads the part that is gathered onto the chip, writes the scattered one, and counts.
-    one = hlo.turn(program)
+    one = hlo.turn(module)
     assert [c.times for c in costs.collectives(one)] == [1, 1]
     turn = 2 * 4 * 16 * 8 + 3 * 4
     assert costs.memory_bytes(one) == turn
     # Around it: a number is copied, z read, of x a slice and how it is told, w read, the result.
     rest = 2 * 4 + 2 * 6 * 4 * 5 + (4 * 4 * 8 + 4) + 2 * 6 * 5 * 7 + 2 * 6 * 4 * 7
-    assert costs.memory_bytes(program) == 9 * turn + rest
+    assert costs.memory_bytes(module) == 9 * turn + rest

@@ -7,13 +7,17 @@ import random
 import re
 import subprocess
 import sys
+import textwrap
 import time
 import zlib
+from dataclasses import dataclass
 from fractions import Fraction
+from typing import ClassVar
 
 import pytest
 
-from sapo_jax.tasks import TASKS, make
+import sapo_jax.tasks
+from sapo_jax.tasks import TASKS, base, make
 from sapo_jax.tasks.base import LENGTHS, draw, make_example
 from sapo_jax.tasks.countdown import MAX_DEPTH, evaluate, tokenize
 
@@ -406,3 +410,19 @@ def test_make_names_the_nearest_task_and_the_known_options():
         make("zzz")
     with pytest.raises(ValueError, match=r"\['term'\].*terms, digits, modulus"):
         make("chain_sum", term=3)
+
+
+def test_the_task_of_the_page_is_one(monkeypatch):
+    """What the package's page says how to write is a task as it stands there."""
+    page = sapo_jax.tasks.__doc__
+    code = page[page.index("    @dataclass") : page.index("and a line in TASKS")]
+    names = {"dataclass": dataclass, "ClassVar": ClassVar, **vars(base)}
+    exec(textwrap.dedent(code), names)
+    monkeypatch.setitem(TASKS, "reverse", names["Reverse"])
+    task = make("reverse", length=3)
+    for example in first(task, "train", 50) + first(task, "test", 10):
+        assert task.verify(example, example.demonstration) == 1.0
+        assert task.verify(example, example.prompt) == 0.0
+        assert len(example.prompt) == task.max_prompt_chars
+        assert len(example.demonstration) == task.max_completion_chars
+        assert set(example.prompt + example.demonstration) <= set(task.alphabet)

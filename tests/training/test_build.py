@@ -14,6 +14,7 @@ from sapo_jax.tasks import prepared
 from sapo_jax.training import experience, settings, workdir
 from tests import tiny_config
 from tests.data.test_hf_tokenizer import small
+from tests.training.test_metrics import check
 
 ROWS = [{"prompt": f"{i}+{i}=", "answer": 2 * i} for i in range(1, 35)]
 
@@ -48,6 +49,8 @@ def test_a_run_of_several_tasks(dataset, tmp_path):
     checked = settings.resolve(mixture(dataset, iterations=1, **{"data.max_prompt_tokens": 4}))
     train.run(checked, tmp_path / "run")
     start, end = workdir.read_metrics(tmp_path / "run")
+    conditions = ("", "source=rollout", "eval.every", "an evaluation")
+    check([start, end], *conditions, "tasks", "an evaluation, tasks", tasks=("doubles", "sums"))
     for name in ("doubles", "sums"):
         assert 0 <= end[f"reward/{name}"] <= 1
         assert 0 <= start[f"eval/{name}/pass_at_1"] <= 1

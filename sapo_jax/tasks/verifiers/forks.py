@@ -29,11 +29,11 @@ class Forks:
     """Calls one function of (str, ...) -> JSON value, ``workers`` at a time, from any thread.
 
     Args:
-        function: ``"package.module:name"``; a ``warm_up`` beside it is called once per server.
-        workers: servers, started when they are first needed.
-        seconds: processor time of a call, so that verdicts do not depend on a busy machine.
-        wall: seconds of any kind after which a call is given up; None: ten times ``seconds``.
-        memory_mb: address space of a call.
+      function: ``"package.module:name"``; a ``warm_up`` beside it is called once per server.
+      workers: servers, started when they are first needed.
+      seconds: processor time of a call, so that verdicts do not depend on a busy machine.
+      wall: seconds of any kind after which a call is given up; None: ten times ``seconds``.
+      memory_mb: address space of a call.
     """
 
     def __init__(

@@ -38,9 +38,9 @@ def same(gold: str, answer: str, symbolic: Callable[[str, str], bool | None]) ->
     - All else is compared symbolically.
 
     Args:
-        gold: the reference answer.
-        answer: what was in the box.
-        symbolic: compares two LaTeX expressions; None where it could not.
+      gold: the reference answer.
+      answer: what was in the box.
+      symbolic: compares two LaTeX expressions; None where it could not.
     """
     left, right = math_text.clean(gold), math_text.clean(answer)
     if left is None or right is None:
@@ -87,7 +87,7 @@ def comparable(gold: str, answer: str) -> bool:
 
 
 def compare(gold: str, answer: str) -> bool:
-    """Symbolic equality by math-verify; may hang or crash, so call it through ``tasks.forks``."""
+    """Symbolic equality by math-verify; may hang or crash, so call it through `verifiers.forks`."""
     import math_verify
 
     config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]

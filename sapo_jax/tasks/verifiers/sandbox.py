@@ -31,11 +31,11 @@ class Limits:
     """What a program may use.
 
     Args:
-        seconds: wall time of a test; its processor time may be a second more.
-        memory_mb: address space of each process.
-        disk_mb: the work folder; with ``plain``, each file.
-        processes: processes and threads together; with ``plain``, none beside the program's own.
-        output_bytes: what a test may print.
+      seconds: wall time of a test; its processor time may be a second more.
+      memory_mb: address space of each process.
+      disk_mb: the work folder; with ``plain``, each file.
+      processes: processes and threads together; with ``plain``, none beside the program's own.
+      output_bytes: what a test may print.
     """
 
     seconds: float = 6.0
@@ -61,14 +61,14 @@ class Sandbox:
     """One program in a sandbox of its own, test by test; a context manager.
 
     Args:
-        program: Python source.
-        function: call it (a method of ``Solution``, if there is one) instead of reading stdin.
-        limits: what it may use.
-        mode: one of ``MODES``; None: the first that the machine permits.
-        python: interpreter; the default is the running one, without installed packages.
+      program: Python source.
+      function: call it (a method of ``Solution``, if there is one) instead of reading stdin.
+      limits: what it may use.
+      mode: one of ``MODES``; None: the first that the machine permits.
+      python: interpreter; the default is the running one, without installed packages.
 
     Raises:
-        RuntimeError: the machine does not permit the mode.
+      RuntimeError: the machine does not permit the mode.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ def available() -> str:
     """The strongest of ``MODES`` that the machine permits.
 
     Raises:
-        RuntimeError: none.
+      RuntimeError: none.
     """
     for mode in MODES:
         with contextlib.suppress(RuntimeError), Sandbox("print(1)", mode=mode) as sandbox:

@@ -1,0 +1,140 @@
+"""Every key of the records in metrics/part-*.jsonl; docs/metrics.md is written from it.
+
+A test compares the table with what runs write: a new key needs a row here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    """A row of the table.
+
+    Args:
+      meaning: in a line.
+      unit: "" is a number without one.
+      healthy: what a run that goes well shows, where that can be said.
+      when: the fields that write it; "" is every run.
+    """
+
+    meaning: str
+    unit: str = ""
+    healthy: str = ""
+    when: str = ""
+
+
+_PASS = ("unbiased Pass@k of held-out prompts, for k = 1 and all samples", "share", "rises")
+_LOW = ("lower end of its 95% bootstrap interval over prompts", "share")
+_HIGH = ("upper end of that interval", "share")
+
+# By what writes them. <task> stands for a name in config.tasks, <k> for a number.
+_ROWS: dict[str, dict[str, tuple[str, ...]]] = {
+    "": {
+        "iteration": ("number of rollouts; 0 is the evaluation before the first",),
+        "update": ("number of optimizer steps",),
+        "learning_rate": ("mean over the iteration's updates",),
+        "minibatch": ("list: what is under policy/ and grad/, of each update",),
+        "length/mean": ("mean length of a completion, with its stop token", "tokens"),
+        "data/dropped": ("examples so far whose prompt was too long", "", "0"),
+        "policy/loss": ("the loss; where ratios are in it, no measure of progress",),
+        "policy/entropy": ("mean entropy of the next token", "nats", "falls slowly, stays above 0"),
+        "policy/ratio_max": ("largest π_θ/π_old, at the objective's level", "", "below 10"),
+        "policy/ratio_min": ("smallest π_θ/π_old", "", "above 0.1"),
+        "policy/gate_mean": (
+            "mean weight w = c/r of tokens with A ≠ 0, where c multiplies A·∇log π",
+            "",
+            "near 1 for SAPO",
+        ),
+        "policy/clipped": ("share of those tokens with c = 0", "share", "0 for SAPO"),
+        "policy/log_ratio_clipped": ("share of tokens with |log r| over 20", "share", "0"),
+        "policy/kl_old": ("mean r − 1 − log r, estimates KL(π_old‖π_θ)", "nats", "below 0.01"),
+        "grad/norm": ("norm of the gradient before it is clipped", "", "no spikes"),
+        "grad/update_norm": ("norm of the change of the parameters",),
+        "sampler/logp_gap_mean": (
+            "mean |log π_learner − log π_sampler| in the first update",
+            "nats",
+            "f32 ≤ 1e-5, bf16 ≤ 0.02",
+        ),
+        "sampler/logp_gap_max": ("largest such gap", "nats", "f32 about 1e-5, more if deep"),
+        "histogram/log_ratio_pos": ("edges and counts of log r of tokens with A > 0",),
+        "histogram/log_ratio_neg": ("the same for A < 0",),
+        "histogram/gate_pos": ("edges and counts of the weight w of tokens with A > 0",),
+        "histogram/gate_neg": ("the same for A < 0",),
+        "time/iteration": ("from drawing prompts through the last update", "s"),
+        "time/rollout": ("sampling; with source=demonstrations, reading", "s"),
+        "time/update": ("updates", "s"),
+        "time/tokens_per_second": ("completion tokens ÷ time/iteration", "tokens/s"),
+    },
+    "source=rollout": {
+        "reward/mean": ("mean reward of the completions", "", "rises"),
+        "reward/std": ("standard deviation of the rewards", "", "not 0"),
+        "reward/accuracy": ("mean verdict of the task", "0 to 1", "rises"),
+        "advantage/zero_groups": (
+            "share of prompts whose completions all have one reward: they teach nothing",
+            "share",
+            "not near 1",
+        ),
+        "length/max": ("length of the longest completion", "tokens"),
+        "length/truncated": ("share of completions that ran out of room", "share", "near 0"),
+        "sampler/weights_moved_bytes": ("parameters sent between devices to sample", "bytes"),
+        "time/to_sampler": ("moving parameters to the sampler", "s"),
+        "time/score": ("judging, added up over threads", "s"),
+        "time/score_exposed": ("waiting for verdicts", "s", "near 0"),
+    },
+    "reward.format": {
+        "reward/format": ("share with a thought in its tags, then an answer", "share", "to 1")
+    },
+    "reward.overlong": {"reward/overlong": ("mean penalty on length", "−1 to 0", "to 0")},
+    "reward.repetition": {
+        "reward/repetition": ("minus the mean share of repeated n-grams", "−1 to 0", "near 0")
+    },
+    "objective.kl_coef or reward.kl_coef": {
+        "policy/kl_ref": ("mean KL(π_θ‖π_ref) of a token", "nats", "rises slowly"),
+        "reward/kl": ("mean over completions of Σ KL(π_old‖π_ref)", "nats", "rises slowly"),
+    },
+    "batch.oversample": {
+        "advantage/kept_groups": (
+            "share of the batch filled with prompts whose rewards differ",
+            "share",
+            "1; if less, draw more",
+        )
+    },
+    "correction.name": {
+        "correction/rho_mean": ("mean ρ = π_old/π_sampler", "", "near 1"),
+        "correction/weight_mean": ("mean weight of a token", "", "near 1"),
+        "correction/cut": ("share of tokens truncated or rejected", "share", "near 0"),
+        "correction/ess": ("effective share of tokens (Σw)²/(n·Σw²)", "share", "near 1"),
+    },
+    "a model with experts": {
+        "router/entropy": ("mean entropy of the routers", "nats", "not near 0"),
+        "router/load_max": ("load of the busiest expert ÷ mean load", "", "well below E/k"),
+        "router/unused": ("share of experts that no token chose", "share", "near 0"),
+    },
+    "a model with experts, source=rollout": {
+        "router/differs": (
+            "share of (layer, token) that now chooses other experts than were recorded",
+            "share",
+            "near 0",
+        )
+    },
+    "learner.router_aux_coef": {"router/balance": ("load-balancing loss times its weight",)},
+    "an evaluation": {
+        "eval/pass_at_<k>": _PASS,
+        "eval/pass_at_<k>_low": _LOW,
+        "eval/pass_at_<k>_high": _HIGH,
+        "eval/length_mean": ("mean length of a held-out completion", "tokens"),
+    },
+    "an evaluation, tasks": {
+        "eval/<task>/pass_at_<k>": ("the same for one task of a mixture", "share", "rises"),
+        "eval/<task>/pass_at_<k>_low": _LOW,
+        "eval/<task>/pass_at_<k>_high": _HIGH,
+    },
+    "tasks": {"reward/<task>": ("mean reward of one task of a mixture", "", "rises")},
+    "eval.every": {"time/eval": ("evaluation", "s")},
+    "checkpoint.every": {"time/checkpoint": ("saving the iteration before this one", "s")},
+    "sapo_jax.evaluate": {"eval/prompts": ("number of prompts",)},
+}
+METRICS = {
+    key: Metric(*row, when=when) for when, rows in _ROWS.items() for key, row in rows.items()
+}

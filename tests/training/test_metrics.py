@@ -1,0 +1,40 @@
+"""The table of metric keys says what runs write, no more and no less.
+
+`check` is called where tests train: in test_train, test_build, test_routing and test_export.
+"""
+
+from sapo_jax import rewards
+from sapo_jax.training.metrics import METRICS
+
+CHECKED = {
+    "": "test_train", "source=rollout": "test_train", "eval.every": "test_train",
+    "checkpoint.every": "test_train", "reward.format": "test_train",
+    "reward.overlong": "test_train", "reward.repetition": "test_train",
+    "objective.kl_coef or reward.kl_coef": "test_train", "batch.oversample": "test_train",
+    "correction.name": "test_train", "tasks": "test_build", "an evaluation, tasks": "test_build",
+    "a model with experts": "test_routing", "a model with experts, source=rollout": "test_routing",
+    "learner.router_aux_coef": "test_routing", "an evaluation": "test_export",
+    "sapo_jax.evaluate": "test_export",
+}  # fmt: skip
+
+
+def check(found, *conditions, tasks=("",), samples=4):
+    """The keys of records, or of one, are those of the table that have one of the conditions."""
+    records = [found] if isinstance(found, dict) else found
+    expected = {
+        key.replace("<task>", task).replace("<k>", str(k))
+        for key, metric in METRICS.items()
+        if metric.when in conditions
+        for task in tasks
+        for k in (1, samples)
+    }
+    assert {key for record in records for key in record} == expected
+
+
+def test_every_row_is_held_to_what_some_test_writes():
+    """A row with a new condition needs a call of `check` where a test fulfils it."""
+    assert {metric.when for metric in METRICS.values()} == set(CHECKED)
+
+
+def test_each_part_of_a_reward_has_a_row():
+    assert {f"reward/{part}" for part in rewards.PARTS} <= set(METRICS)
