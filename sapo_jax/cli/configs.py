@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.machinery
 import importlib.util
 import os
 import pathlib
@@ -59,7 +60,10 @@ def from_config(name: str, function: str = "get_config") -> Any:
 
 def _import(name: str, path: pathlib.Path, folders: list[str] | None = None) -> ModuleType:
     """Execute a file as a module; with folders, as a package of what lies in them."""
-    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folders)
+    loader = importlib.machinery.SourceFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(
+        name, path, loader=loader, submodule_search_locations=folders
+    )
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

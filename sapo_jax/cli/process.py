@@ -14,7 +14,7 @@ from sapo_jax.cli.flags import Flags
 
 EXTRAS = {  # of the package, with the modules that they bring
     "plots": ("jinja2", "matplotlib", "tensorboardX"),
-    "data": ("grain", "importlib_resources", "tensorflow_datasets", "tokenizers"),
+    "data": ("importlib_resources", "tensorflow_datasets", "tokenizers"),
     "tasks": ("math_verify", "reasoning_gym"),
 }
 

@@ -6,7 +6,9 @@ import ast
 import dataclasses
 from collections.abc import Iterator
 
-from sapo_jax import cli, model, objectives, tasks
+from sapo_jax import cli, model, tasks
+from sapo_jax.objectives import OBJECTIVES
+from sapo_jax.training.metrics import METRICS
 
 FLAGS = cli.Flags("list", __doc__)
 
@@ -22,7 +24,7 @@ def presets() -> Iterator[tuple]:
         yield name, shape.num_hidden_layers, shape.hidden_size, *heads, experts, vocabulary
 
 
-def task_options() -> Iterator[tuple]:
+def task_names() -> Iterator[tuple]:
     """What ``task.name`` names, with its ``task.options``."""
     yield "task", "options", ""
     for name, kind in tasks.TASKS.items():
@@ -37,21 +39,29 @@ def configs() -> Iterator[tuple]:
         yield name, ast.get_docstring(ast.parse(path.read_text())).partition("\n")[0]
 
 
-def presets_of_objectives() -> Iterator[tuple]:
+def objectives() -> Iterator[tuple]:
     """What ``objective.name`` names, with the fields of ``objective`` that it has."""
     yield "objective", "ratio", "aggregation", "hyperparameters"
-    for name, preset in objectives.OBJECTIVES.items():
+    for name, preset in OBJECTIVES.items():
         values = (f"{key}={value}" for key, value in preset.hyperparameters.items())
         yield name, preset.ratio, preset.aggregation, ", ".join(values)
 
 
+def metrics() -> Iterator[tuple]:
+    """What a record of metrics/part-*.jsonl holds."""
+    yield "key", "unit", "written with", "healthy", ""
+    for key, metric in METRICS.items():
+        yield key, metric.unit, metric.when, metric.healthy, metric.meaning
+
+
 TABLES = {
     "presets": presets,
-    "tasks": task_options,
+    "tasks": task_names,
     "configs": configs,
-    "objectives": presets_of_objectives,
+    "objectives": objectives,
+    "metrics": metrics,
 }
-FLAGS.enum("what", None, sorted(TABLES), "To list.", positional=True)
+FLAGS.enum("what", None, list(TABLES), "What to list.", positional=True)
 
 
 def main(given: cli.Flags) -> None:
