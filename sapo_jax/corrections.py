@@ -66,7 +66,7 @@ CORRECTIONS: dict[str, Correction] = {
 }
 
 
-def resolve(name: str, **bounds: float | None) -> dict[str, float]:
+def bounds_of(name: str, **bounds: float | None) -> dict[str, float]:
     """The bounds of a correction: those given, else its defaults (None keeps the default).
 
     Raises:
@@ -118,9 +118,9 @@ def weights(
       share of tokens (Σw)² / (n·Σw²)).
 
     Raises:
-      ValueError: see `resolve`.
+      ValueError: see `bounds_of`.
     """
-    limits = resolve(name, **bounds)
+    limits = bounds_of(name, **bounds)
     chex.assert_equal_shape([old_logp_BT, sampler_logp_BT, mask_BT])
     rule = CORRECTIONS[name]
     old_logp_BT, sampler_logp_BT = (

@@ -36,11 +36,11 @@ def export(workdir: epath.PathLike, out: epath.PathLike, *, which: str = "latest
     stored = read_config(workdir)
     if stored is None:
         raise ValueError(f"{workdir} has no config.json: name the --workdir of a run")
-    checked = settings.resolve(ConfigDict(stored))
+    checked = settings.from_config(ConfigDict(stored))
     wanted = params.abstract(checked.model)
     weights = checkpoint.restore_params(workdir / "checkpoints", wanted, which=which)
     characters = isinstance(checked.tokenizer, CharTokenizer)
-    files_from = None if characters else checked.config["tokenizer"]["directory"]
+    files_from = None if characters else checked.config.tokenizer.directory
     hf.save(out, checked.model, weights, files_from=files_from)
     if characters:
         hf_tokenizer.save_characters(out, checked.tokenizer)

@@ -23,7 +23,7 @@ def main(given: cli.Flags) -> None:
     """Run the experiment, or go on with it."""
     timeout = given.config.distributed.timeout
     distributed.start(given.coordinator, given.processes, given.process, timeout=timeout)
-    checked = settings.resolve(given.config)
+    checked = settings.from_config(given.config)
     cli.use_cache(given.config.compilation_cache)
     path = train.run(checked, given.workdir)
     if jax.process_index() > 0:

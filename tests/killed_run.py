@@ -6,7 +6,8 @@ import sys
 
 import jax
 
-from sapo_jax import learner, sampler, train
+from sapo_jax import sampler, train
+from sapo_jax.learner import step
 from sapo_jax.training import checkpoint, settings
 from tests import tiny_config
 
@@ -34,7 +35,7 @@ def _kill_at(place: str, iteration: int) -> None:
 
         sampler.rollout = rollout
     elif place == "minibatch":
-        update, calls = learner.update, [-2]  # two calls belong to the warm-up
+        update, calls = step.update, [-2]  # two calls belong to the warm-up
 
         def second(*arguments):
             out = update(*arguments)
@@ -44,7 +45,7 @@ def _kill_at(place: str, iteration: int) -> None:
                 _die()
             return out
 
-        learner.update = second
+        step.update = second
     elif place == "checkpoint":
         save = checkpoint.Checkpoints.save
 
@@ -62,7 +63,7 @@ def main(workdir: str, stop_at: str) -> None:
     if stop_at:
         place, iteration = stop_at.split()
         _kill_at(place, int(iteration))
-    train.run(settings.resolve(tiny_config.get_config()), workdir)
+    train.run(settings.from_config(tiny_config.get_config()), workdir)
 
 
 if __name__ == "__main__":

@@ -110,4 +110,4 @@ WRONG = [
 @pytest.mark.parametrize(("name", "bounds", "message"), WRONG)
 def test_wrong_bounds_are_refused(name, bounds, message):
     with pytest.raises(ValueError, match=message):
-        corrections.resolve(*name, **bounds)
+        corrections.bounds_of(*name, **bounds)

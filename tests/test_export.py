@@ -12,30 +12,30 @@ from sapo_jax import export, learner, model, train
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.model import params
 from sapo_jax.training import checkpoint, settings
-from sapo_jax.training import workdir as rundir
+from sapo_jax.training.workdir import read_metrics
 from tests import tiny_config
 from tests.training.test_metrics import check
 
 
-def resolve(**fields):
+def settings_of(**fields):
     config = tiny_config.get_config()
     with config.unlocked():
         config.update_from_flattened_dict(fields)
-    return settings.resolve(config)
+    return settings.from_config(config)
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     """A run of two iterations from random parameters, and its policy as a directory."""
     root = tmp_path_factory.mktemp("export")
-    checked = resolve(iterations=2)
+    checked = settings_of(iterations=2)
     train.run(checked, root / "run")
     export.export(root / "run", root / "policy")
     return checked, root
 
 
 def start_from(policy, **fields):
-    checked = resolve()
+    checked = settings_of()
     return {
         "init_from": str(policy),
         "model.preset": str(policy),
@@ -67,12 +67,12 @@ def test_the_directory_holds_the_policy(first):
 def test_a_run_goes_on_from_the_directory(first, tmp_path):
     """It starts where the other ended, can be interrupted, and hands its policy back."""
     _, root = first
-    whole = resolve(**start_from(root / "policy", iterations=2, **{"checkpoint.every": 1}))
+    whole = settings_of(**start_from(root / "policy", iterations=2, **{"checkpoint.every": 1}))
     train.run(whole, tmp_path / "whole")
-    before, after = rundir.read_metrics(root / "run"), rundir.read_metrics(tmp_path / "whole")
+    before, after = read_metrics(root / "run"), read_metrics(tmp_path / "whole")
     assert after[0]["eval/pass_at_1"] == before[-1]["eval/pass_at_1"]
     assert after[0]["eval/length_mean"] == before[-1]["eval/length_mean"]
-    part = resolve(**start_from(root / "policy", iterations=1, **{"checkpoint.every": 1}))
+    part = settings_of(**start_from(root / "policy", iterations=1, **{"checkpoint.every": 1}))
     train.run(part, tmp_path / "part")
     train.run(whole, tmp_path / "part")
     states = []
@@ -125,7 +125,7 @@ def test_what_does_not_belong_together_is_refused(first, fields, message):
     if not given["tokenizer.directory"]:  # an alphabet of 256 characters more than the policy has
         given["task.name"], given["task.options"] = "reasoning_gym", {"dataset": "gcd"}
     with pytest.raises(ValueError, match=message):
-        resolve(**given)
+        settings_of(**given)
 
 
 def test_what_is_no_run_cannot_be_exported(tmp_path):

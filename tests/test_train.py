@@ -16,7 +16,8 @@ import pytest
 from sapo_jax import learner, train
 from sapo_jax.model import params
 from sapo_jax.training import checkpoint, provenance, settings, startup
-from sapo_jax.training import workdir as rundir
+from sapo_jax.training.lease import Lease
+from sapo_jax.training.workdir import read_metrics, read_samples
 from tests import fakes, tiny_config
 from tests.training.test_metrics import check
 
@@ -25,7 +26,7 @@ def run(workdir, **fields):
     config = tiny_config.get_config()
     with config.unlocked():
         config.update_from_flattened_dict(fields)
-    checked = settings.resolve(config)
+    checked = settings.from_config(config)
     train.run(checked, workdir)
     return checked
 
@@ -33,8 +34,7 @@ def run(workdir, **fields):
 def records(workdir):
     """Metrics without what a clock measured."""
     return [
-        {k: v for k, v in r.items() if not k.startswith("time/")}
-        for r in rundir.read_metrics(workdir)
+        {k: v for k, v in r.items() if not k.startswith("time/")} for r in read_metrics(workdir)
     ]
 
 
@@ -87,7 +87,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(whole, stop, tmp_path):
     assert spawn(workdir).wait() == 0
     assert records(workdir) == records(whole)
     assert digest(workdir) == digest(whole)
-    checked = settings.resolve(tiny_config.get_config())
+    checked = settings.from_config(tiny_config.get_config())
     (state, meta), (expected, expected_meta) = (final_state(w, checked) for w in (workdir, whole))
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     assert meta == expected_meta
@@ -103,7 +103,7 @@ def test_the_run_directory_holds_what_a_person_needs(whole):
         "policy/gate_mean", "policy/clipped", "grad/norm", "sampler/logp_gap_mean",
         "sampler/logp_gap_max", "length/mean", "time/rollout", "time/score", "time/update",
     }  # fmt: skip
-    lines = rundir.read_metrics(whole)
+    lines = read_metrics(whole)
     assert [r["iteration"] for r in lines] == list(range(7))
     check(lines, "", "source=rollout", "an evaluation", "eval.every", "checkpoint.every")
     for record in lines[1:]:
@@ -112,7 +112,7 @@ def test_the_run_directory_holds_what_a_person_needs(whole):
         assert len(record["minibatch"]) == 2
     assert [r["iteration"] for r in lines if "eval/pass_at_1" in r] == [0, 3, 6]
     assert all("time/eval" in r for r in lines[1:] if "eval/pass_at_1" in r)
-    rows = rundir.read_samples(whole, 4)
+    rows = read_samples(whole, 4)
     assert {"prompt", "completion", "answer", "reward"} <= set(rows[0])
     assert (whole / "report.html").stat().st_size > 10_000
     assert list((whole / "tensorboard").iterdir())
@@ -135,7 +135,7 @@ def test_nothing_compiles_after_the_start(tmp_path, monkeypatch):
     run(tmp_path / "run", iterations=16, **fields)
     counts[0].__exit__()
     assert counts[0].count == 0
-    lengths = {r["length/max"] for r in rundir.read_metrics(tmp_path / "run") if "length/max" in r}
+    lengths = {r["length/max"] for r in read_metrics(tmp_path / "run") if "length/max" in r}
     assert max(lengths) == 40
     run(tmp_path / "run", iterations=32, **fields)
     counts[1].__exit__()
@@ -150,7 +150,7 @@ def test_supervised_runs_start_others(tmp_path):
     }  # fmt: skip
     checked = run(tmp_path / "cold", **cold)
     taught, _ = final_state(tmp_path / "cold", checked)
-    lines = rundir.read_metrics(tmp_path / "cold")
+    lines = read_metrics(tmp_path / "cold")
     check(lines, "", "an evaluation", "eval.every")
     losses = [r["policy/loss"] for r in lines[1:]]
     assert losses[1] < losses[0]
@@ -163,7 +163,7 @@ def test_supervised_runs_start_others(tmp_path):
 @pytest.mark.parametrize("objective", ["grpo", "gspo"])
 def test_other_objectives_run(tmp_path, objective):
     run(tmp_path / "run", **{"objective.name": objective, "iterations": 1, "eval.every": 0})
-    assert rundir.read_metrics(tmp_path / "run")[0]["policy/gate_mean"] is not None
+    assert read_metrics(tmp_path / "run")[0]["policy/gate_mean"] is not None
 
 
 def test_recomputed_old_logp_and_reference_kl(tmp_path):
@@ -174,7 +174,7 @@ def test_recomputed_old_logp_and_reference_kl(tmp_path):
         "init_from": str(tmp_path / "start"), "iterations": 1, "eval.every": 0,
     }  # fmt: skip
     run(tmp_path / "run", **fields)
-    record = rundir.read_metrics(tmp_path / "run")[0]
+    record = read_metrics(tmp_path / "run")[0]
     assert record["policy/ratio_max"] == pytest.approx(1, abs=1e-6)
     assert record["policy/kl_ref"] == pytest.approx(0, abs=1e-9)
 
@@ -193,7 +193,7 @@ def test_what_is_rejected_moves_nothing(tmp_path):
         "init_from": str(tmp_path / "start"), "iterations": 1, "eval.every": 0,
     }  # fmt: skip
     run(tmp_path / "run", **fields)
-    record = rundir.read_metrics(tmp_path / "run")[0]
+    record = read_metrics(tmp_path / "run")[0]
     of_reward = ("reward.format", "reward.overlong", "reward.repetition")
     others = ("objective.kl_coef or reward.kl_coef", "batch.oversample", "correction.name")
     check(record, "", "source=rollout", *of_reward, *others)
@@ -237,7 +237,7 @@ def test_starting_from_another_shape_is_refused(whole, tmp_path):
 
 def test_a_second_process_is_refused(tmp_path):
     workdir = tmp_path / "run"
-    with rundir.Lease(workdir), pytest.raises(RuntimeError, match=str(os.getpid())):
+    with Lease(workdir), pytest.raises(RuntimeError, match=str(os.getpid())):
         run(workdir)
 
 

@@ -53,7 +53,7 @@ def load(workdir: str, learning_rate: float | None = None) -> settings.Settings:
         config.update(ConfigDict(rundir.read_config(workdir)))
         config.batch.oversample = 1
         config.learner.learning_rate = learning_rate or config.learner.learning_rate
-    return settings.resolve(config)
+    return settings.from_config(config)
 
 
 def joined(parts: tuple[Batch, ...]) -> Batch:
@@ -74,8 +74,8 @@ def draw(
         encode.encode_prompts(examples, checked.tokenizer, checked.width),
         group_size=group_size,
         max_new_tokens=checked.max_new_tokens,
-        temperature=checked.config["sampler"]["temperature"],
-        seed=checked.config["seed"],
+        temperature=checked.config.sampler.temperature,
+        seed=checked.config.seed,
         iteration=salt,
         domain="gradient_lab",
         plan=sampler.make_plan(
@@ -93,7 +93,7 @@ def draw(
 
 def in_passes(checked: settings.Settings, rows: int) -> learner.Hyperparameters:
     """The run's hyperparameters for so many rows, as many in each pass as in the run."""
-    parts = rows * checked.config["batch"]["minibatches"] // checked.rows
+    parts = rows * checked.config.batch.minibatches // checked.rows
     return checked.hp.replace(micro_batches=checked.hp.static.micro_batches * parts)
 
 
@@ -121,13 +121,13 @@ def examine(
     as they go: as in training, none of the frozen rows has been learnt from.
     """
     c = checked.config
-    prompts, group_size = c["batch"]["prompts"], c["batch"]["group_size"]
+    prompts, group_size = c.batch.prompts, c.batch.group_size
     with checkpoint.Checkpoints(pathlib.Path(workdir) / "checkpoints") as checkpoints:
         state, stream, reference = startup.start(checked, checkpoints)
     iteration, position = int(state.iteration) + 1, stream.position
     examples = stream.take(prompts)
     stream.position = position
-    with rewards.Scorer(checked.task, checked.recipe, workers=c["reward"]["workers"]) as scorer:
+    with rewards.Scorer(checked.task, checked.recipe, workers=c.reward.workers) as scorer:
 
         def rollouts(count: int) -> list[tuple[Batch, ...]]:
             start = (checked, state.params, reference, stream)
@@ -137,7 +137,7 @@ def examine(
             )
             return [got.minibatches for got in each]
 
-        first, *others = rollouts(1 + -(-max(updates) // c["batch"]["minibatches"]))
+        first, *others = rollouts(1 + -(-max(updates) // c.batch.minibatches))
         frozen, queue = joined(first), [batch for parts in others for batch in parts]
         stages = []
         for k in range(max(updates) + 1):
@@ -146,7 +146,7 @@ def examine(
                 params = jax.tree.map(jnp.copy, state.params)
                 batch, rewards_B = draw(checked, scorer, params, examples, fresh * group_size, k)
                 hp = in_passes(checked, checked.rows)
-                rows = (params, frozen, batch, rewards_B, prompts, c["advantages"], hp)
+                rows = (params, frozen, batch, rewards_B, prompts, c.advantages, hp)
                 hold = min(16, len(algorithms) + len(gradlab.UNGATED))
                 found = measure(
                     gradlab.Lab(*rows, hold), algorithms, focus if k == max(updates) else ""
@@ -156,12 +156,12 @@ def examine(
             if k < max(updates):
                 state, _ = learner.update(state, queue[k], checked.hp)
     return {
-        "run": c["name"],
-        "model": c["model"]["preset"],
-        "seed": c["seed"],
+        "run": c.name,
+        "model": c.model.preset,
+        "seed": c.seed,
         "iteration": iteration - 1,
-        "trained_with": c["objective"]["name"],
-        "learning_rate": c["learner"]["learning_rate"],
+        "trained_with": c.objective.name,
+        "learning_rate": c.learner.learning_rate,
         "prompts": prompts,
         "group_size": group_size,
         "fresh": fresh * group_size,

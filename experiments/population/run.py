@@ -74,7 +74,7 @@ def phases(places: list) -> dict[str, float]:
 
 def single(name: str, seed: int) -> dict:
     """Time of a whole run alone, its report included."""
-    (alone,) = cohorts.resolve(config(), axis("seed", seed))
+    (alone,) = cohorts.make(config(), axis("seed", seed))
     timer = Timer()
     train.run(alone.lead, RUNS / name)
     return timer() | {"phases": phases([RUNS / name])}
@@ -96,7 +96,7 @@ def whole_sweep() -> dict:
     timer = Timer()
     jax.monitoring.register_event_duration_secs_listener(listen)
     taus = axis("objective.tau_neg", *TAUS)
-    parts = cohorts.resolve(config(), product(taus, axis("seed", *range(_SEEDS.value))))
+    parts = cohorts.make(config(), product(taus, axis("seed", *range(_SEEDS.value))))
     complete = schedule.run(parts, RUNS / "sweep")
     sweep.write(RUNS / "sweep")
     spent = timer()
@@ -121,7 +121,7 @@ def methods() -> dict[str, float]:
     for method in ("map", "vmap"):
         fields = {"population.method": method, "iterations": 4, "eval.every": 0}
         seeds = axis("seed", *range(_METHODS.value))
-        (cohort,) = cohorts.resolve(config(**fields), seeds)
+        (cohort,) = cohorts.make(config(**fields), seeds)
         place = RUNS / method
         cohort_run.run(cohort, place, Progress(4 * _METHODS.value, 0, method))
         records = workdir.read_metrics(place / cohort.names[0])

@@ -55,7 +55,7 @@ def make_minibatches(
       batch: an iteration's rows with their log-probabilities; its advantages are not looked at.
       rewards_B: f[B].
       kl_coef: weight of the KL in the reward; matters where the batch has ``ref_logp``.
-      bounds: of the correction, see `corrections.resolve`.
+      bounds: of the correction, see `corrections.bounds_of`.
       estimator: a name in `advantages.ESTIMATORS`.
       group_size: G.
       kl: the KL's estimator, see `ratios.kl_estimate`.

@@ -30,7 +30,7 @@ def main(given: cli.Flags) -> None:
     """Print the report, write its JSON, and exit with 1 where a demand is not met."""
     jax.config.update("jax_platforms", "cpu")
     found, tpu = chips.devices(given.topology)
-    checked = settings.resolve(stand_in(given.config), devices=found)
+    checked = settings.from_config(stand_in(given.config), devices=found)
     if given.fit:
         chip = chips.CHIPS[chips.parse(given.topology)[0]]
         print(preflight_tables.fit_text(largest_micro_batch(checked, chip), chip.hbm))

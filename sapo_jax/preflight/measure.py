@@ -164,7 +164,7 @@ def largest_micro_batch(checked: settings.Settings, chip: chips.Chip) -> list[di
       For each that was tried: rows on a chip, bytes ("total" None where the compiler refused), and
       whether it fits with room to spare.
     """
-    rows = checked.rows // checked.config["batch"]["minibatches"] // sharding.parts(checked.mesh)
+    rows = checked.rows // checked.config.batch.minibatches // sharding.parts(checked.mesh)
     tried = []
     for local in (n for n in range(1, rows + 1) if rows % n == 0):
         hp = checked.hp.replace(micro_batches=rows // local)
@@ -202,7 +202,7 @@ def report(checked: settings.Settings, topology: str, only: list[str] | None, tp
     checks = demands.checks(checked, results, chip.hbm)
     mesh = {} if checked.mesh is None else checked.mesh.shape
     return {
-        "name": checked.config["name"],
+        "name": checked.config.name,
         "topology": topology,
         "tpu": tpu,
         "mesh": sharding.describe({axis: n for axis, n in mesh.items() if n > 1}) or "one device",

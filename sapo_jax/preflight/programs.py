@@ -87,7 +87,7 @@ def bytes_per_chip(tree: Any) -> int:
 
 def abstract_batch(settings: Settings, *, scored: bool) -> Batch:
     """A minibatch, as it is before scoring or as an update takes it."""
-    rows = settings.rows // settings.config["batch"]["minibatches"]
+    rows = settings.rows // settings.config.batch.minibatches
     s, shape = settings.width + settings.max_new_tokens, settings.model
     floats = jax.ShapeDtypeStruct((rows, s), jnp.float32)
     integers = jax.ShapeDtypeStruct((rows, s), jnp.int32)
@@ -111,7 +111,7 @@ def abstract_batch(settings: Settings, *, scored: bool) -> Batch:
 
 def _drawn(settings: Settings) -> int:
     """Prompts that an iteration samples from."""
-    return settings.config["batch"]["prompts"] * settings.config["batch"]["oversample"]
+    return settings.config.batch.prompts * settings.config.batch.oversample
 
 
 def abstract_prompts(settings: Settings) -> Prompts:
@@ -126,7 +126,7 @@ def abstract_decoding(settings: Settings, cache: int = -1) -> decode.Decoding:
     """The decode loop's state with all its slots and the largest cache, or an earlier one."""
     plan, mesh = settings.plan, settings.mesh
     sizes = (plan.slots[0], plan.cache[cache], _drawn(settings), settings.width,
-             settings.config["batch"]["group_size"], settings.max_new_tokens)  # fmt: skip
+             settings.config.batch.group_size, settings.max_new_tokens)  # fmt: skip
     empty = jax.eval_shape(lambda: decode.empty(settings.model, *sizes, mesh))
     return placed(empty, mesh, decode.specs())
 
@@ -173,7 +173,7 @@ def _reference(settings: Settings) -> dict[str, Any]:
 
 
 def _learner_programs(settings: Settings) -> dict[str, Program]:
-    hp, options = settings.hp, settings.config["batch"]
+    hp, options = settings.hp, settings.config.batch
     state, given, batch = (
         _abstract_state(settings),
         abstract_batch(settings, scored=False),
@@ -188,8 +188,8 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
               "turns": -(-micro_rows * t // hp.static.head_chunk)}  # fmt: skip
     weights, optimizer = {"parameters": state.params}, {"optimizer": state.opt_state}
     score = learner.score_routing if hp.static.routing_replay == "R2" else learner.score
-    recompute = settings.config["learner"]["old_logp"] == "recompute"
-    scored = options["minibatches"] * options["oversample"]
+    recompute = settings.config.learner.old_logp == "recompute"
+    scored = options.minibatches * options.oversample
     # The rollout and its minibatches are there while one is scored; in an update, minibatches are.
     # The first update of a run is on a copy of the state, so that nothing changes.
     held = {"rows": [given] * (2 * scored - 1), "sampler's parameters": abstract_sampler(settings)}
@@ -202,9 +202,9 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
         "update": Program(
             lambda: learner.update.lower(state, batch, hp),
             weights | optimizer | {"rows": batch},
-            resident={"rows": [batch] * (options["minibatches"] - 1), "copy at the start": state}
+            resident={"rows": [batch] * (options.minibatches - 1), "copy at the start": state}
             | _reference(settings),
-            model_flops=3 * forward, runs=options["minibatches"], **common,
+            model_flops=3 * forward, runs=options.minibatches, **common,
         ),
     }  # fmt: skip
 
@@ -215,7 +215,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
     weights, state = abstract_sampler(settings), abstract_decoding(settings)
     smaller = abstract_decoding(settings, -min(2, len(plan.cache)))
     prompts, controls = abstract_prompts(settings), sampling.controls(1.0)
-    group, n, t = settings.config["batch"]["group_size"], settings.width, settings.max_new_tokens
+    group, n, t = settings.config.batch.group_size, settings.width, settings.max_new_tokens
     base = jax.eval_shape(lambda: decode.base_key(np.uint32(0), "train", np.int32(0)))
     static = {"truncate": False, "mesh": mesh}
     slots = fed(jax.ShapeDtypeStruct((plan.refill,), jnp.int32), mesh)

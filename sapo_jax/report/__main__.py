@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from etils import epath
 
 from sapo_jax import cli
+
+SWEEP = ("manifest.json", "report.json")
+RUN = ("metrics", "config.json", "preflight.json")
 
 FLAGS = cli.Flags("report", __doc__)
 FLAGS.string("path", "", "Directory of a run or a sweep, or a lab's JSON file.", positional=True)
 FLAGS.string("picture", "", "A PNG of the main panels instead.")
 
 
+def kind_of(path: epath.Path) -> ModuleType:
+    """What tells the page of a path, by what lies there.
+
+    Raises:
+        ValueError: nothing that a page could show lies there.
+    """
+    from sapo_jax.report import gradlab, run, sweep  # here: --help works without plots
+
+    if path.suffix == ".json" and path.exists():
+        return gradlab
+    for kind, names in ((sweep, SWEEP), (run, RUN)):
+        if any((path / name).exists() for name in names):
+            return kind
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    run_of, sweep_of = ("/ or ".join(names) for names in (RUN, SWEEP))
+    raise ValueError(
+        f"nothing to show in {path}: a run leaves {run_of} there, a sweep {sweep_of}, and the "
+        "gradient lab a file of its own, such as quickstart_0.json"
+    )
+
+
 def main(given: cli.Flags) -> None:
     """Write the page of the path, or draw its picture."""
-    from sapo_jax.report import gradlab, run, sweep  # late: --help needs no plots
-
     path = epath.Path(given.path).expanduser()
-    if not path.exists():
-        raise ValueError(f"{path}: no such directory or file")
-    sweeps = any((path / name).exists() for name in ("manifest.json", "report.json"))
-    kind = gradlab if path.suffix == ".json" else sweep if sweeps else run
-    if kind is run and not (path / "config.json").exists():
-        raise ValueError(f"{path}: neither a run (config.json) nor a sweep (manifest.json)")
+    kind = kind_of(path)
     if given.picture:
         kind.picture(path, epath.Path(given.picture).expanduser())
     print(given.picture or kind.write(path))

@@ -16,6 +16,7 @@ import numpy as np
 from sapo_jax.training.bootstrap import interval
 
 LOST_REWARD, LOST_ENTROPY, LEAST = 0.5, 0.1, 0.05  # see `collapse`
+COLLAPSES = ("reward", "entropy", "finite")
 CURVES = ("eval/pass_at_1", "reward/mean", "policy/entropy", "length/mean")
 
 Records = Sequence[Mapping[str, Any]]
@@ -125,7 +126,7 @@ def collapse(records: Records) -> dict[str, int | None]:
     """
     trained = [r for r in records if r["iteration"] > 0]
     window = int(np.clip(len(trained) // 10, 3, 20))
-    found: dict[str, int | None] = dict.fromkeys(("reward", "entropy", "finite"))
+    found: dict[str, int | None] = dict.fromkeys(COLLAPSES)
     reward = series(trained, "reward/accuracy")
     if reward:
         mean_N = smoothed(np.array(list(reward.values())), window)
@@ -150,7 +151,7 @@ def collapses(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """Of each way to collapse: the share of runs, and the median of the iterations."""
     each = [collapse(run.records) for run in runs]
     out = {}
-    for kind in ("reward", "entropy", "finite"):
+    for kind in COLLAPSES:
         steps = [found[kind] for found in each if found[kind] is not None]
         median = float(np.median(steps)) if steps else None
         out[kind] = {"share": len(steps) / len(each), "median": median, "steps": steps}

@@ -25,7 +25,7 @@ def main(given: cli.Flags) -> None:
     if index >= count:
         raise ValueError(f"--job_index={index}: must be below --job_count={count}")
     overrides = cli.from_config(given["config"].config_filename, "get_sweep")
-    parts = cohorts.resolve(given.config, overrides, most=given.most)
+    parts = cohorts.make(given.config, overrides, most=given.most)
     if count > len(parts):
         raise ValueError(
             f"--job_count={count}: the sweep has {len(parts)} cohort(s) for them; "

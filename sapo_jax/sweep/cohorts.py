@@ -82,7 +82,7 @@ def settings_of(base: ConfigDict, override: Mapping[str, Any]) -> Settings:
     except (ValueError, TypeError) as error:
         raise ValueError(f"the run {name}: {error}") from None
     try:
-        checked = settings.resolve(config)
+        checked = settings.from_config(config)
         _check(checked)
     except (ValueError, TypeError) as error:
         raise ValueError(f"the run {name}: {error}") from None
@@ -91,10 +91,10 @@ def settings_of(base: ConfigDict, override: Mapping[str, Any]) -> Settings:
 
 def _check(run: Settings) -> None:
     for field in ("slots", "shrink"):
-        value = run.config["sampler"][field]
+        value = getattr(run.config.sampler, field)
         all_at_once = "0 in a sweep, whose runs sample all prompts at once"
         require(value == 0, f"sampler.{field}", value, all_at_once)
-    for axis, size in run.config["mesh"].items():
+    for axis, size in run.config.mesh.items():
         alone = "1 in a sweep, whose runs have one device each (population.method='devices')"
         require(size == 1, f"mesh.{axis}", size, alone)
 
@@ -105,25 +105,24 @@ def _is_traced(field: str) -> bool:
 
 def static(run: Settings) -> str:
     """Equal for runs that can share their executables."""
-    fields = {k: v for k, v in flat(run.config).items() if not _is_traced(k)}
+    fields = {k: v for k, v in flat(run.plain).items() if not _is_traced(k)}
     return json.dumps([fields, run.needs_reference], sort_keys=True)
 
 
 def _objective_name(run: Settings) -> str:
-    options = run.config["objective"]
-    own = options["aggregation"]
-    return options["name"] if own is None else f"{options['name']}/{own}"
+    name, own = run.config.objective.name, run.config.objective.aggregation
+    return name if own is None else f"{name}/{own}"
 
 
 def _cohort(listed: Sequence[tuple[str, Mapping[str, Any], Settings]]) -> Cohort:
     names, overrides, members = zip(*listed, strict=True)
     objectives = population.as_one([(_objective_name(run), run.hp.objective) for run in members])
     hp = [run.hp.replace(objective=o) for run, o in zip(members, objectives, strict=True)]
-    method = vectorize.choose(members[0].config["population"]["method"], len(members))
+    method = vectorize.choose(members[0].config.population.method, len(members))
     return Cohort(names, overrides, members, vectorize.values(hp), method)
 
 
-def resolve(base: ConfigDict, sweep: Overrides, *, most: int = 0) -> list[Cohort]:
+def make(base: ConfigDict, sweep: Overrides, *, most: int = 0) -> list[Cohort]:
     """The cohorts of a sweep, in the order of their first runs.
 
     Args:
@@ -140,7 +139,7 @@ def resolve(base: ConfigDict, sweep: Overrides, *, most: int = 0) -> list[Cohort
     seen: dict[str, str] = {}
     for override in sweep:
         name, run = name_of(override), settings_of(base, override)
-        same = json.dumps(run.config, sort_keys=True)
+        same = json.dumps(run.plain, sort_keys=True)
         if same in seen:
             raise ValueError(f"two runs of the sweep are the same: {seen[same]} and {name}")
         if name in seen.values():

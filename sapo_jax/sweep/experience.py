@@ -40,13 +40,13 @@ def sample(
     domain: str = "train",
 ) -> Rollout:
     """Rollouts with the runs' settings; the domain "eval" takes those of the evaluation."""
-    run, options = cohort.lead, cohort.lead.config["eval"]
+    run, options = cohort.lead, cohort.lead.config.eval
     evaluates = domain == "eval"
-    temperatures = [c.config["sampler"]["temperature"] for c in cohort.runs]
+    temperatures = [c.config.sampler.temperature for c in cohort.runs]
     if evaluates:
-        temperatures = [c.config["eval"]["temperature"] for c in cohort.runs]
-    top = {name: options[name] if evaluates else None for name in ("top_k", "top_p")}
-    seed_R = np.array([c.config["seed"] for c in cohort.runs], np.uint32)
+        temperatures = [c.config.eval.temperature for c in cohort.runs]
+    top = {name: getattr(options, name) if evaluates else None for name in ("top_k", "top_p")}
+    seed_R = np.array([c.config.seed for c in cohort.runs], np.uint32)
     return population.rollout(
         live_R,
         weights,
@@ -55,7 +55,7 @@ def sample(
         population.base_keys(seed_R, domain, np.int32(iteration)),
         stack([sampling.controls(t, **top) for t in temperatures]),
         np.int32(iteration),
-        group_size=options["samples"] if evaluates else run.config["batch"]["group_size"],
+        group_size=options.samples if evaluates else run.config.batch.group_size,
         max_new_tokens=run.max_new_tokens,
         cache=(run.eval_plan if evaluates else run.plan).cache,
         truncate=any(value is not None for value in top.values()),
@@ -68,14 +68,14 @@ def _scored(
 ) -> tuple[Batch, ...]:
     """As `experience` does for one run."""
     c, hp, method = cohort.lead.config, cohort.hp, cohort.method
-    parts = c["batch"]["minibatches"] * c["batch"]["oversample"]
+    parts = c.batch.minibatches * c.batch.oversample
     minibatches = population.split_rows(live_R, batch, parts=parts, method=method)
     score = partial(population.score, live_R, method=method)
     if hp.static.routing_replay == "R2":
         routed = partial(population.score_routing, live_R, params, hp=hp, method=method)
         pairs = [(b, *routed(b)) for b in minibatches]
         minibatches = tuple(b.replace(old_logp=logp, routing=r) for b, logp, r in pairs)
-    elif c["learner"]["old_logp"] == "recompute":
+    elif c.learner.old_logp == "recompute":
         minibatches = tuple(b.replace(old_logp=score(params, b, hp)) for b in minibatches)
     if reference is not None:
         hp = hp.replace(routing_replay="none")
@@ -103,7 +103,7 @@ def from_rollout(
     All R·B rows are judged when they all are there: one program samples them.
     """
     members, method = cohort.runs, cohort.method
-    group_size = cohort.lead.config["batch"]["group_size"]
+    group_size = cohort.lead.config.batch.group_size
     asked = [experience.ask(run, stream, scorer) for run, stream in zip(members, read, strict=True)]
     with clock("to_sampler"):
         weights = population.to_sampler(live_R, params, cohort.lead.model, method=method)
@@ -135,7 +135,7 @@ def from_rollout(
             rows_RB,
             np.stack([signal_B for _, signal_B, _ in kept]),
             np.stack([x[rows_B] for (x, _), rows_B in zip(judged, rows_RB, strict=True)]),
-            np.array([run.config["reward"]["kl_coef"] for run in members], np.float32),
+            np.array([run.config.reward.kl_coef for run in members], np.float32),
             vectorize.values([run.bounds for run in members]),
             method=method,
             **experience.recipe_of(cohort.lead),
@@ -195,8 +195,8 @@ def held_out(
     cohort: Cohort, live_R: np.ndarray, params: Any, scorer: rewards.Scorer
 ) -> list[dict[str, float]]:
     """`evaluation.held_out` of R runs: one evaluation set, each run's own noise."""
-    run, options = cohort.lead, cohort.lead.config["eval"]
-    examples, size = evaluation.test_set(run, options["prompts"]), run.eval_batch
+    run, options = cohort.lead, cohort.lead.config.eval
+    examples, size = evaluation.test_set(run, options.prompts), run.eval_batch
     weights = population.to_sampler(live_R, params, run.model, method=cohort.method)
     draw_all = partial(sample, cohort, live_R, weights, iteration=0, domain="eval")
     drawn = []
@@ -212,7 +212,7 @@ def held_out(
         def draw(prompts, on_groups):
             del prompts  # drawn in this order before
             rollout = pick(next(parts), r)
-            hand_over(on_groups, rollout, options["samples"])
+            hand_over(on_groups, rollout, options.samples)
             return rollout
 
         return draw

@@ -12,7 +12,7 @@ from etils import epath
 from sapo_jax.parallel import sharding
 from sapo_jax.sweep import train
 from sapo_jax.sweep.cohorts import Cohort
-from sapo_jax.training import workdir as rundir
+from sapo_jax.training.files import read_json, write_json
 from sapo_jax.training.progress import Progress
 
 MANIFEST, DONE = "manifest.json", "done.json"
@@ -41,8 +41,8 @@ def check_manifest(workdir: epath.Path, manifest: dict) -> None:
     """
     path = workdir / MANIFEST
     if not path.exists():
-        rundir.write_json(path, manifest)
-    stored = json.loads(path.read_text())
+        write_json(path, manifest)
+    stored = read_json(path)
     if stored != manifest:
         old, new = ([r["directory"] for r in m["runs"]] for m in (stored, manifest))
         strange = [name for name in new if name not in old] or [n for n in old if n not in new]
@@ -54,9 +54,8 @@ def check_manifest(workdir: epath.Path, manifest: dict) -> None:
 
 
 def _is_done(part: Cohort, place: epath.Path) -> bool:
-    path = place / DONE
-    wanted = part.lead.config["iterations"]
-    return path.exists() and json.loads(path.read_text())["iterations"] == wanted
+    done = read_json(place / DONE) or {}
+    return done.get("iterations") == part.lead.config.iterations
 
 
 def _how(part: Cohort) -> str:
@@ -70,7 +69,7 @@ def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int
     """Train what is left of a sweep; killed at any moment, the same call goes on with it.
 
     Args:
-      parts: from `cohorts.resolve`.
+      parts: from `cohorts.make`.
       workdir: of the sweep; ``<workdir>/cohort-000/<name>`` is the directory of a run.
       job: (i, n): every n-th cohort from the i-th on; the jobs share the directory.
 
@@ -86,7 +85,7 @@ def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int
     check_manifest(workdir, manifest_of(parts))
     places = [workdir / folder(i) for i in range(len(parts))]
     mine = list(zip(parts, places, strict=True))[index::count]
-    sizes = [len(part.runs) * part.lead.config["iterations"] for part, _ in mine]
+    sizes = [len(part.runs) * part.lead.config.iterations for part, _ in mine]
     done = [_is_done(*each) for each in mine]
     steps = sum(size for size, ended in zip(sizes, done, strict=True) if ended)
     bar = Progress(sum(sizes), steps, workdir.name)
@@ -97,7 +96,7 @@ def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int
         start = time.time()
         if not train.run(part, place, bar):
             break
-        record = {"iterations": part.lead.config["iterations"], "method": part.method}
-        rundir.write_json(place / DONE, record | {"seconds": time.time() - start})
+        record = {"iterations": part.lead.config.iterations, "method": part.method}
+        write_json(place / DONE, record | {"seconds": time.time() - start})
     bar.close()
     return all(_is_done(*each) for each in zip(parts, places, strict=True))

@@ -20,6 +20,7 @@ from sapo_jax.sweep.cohorts import Cohort
 from sapo_jax.sweep.vectorize import pick
 from sapo_jax.training import checkpoint, experience, provenance, startup
 from sapo_jax.training import workdir as rundir
+from sapo_jax.training.lease import Lease
 from sapo_jax.training.progress import Clock, Profile, Progress
 from sapo_jax.types import TrainState
 
@@ -45,9 +46,9 @@ def run(cohort: Cohort, workdir: epath.PathLike, bar: Progress) -> bool:
     """
     workdir = epath.Path(workdir)
     places = [workdir / name for name in cohort.names]
-    with rundir.Lease(workdir):
+    with Lease(workdir):
         for one, place in zip(cohort.runs, places, strict=True):
-            rundir.check_config(place, one.config, may_differ=one.may_differ)
+            rundir.check_config(place, one.plain, may_differ=one.may_differ)
         with train.open_edge(cohort.lead, workdir) as edge:
             state, streams, whole = _loop(cohort, edge, places, bar)
             if whole:
@@ -88,12 +89,12 @@ def _warm_up(cohort: Cohort, state: TrainState, reference: Any, edge: train.Edge
     live_R = np.zeros(len(cohort.runs), bool)
     fresh = [experience.open_stream(one) for one in cohort.runs]
     note("compiling: sampling")
-    collect = joint.SOURCES[cohort.lead.config["source"]]
+    collect = joint.SOURCES[cohort.lead.config.source]
     got = collect(cohort, live_R, state.params, reference, fresh, 0, Clock(), edge.scorer)
     note("compiling: update")
     copy = jax.tree.map(jnp.copy, state)
     population.learn(live_R, copy, got.minibatches, cohort.hp, method=cohort.method)
-    if cohort.lead.config["eval"]["every"]:
+    if cohort.lead.config.eval.every:
         note("compiling: evaluation")
         joint.held_out(cohort, live_R, state.params, edge.scorer)
 
@@ -104,12 +105,12 @@ def _loop(
     """The iterations that are left; the state, the streams, and whether all were done."""
     c, runs, live_R = cohort.lead.config, len(cohort.runs), np.ones(len(cohort.runs), bool)
     state, streams, reference = _start(cohort, edge.checkpoints, places)
-    collect = partial(joint.SOURCES[c["source"]], cohort, live_R, scorer=edge.scorer)
+    collect = partial(joint.SOURCES[c.source], cohort, live_R, scorer=edge.scorer)
     held_out = partial(joint.held_out, cohort, live_R, scorer=edge.scorer)
-    total, done = c["iterations"], int(state.iteration[0])
+    total, done = c.iterations, int(state.iteration[0])
     resumed = edge.checkpoints.latest() is not None
     for place, one in zip(places, cohort.runs, strict=True):
-        rundir.write_config(place, one.config)
+        rundir.write_config(place, one.plain)
         rundir.cut_samples(place, done)
     bar.step(runs * done)
     with contextlib.ExitStack() as stack:
@@ -120,9 +121,9 @@ def _loop(
         for place in places:
             provenance.write(place)
         clock = Clock(edge.watchdog.beat)
-        profile = Profile(edge.workdir / "profile", done + 3, c["profile_steps"])
+        profile = Profile(edge.workdir / "profile", done + 3, c.profile_steps)
         _warm_up(cohort, state, reference, edge, bar.note)
-        if not resumed and c["eval"]["every"]:
+        if not resumed and c.eval.every:
             for file, found in zip(files, held_out(state.params), strict=True):
                 file.write({"iteration": 0, "update": 0, **found})
         for iteration in range(done + 1, total + 1):
@@ -134,7 +135,7 @@ def _loop(
                     state, records = population.learn(*arguments, method=cohort.method)
             last = iteration == total
             evaluated = [{}] * runs
-            if c["eval"]["every"] and (last or iteration % c["eval"]["every"] == 0):
+            if c.eval.every and (last or iteration % c.eval.every == 0):
                 with clock("eval"):
                     evaluated = held_out(state.params)
             # A run's share of the time: added up over the runs, it is the time that passed.
@@ -145,10 +146,10 @@ def _loop(
                 tokens = record["length/mean"] * cohort.lead.sampled
                 record["time/tokens_per_second"] = tokens / record["time/iteration"]
                 files[r].write(record)
-                if got.samples[r] and (last or iteration % c["log"]["samples_every"] == 0):
+                if got.samples[r] and (last or iteration % c.log.samples_every == 0):
                     rundir.write_samples(places[r], iteration, got.samples[r])
             stop = distributed.any_process(edge.preempted.requested)
-            if last or stop or iteration % c["checkpoint"]["every"] == 0:
+            if last or stop or iteration % c.checkpoint.every == 0:
                 meta = {"positions": [stream.position for stream in streams]}
                 with clock("checkpoint"):
                     edge.checkpoints.save(iteration, state, meta)

@@ -1,71 +1,88 @@
-"""From a config to what is asked: tasks with their shares, the tokenizer, room for tokens."""
+"""From the fields of a config to objects; what the library refuses names the field."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
+import jax
 from etils import epath
+from jax.sharding import Mesh
 
-from sapo_jax import model, tasks
-from sapo_jax.data import hf_tokenizer, stream
+from sapo_jax import corrections, learner, model, objectives, tasks
+from sapo_jax.data import hf_tokenizer
+from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
+from sapo_jax.model import params, routing
+from sapo_jax.objectives.ratios import KL_ESTIMATES
+from sapo_jax.parallel import sharding
+from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Task
-from sapo_jax.training.checks import require
+from sapo_jax.training.checks import choice, require
+from sapo_jax.training.config import Config
+
+OLD_LOGP = ("sampler", "recompute")
+NO_REFERENCE = "0 without config.init_from, whose policy is the reference"
 
 
-def make_tasks(c: dict) -> tuple[dict[str, Task], dict[str, float]]:
+@contextlib.contextmanager
+def _of(field: str) -> Iterator[None]:
+    """Refusals inside the context name the field."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"config.{field}: {error}") from None
+
+
+def make_tasks(c: Config) -> tuple[dict[str, Task], dict[str, float]]:
     """The tasks by name, with their shares of a batch.
 
     Raises:
       ValueError: a task is unknown, refuses its options, has no data, or a share does not fit.
     """
-    entries = c["tasks"] or {c["task"]["name"]: c["task"] | {"share": 1.0}}
+    entries = c.tasks or {c.task["name"]: c.task | {"share": 1.0}}
     made, shares = {}, {}
     for key, entry in entries.items():
-        field = f"tasks.{key}" if c["tasks"] else "task"
+        field = f"tasks.{key}" if c.tasks else "task"
         wanted = "a dictionary of name, share and, if need be, options"
         known = isinstance(entry, dict) and {"name", "share"} <= set(entry)
         require(known and not set(entry) - {"name", "share", "options"}, field, entry, wanted)
-        share, prompts = entry["share"], c["batch"]["prompts"]
+        share, prompts = entry["share"], c.batch.prompts
         number = isinstance(share, int | float) and 0 < share <= 1
         require(number, f"{field}.share", share, "a number in (0, 1]")
         whole = f"a whole number of the {prompts} of batch.prompts"
-        require(
-            abs(share * prompts - round(share * prompts)) < 1e-6, f"{field}.share", share, whole
-        )
-        try:
+        divides = abs(share * prompts - round(share * prompts)) < 1e-6
+        require(divides, f"{field}.share", share, whole)
+        with _of(field):
             task = tasks.make(entry["name"], **entry.get("options", {}))
             task.examples("train")
-            if c["eval"]["every"]:
+            if c.eval.every:
                 task.examples("test")
-        except ValueError as error:
-            raise ValueError(f"config.{field}: {error}") from None
         made[key], shares[key] = task, float(share)
     total = sum(shares.values())
     require(abs(total - 1) < 1e-6, "tasks", shares, f"shares that add up to 1, not {total:g}")
     least = f"at least {len(made)}, one of each task"
-    require(c["eval"]["prompts"] >= len(made), "eval.prompts", c["eval"]["prompts"], least)
+    require(c.eval.prompts >= len(made), "eval.prompts", c.eval.prompts, least)
     return made, shares
 
 
-def make_tokenizer(c: dict, made: Mapping[str, Task]) -> Tokenizer:
+def make_tokenizer(c: Config, made: Mapping[str, Task]) -> Tokenizer:
     """The tokenizer of the directory that the config names, or one of the tasks' characters.
 
     Raises:
       ValueError: the directory has none that can be used.
     """
-    options = dict(c["tokenizer"])
+    options = dataclasses.asdict(c.tokenizer)
     directory = options.pop("directory")
     for field in ("system", "template_options"):
         alone = "empty without config.tokenizer.directory"
         require(bool(directory) or not options[field], f"tokenizer.{field}", options[field], alone)
     if not directory:
         return CharTokenizer(tasks.Mixture(made).alphabet)
-    try:
+    with _of("tokenizer"):
         return hf_tokenizer.load(directory, **options)
-    except ValueError as error:
-        raise ValueError(f"config.tokenizer: {error}") from None
 
 
 def is_hf(directory: str) -> bool:
@@ -74,7 +91,7 @@ def is_hf(directory: str) -> bool:
     return (path / "config.json").exists() and not (path / "checkpoints").exists()
 
 
-def make_model(c: dict, tokenizer: Tokenizer) -> model.ModelConfig:
+def make_model(c: Config, tokenizer: Tokenizer) -> model.ModelConfig:
     """The policy's shape: that of a preset, with the fields that the config gives, or of a
     Hugging Face directory.
 
@@ -82,14 +99,18 @@ def make_model(c: dict, tokenizer: Tokenizer) -> model.ModelConfig:
       ValueError: an unknown preset, a field out of range, or a vocabulary that is not the
         tokenizer's.
     """
-    fields = {key: value for key, value in c["model"].items() if value is not None}
-    preset, chosen = fields.pop("preset"), {"attention": fields.pop("attention")}
-    chosen |= {f"{kind}_dtype": c["dtype"][kind] for kind in ("compute", "cache")}
-    chosen["param_dtype"] = c["dtype"]["params"]
+    preset = c.model.preset
+    fields = {key: value for key, value in c.model.shape.items() if value is not None}
+    chosen = {
+        "attention": c.model.attention,
+        "param_dtype": c.dtype.params,
+        "compute_dtype": c.dtype.compute,
+        "cache_dtype": c.dtype.cache,
+    }
     stop = {"stop_tokens": tokenizer.stop_ids, "pad_token": tokenizer.pad_id}
-    if is_hf(c["init_from"]):
-        same = f"{c['init_from']!r} too, whose config.json gives the shape of the weights there"
-        require(preset == c["init_from"], "model.preset", preset, same)
+    if is_hf(c.init_from):
+        same = f"{c.init_from!r} too, whose config.json gives the shape of the weights there"
+        require(preset == c.init_from, "model.preset", preset, same)
     if not is_hf(preset):
         names = f"{', '.join(model.PRESETS)}, or a Hugging Face directory, which has config.json"
         require("/" not in preset, "model.preset", preset, f"one of {names}")
@@ -101,45 +122,154 @@ def make_model(c: dict, tokenizer: Tokenizer) -> model.ModelConfig:
     alone = "None: the shape is that of config.model.preset, a Hugging Face directory"
     for field, value in fields.items():
         require(False, f"model.{field}", value, alone)
-    try:
-        shape = model.hf_config.read(epath.Path(preset).expanduser(), c["dtype"]["params"])
+    with _of("model.preset"):
+        shape = model.hf_config.read(epath.Path(preset).expanduser(), c.dtype.params)
         hf_tokenizer.check_vocabulary(tokenizer, shape.vocab_size, preset)
-    except ValueError as error:
-        raise ValueError(f"config.model.preset: {error}") from None
     return dataclasses.replace(shape, **chosen, **stop)
 
 
 def lengths(
-    c: dict, made: Mapping[str, Task], tokenizer: Tokenizer, shape: model.ModelConfig
-) -> tuple[int, int, stream.Fits | None]:
+    c: Config, made: Mapping[str, Task], tokenizer: Tokenizer, shape: model.ModelConfig
+) -> tuple[int, int, Fits | None]:
     """Tokens of room for a prompt and for a completion, and the filter of what has none.
 
     Raises:
       ValueError: no bound is known, or the policy's context is too short.
     """
-    width, room = c["data"]["max_prompt_tokens"], c["sampler"]["max_new_tokens"]
-    supervised = c["source"] == "demonstrations"
-    keep = None
+    width, room = c.data.max_prompt_tokens, c.sampler.max_new_tokens
+    supervised, bounded = c.source == "demonstrations", False
     if isinstance(tokenizer, CharTokenizer):
         whole = tasks.Mixture(made)
         longest, needed = whole.max_prompt_chars, whole.max_completion_chars
         if supervised:
             least = f"at least {needed + 1}, the longest demonstration with its stop token"
-            require(
-                room == 0 or room > needed,
-                "sampler.max_new_tokens",
-                room,
-                f"{least} (0 takes that)",
-            )
+            fits = room == 0 or room > needed
+            require(fits, "sampler.max_new_tokens", room, f"{least} (0 takes that)")
         width, room = width or longest, room or (needed and needed + 1)
         bounded = width >= longest
-    else:
-        bounded = False
     for field, value in (("data.max_prompt_tokens", width), ("sampler.max_new_tokens", room)):
         require(value > 0, field, value, "at least 1: the tasks have no bound of their own")
-    if not bounded:
-        keep = stream.Fits(tokenizer, width, room if supervised else None)
     context = shape.max_position_embeddings
     least = f"at least {width + room}: prompts of {width} and completions of {room} tokens"
     require(width + room <= context, "model.max_position_embeddings", context, least)
+    keep = None if bounded else Fits(tokenizer, width, room if supervised else None)
     return width, room, keep
+
+
+def make_objective(c: Config) -> objectives.Objective:
+    """The objective with its hyperparameters.
+
+    Raises:
+      ValueError: it is unknown, lacks a hyperparameter, or needs a reference that is not there.
+    """
+    name, aggregation = c.objective.name, c.objective.aggregation
+    if c.source == "demonstrations":
+        only = "'reinforce' for source='demonstrations': likelihood is REINFORCE with advantage 1"
+        require(name == "reinforce", "objective.name", name, only)
+    choice("objective.kl", c.objective.kl, KL_ESTIMATES)
+    given = {key: value for key, value in c.objective.hyperparameters.items() if value is not None}
+    with _of("objective"):
+        objective = objectives.resolve(name, **given)
+        if aggregation is not None:
+            objective = dataclasses.replace(objective, aggregation=aggregation)
+    has_reference = not objective.needs_reference or c.init_from != ""
+    require(has_reference, "objective.kl_coef", given.get("kl_coef"), NO_REFERENCE)
+    return objective
+
+
+def make_mesh(c: Config, shape: model.ModelConfig, devices: Sequence[Any] | None) -> Mesh | None:
+    """The mesh; None on one device.
+
+    Raises:
+      ValueError: it does not fit the devices, or what it is to divide.
+    """
+    alone = devices is None and jax.process_count() == 1
+    if alone and all(size == 1 for size in c.mesh.values()):
+        return None
+    batch = c.batch
+    micro = batch.minibatches * batch.micro_batches
+    rows = {"a micro-batch": batch.prompts * batch.group_size // micro}
+    if c.source == "rollout":
+        drawn = batch.prompts * batch.oversample
+        rows |= {"batch.prompts": drawn, "sampler.slots": c.sampler.slots}
+    split = [sharding.Dimension(name, "rows", size) for name, size in rows.items()]
+    with _of("mesh"):
+        mesh = sharding.make_mesh(**c.mesh, devices=devices)
+        sharding.check(mesh, split + params.dimensions(shape))
+    return mesh
+
+
+def make_hyperparameters(
+    c: Config, shape: model.ModelConfig, objective: objectives.Objective, mesh: Mesh | None
+) -> learner.Hyperparameters:
+    """What an update is told.
+
+    Raises:
+      ValueError: fields of the learner that do not go together.
+    """
+    options = c.learner
+    choice("learner.schedule", options.schedule, learner.SCHEDULES)
+    choice("learner.old_logp", options.old_logp, OLD_LOGP)
+    replay = options.routing_replay
+    choice("learner.routing_replay", replay, routing.REPLAY)
+    sparse = "'none' for a model without experts"
+    require(replay == "none" or shape.num_experts > 0, "learner.routing_replay", replay, sparse)
+    recompute = replay != "R2" or options.old_logp == "recompute"
+    only = "'recompute' with learner.routing_replay='R2', which records the old policy's routing"
+    require(recompute, "learner.old_logp", options.old_logp, only)
+    updates = c.iterations * c.batch.minibatches
+    return learner.Hyperparameters(
+        objective=objective,
+        learning_rate=options.learning_rate,
+        weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm,
+        temperature=c.sampler.temperature,
+        model=shape,
+        micro_batches=c.batch.micro_batches,
+        head_chunk=options.head_chunk,
+        remat=options.remat,
+        kl=c.objective.kl,
+        schedule=options.schedule,
+        warmup=options.warmup,
+        total=0 if options.schedule == "constant" else updates,
+        b1=options.b1,
+        b2=options.b2,
+        eps=options.eps,
+        routing_replay=replay,
+        router_aux_coef=options.router_aux_coef or None,
+        mesh=mesh,
+    )
+
+
+def make_bounds(c: Config) -> dict[str, float]:
+    """Bounds of the sampler correction; π_old has to come from the learner.
+
+    Raises:
+      ValueError: bounds that it lacks or that hold nothing, or π_old is the sampler's.
+    """
+    name, source = c.correction.name, c.learner.old_logp
+    if name == "none":
+        given = {key: value for key, value in c.correction.bounds.items() if value is not None}
+        require(not given, "correction", given, "empty with correction.name='none'")
+        return {}
+    choice("correction.name", name, ("none", *corrections.CORRECTIONS))
+    only = f"'recompute' with correction.name={name!r}: the sampler's own ratio to itself is 1"
+    require(source == "recompute" and c.source == "rollout", "learner.old_logp", source, only)
+    with _of("correction"):
+        return corrections.bounds_of(name, **c.correction.bounds)
+
+
+def make_recipe(c: Config, room: int) -> Recipe:
+    """The parts of the reward.
+
+    Raises:
+      ValueError: a field is out of its range, or a KL term has no reference.
+    """
+    choice("reward.kl", c.reward.kl, KL_ESTIMATES)
+    has_reference = c.reward.kl_coef == 0 or c.init_from != ""
+    require(has_reference, "reward.kl_coef", c.reward.kl_coef, NO_REFERENCE)
+    fields = c.reward.recipe
+    try:
+        return Recipe(**{**fields, "max_length": fields["max_length"] or room})
+    except ValueError as error:  # it names the field
+        raise ValueError(f"config.{error}") from None

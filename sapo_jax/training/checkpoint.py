@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from concurrent import futures
 from typing import Any
 
@@ -13,6 +12,8 @@ import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import path as orbax_path
 from orbax.checkpoint import v1 as ocp
+
+from sapo_jax.training.files import is_remote, normal
 
 FORMAT, STATE = "sapo_jax/1", "state"
 UNFINISHED = orbax_path.atomicity_types.TMP_DIR_SUFFIX
@@ -29,8 +30,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: epath.PathLike):
-        path = epath.Path(directory)
-        self.directory = path if _is_remote(path) else path.expanduser().resolve()
+        self.directory = normal(directory)
         self._thread = futures.ThreadPoolExecutor(1)  # reading back many leaves takes a while
         self._saving: futures.Future | None = None
         self._scores: dict[int, float | None] | None = None  # known from the first save on
@@ -147,7 +147,7 @@ class Checkpoints:
         for path in _entries(self.directory):
             iteration, dot, suffix = path.name.partition(".")
             # on gs:// an unfinished checkpoint has its final name and lacks the commit file
-            bare = _is_remote(path) and (path / STATE).exists() and not _is_committed(path)
+            bare = is_remote(path) and (path / STATE).exists() and not _is_committed(path)
             if iteration.isdecimal() and (UNFINISHED in dot + suffix or bare):
                 path.rmtree()
 
@@ -251,12 +251,8 @@ def _foreign(path: epath.Path) -> ValueError:
 
 def _delete(path: epath.Path) -> None:
     """A kill half way leaves what the next start takes for unfinished, never for a checkpoint."""
-    if _is_remote(path):
+    if is_remote(path):
         (path / COMMIT_FILE).unlink()  # renaming would copy every file
     else:
         path = path.rename(path.with_name(path.name + UNFINISHED))
     path.rmtree()
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in os.fspath(path)

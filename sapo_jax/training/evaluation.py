@@ -119,7 +119,7 @@ def held_out(
     """Metrics on the fixed evaluation set; the same noise at every iteration."""
     weights = sampler.to_sampler(params, settings.model)
     draw = partial(sample, settings, weights, iteration=0, domain="eval", warm_up=warm_up)
-    count = settings.config["eval"]["prompts"]
+    count = settings.config.eval.prompts
     count = min(settings.eval_batch, count) if warm_up else count
     return evaluated(settings, draw, scorer, test_set(settings, count))
 
@@ -144,7 +144,7 @@ def evaluated(
         scorer,
         chosen,
         settings.tokenizer,
-        samples=settings.config["eval"]["samples"],
+        samples=settings.config.eval.samples,
         width=settings.width,
         batch=settings.eval_batch,
         names=tuple(settings.tasks) if len(settings.tasks) > 1 else (),

@@ -48,18 +48,18 @@ def sample(
     warm_up: Callable[[str], None] | None = None,
 ) -> Rollout:
     """A rollout with the run's settings; the domain "eval" takes those of the evaluation."""
-    options = settings.config["eval"]
+    options = settings.config.eval
     controls: dict[str, Any] = {
-        "group_size": settings.config["batch"]["group_size"],
-        "temperature": settings.config["sampler"]["temperature"],
+        "group_size": settings.config.batch.group_size,
+        "temperature": settings.config.sampler.temperature,
         "plan": settings.plan,
     }
     if domain == "eval":
         controls = {
-            "group_size": options["samples"],
-            "temperature": options["temperature"],
-            "top_k": options["top_k"],
-            "top_p": options["top_p"],
+            "group_size": options.samples,
+            "temperature": options.temperature,
+            "top_k": options.top_k,
+            "top_p": options.top_p,
             "plan": settings.eval_plan,
         }
     return sampler.rollout(
@@ -67,7 +67,7 @@ def sample(
         settings.model,
         prompts,
         max_new_tokens=settings.max_new_tokens,
-        seed=settings.config["seed"],
+        seed=settings.config.seed,
         iteration=iteration,
         domain=domain,
         on_groups=on_groups,
@@ -95,13 +95,13 @@ def _scored(settings: Settings, params: Any, reference: Any, batch: Batch) -> tu
 
     Of all prompts, also where more were drawn than are learnt from: that is not known yet.
     """
-    options = settings.config["batch"]
-    parts = options["minibatches"] * options["oversample"]
+    options = settings.config.batch
+    parts = options.minibatches * options.oversample
     minibatches = learner.split_rows(batch, parts, settings.mesh)
     score = partial(learner.score, hp=settings.hp)
     if settings.hp.static.routing_replay == "R2":
         minibatches = tuple(_with_routing(params, b, settings.hp) for b in minibatches)
-    elif settings.config["learner"]["old_logp"] == "recompute":
+    elif settings.config.learner.old_logp == "recompute":
         minibatches = tuple(b.replace(old_logp=score(params, b)) for b in minibatches)
     if reference is not None:
         score = partial(learner.score, hp=settings.hp.replace(routing_replay="none"))
@@ -153,7 +153,7 @@ def _by_task(settings: Settings, asked: Asked, rewards_B: np.ndarray) -> dict[st
     """The mean reward of each task of a mixture."""
     if len(settings.tasks) == 1:
         return {}
-    task_B = np.repeat(asked.prompts.task, settings.config["batch"]["group_size"])
+    task_B = np.repeat(asked.prompts.task, settings.config.batch.group_size)
     return {
         f"reward/{name}": float(rewards_B[task_B == k].mean())
         for k, name in enumerate(settings.tasks)
@@ -162,25 +162,25 @@ def _by_task(settings: Settings, asked: Asked, rewards_B: np.ndarray) -> dict[st
 
 def open_stream(settings: Settings, *, workers: int = 0) -> streams.Stream:
     """The training examples from the beginning, in the order of the run's seed."""
-    sources, seed = settings.sources("train"), settings.config["seed"]
+    sources, seed = settings.sources("train"), settings.config.seed
     shares, keep = settings.shares, settings.keep
     return streams.Stream(sources, seed, shares=shares, keep=keep, workers=workers)
 
 
 def ask(settings: Settings, stream: streams.Stream, scorer: rewards.Scorer) -> Asked:
     """The prompts of the next iteration, more than P where some are drawn to spare."""
-    batch = settings.config["batch"]
-    examples = stream.take(batch["prompts"] * batch["oversample"])
+    batch = settings.config.batch
+    examples = stream.take(batch.prompts * batch.oversample)
     prompts = encode.encode_prompts(examples, settings.tokenizer, settings.width)
     return Asked(examples, prompts, rewards.Groups(scorer, examples, settings.tokenizer))
 
 
 def kept(settings: Settings, rewards_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict]:
     """Which rows to learn from, whether their groups have a signal, and metrics of that."""
-    batch = settings.config["batch"]
-    if batch["oversample"] == 1:
+    batch = settings.config.batch
+    if batch.oversample == 1:
         return np.arange(len(rewards_B), dtype=np.int32), np.ones(len(rewards_B), bool), {}
-    rows_B, signal_B = advantages.informative(rewards_B, batch["group_size"], batch["prompts"])
+    rows_B, signal_B = advantages.informative(rewards_B, batch.group_size, batch.prompts)
     return rows_B, signal_B, {"advantage/kept_groups": float(signal_B.mean())}
 
 
@@ -188,11 +188,11 @@ def recipe_of(settings: Settings) -> dict[str, Any]:
     """What is static in `learner.make_minibatches`."""
     c = settings.config
     return {
-        "estimator": c["advantages"],
-        "group_size": c["batch"]["group_size"],
-        "kl": c["reward"]["kl"],
-        "correction": c["correction"]["name"],
-        "parts": c["batch"]["minibatches"],
+        "estimator": c.advantages,
+        "group_size": c.batch.group_size,
+        "kl": c.reward.kl,
+        "correction": c.correction.name,
+        "parts": c.batch.minibatches,
     }
 
 
@@ -206,7 +206,7 @@ def told(
 ) -> tuple[dict[str, float], list[dict]]:
     """Metrics of a judged rollout, and rows of it for a person to read; ends: `sampler.ends`."""
     c, (length_B, finished_B) = settings.config, ends
-    group_size, count = c["batch"]["group_size"], c["log"]["samples"]
+    group_size, count = c.batch.group_size, c.log.samples
     rows = _rows(asked, group_size, finished_B, rewards_B, advantages_B, iteration, count)
     metrics = _metrics(length_B, finished_B, rewards_B, group_size)
     return metrics | _by_task(settings, asked, rewards_B), rows
@@ -241,7 +241,7 @@ def from_rollout(
         minibatches, more = learner.make_minibatches(
             learner.select_rows(minibatches, rows_B, signal_B, settings.mesh),
             rewards_B[rows_B],
-            settings.config["reward"]["kl_coef"],
+            settings.config.reward.kl_coef,
             settings.bounds,
             mesh=settings.mesh,
             **recipe_of(settings),
@@ -272,9 +272,7 @@ def from_demonstrations(
         batch = encode.encode_demonstrations(stream.take(settings.rows), settings.tokenizer, width)
         metrics = {"length/mean": float(batch.mask.sum(-1).mean())}
         batch = sharding.place(batch, settings.mesh)
-        minibatches = learner.split_rows(
-            batch, settings.config["batch"]["minibatches"], settings.mesh
-        )
+        minibatches = learner.split_rows(batch, settings.config.batch.minibatches, settings.mesh)
     return Experience(minibatches, metrics | {"data/dropped": float(stream.dropped)}, [])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import pathlib
 import platform
 import shlex
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from sapo_jax.training import workdir as rundir
+from sapo_jax.training.files import read_json, write_json
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILE = "provenance.json"
@@ -25,16 +24,8 @@ def commit(root: pathlib.Path = ROOT) -> str | None:
     """The commit of a checkout, with "-dirty" where files differ from it; None of other folders."""
     if not (root / ".git").exists():  # a folder inside another repository has that one's commit
         return None
-    command = [
-        "git",
-        "-C",
-        str(root),
-        "describe",
-        "--always",
-        "--dirty",
-        "--exclude=*",
-        "--abbrev=40",
-    ]
+    describe = ["describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    command = ["git", "-C", str(root), *describe]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -64,10 +55,9 @@ def provenance() -> dict[str, Any]:
 
 def write(workdir: epath.PathLike) -> None:
     """Add an entry of this start to a run directory's provenance.json."""
-    rundir.write_json(epath.Path(workdir) / FILE, [*read(workdir), provenance()])
+    write_json(epath.Path(workdir) / FILE, [*read(workdir), provenance()])
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """An entry for each start, oldest first; [] where none was written."""
-    path = epath.Path(workdir).expanduser() / FILE
-    return json.loads(path.read_text()) if path.exists() else []
+    return read_json(epath.Path(workdir) / FILE) or []

@@ -30,9 +30,9 @@ def start(
     wanted = learner.abstract(settings.hp)
     to_reference = settings.needs_reference
     weights = None
-    if c["init_from"] and (latest is None or to_reference):
+    if c.init_from and (latest is None or to_reference):
         weights = _place(settings, _weights(settings, wanted.params))
-    stream = experience.open_stream(settings, workers=c["data"]["workers"])
+    stream = experience.open_stream(settings, workers=c.data.workers)
     if latest is None:
         start = random_parameters(settings) if weights is None else weights
         state = learner.init(jax.tree.map(jnp.copy, start), settings.hp)
@@ -45,7 +45,7 @@ def start(
 
 def random_parameters(settings: Settings) -> Any:
     """Initial parameters, on a mesh each part where it belongs from the start."""
-    shape, seed, mesh = settings.model, settings.config["seed"], settings.mesh
+    shape, seed, mesh = settings.model, settings.config.seed, settings.mesh
     if mesh is None:
         return parameters.init(shape, seed)
     places = parameters.shardings(shape, mesh)
@@ -60,9 +60,9 @@ def _place(settings: Settings, tree: Any) -> Any:
 def _weights(settings: Settings, abstract: Any) -> Any:
     """The parameters that ``init_from`` names: of a Hugging Face directory, or of a run."""
     c = settings.config
-    source = epath.Path(c["init_from"]).expanduser()
-    if build.is_hf(c["init_from"]):
-        return hf.load(source, dtype=c["dtype"]["params"], mesh=settings.mesh)[1]
+    source = epath.Path(c.init_from).expanduser()
+    if build.is_hf(c.init_from):
+        return hf.load(source, dtype=c.dtype.params, mesh=settings.mesh)[1]
     return checkpoint.restore_params(source / "checkpoints", abstract)
 
 
@@ -96,9 +96,9 @@ def warm_up(
             each(f"compiling: {text}")
 
     examples = experience.open_stream(settings)
-    collect = experience.SOURCES[settings.config["source"]]
+    collect = experience.SOURCES[settings.config.source]
     got = collect(settings, state.params, reference, examples, 0, Clock(), scorer, note)
     note("update")
     learner.learn(jax.tree.map(jnp.copy, state), got.minibatches, settings.hp)
-    if settings.config["eval"]["every"]:
+    if settings.config.eval.every:
         evaluation.held_out(settings, state.params, scorer, note)

@@ -1,20 +1,15 @@
-"""The files of a run directory besides its checkpoints: lease, config, metrics and samples.
+"""The files of a run directory besides its checkpoints: config, metrics and samples.
 
 Of the processes of a run only the first one changes files; in the others nothing is written.
 """
 
 from __future__ import annotations
 
-import _thread
-import fcntl
 import json
 import math
 import os
 import re
 import secrets
-import socket
-import threading
-import time
 from typing import Any
 
 import jax
@@ -24,105 +19,19 @@ from etils import epath
 
 from sapo_jax.cli import flat, missing
 from sapo_jax.tasks import jsonl
+from sapo_jax.training.files import normal, read_json, write_json, write_text
 
-HEARTBEAT_SECONDS = 5.0
-EXPIRY_SECONDS = 60.0
 PART_LINES = 100
-
-
-class Lease:
-    """Keeps a second process out of a run directory while the context is open.
-
-    On a local disk an OS lock decides, which the kernel frees even after SIGKILL; on gs:// a
-    heartbeat in lease.json, younger than 60 s, refuses. A run that finds its lease taken (it was
-    suspended for longer) gets a KeyboardInterrupt.
-    """
-
-    def __init__(self, workdir: epath.PathLike):
-        self._workdir = _path(workdir)
-        self._file = self._workdir / "lease.json"
-        self._mine = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "token": secrets.token_hex(16),
-            "started": time.time(),
-        }
-        self._lock: int | None = None
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-
-    def __enter__(self) -> Lease:
-        """Take the lease, or raise RuntimeError if another process holds it."""
-        self._workdir.mkdir(parents=True, exist_ok=True)
-        if not _is_remote(self._workdir):
-            self._take_lock()
-        elif time.time() - self._read().get("heartbeat", -math.inf) < EXPIRY_SECONDS:
-            raise self._refusal()
-        self._write()
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        if self._read().get("token") == self._mine["token"]:
-            self._file.unlink()
-        self._close_lock()
-
-    def _take_lock(self) -> None:
-        self._lock = os.open(self._workdir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._close_lock()
-            raise self._refusal() from None
-        # A forked worker would share the lock and hold it beyond the death of this process.
-        os.register_at_fork(after_in_child=self._close_lock)
-
-    def _close_lock(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_SECONDS):
-            try:
-                if self._read().get("token", self._mine["token"]) != self._mine["token"]:
-                    logging.error("Another process took the lease of %s: stopping.", self._workdir)
-                    _thread.interrupt_main()
-                    return
-                self._write()
-            except Exception as error:  # the next beat may get through
-                logging.warning("No heartbeat in %s: %s", self._file, error)
-
-    def _read(self) -> dict:
-        return _read_json(self._file) or {}
-
-    def _write(self) -> None:
-        _write(self._file, json.dumps(self._mine | {"heartbeat": time.time()}, indent=2) + "\n")
-
-    def _refusal(self) -> RuntimeError:
-        other = {"pid": "unknown", "host": "unknown"} | self._read()
-        return RuntimeError(
-            f"run directory {self._workdir} is in use by process {other['pid']} on host "
-            f"{other['host']}; expected to be alone in it: end that process or wait for it (on "
-            f"gs://, {EXPIRY_SECONDS:.0f} s beyond its death), or give another --workdir"
-        )
 
 
 def write_config(workdir: epath.PathLike, config: dict) -> None:
     """Store the resolved config of a run as config.json."""
-    write_json(_path(workdir) / "config.json", config)
-
-
-def write_json(path: epath.PathLike, value: Any) -> None:
-    """Store a value as JSON, as a whole: a killed process leaves the old file or the new one."""
-    _write(_path(path), json.dumps(value, indent=2, sort_keys=True) + "\n")
+    write_json(normal(workdir) / "config.json", config)
 
 
 def read_config(workdir: epath.PathLike) -> dict | None:
     """The stored config, or None before the first start."""
-    return _read_json(_path(workdir) / "config.json")
+    return read_json(normal(workdir) / "config.json")
 
 
 def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset[str]) -> None:
@@ -142,7 +51,7 @@ def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset
             differences += f"  {key}: stored {before!r}, given {now!r}\n"
     if differences:
         raise ValueError(
-            f"{_path(workdir)} is of a run with another config:\n{differences}"
+            f"{normal(workdir)} is of a run with another config:\n{differences}"
             "give another --workdir, or restore the stored values"
         )
 
@@ -159,20 +68,20 @@ class Metrics:
 
         Where nothing was restored, -1 cuts the record of an evaluation before training as well.
         """
-        self._directory = _path(workdir) / "metrics"
+        self._directory = normal(workdir) / "metrics"
         self._part, self._lines, self._events = 0, [], None
         if jax.process_index() > 0:
             return
         parts = _numbered(self._directory, "part")
         for part, path in parts.items():
             records = _read_lines(path, may_be_cut=part == max(parts))
-            kept = [r for r in records if r["iteration"] <= first_iteration]
-            if not kept:
+            rest = [r for r in records if r["iteration"] <= first_iteration]
+            if not rest:
                 path.unlink()
-            elif (text := "".join(map(_line, kept))).encode() != path.read_bytes():
-                _write(path, text)
+            elif (text := "".join(map(_line, rest))).encode() != path.read_bytes():
+                write_text(path, text)
         self._part = max(_numbered(self._directory, "part"), default=-1) + 1
-        self._events = _tensorboard(_path(workdir) / "tensorboard", first_iteration + 1)
+        self._events = _tensorboard(normal(workdir) / "tensorboard", first_iteration + 1)
 
     def write(self, record: dict) -> None:
         """Add one record of numbers, lists and dicts; non-finite numbers become null."""
@@ -182,7 +91,7 @@ class Metrics:
         if len(self._lines) == PART_LINES:
             self._part, self._lines = self._part + 1, []
         self._lines.append(_line(record))
-        _write(self._directory / f"part-{self._part:05d}.jsonl", "".join(self._lines))
+        write_text(self._directory / f"part-{self._part:05d}.jsonl", "".join(self._lines))
         for key, value in record.items() if self._events else ():
             if isinstance(value, (int, float)):
                 self._events.add_scalar(key, value, record["iteration"])
@@ -214,26 +123,26 @@ def read_metrics(workdir: epath.PathLike) -> list[dict]:
     Raises:
         ValueError: any other line is broken.
     """
-    parts = _numbered(_path(workdir) / "metrics", "part")
+    parts = _numbered(normal(workdir) / "metrics", "part")
     return [r for n, p in parts.items() for r in _read_lines(p, may_be_cut=n == max(parts))]
 
 
 def write_samples(workdir: epath.PathLike, iteration: int, rows: list[dict]) -> None:
     """Store rows of a rollout as samples/iteration-000010.jsonl."""
-    path = _path(workdir) / "samples" / f"iteration-{iteration:06d}.jsonl"
-    _write(path, "".join(_line(_plain(row)) for row in rows))
+    path = normal(workdir) / "samples" / f"iteration-{iteration:06d}.jsonl"
+    write_text(path, "".join(_line(_plain(row)) for row in rows))
 
 
 def read_samples(workdir: epath.PathLike, iteration: int | None = None) -> list[dict]:
     """Rows of an iteration, by default of the newest; [] where none was stored."""
-    paths = _numbered(_path(workdir) / "samples", "iteration")
+    paths = _numbered(normal(workdir) / "samples", "iteration")
     path = paths.get(max(paths, default=None) if iteration is None else iteration)
     return [] if path is None else _read_lines(path)
 
 
 def cut_samples(workdir: epath.PathLike, after_iteration: int) -> None:
     """Remove the samples of iterations beyond ``after_iteration``."""
-    for iteration, path in _numbered(_path(workdir) / "samples", "iteration").items():
+    for iteration, path in _numbered(normal(workdir) / "samples", "iteration").items():
         if iteration > after_iteration and jax.process_index() == 0:
             path.unlink()
 
@@ -274,37 +183,8 @@ def _read_lines(path: epath.Path, *, may_be_cut: bool = False) -> list[dict]:
     return [row for _, row in rows]
 
 
-def _read_json(path: epath.Path) -> dict | None:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-
-
 def _numbered(directory: epath.Path, prefix: str) -> dict[int, epath.Path]:
     """The files <prefix>-<number>.jsonl in order; leftovers of atomic writes are not among them."""
     paths = directory.iterdir() if directory.exists() else []
     matches = [(re.fullmatch(rf"{prefix}-(\d+)\.jsonl", path.name), path) for path in paths]
     return dict(sorted((int(match[1]), path) for match, path in matches if match))
-
-
-def _write(path: epath.Path, text: str) -> None:
-    """Replace a file as a whole: a killed process leaves the old or the new one."""
-    if jax.process_index() > 0:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if _is_remote(path):
-        path.write_text(text)  # an object appears when it is complete
-    else:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
-
-
-def _path(workdir: epath.PathLike) -> epath.Path:
-    path = epath.Path(workdir)
-    return path if _is_remote(path) else path.expanduser().resolve()
-
-
-def _is_remote(path: epath.Path) -> bool:
-    return "://" in os.fspath(path)

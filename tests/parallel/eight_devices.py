@@ -297,7 +297,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
         config = tiny_config.get_config()
         with config.unlocked():
             config.update_from_flattened_dict(fields | {f"mesh.{k}": v for k, v in mesh.items()})
-        return settings.resolve(config)
+        return settings.from_config(config)
 
     trained = resolved(data=2, fsdp=4)
     train.run(trained, tmp_path)
@@ -332,5 +332,5 @@ def test_random_parameters_are_those_of_one_device():
     for mesh in ({}, {"mesh.fsdp": 8, "sampler.slots": 0}):
         config = tiny_config.get_config()
         config.update_from_flattened_dict(mesh)
-        drawn.append(startup.random_parameters(settings.resolve(config)))
+        drawn.append(startup.random_parameters(settings.from_config(config)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *drawn)

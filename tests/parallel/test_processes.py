@@ -16,7 +16,7 @@ import pytest
 from sapo_jax import learner
 from sapo_jax.parallel import distributed
 from sapo_jax.training import checkpoint
-from sapo_jax.training import workdir as rundir
+from sapo_jax.training.workdir import read_metrics, read_samples
 from tests.parallel import two_processes
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -56,9 +56,9 @@ def stored(workdir):
     """Metrics but for the times, and samples."""
     records = [
         {k: v for k, v in record.items() if not k.startswith("time/")}
-        for record in rundir.read_metrics(workdir)
+        for record in read_metrics(workdir)
     ]
-    samples = [rundir.read_samples(workdir, i) for i in range(1, 5)]
+    samples = [read_samples(workdir, i) for i in range(1, 5)]
     return records, samples
 
 
@@ -74,7 +74,7 @@ def test_a_run_of_two_processes_resumes_where_it_was_killed(whole, tmp_path):
     statuses, messages = both(tmp_path, "killed")
     assert -signal.SIGKILL in statuses
     assert 0 not in statuses
-    done = [record["iteration"] for record in rundir.read_metrics(tmp_path)]
+    done = [record["iteration"] for record in read_metrics(tmp_path)]
     assert done == [0, 1, 2], messages
     statuses, messages = both(tmp_path, "")
     assert statuses == [0, 0], messages
@@ -93,7 +93,7 @@ def test_the_processes_judge_different_rows_and_agree_on_the_metrics(whole):
     assert (np.abs(length[0].mean(-1) - length[1].mean(-1)) > 1e-3).any()
     assert (np.abs(reward[0].mean(-1) - reward[1].mean(-1)) > 1e-3).any()
     for key, values in (("length/mean", length), ("reward/overlong", reward)):
-        found = [r[key] for r in rundir.read_metrics(whole) if key in r]
+        found = [r[key] for r in read_metrics(whole) if key in r]
         np.testing.assert_allclose(found, values.mean((0, 2)), rtol=1e-6, err_msg=key)
 
 

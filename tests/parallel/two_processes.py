@@ -29,7 +29,7 @@ def resolved(**fields):
     }  # fmt: skip
     with config.unlocked():
         config.update_from_flattened_dict(own | fields)
-    return settings.resolve(config)
+    return settings.from_config(config)
 
 
 def updated(checked):

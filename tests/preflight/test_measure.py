@@ -28,7 +28,7 @@ def tiny(devices=None, /, **fields):
     config = tiny_config.get_config()
     with config.unlocked():
         config.update_from_flattened_dict(fields)
-    return settings.resolve(config, devices=devices)
+    return settings.from_config(config, devices=devices)
 
 
 def module(text):
@@ -238,7 +238,7 @@ def test_pod_configs_are_those_of_the_paper(config, count):
     assert c.batch.minibatches == 4
     sizes = {**c.mesh}
     assert count % (sizes["tensor"] * sizes["expert"]) == 0
-    checked = settings.resolve(_on_one(c))
+    checked = settings.from_config(_on_one(c))
     assert checked.model.vocab_size == 151936
     assert checked.width + checked.max_new_tokens in (4096, 8192)
 

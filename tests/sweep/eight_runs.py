@@ -37,7 +37,7 @@ class Compiled:
 
 def cohort_of(method, iterations):
     fields = {**FIELDS, "iterations": iterations, "population.method": method}
-    (cohort,) = cohorts.resolve(tiny_sweep.get_config(**fields), RUNS)
+    (cohort,) = cohorts.make(tiny_sweep.get_config(**fields), RUNS)
     return cohort
 
 

@@ -24,7 +24,7 @@ def main(workdir: str, number: int) -> None:
         return out
 
     population.update = counted
-    parts = cohorts.resolve(tiny_sweep.get_config(), tiny_sweep.get_sweep(), most=3)
+    parts = cohorts.make(tiny_sweep.get_config(), tiny_sweep.get_sweep(), most=3)
     schedule.run(parts, workdir)
 
 

@@ -24,9 +24,9 @@ def test_what_is_traced_shares_and_what_is_not_separates():
         axis("sampler.temperature", 1.0, 0.8),
     )
     sweep = product(axis("batch.group_size", 2, 4), traced)
-    small, large = cohorts.resolve(base(), sweep)
-    assert [run.config["batch"]["group_size"] for run in small.runs] == [2] * 16
-    assert [run.config["batch"]["group_size"] for run in large.runs] == [4] * 16
+    small, large = cohorts.make(base(), sweep)
+    assert [run.config.batch.group_size for run in small.runs] == [2] * 16
+    assert [run.config.batch.group_size for run in large.runs] == [4] * 16
     assert small.names[1] == (
         "batch.group_size=2,seed=0,objective.tau_neg=1.0,learner.learning_rate=0.001,"
         "sampler.temperature=0.8"
@@ -45,7 +45,7 @@ def test_objectives_become_a_switch():
         axis("objective.eps_high", None, 0.3, None, None),
         axis("objective.tau_pos", None, None, None, 2.0),
     )
-    (cohort,) = cohorts.resolve(base(), sweep)
+    (cohort,) = cohorts.make(base(), sweep)
     held = cohort.hp.objective.hyperparameters
     np.testing.assert_array_equal(held["index"], [0, 1, 2, 0])
     assert held["index"].dtype == np.int32
@@ -58,19 +58,19 @@ def test_objectives_become_a_switch():
 def test_a_kl_penalty_separates():
     """A reference policy is scored by programs of its own."""
     fields = {"init_from": "somewhere"}
-    parts = cohorts.resolve(base(**fields), axis("objective.kl_coef", 0.0, 0.1, 0.2))
+    parts = cohorts.make(base(**fields), axis("objective.kl_coef", 0.0, 0.1, 0.2))
     assert [len(part.runs) for part in parts] == [1, 2]
 
 
 def test_large_cohorts_are_cut_evenly():
-    parts = cohorts.resolve(base(), axis("seed", *range(10)), most=4)
+    parts = cohorts.make(base(), axis("seed", *range(10)), most=4)
     assert [len(part.runs) for part in parts] == [3, 3, 4]
     assert [name for part in parts for name in part.names] == [f"seed={i}" for i in range(10)]
 
 
 def test_hyperparameters_share_one_form():
     """What jit sees is the same for every cut of a cohort: arrays, and the same static fields."""
-    a, b = cohorts.resolve(base(), axis("learner.learning_rate", 1e-3, 2e-3, 3e-3, 4e-3), most=2)
+    a, b = cohorts.make(base(), axis("learner.learning_rate", 1e-3, 2e-3, 3e-3, 4e-3), most=2)
     assert isinstance(a.hp, learner.Hyperparameters)
     same = [x.dtype == y.dtype == np.float32 for x, y in zip(*_leaves(a.hp, b.hp), strict=True)]
     assert all(same)
@@ -105,4 +105,4 @@ REFUSED = [
 @pytest.mark.parametrize(("sweep", "message"), REFUSED)
 def test_mistakes_are_named_before_anything_compiles(sweep, message):
     with pytest.raises(ValueError, match=message):
-        cohorts.resolve(base(), sweep)
+        cohorts.make(base(), sweep)

@@ -15,6 +15,7 @@ from sapo_jax.sweep import train as cohort_run
 from sapo_jax.sweep.vectorize import pick, stack
 from sapo_jax.training import experience
 from sapo_jax.training import workdir as rundir
+from sapo_jax.training.lease import Lease
 from sapo_jax.training.progress import Clock
 from sapo_jax.types import Rollout
 from tests import fakes, tiny_sweep
@@ -55,7 +56,7 @@ class Bar:
 def together(tmp_path_factory):
     """A population of three for 10 iterations; what it compiled, and what after its start."""
     workdir = tmp_path_factory.mktemp("together")
-    (cohort,) = cohorts.resolve(base(), RUNS)
+    (cohort,) = cohorts.make(base(), RUNS)
     bar, late, warm_up = Bar(), fakes.Compilations(), cohort_run._warm_up
 
     def counted(*arguments):
@@ -123,7 +124,7 @@ def test_every_run_has_its_own_values(together):
 
 def test_a_population_goes_on_where_it_stopped(together, tmp_path):
     """5 iterations, then again for 10: one checkpoint holds parameters and positions of all."""
-    (short,) = cohorts.resolve(base(iterations=5), RUNS)
+    (short,) = cohorts.make(base(iterations=5), RUNS)
     assert cohort_run.run(short, tmp_path, Bar())
     whole, cohort, *_ = together
     bar = Bar()
@@ -137,7 +138,7 @@ def test_a_population_goes_on_where_it_stopped(together, tmp_path):
 
 def test_a_directory_of_another_population_is_refused(together):
     workdir, cohort, *_ = together
-    (other,) = cohorts.resolve(base(**{"advantages": "mean"}), RUNS)
+    (other,) = cohorts.make(base(**{"advantages": "mean"}), RUNS)
     with pytest.raises(ValueError, match="advantages: stored 'group', given 'mean'"):
         cohort_run.run(other, workdir, Bar())
     assert other.names == cohort.names
@@ -149,7 +150,7 @@ def rows_of(checked, seed):
     stream = experience.open_stream(checked)
     asked = experience.ask(checked, stream, rewards.Scorer(checked.task))
     b, s = checked.sampled, checked.width + checked.max_new_tokens
-    group_size = checked.config["batch"]["group_size"]
+    group_size = checked.config.batch.group_size
     length_B1 = np.repeat(asked.prompts.length, group_size)[:, None]
     count_B1 = rng.integers(1, checked.max_new_tokens, (b, 1))
     count_B1[: 3 * group_size] = 5  # three groups whose rewards are all equal
@@ -173,7 +174,7 @@ def test_dynamic_sampling_is_that_of_the_run_alone(monkeypatch):
     Rows chosen by another run's rewards, or masks that are not carried along, would show.
     """
     fields = {"batch.oversample": 2, "batch.prompts": 6}
-    (cohort,) = cohorts.resolve(base(**fields), axes.axis("seed", 3, 4))
+    (cohort,) = cohorts.make(base(**fields), axes.axis("seed", 3, 4))
     given = [rows_of(checked, seed) for seed, checked in enumerate(cohort.runs)]
     streams = [experience.open_stream(checked) for checked in cohort.runs]
     for module in (population, sampler):
@@ -251,7 +252,7 @@ def test_vmap_of_decoding_selects_no_caches(peaked):
 def test_the_first_update_under_vmap(together):
     """To 1e-5, with other learning rates and temperatures of the gate."""
     cohort = together[1]
-    states = [learner.init(params.init(r.model, r.config["seed"]), r.hp) for r in cohort.runs]
+    states = [learner.init(params.init(r.model, r.config.seed), r.hp) for r in cohort.runs]
     given = [rows_of(checked, seed) for seed, checked in enumerate(cohort.runs)]
     batches = []
     for rollout in given:
@@ -324,7 +325,7 @@ def test_a_population_on_eight_devices():
 def swept(together, tmp_path_factory):
     """A sweep of two cohorts of three, without interruption, and what the second one compiled."""
     workdir = tmp_path_factory.mktemp("swept")
-    parts = cohorts.resolve(tiny_sweep.get_config(), tiny_sweep.get_sweep(), most=3)
+    parts = cohorts.make(tiny_sweep.get_config(), tiny_sweep.get_sweep(), most=3)
     assert schedule.run(parts[:1], workdir / "first")
     with fakes.Compilations() as compiled:
         assert schedule.run(parts, workdir / "whole")
@@ -397,5 +398,5 @@ def test_a_directory_of_another_sweep_is_refused(swept, tmp_path):
     whole, parts, _ = swept
     with pytest.raises(ValueError, match=r"has 6 runs, given are 3, .*'cohort-001/"):
         schedule.run(parts[:1], whole)
-    with rundir.Lease(tmp_path / "cohort-000"), pytest.raises(RuntimeError, match="in use"):
+    with Lease(tmp_path / "cohort-000"), pytest.raises(RuntimeError, match="in use"):
         schedule.run(parts, tmp_path)

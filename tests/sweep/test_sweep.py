@@ -53,5 +53,5 @@ def test_the_sweeps_of_the_repository_resolve(name, monkeypatch):
     from sapo_jax.sweep import cohorts
 
     config = importlib.import_module(f"configs.sweeps.{name}")
-    (cohort,) = cohorts.resolve(config.get_config(), config.get_sweep())
+    (cohort,) = cohorts.make(config.get_config(), config.get_sweep())
     assert len(cohort.runs) >= 24

@@ -46,7 +46,7 @@ def mixture(dataset, **fields):
 
 def test_a_run_of_several_tasks(dataset, tmp_path):
     """Each row is judged by its own task, and each task has its own metrics."""
-    checked = settings.resolve(mixture(dataset, iterations=1, **{"data.max_prompt_tokens": 4}))
+    checked = settings.from_config(mixture(dataset, iterations=1, **{"data.max_prompt_tokens": 4}))
     train.run(checked, tmp_path / "run")
     start, end = workdir.read_metrics(tmp_path / "run")
     conditions = ("", "source=rollout", "eval.every", "an evaluation")
@@ -62,7 +62,7 @@ def test_a_run_of_several_tasks(dataset, tmp_path):
 
 
 def test_rows_are_judged_by_their_own_task(dataset):
-    checked = settings.resolve(mixture(dataset))
+    checked = settings.from_config(mixture(dataset))
     stream = experience.open_stream(checked)
     examples = stream.take(8)
     prompts = encode.encode_prompts(examples, checked.tokenizer, checked.width)
@@ -81,20 +81,20 @@ def test_a_tokenizer_from_a_directory(dataset, tmp_path):
     directory = small(tmp_path / "tokenizer", files=files)
     fields = {"tokenizer.directory": str(directory), "tokenizer.template_options": ConfigDict()}
     with pytest.raises(ValueError, match=r"max_prompt_tokens=0: must be at least 1"):
-        settings.resolve(mixture(dataset, **fields))
+        settings.from_config(mixture(dataset, **fields))
     fields["data.max_prompt_tokens"] = 3
-    checked = settings.resolve(mixture(dataset, **fields))
+    checked = settings.from_config(mixture(dataset, **fields))
     assert checked.tokenizer.chat
     assert checked.model.stop_tokens == (3,)
     assert checked.model.vocab_size == 4
     assert checked.width == 3
     (directory / "chat_template.jinja").unlink()
     with pytest.raises(ValueError, match=r"config.tokenizer: .*no chat template"):
-        settings.resolve(mixture(dataset, **fields))
+        settings.from_config(mixture(dataset, **fields))
     fields["sampler.max_new_tokens"] = 0
     fields["tokenizer.chat"] = False
     with pytest.raises(ValueError, match="max_new_tokens=0: must be at least 1"):
-        settings.resolve(mixture(dataset, **fields))
+        settings.from_config(mixture(dataset, **fields))
 
 
 def test_prepared_tasks(dataset):
@@ -148,7 +148,7 @@ def test_wrong_options_are_refused(dataset, options, message):
 def test_a_dataset_that_went_away_is_refused(dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "copy")
     config = mixture(tmp_path / "copy")
-    settings.resolve(config)
+    settings.from_config(config)
     shutil.rmtree(tmp_path / "copy")
     with pytest.raises(ValueError, match=r"config.tasks.doubles: no prepared dataset at .*copy"):
-        settings.resolve(config)
+        settings.from_config(config)

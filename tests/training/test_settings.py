@@ -57,7 +57,7 @@ WRONG = [
     ({"task.options.terms": 1}, "terms", ">= 2"),
     ({"task.options.colour": 1}, "'colour'", "terms"),
     ({"task": {"name": "prepared", "options": {}}}, "directory=''", "sapo_jax.datasets --jsonl"),
-    ({"task": {"name": "gsm8k", "options": {}}}, "data/gsm8k", "--catalogue=NAME"),
+    ({"task": {"name": "gsm8k", "options": {}}}, "data/gsm8k", "--catalogue=gsm8k"),
     ({"tasks": {"a": {"name": "countdown"}}}, "tasks.a", "dictionary of name, share"),
     ({"tasks": {"a": HALF | {"weight": 1}}}, "tasks.a", "dictionary of name, share"),
     ({"tasks": {"a": HALF}}, "tasks=", "add up to 1, not 0.5"),
@@ -85,13 +85,13 @@ WRONG = [
 @pytest.mark.parametrize(("fields", "value", "allowed"), WRONG, ids=[str(w[0]) for w in WRONG])
 def test_wrong_configs_are_refused(fields, value, allowed):
     with fakes.Compilations() as compilations, pytest.raises(ValueError, match=allowed) as refusal:
-        settings.resolve(changed(fields))
+        settings.from_config(changed(fields))
     assert value in str(refusal.value)
     assert compilations.count == 0
 
 
 def test_the_defaults_are_accepted():
-    checked = settings.resolve(tiny_config.get_config())
+    checked = settings.from_config(tiny_config.get_config())
     assert checked.rows == 32
     assert checked.hp.objective.hyperparameters == {"kl_coef": 0.0, "tau_pos": 1.0, "tau_neg": 1.05}
 

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from absl import logging
 
-from sapo_jax.training import workdir as rundir
-from sapo_jax.training.workdir import Lease, Metrics, read_metrics
+from sapo_jax.training import files, lease, workdir
+from sapo_jax.training.lease import Lease
+from sapo_jax.training.workdir import Metrics, read_metrics
 
-ROOT = pathlib.Path(rundir.__file__).parents[2]
+ROOT = pathlib.Path(workdir.__file__).parents[2]
 
 
 def start(script, *arguments):
@@ -41,7 +42,7 @@ def kill(process):
 
 HOLDER = """
     import os, sys, time
-    from sapo_jax.training.workdir import Lease
+    from sapo_jax.training.lease import Lease
 
     with Lease(sys.argv[1]):
         if os.fork() == 0:
@@ -80,7 +81,7 @@ def test_a_lease_is_exclusive_within_a_process_and_free_after_it(tmp_path):
 
 def test_the_heartbeat_is_refreshed(tmp_path, monkeypatch):
     """Guards against a lease that looks dead on an object store while its run is alive."""
-    monkeypatch.setattr(rundir, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.01)
     with Lease(tmp_path):
         first = json.loads((tmp_path / "lease.json").read_text())
         deadline = time.time() + 10
@@ -92,7 +93,7 @@ def test_the_heartbeat_is_refreshed(tmp_path, monkeypatch):
 
 def test_remote_leases_go_by_the_heartbeat(tmp_path, monkeypatch):
     """Guards against two owners of a gs:// directory, where there are no locks."""
-    monkeypatch.setattr(rundir, "_is_remote", lambda path: True)
+    monkeypatch.setattr(files, "is_remote", lambda path: True)
     other = {"host": "tpu-7", "pid": 12, "token": "x", "heartbeat": time.time() - 50}
     (tmp_path / "lease.json").write_text(json.dumps(other))
     with pytest.raises(RuntimeError, match=r"process 12 on host tpu-7"):
@@ -104,7 +105,7 @@ def test_remote_leases_go_by_the_heartbeat(tmp_path, monkeypatch):
 
 def test_a_run_that_lost_its_lease_stops(tmp_path, monkeypatch):
     """Guards against a suspended run that wakes up and writes beside its successor."""
-    monkeypatch.setattr(rundir, "HEARTBEAT_SECONDS", 0.01)
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.01)
 
     def be_robbed():
         with Lease(tmp_path):
@@ -119,10 +120,10 @@ def test_a_run_that_lost_its_lease_stops(tmp_path, monkeypatch):
 
 def test_config_is_stored_sorted_and_whole(tmp_path, monkeypatch):
     """Guards against a config.json that is half written when a start is killed."""
-    assert rundir.read_config(tmp_path / "new") is None
+    assert workdir.read_config(tmp_path / "new") is None
     config = {"seed": 0, "objective": {"tau": 1.05, "dual_clip": math.inf}, "axes": (1, 2)}
-    rundir.write_config(tmp_path / "new", config)
-    assert rundir.read_config(tmp_path / "new") == config | {"axes": [1, 2]}
+    workdir.write_config(tmp_path / "new", config)
+    assert workdir.read_config(tmp_path / "new") == config | {"axes": [1, 2]}
     text = (tmp_path / "new" / "config.json").read_text()
     assert text.index("axes") < text.index("objective") < text.index("seed")
 
@@ -130,22 +131,22 @@ def test_config_is_stored_sorted_and_whole(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "replace", killed)
-    monkeypatch.setattr(type(rundir.epath.Path(tmp_path)), "replace", killed)
+    monkeypatch.setattr(type(workdir.epath.Path(tmp_path)), "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        rundir.write_config(tmp_path / "new", {"seed": 1})
+        workdir.write_config(tmp_path / "new", {"seed": 1})
     assert (tmp_path / "new" / "config.json").read_text() == text
 
 
 def test_a_changed_config_is_refused_key_by_key(tmp_path):
     """Guards against a resumed run that silently trains with other hyperparameters."""
     config = {"seed": 0, "steps": 10, "objective": {"name": "sapo", "tau": 1.05}, "axes": (1, 2)}
-    rundir.check_config(tmp_path, config, may_differ=frozenset())
-    rundir.write_config(tmp_path, config)
-    rundir.check_config(tmp_path, config, may_differ=frozenset())
-    rundir.check_config(tmp_path, config | {"steps": 20}, may_differ=frozenset({"steps"}))
+    workdir.check_config(tmp_path, config, may_differ=frozenset())
+    workdir.write_config(tmp_path, config)
+    workdir.check_config(tmp_path, config, may_differ=frozenset())
+    workdir.check_config(tmp_path, config | {"steps": 20}, may_differ=frozenset({"steps"}))
     changed = {"seed": 1, "steps": 20, "objective": {"name": "sapo", "eps": 0.2}, "axes": [1, 2]}
     with pytest.raises(ValueError, match="another --workdir, or restore") as caught:
-        rundir.check_config(tmp_path, changed, may_differ=frozenset({"steps"}))
+        workdir.check_config(tmp_path, changed, may_differ=frozenset({"steps"}))
     assert str(tmp_path) in str(caught.value)
     assert [line for line in str(caught.value).splitlines() if line.startswith("  ")] == [
         "  objective.eps: stored '(absent)', given 0.2",
@@ -167,7 +168,7 @@ def write_records(workdir, first, last):
 
 @pytest.fixture
 def no_tensorboard(monkeypatch):
-    monkeypatch.setattr(rundir, "_tensorboard", lambda *_: None)
+    monkeypatch.setattr(workdir, "_tensorboard", lambda *_: None)
 
 
 def test_records_are_json_and_exact(tmp_path, no_tensorboard):
@@ -221,10 +222,10 @@ def test_parts_are_read_by_number(tmp_path):
 
 WRITER = """
     import sys
-    from sapo_jax import rundir
+    from sapo_jax.training import workdir
 
-    rundir._tensorboard = lambda *_: None
-    metrics = rundir.Metrics(sys.argv[1], first_iteration=int(sys.argv[2]))
+    workdir._tensorboard = lambda *_: None
+    metrics = workdir.Metrics(sys.argv[1], first_iteration=int(sys.argv[2]))
     for iteration in range(int(sys.argv[2]) + 1, 100_000):
         metrics.write({"iteration": iteration, "noise": [iteration] * 300})
         if iteration == int(sys.argv[2]) + 2:
@@ -277,19 +278,19 @@ def test_only_a_cut_last_line_is_forgiven(tmp_path, no_tensorboard):
 
 def test_samples_come_back_and_are_cut(tmp_path):
     """Guards against samples of iterations that a resumed run has not reached yet."""
-    assert rundir.read_samples(tmp_path) == []
+    assert workdir.read_samples(tmp_path) == []
     for iteration in (2, 10, 1_000_000):
-        rundir.write_samples(tmp_path, iteration, [{"text": "é\u2028\n", "reward": np.float32(1)}])
-    rundir.write_samples(tmp_path, 10, [{"text": f"{i}", "tokens": np.arange(2)} for i in (0, 1)])
+        workdir.write_samples(tmp_path, iteration, [{"text": "é\u2028\n", "reward": np.float32(1)}])
+    workdir.write_samples(tmp_path, 10, [{"text": f"{i}", "tokens": np.arange(2)} for i in (0, 1)])
     assert (tmp_path / "samples" / "iteration-000010.jsonl").exists()
     expected = [{"text": "0", "tokens": [0, 1]}, {"text": "1", "tokens": [0, 1]}]
-    assert rundir.read_samples(tmp_path, 10) == expected
-    assert rundir.read_samples(tmp_path) == [{"text": "é\u2028\n", "reward": 1.0}]
-    assert rundir.read_samples(tmp_path, 3) == []
-    rundir.cut_samples(tmp_path, 10)
-    assert rundir.read_samples(tmp_path) == expected
-    rundir.cut_samples(tmp_path, 9)
-    assert rundir.read_samples(tmp_path) == rundir.read_samples(tmp_path, 2) != []
+    assert workdir.read_samples(tmp_path, 10) == expected
+    assert workdir.read_samples(tmp_path) == [{"text": "é\u2028\n", "reward": 1.0}]
+    assert workdir.read_samples(tmp_path, 3) == []
+    workdir.cut_samples(tmp_path, 10)
+    assert workdir.read_samples(tmp_path) == expected
+    workdir.cut_samples(tmp_path, 9)
+    assert workdir.read_samples(tmp_path) == workdir.read_samples(tmp_path, 2) != []
 
 
 def read_events(directory):

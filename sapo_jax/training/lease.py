@@ -1,0 +1,101 @@
+"""One process at a time in a run directory."""
+
+from __future__ import annotations
+
+import _thread
+import fcntl
+import math
+import os
+import secrets
+import socket
+import threading
+import time
+
+from absl import logging
+from etils import epath
+
+from sapo_jax.training import files
+from sapo_jax.training.files import normal, read_json, write_json
+
+HEARTBEAT_SECONDS = 5.0
+EXPIRY_SECONDS = 60.0
+
+
+class Lease:
+    """Keeps a second process out of a run directory while the context is open.
+
+    On a local disk an OS lock decides, which the kernel frees even after SIGKILL; on gs:// a
+    heartbeat in lease.json, younger than 60 s, refuses. A run that finds its lease taken (it was
+    suspended for longer) gets a KeyboardInterrupt.
+    """
+
+    def __init__(self, workdir: epath.PathLike):
+        self._workdir = normal(workdir)
+        self._file = self._workdir / "lease.json"
+        self._mine = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "token": secrets.token_hex(16),
+            "started": time.time(),
+        }
+        self._lock: int | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    def __enter__(self) -> Lease:
+        """Take the lease, or raise RuntimeError if another process holds it."""
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        if not files.is_remote(self._workdir):
+            self._take_lock()
+        elif time.time() - self._read().get("heartbeat", -math.inf) < EXPIRY_SECONDS:
+            raise self._refusal()
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self._read().get("token") == self._mine["token"]:
+            self._file.unlink()
+        self._close_lock()
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self._workdir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._close_lock()
+            raise self._refusal() from None
+        # A forked worker would share the lock and hold it beyond the death of this process.
+        os.register_at_fork(after_in_child=self._close_lock)
+
+    def _close_lock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            try:
+                if self._read().get("token", self._mine["token"]) != self._mine["token"]:
+                    logging.error("Another process took the lease of %s: stopping.", self._workdir)
+                    _thread.interrupt_main()
+                    return
+                self._write()
+            except Exception as error:  # the next beat may get through
+                logging.warning("No heartbeat in %s: %s", self._file, error)
+
+    def _read(self) -> dict:
+        return read_json(self._file) or {}
+
+    def _write(self) -> None:
+        write_json(self._file, self._mine | {"heartbeat": time.time()})
+
+    def _refusal(self) -> RuntimeError:
+        other = {"pid": "unknown", "host": "unknown"} | self._read()
+        return RuntimeError(
+            f"run directory {self._workdir} is in use by process {other['pid']} on host "
+            f"{other['host']}; expected to be alone in it: end that process or wait for it (on "
+            f"gs://, {EXPIRY_SECONDS:.0f} s beyond its death), or give another --workdir"
+        )
