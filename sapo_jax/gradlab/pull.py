@@ -18,8 +18,8 @@ from jax.sharding import Mesh, PartitionSpec
 from sapo_jax import learner, objectives
 from sapo_jax.model import params
 from sapo_jax.model.config import ModelConfig
-from sapo_jax.objectives import Objective, gates
-from sapo_jax.objectives.aggregations import finish
+from sapo_jax.objectives import Objective
+from sapo_jax.objectives.gates import TokenInputs
 from sapo_jax.parallel import collectives, sharding
 from sapo_jax.types import Batch
 
@@ -36,10 +36,9 @@ class Pulled:
     sketches: jax.Array  # f32[M, K, D], linear maps of each block's gradient
 
 
-def _bare(inputs: gates.TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
+def _bare(x: TokenInputs, hp: dict) -> jax.Array:
     """sg(r)·A·log π_θ: c = r at any ratio level, where r·A of a product has |y| times as much."""
-    del mask, hp
-    return gates.sg(jnp.exp(inputs.log_ratio)) * inputs.advantages * inputs.logp
+    return jax.lax.stop_gradient(x.ratio) * x.advantages * x.logp
 
 
 def ungated(objective: Objective) -> Objective:
@@ -68,7 +67,7 @@ def cotangents(
                 weights_BT=batch.weights,
                 segments_BT=batch.segments,
             )
-            return finish(terms)[0]
+            return objectives.finish(terms)[0]
 
         return jax.grad(loss)(logp_BS)
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from sapo_jax import cli, learner, rewards, train
-from sapo_jax.objectives.aggregations import finish
+from sapo_jax.masked import finish
 from sapo_jax.parallel import distributed, sharding
 from sapo_jax.training import settings, startup
 from sapo_jax.types import Batch
