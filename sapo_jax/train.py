@@ -11,7 +11,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from sapo_jax import learner, rewards
+from sapo_jax import cli, learner, rewards
 from sapo_jax.parallel import distributed
 from sapo_jax.training import checkpoint, evaluation, experience, provenance, startup
 from sapo_jax.training import workdir as rundir
@@ -67,13 +67,13 @@ def open_edge(settings: Settings, workdir: epath.Path) -> Iterator[Edge]:
 
 
 def report(workdir: epath.Path) -> epath.Path:
-    """Write the report, where this machine can draw."""
+    """Write the report, where this machine can draw; returns its path all the same."""
     try:
         from sapo_jax.report.run import write
 
         return write(workdir)
     except ImportError as error:
-        logging.warning("No report: %s. Elsewhere: python -m sapo_jax.report %s", error, workdir)
+        logging.warning("No report: %s", cli.missing(error))
         return workdir / "report.html"
 
 

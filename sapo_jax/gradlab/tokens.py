@@ -129,10 +129,10 @@ def deciles(values_BS: np.ndarray, mask_BS: np.ndarray) -> np.ndarray:
     return np.searchsorted(edges, values_BS, side="left")
 
 
-def groups(
+def buckets(
     logp_BS: np.ndarray, entropy_BS: np.ndarray, batch: Batch
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Masks of tokens, bool[B, S], by kind of group and name: each kind divides up the tokens."""
+    """Masks of tokens, bool[B, S], by kind and name: the buckets of a kind divide up the tokens."""
     mask_BS = np.asarray(batch.mask)
     log_ratio_BS = np.abs(np.asarray(logp_BS) - np.asarray(batch.old_logp))
     sign_B = np.sign(np.asarray(batch.advantages))[:, None]

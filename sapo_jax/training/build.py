@@ -16,7 +16,7 @@ from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
 from sapo_jax.model import params, routing
-from sapo_jax.objectives.ratios import KL_ESTIMATES
+from sapo_jax.objectives.kl import KL_ESTIMATORS
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Task
@@ -166,7 +166,7 @@ def make_objective(c: Config) -> objectives.Objective:
     if c.source == "demonstrations":
         only = "'reinforce' for source='demonstrations': likelihood is REINFORCE with advantage 1"
         require(name == "reinforce", "objective.name", name, only)
-    choice("objective.kl", c.objective.kl, KL_ESTIMATES)
+    choice("objective.kl", c.objective.kl, KL_ESTIMATORS)
     given = {key: value for key, value in c.objective.hyperparameters.items() if value is not None}
     with _of("objective"):
         objective = objectives.resolve(name, **given)
@@ -265,7 +265,7 @@ def make_recipe(c: Config, room: int) -> Recipe:
     Raises:
       ValueError: a field is out of its range, or a KL term has no reference.
     """
-    choice("reward.kl", c.reward.kl, KL_ESTIMATES)
+    choice("reward.kl", c.reward.kl, KL_ESTIMATORS)
     has_reference = c.reward.kl_coef == 0 or c.init_from != ""
     require(has_reference, "reward.kl_coef", c.reward.kl_coef, NO_REFERENCE)
     fields = c.reward.recipe

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sapo_jax import learner, model, objectives, sampler, train
+from sapo_jax.masked import finish
 from sapo_jax.model import params, transformer
-from sapo_jax.objectives.aggregations import finish
 from sapo_jax.parallel import sharding
 from sapo_jax.sampler import Plan, decode, decode_state, sampling
 from sapo_jax.sampler.weights import partition_specs
