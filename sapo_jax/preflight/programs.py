@@ -23,7 +23,8 @@ from sapo_jax.sampler import SamplerParams, decode, decode_state, sampling, weig
 from sapo_jax.training.settings import Settings
 from sapo_jax.types import Batch, Prompts, TrainState
 
-ROWS, WHOLE = sharding.spec("rows"), PartitionSpec()
+Abstract = jax.ShapeDtypeStruct
+ROWS = sharding.spec("rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +61,10 @@ def placed(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
     """
     if mesh is None:
         place = SingleDeviceSharding(jax.devices()[0])
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+        return jax.tree.map(lambda x: Abstract(x.shape, x.dtype, sharding=place), tree)
     specs = jax.tree.broadcast(specs, tree, is_leaf=lambda s: isinstance(s, PartitionSpec))
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, s)),
+        lambda x, s: Abstract(x.shape, x.dtype, sharding=sharding.named(mesh, s)),
         tree, specs,
     )  # fmt: skip
 
@@ -73,7 +74,7 @@ def fed(tree: Any, mesh: Mesh | None) -> Any:
     return tree if mesh is None else placed(tree, mesh, ROWS)
 
 
-def _chip_bytes(x: jax.ShapeDtypeStruct) -> int:
+def _chip_bytes(x: Abstract) -> int:
     shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
     key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
     return math.prod(shape) * (8 if key else x.dtype.itemsize)
@@ -88,19 +89,19 @@ def abstract_batch(settings: Settings, *, scored: bool) -> Batch:
     """A minibatch, as it is before scoring or as an update takes it."""
     rows = settings.rows // settings.config.batch.minibatches
     s, shape = settings.width + settings.max_new_tokens, settings.model
-    floats = jax.ShapeDtypeStruct((rows, s), jnp.float32)
-    integers = jax.ShapeDtypeStruct((rows, s), jnp.int32)
+    floats = Abstract((rows, s), jnp.float32)
+    integers = Abstract((rows, s), jnp.int32)
     routing = None
     if shape.num_experts:
         choice = (len(shape.sparse_layers), shape.num_experts_per_tok)
-        routing = jax.ShapeDtypeStruct((rows, s, *choice), moe.id_dtype(shape))
+        routing = Abstract((rows, s, *choice), moe.id_dtype(shape))
     batch = Batch(
         tokens=integers,
-        mask=jax.ShapeDtypeStruct((rows, s), jnp.bool),
+        mask=Abstract((rows, s), jnp.bool),
         segments=integers,
         sampler_logp=floats,
         old_logp=floats,
-        advantages=jax.ShapeDtypeStruct((rows,), jnp.float32),
+        advantages=Abstract((rows,), jnp.float32),
         ref_logp=floats if scored and settings.needs_reference else None,
         weights=floats if scored and settings.bounds else None,
         routing=routing,
@@ -115,9 +116,11 @@ def _drawn(settings: Settings) -> int:
 
 def abstract_prompts(settings: Settings) -> Prompts:
     """The prompts of an iteration."""
-    p = _drawn(settings)
-    shapes = ((p, settings.width), jnp.int32), ((p,), jnp.int32), ((p,), jnp.uint32)
-    made = Prompts(*(jax.ShapeDtypeStruct(*x) for x in (*shapes, ((p,), jnp.int32))))
+    p, integers = _drawn(settings), jnp.int32
+    made = Prompts(
+        tokens=Abstract((p, settings.width), integers), length=Abstract((p,), integers),
+        id=Abstract((p,), jnp.uint32), task=Abstract((p,), integers),
+    )  # fmt: skip
     return fed(made, settings.mesh)
 
 
@@ -139,25 +142,20 @@ def abstract_sampler(settings: Settings) -> SamplerParams:
     return placed(shapes, settings.mesh, weights.partition_specs(config))
 
 
-def _layer_flops(settings: Settings) -> int:
-    """Forward FLOPs of a token in the layers' matmuls: 2 for each parameter that it meets."""
+def forward_flops(settings: Settings, tokens: int, keys: float, logits: int) -> float:
+    """Of the model: tokens through the layers, each attending to so many keys, and rows of logits.
+
+    2 for each parameter that a token meets in a matmul, experts by their share.
+    """
     config = settings.model
     share = config.num_experts_per_tok / max(1, config.num_experts)
-    return 2 * sum(
+    layers = 2 * sum(
         int(math.prod(spec.shape) * len(spec.layers) * (share if "experts" in spec.axes else 1))
         for spec in params.layer_table(config).values()
         if spec.fan_in
     )
-
-
-def _attention_flops(settings: Settings, keys: float) -> float:
-    """Forward FLOPs of a token that attends to so many."""
-    config = settings.model
-    return 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
-
-
-def _head_flops(settings: Settings) -> int:
-    return 2 * settings.model.vocab_size * settings.model.hidden_size
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
+    return tokens * (layers + attention) + logits * 2 * config.vocab_size * config.hidden_size
 
 
 def _abstract_state(settings: Settings) -> TrainState:
@@ -182,8 +180,7 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
     )
     rows, s = batch.tokens.shape
     t = settings.max_new_tokens
-    forward = rows * s * (_layer_flops(settings) + _attention_flops(settings, s / 2))
-    forward += rows * t * _head_flops(settings)
+    forward = forward_flops(settings, rows * s, s / 2, rows * t)
     micro_rows = rows // hp.static.micro_batches // sharding.parts(settings.mesh)
     common = {"tokens": rows // hp.static.micro_batches * s,
               "turns": -(-micro_rows * t // hp.static.head_chunk)}  # fmt: skip
@@ -219,8 +216,8 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
     group, n, t = settings.config.batch.group_size, settings.width, settings.max_new_tokens
     base = jax.eval_shape(lambda: sampling.base_key(np.uint32(0), "train", np.int32(0)))
     static = {"truncate": False, "mesh": mesh}
-    slots = fed(jax.ShapeDtypeStruct((plan.refill,), jnp.int32), mesh)
-    parts = fed(jax.ShapeDtypeStruct((sharding.parts(mesh),), jnp.int32), mesh)
+    slots = fed(Abstract((plan.refill,), jnp.int32), mesh)
+    parts = fed(Abstract((sharding.parts(mesh),), jnp.int32), mesh)
     optimizer = {"optimizer": train.opt_state} | _reference(settings)
     resident = optimizer | {"parameters": train.params}
     cache = {"cache": (state.prompt_kv, state.completion_kv)}
@@ -231,9 +228,6 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
     rest = {name: value for name, value in train.params.items() if name not in same}
     moved = {name: value for name, value in sampler_params.items() if name not in same}
     rows = plan.slots[0] * group
-    step = rows * (_layer_flops(settings) + _head_flops(settings))
-    step += rows * _attention_flops(settings, n + t)
-    fill = plan.refill * n * (_layer_flops(settings) + _attention_flops(settings, n / 2))
     return {
         "to_sampler": Program(
             lambda: weights.convert.lower(rest, config, mesh),
@@ -248,15 +242,15 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
             sampler | {"cache": state.prompt_kv, "rows": (prompts, results)},
             resident=resident | {"cache": state.completion_kv},
             tokens=plan.refill * n, turns=1, runs=_drawn(settings) / plan.refill,
-            model_flops=fill + plan.refill * _head_flops(settings),
+            model_flops=forward_flops(settings, plan.refill * n, n / 2, plan.refill),
         ),
         "decode": Program(
             lambda: decode.decode.lower(
                 sampler_params, config, controls, state, np.int32(0), parts, np.int32(1), **static
             ),
             sampler | cache | {"rows": results}, resident=resident,
-            tokens=rows, turns=1, one_turn=True, model_flops=step,
-            runs=t * _drawn(settings) / plan.slots[0],
+            tokens=rows, turns=1, one_turn=True, runs=t * _drawn(settings) / plan.slots[0],
+            model_flops=forward_flops(settings, rows, n + t, rows),
         ),
         "grow": Program(
             lambda: decode_state.grow_cache.lower(smaller.completion_kv, plan.cache[-1], mesh),
