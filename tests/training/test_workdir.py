@@ -3,8 +3,8 @@
 import json
 import math
 import os
-import re
 import pathlib
+import re
 import signal
 import struct
 import subprocess
