@@ -19,8 +19,7 @@ from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 from sapo_jax import learner
 from sapo_jax.model import moe, params
 from sapo_jax.parallel import sharding
-from sapo_jax.sampler import decode, sampling
-from sapo_jax.sampler import weights as handover
+from sapo_jax.sampler import SamplerParams, decode, decode_state, sampling, weights
 from sapo_jax.training.settings import Settings
 from sapo_jax.types import Batch, Prompts, TrainState
 
@@ -125,20 +124,22 @@ def abstract_prompts(settings: Settings) -> Prompts:
     return fed(made, settings.mesh)
 
 
-def abstract_decoding(settings: Settings, cache: int = -1) -> decode.Decoding:
+def abstract_decoding(settings: Settings, cache: int = -1) -> decode_state.DecodeState:
     """The decode loop's state with all its slots and the largest cache, or an earlier one."""
     plan, mesh = settings.plan, settings.mesh
-    sizes = (plan.slots[0], plan.cache[cache], _drawn(settings), settings.width,
-             settings.config.batch.group_size, settings.max_new_tokens)  # fmt: skip
-    empty = jax.eval_shape(lambda: decode.empty(settings.model, *sizes, mesh))
-    return placed(empty, mesh, decode.specs())
+    shape = decode_state.Shape(
+        plan.slots[0], plan.cache[cache], _drawn(settings), settings.width,
+        settings.config.batch.group_size, settings.max_new_tokens,
+    )  # fmt: skip
+    empty = jax.eval_shape(lambda: decode_state.empty(settings.model, shape, mesh))
+    return placed(empty, mesh, decode_state.partition_specs())
 
 
-def abstract_sampler(settings: Settings) -> Any:
+def abstract_sampler(settings: Settings) -> SamplerParams:
     """The sampler's parameters."""
     config = settings.model
-    shapes = jax.eval_shape(lambda w: handover.convert(w, config), params.abstract(config))
-    return placed(shapes, settings.mesh, handover.specs(config))
+    shapes = jax.eval_shape(lambda x: weights.convert(x, config), params.abstract(config))
+    return placed(shapes, settings.mesh, weights.partition_specs(config))
 
 
 def forward_flops(settings: Settings, tokens: int, keys: float, logits: int) -> float:
@@ -209,53 +210,53 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
 def _sampler_programs(settings: Settings) -> dict[str, Program]:
     config, mesh, plan = settings.model, settings.mesh, settings.plan
     train = _abstract_state(settings)
-    weights, state = abstract_sampler(settings), abstract_decoding(settings)
+    sampler_params, state = abstract_sampler(settings), abstract_decoding(settings)
     smaller = abstract_decoding(settings, -min(2, len(plan.cache)))
     prompts, controls = abstract_prompts(settings), sampling.controls(1.0)
     group, n, t = settings.config.batch.group_size, settings.width, settings.max_new_tokens
-    base = jax.eval_shape(lambda: decode.base_key(np.uint32(0), "train", np.int32(0)))
+    base = jax.eval_shape(lambda: sampling.base_key(np.uint32(0), "train", np.int32(0)))
     static = {"truncate": False, "mesh": mesh}
     slots = fed(Abstract((plan.refill,), jnp.int32), mesh)
     parts = fed(Abstract((sharding.parts(mesh),), jnp.int32), mesh)
     optimizer = {"optimizer": train.opt_state} | _reference(settings)
     resident = optimizer | {"parameters": train.params}
-    cache = {"cache": (state.prompt_kv, state.own_kv)}
-    results = state.replace(prompt_kv=None, own_kv=None)
-    sampler = {"sampler's parameters": weights}
-    same = handover.unchanged(train.params, config)
+    cache = {"cache": (state.prompt_kv, state.completion_kv)}
+    results = state.replace(prompt_kv=None, completion_kv=None)
+    sampler = {"sampler's parameters": sampler_params}
+    same = weights.unchanged(train.params, config)
     kept = {name: value for name, value in train.params.items() if name in same}
     rest = {name: value for name, value in train.params.items() if name not in same}
-    moved = {name: value for name, value in weights.items() if name not in same}
+    moved = {name: value for name, value in sampler_params.items() if name not in same}
     rows = plan.slots[0] * group
     return {
         "to_sampler": Program(
-            lambda: handover.convert.lower(rest, config, mesh),
+            lambda: weights.convert.lower(rest, config, mesh),
             {"parameters": rest}, resident=optimizer | {"parameters": kept},
             result={"sampler's parameters": moved}, tokens=0, turns=1, model_flops=0.0, runs=1,
         ),
         "prefill": Program(
             lambda: decode.fill_slots.lower(
-                weights, config, prompts, base, controls, state.replace(own_kv=None),
+                sampler_params, config, prompts, base, controls, state.replace(completion_kv=None),
                 slots, slots, **static,
             ),
             sampler | {"cache": state.prompt_kv, "rows": (prompts, results)},
-            resident=resident | {"cache": state.own_kv},
+            resident=resident | {"cache": state.completion_kv},
             tokens=plan.refill * n, turns=1, runs=_drawn(settings) / plan.refill,
             model_flops=forward_flops(settings, plan.refill * n, n / 2, plan.refill),
         ),
         "decode": Program(
             lambda: decode.decode.lower(
-                weights, config, controls, state, np.int32(0), parts, np.int32(1), **static
+                sampler_params, config, controls, state, np.int32(0), parts, np.int32(1), **static
             ),
             sampler | cache | {"rows": results}, resident=resident,
             tokens=rows, turns=1, one_turn=True, runs=t * _drawn(settings) / plan.slots[0],
             model_flops=forward_flops(settings, rows, n + t, rows),
         ),
         "grow": Program(
-            lambda: decode.grow.lower(smaller.own_kv, plan.cache[-1], mesh),
-            {"cache": smaller.own_kv},
+            lambda: decode_state.grow_cache.lower(smaller.completion_kv, plan.cache[-1], mesh),
+            {"cache": smaller.completion_kv},
             resident=resident | sampler | {"cache": state.prompt_kv, "rows": results},
-            result={"cache": state.own_kv}, tokens=0, turns=1, model_flops=0.0,
+            result={"cache": state.completion_kv}, tokens=0, turns=1, model_flops=0.0,
             runs=len(plan.cache) - 1,
         ),
     }  # fmt: skip
