@@ -62,5 +62,8 @@ def test_what_is_tested_is_pinned():
 
 
 def test_one_version():
+    """The newest release of the changelog and of the citation, or the work after it."""
     assert PROJECT["dynamic"] == ["version"]
-    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", sapo_jax.__version__)
+    released = re.search(r"^## \[(\d\S+)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
+    assert f"\nversion: {released}\n" in (ROOT / "CITATION.cff").read_text()
+    assert sapo_jax.__version__ == released or re.search(r"\.dev\d+$", sapo_jax.__version__)

@@ -12,9 +12,7 @@ import sys
 import jax
 from etils import epath
 
-from sapo_jax import cli
-from sapo_jax.preflight import chips
-from sapo_jax.preflight.measure import largest_micro_batch, report, stand_in
+from sapo_jax import cli, preflight
 from sapo_jax.report import preflight_tables
 from sapo_jax.training import settings
 
@@ -29,13 +27,13 @@ FLAGS.string("json", None, "For the results; a run's report shows its preflight.
 def main(given: cli.Flags) -> None:
     """Print the report, write its JSON, and exit with 1 where a demand is not met."""
     jax.config.update("jax_platforms", "cpu")
-    found, tpu = chips.devices(given.topology)
-    checked = settings.from_config(stand_in(given.config), devices=found)
+    devices, tpu = preflight.devices(given.topology)
+    checked = settings.from_config(preflight.stand_in(given.config), devices=devices)
     if given.fit:
-        chip = chips.CHIPS[chips.parse(given.topology)[0]]
-        print(preflight_tables.fit_text(largest_micro_batch(checked, chip), chip.hbm))
+        chip = preflight.chip_of(given.topology)
+        print(preflight_tables.fit_text(preflight.largest_micro_batch(checked, chip), chip.hbm))
         return
-    made = report(checked, given.topology, given.programs, tpu)
+    made = preflight.report(checked, given.topology, given.programs, tpu=tpu)
     print(preflight_tables.text(made))
     if given.json:
         epath.Path(given.json).write_text(json.dumps(made, indent=1) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -223,15 +223,12 @@ def picture(workdir: epath.PathLike, path: epath.PathLike) -> None:
     length = ("length/mean", "orange", "length (tokens)")
     entropy = ("policy/entropy", "green", "entropy (nats per token)")
     sampled = len(plots.series(records, "length/mean")[0])
-    both = Panel(
-        "Response length and entropy" if sampled else "Entropy",
-        plots.pair(length, entropy, percent=False),
-    )
+    title = "Response length and entropy" if sampled else "Entropy"
+    both = plots.pair(title, length, entropy, percent=False)
     last = [r for r in records if plots.counts_of(r, "histogram/gate_pos")][-1:]
     gate = Panel(
         "Gate weight of tokens, by sign of the advantage",
         lambda figure, _, config: plots.PLOTS["gate-weight"].draw(figure, last, config),
     )
-    named: Sequence = ("pass", "reward", both, gate, "loss", "gradient")
-    panels = [plots.PLOTS.get(panel, panel) for panel in named]
-    style.picture(path, panels, records, config)
+    whole, reward, loss, gradient = map(plots.PLOTS.get, ("pass", "reward", "loss", "gradient"))
+    style.picture(path, [whole, reward, both, gate, loss, gradient], records, config)

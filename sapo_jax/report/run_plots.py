@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from sapo_jax.report.style import COLOURS, FLOOR, Panel, is_number
 
 Records = Sequence[Mapping[str, Any]]
 Config = Mapping[str, Any]
-Draw = Callable[[FigureBase, Records, Config], None]
+Curve = tuple[str, str, str]  # metric key, colour, label
 
 POINTS = 800  # longer curves are binned: the eye sees no difference and the page stays small
 SMOOTHED = 40  # curves this long are drawn with their running mean
@@ -96,8 +96,8 @@ def _axes(figure: FigureBase, records: Records, ylabel: str) -> Axes:
     return ax
 
 
-def _curves(ylabel: str, *curves: tuple[str, str, str], scale: str = "linear") -> Draw:
-    """A drawing of metrics over iterations; curves are (key, colour, label)."""
+def _curves(title: str, ylabel: str, *curves: Curve, scale: str = "linear") -> Panel:
+    """Metrics over iterations."""
 
     def draw(figure: FigureBase, records: Records, config: Config) -> None:
         ax = _axes(figure, records, ylabel)
@@ -112,11 +112,11 @@ def _curves(ylabel: str, *curves: tuple[str, str, str], scale: str = "linear") -
             style.percent(ax)
         style.legend(ax)
 
-    return draw
+    return Panel(title, draw)
 
 
-def pair(left: tuple[str, str, str], right: tuple[str, str, str], *, percent: bool) -> Draw:
-    """Two metrics, each (key, colour, axis label), on a scale of their own."""
+def pair(title: str, left: Curve, right: Curve, *, percent: bool) -> Panel:
+    """Two metrics, each on a scale of its own."""
 
     def draw(figure: FigureBase, records: Records, config: Config) -> None:
         ax = _axes(figure, records, "")
@@ -135,7 +135,7 @@ def pair(left: tuple[str, str, str], right: tuple[str, str, str], *, percent: bo
                 style.percent(axes[-1])
         style.legend(*axes)
 
-    return draw
+    return Panel(title, draw)
 
 
 def _draw_pass(figure: FigureBase, records: Records, config: Config) -> None:
@@ -175,7 +175,7 @@ def _draw_extremes(figure: FigureBase, records: Records, config: Config) -> None
     style.legend(ax)
 
 
-def _histograms(kind: str, xlabel: str) -> Draw:
+def _histograms(title: str, kind: str, xlabel: str) -> Panel:
     """First, middle and last histogram, split by the sign of the advantage."""
     signs = (("pos", "blue", "A > 0"), ("neg", "orange", "A < 0"))
 
@@ -197,13 +197,14 @@ def _histograms(kind: str, xlabel: str) -> Draw:
                     some = counts > 0
                     shown.append((edges[:-1][some].min(), edges[1:][some].max(), counts.max()))
         lows, highs, tops = zip(*shown, strict=True)
-        margin = 0.03 * (max(highs) - min(lows))
+        span = max(highs) - min(lows)
+        margin = max(0.03 * span, (10 * np.diff(edges).max() - span) / 2)  # 10 bars at least
         axes[0].set(xlim=(min(lows) - margin, max(highs) + margin), ylim=(0.7, 2 * max(tops)))
         style.logarithmic(axes[0])
         style.label(axes, xlabel, "tokens")
         style.legend(axes[0])
 
-    return draw
+    return Panel(title, draw, wide=True)
 
 
 def _draw_gate(figure: FigureBase, records: Records, config: Config) -> None:
@@ -244,55 +245,44 @@ def _draw_phases(figure: FigureBase, records: Records, config: Config) -> None:
 
 PLOTS = {
     "pass": Panel("Pass@1 on held-out problems", _draw_pass),
-    "reward": Panel(
-        "Reward of the sampled completions",
-        _curves("mean reward", ("reward/mean", "blue", "reward")),
+    "reward": _curves(
+        "Reward of the sampled completions", "mean reward", ("reward/mean", "blue", "reward")
     ),
-    "length": Panel(
+    "length": pair(
         "Response length",
-        pair(
-            ("length/mean", "blue", "length (tokens)"),
-            ("length/truncated", "orange", "cut at the limit (share)"),
-            percent=True,
-        ),
+        ("length/mean", "blue", "length (tokens)"),
+        ("length/truncated", "orange", "cut at the limit (share)"),
+        percent=True,
     ),
-    "zero-groups": Panel(
+    "zero-groups": _curves(
         "Problems without a learning signal",
-        _curves("share of problems", ("advantage/zero_groups", "purple", "share"), scale="percent"),
+        "share of problems",
+        ("advantage/zero_groups", "purple", "share"),
+        scale="percent",
     ),
-    "entropy": Panel(
-        "Entropy of the policy",
-        _curves("nats per token", ("policy/entropy", "green", "entropy")),
+    "entropy": _curves(
+        "Entropy of the policy", "nats per token", ("policy/entropy", "green", "entropy")
     ),
-    "gradient": Panel(
-        "Gradient norm", _curves("norm", ("grad/norm", "orange", "norm"), scale="log")
-    ),
-    "gap": Panel(
+    "gradient": _curves("Gradient norm", "norm", ("grad/norm", "orange", "norm"), scale="log"),
+    "gap": _curves(
         "Sampler against learner",
-        _curves(
-            "difference of log π (nats)",
-            ("sampler/logp_gap_max", "orange", "largest"),
-            ("sampler/logp_gap_mean", "blue", "mean"),
-            scale="log",
-        ),
+        "difference of log π (nats)",
+        ("sampler/logp_gap_max", "orange", "largest"),
+        ("sampler/logp_gap_mean", "blue", "mean"),
+        scale="log",
     ),
-    "loss": Panel("Loss", _curves("loss", ("policy/loss", "blue", "loss"))),
-    "log-ratio": Panel(
-        "Log probability ratio of tokens", _histograms("log_ratio", "log r (nats)"), wide=True
-    ),
-    "gate-weight": Panel("Gate weight of tokens", _histograms("gate", "gate weight w"), wide=True),
+    "loss": _curves("Loss", "loss", ("policy/loss", "blue", "loss")),
+    "log-ratio": _histograms("Log probability ratio of tokens", "log_ratio", "log r (nats)"),
+    "gate-weight": _histograms("Gate weight of tokens", "gate", "gate weight w"),
     "extremes": Panel("Extreme ratios of each minibatch", _draw_extremes),
-    "kl": Panel(
-        "Divergence from the old policy",
-        _curves("KL (nats per token)", ("policy/kl_old", "purple", "KL")),
+    "kl": _curves(
+        "Divergence from the old policy", "KL (nats per token)", ("policy/kl_old", "purple", "KL")
     ),
-    "gate-mean": Panel(
+    "gate-mean": pair(
         "Mean gate weight, and silenced tokens",
-        pair(
-            ("policy/gate_mean", "blue", "mean gate weight"),
-            ("policy/clipped", "orange", "silenced tokens (share)"),
-            percent=True,
-        ),
+        ("policy/gate_mean", "blue", "mean gate weight"),
+        ("policy/clipped", "orange", "silenced tokens (share)"),
+        percent=True,
     ),
     "gate": Panel("The gate in closed form", _draw_gate),
     "phases": Panel("Phases of an iteration", _draw_phases, wide=True),
