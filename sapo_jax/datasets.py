@@ -1,4 +1,4 @@
-"""Prepared datasets: from JSON lines to ArrayRecord files by TFDS, and their records read back.
+"""Prepare a dataset for runs: JSON lines, or one of the TFDS catalogue, as ArrayRecord files.
 
     python -m sapo_jax.datasets --jsonl=train=train.jsonl --jsonl=test=test.jsonl --out=data/sums
     python -m sapo_jax.datasets --catalogue=gsm8k --out=data

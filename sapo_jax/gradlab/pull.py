@@ -77,11 +77,11 @@ def cotangents(
 def blocks_of(tree: Any, count: int, axis: int = 0) -> Any:
     """Split rows into blocks: their axis becomes two, of which that of blocks goes to the front."""
 
-    def split(x):
+    def blocks(x):
         shape = (*x.shape[:axis], count, -1, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis, 0)
 
-    return jax.tree.map(split, tree)
+    return jax.tree.map(blocks, tree)
 
 
 @partial(jax.jit, static_argnames="width")
@@ -103,6 +103,7 @@ def pull(
       hp: the model, its temperature, how the forward pass is done, and the mesh.
       width: of the sketches.
     """
+    # With a random sign for each parameter, sums over bins keep inner products on average.
     leaves, treedef = jax.tree.flatten(weights)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     pairs = zip(keys, leaves, strict=True)
@@ -134,12 +135,13 @@ def _grad_specs(config: ModelConfig) -> Any:
 def _pull(weights, signs, blocks, cotangents_MKRS, hp, width) -> Pulled:
     specs = jax.tree.leaves(params.partition_specs(hp.static.model))
 
-    def visit(total, inputs):
-        block, cotangents_KRS = inputs
+    def visit(total, block_and_cotangents):
+        block, cotangents_KRS = block_and_cotangents
         _, pullback = jax.vjp(lambda w: learner.forward(w, block, hp)[0], weights)
 
-        def one(total, numbered):
-            k, cotangent_RS = numbered
+        # One at a time: beside the K sums there is one gradient, and one sketch of each parameter.
+        def add(total, k_and_cotangent):
+            k, cotangent_RS = k_and_cotangent
             grads = params.psum_gradients(pullback(cotangent_RS)[0], hp.static.model)
             grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
             total = jax.tree.map(lambda t, g: t.at[k].add(g), total, grads)
@@ -147,7 +149,7 @@ def _pull(weights, signs, blocks, cotangents_MKRS, hp, width) -> Pulled:
             parts = [(jnp.sum(g * g), _sketch(g * sign, spec, width)) for g, sign, spec in each]
             return total, _psum(parts, specs)
 
-        return jax.lax.scan(one, total, (jnp.arange(count), cotangents_KRS))
+        return jax.lax.scan(add, total, (jnp.arange(count), cotangents_KRS))
 
     count = cotangents_MKRS.shape[1]
     zeros = jax.tree.map(lambda w: jnp.zeros((count, *w.shape), jnp.float32), weights)
@@ -178,7 +180,7 @@ def _sketch(signed: jax.Array, spec: PartitionSpec, width: int) -> jax.Array:
     """
     if spec[0]:  # not stacked over layers
         signed, spec = signed[None], PartitionSpec(None, *spec)
-    split = any(collectives.axis_size(axis) > 1 for axis in _axes(spec))
+    is_split = any(collectives.axis_size(axis) > 1 for axis in _axes(spec))
 
     def fold(x):
         for dimension, axis in enumerate(spec[1:]):
@@ -189,7 +191,7 @@ def _sketch(signed: jax.Array, spec: PartitionSpec, width: int) -> jax.Array:
                 x = jax.lax.dynamic_update_slice_in_dim(jnp.zeros(shape), x, start, dimension)
         return jnp.pad(x.reshape(-1), (0, -x.size % width)).reshape(-1, width).sum(0)
 
-    return (jax.lax.map(fold, signed) if split else jax.vmap(fold)(signed)).sum(0)
+    return (jax.lax.map(fold, signed) if is_split else jax.vmap(fold)(signed)).sum(0)
 
 
 def _kind(name: str) -> str:

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from sapo_jax import rewards
+from sapo_jax import rewards, sampler
 from sapo_jax.data import encode
 from sapo_jax.data import stream as streams
 from sapo_jax.sampler import sampling
-from sapo_jax.sampler import weights as handover
 from sapo_jax.sweep import population, vectorize
 from sapo_jax.sweep.cohorts import Cohort
 from sapo_jax.sweep.vectorize import pick, stack
@@ -142,7 +141,7 @@ def from_rollout(
         )
         learnt_RB = np.concatenate([b.advantages for b in minibatches], 1)
         more = jax.device_get(more)
-    moved = float(handover.moved_bytes(params, weights) / len(members))
+    moved = float(sampler.moved_bytes(params, weights) / len(members))
     metrics, samples = [], []
     for r, (run, one, (rewards_B, parts)) in enumerate(zip(members, asked, judged, strict=True)):
         advantages_B = np.zeros_like(rewards_B)

@@ -17,9 +17,8 @@ from sapo_jax import learner, objectives
 from sapo_jax.learner import Hyperparameters
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.objectives import Objective
-from sapo_jax.sampler import decode, decode_state, sampling
-from sapo_jax.sampler import weights as handover
-from sapo_jax.sampler.decode import Decoding
+from sapo_jax.sampler import SamplerParams, decode, decode_state, sampling, weights
+from sapo_jax.sampler.decode_state import DecodeState
 from sapo_jax.sweep.vectorize import over, pick, spread
 from sapo_jax.types import Batch, Prompts, Rollout, TrainState
 
@@ -53,36 +52,39 @@ def base_keys(seed_R: jax.Array, domain: str, iteration: jax.Array) -> jax.Array
 
 
 # A decoding state with an axis R on everything but the clock, which all runs share.
-RUNS = Decoding(**{**dict.fromkeys(Decoding.__dataclass_fields__, 0), "clock": None})
+RUNS = DecodeState(**{**dict.fromkeys(DecodeState.__dataclass_fields__, 0), "clock": None})
 
 
-def decode_runs(weights, config, controls, state, until, *, truncate) -> Decoding:
-    """`decoding.decode` for R runs at once, to the end of them all.
+def decode_runs(params, config, controls, state, until, *, truncate) -> DecodeState:
+    """`decode.decode` for R runs at once, to the end of them all.
 
     The predicate is reduced over the runs: under `jax.vmap` a loop whose predicate has their axis
     would select, at each step, between the old and the new of everything, caches included. The
     steps of a run that has finished change none of its results.
     """
 
-    def advance(weights, controls, state):
-        return decode.step(weights, config, controls, truncate, state)
+    def advance(params, controls, state):
+        return decode.step(params, config, controls, truncate, state)
 
     step = jax.vmap(advance, in_axes=(0, 0, RUNS), out_axes=RUNS)
     return jax.lax.while_loop(
-        lambda s: (s.clock < until) & ~jnp.all(s.done), lambda s: step(weights, controls, s), state
+        lambda s: (s.clock < until) & ~jnp.all(s.done), lambda s: step(params, controls, s), state
     )
 
 
 @partial(jax.jit, static_argnames=("config", "method"))
-def _convert(live_R: jax.Array, weights: Any, config: ModelConfig, *, method: str) -> Any:
-    return over(method, live_R, partial(handover.convert, config=config), weights)
+def _convert(live_R: jax.Array, params: Any, config: ModelConfig, *, method: str) -> SamplerParams:
+    return over(method, live_R, partial(weights.convert, config=config), params)
 
 
-def to_sampler(live_R: jax.Array, params: Any, config: ModelConfig, *, method: str) -> Any:
-    """`handover.to_sampler` of R runs."""
-    names = handover.unchanged(jax.eval_shape(partial(pick, run=0), params), config)
+def to_sampler(
+    live_R: jax.Array, params: Any, config: ModelConfig, *, method: str
+) -> SamplerParams:
+    """`sampler.to_sampler` of R runs."""
+    names = weights.unchanged(jax.eval_shape(partial(pick, run=0), params), config)
     rest = {name: value for name, value in params.items() if name not in names}
-    return _convert(live_R, rest, config, method=method) | {name: params[name] for name in names}
+    converted = _convert(live_R, rest, config, method=method)
+    return SamplerParams(converted | {name: params[name] for name in names})
 
 
 @partial(
@@ -91,7 +93,7 @@ def to_sampler(live_R: jax.Array, params: Any, config: ModelConfig, *, method: s
 )
 def rollout(
     live_R: jax.Array,
-    weights: Any,
+    params: SamplerParams,
     config: ModelConfig,
     prompts: Prompts,
     base_R: jax.Array,
@@ -108,7 +110,7 @@ def rollout(
 
     Args:
       live_R: bool[R]; other runs write nothing.
-      weights: from `to_sampler`.
+      params: from `to_sampler`.
       config: the model's shape.
       prompts: of R runs, [R, P, …].
       base_R: key[R], from `base_keys`.
@@ -126,39 +128,41 @@ def rollout(
     p, width = prompts.tokens.shape[1:]
     every, none = jnp.arange(p, dtype=jnp.int32), np.iinfo(np.int32).max
 
-    def start(weights, prompts, base, controls):
-        state = decode.empty(config, p, cache[0], p, width, group_size, max_new_tokens)
-        arguments = (weights, config, prompts, base, controls, state, every, every)
+    shape = decode_state.Shape(p, cache[0], p, width, group_size, max_new_tokens)
+
+    def start(params, prompts, base, controls):
+        state = decode_state.empty(config, shape)
+        arguments = (params, config, prompts, base, controls, state, every, every)
         return decode.prefill(*arguments, truncate=truncate)
 
     def end(state, prompts):
-        results = (state.tokens, state.logp, state.count, state.finished)
-        return decode_state.assemble(config, results, prompts, iteration, state.routing, None)
+        return decode_state.to_rollout(config, state.results, prompts, iteration)
 
-    def one(weights, prompts, base, controls):
-        state = start(weights, prompts, base, controls)
+    def one(params, prompts, base, controls):
+        state = start(params, prompts, base, controls)
         for i, size in enumerate(cache):
             if i:
-                state = state.replace(own_kv=decode.grow(state.own_kv, size))
+                larger = decode_state.grow_cache(state.completion_kv, size)
+                state = state.replace(completion_kv=larger)
             until = size if size < cache[-1] else none
-            arguments = (weights, config, controls, state, until, jnp.array([p]), 1)
+            arguments = (params, config, controls, state, until, jnp.array([p]), 1)
             state, _ = decode.decode(*arguments, truncate=truncate)
         return end(state, prompts)
 
-    def all_of(method, live_R, weights, prompts, base_R, controls):
+    def all_of(method, live_R, params, prompts, base_R, controls):
         if method == "map":
-            return over(method, live_R, one, weights, prompts, base_R, controls)
-        state = jax.vmap(start, out_axes=RUNS)(weights, prompts, base_R, controls)
+            return over(method, live_R, one, params, prompts, base_R, controls)
+        state = jax.vmap(start, out_axes=RUNS)(params, prompts, base_R, controls)
         state = state.replace(done=state.done | ~live_R[:, None, None])
         for i, size in enumerate(cache):
             if i:
-                own_kv = jax.vmap(partial(decode.grow, size=size))(state.own_kv)
-                state = state.replace(own_kv=own_kv)
+                grow = jax.vmap(partial(decode_state.grow_cache, size=size))
+                state = state.replace(completion_kv=grow(state.completion_kv))
             until = size if size < cache[-1] else none
-            state = decode_runs(weights, config, controls, state, until, truncate=truncate)
+            state = decode_runs(params, config, controls, state, until, truncate=truncate)
         return jax.vmap(end, in_axes=(RUNS, 0))(state, prompts)
 
-    return spread(method, live_R, all_of, weights, prompts, base_R, controls)
+    return spread(method, live_R, all_of, params, prompts, base_R, controls)
 
 
 @partial(jax.jit, static_argnames=("method", "parts"))

@@ -44,14 +44,14 @@ def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset
     if stored is None:
         return
     old, new = flat(stored), flat(json.loads(json.dumps(config)))
-    differences = ""
+    differences = []
     for key in sorted((old.keys() | new.keys()) - may_differ):
         before, now = old.get(key, "(absent)"), new.get(key, "(absent)")
         if before != now:
-            differences += f"  {key}: stored {before!r}, given {now!r}\n"
+            differences.append(f"{key}: stored {before!r}, given {now!r}")
     if differences:
         raise ValueError(
-            f"{normal(workdir)} is of a run with another config:\n{differences}"
+            f"{normal(workdir)} is of a run with another config: {'; '.join(differences)}; "
             "give another --workdir, or restore the stored values"
         )
 

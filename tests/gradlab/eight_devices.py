@@ -1,4 +1,4 @@
-"""The gradient lab on eight devices against one; run by `test_gradlab` in a process with them."""
+"""The gradient lab on eight devices against one; run by `test_lab` in a process with them."""
 
 import dataclasses
 

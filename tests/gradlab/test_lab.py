@@ -320,7 +320,7 @@ def test_token_statistics(lab):
 
 @pytest.mark.slow
 def test_on_eight_devices():
-    """`eight_devices_gradlab.py`, in a process whose CPU counts as eight devices."""
+    """`eight_devices.py`, in a process whose CPU counts as eight devices."""
     fakes.on_eight_devices("tests/gradlab/eight_devices.py")
 
 
