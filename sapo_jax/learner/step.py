@@ -42,7 +42,7 @@ def forward(
             raise ValueError(f"routing_replay={static.routing_replay!r}: the batch has no routing")
         replay = batch.routing
     weights = params.all_gather(weights, params.table(static.model), static.model)
-    hidden_BSD, summary = transformer.hidden_routing(
+    hidden_BSD, summary = transformer.hidden(
         weights, static.model, batch.tokens, batch.segments, remat=static.remat,
         replay_BSLk=replay,
         summarise=lambda r: routing.summarise(r, batch.segments > 0, static.model),
