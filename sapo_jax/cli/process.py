@@ -25,7 +25,7 @@ def run(
     """Run a command: parse, call ``main(given)``, and turn what it refuses into one line.
 
     Args:
-      main: raises ValueError, RuntimeError, OSError or ImportError where the user is to read why.
+      main: raises ValueError, RuntimeError or OSError where the user is to read why.
       given: the flags, as defined.
       failed: called with the exit status before a failed command ends.
     """
@@ -38,11 +38,11 @@ def run(
             main(given)
         except Exception as error:
             internal = type(error).__name__ == "JaxRuntimeError"
-            foreseen = isinstance(error, ValueError | RuntimeError | OSError | ImportError)
+            foreseen = isinstance(error, ValueError | RuntimeError | OSError | ModuleNotFoundError)
             if verbose or internal or not foreseen:
                 traceback.print_exc()
             else:
-                text = missing(error) if isinstance(error, ImportError) else error
+                text = missing(error) if isinstance(error, ModuleNotFoundError) else error
                 origin = traceback.extract_tb(error.__traceback__)[-1].filename
                 where = "" if origin.startswith(str(PACKAGE)) else " (--verbosity=0 shows where)"
                 print(f"error: {text}{where}", file=sys.stderr)
