@@ -48,7 +48,7 @@ def _collision(weights, batch, hp):
 
     def chunk(hidden_CD):
         logits_CV = transformer.logits_of(weights, hp.static.model, hidden_CD) / hp.temperature
-        return vocab.total(jnp.exp(2 * vocab.log_softmax(logits_CV)))
+        return vocab.sum(jnp.exp(2 * vocab.log_softmax(logits_CV)))
 
     chunks = padded_TD.reshape(-1, hp.static.head_chunk, hidden_TD.shape[-1])
     square_BS = jax.lax.map(chunk, chunks).reshape(-1)[: len(hidden_TD)].reshape(batch.mask.shape)
