@@ -34,21 +34,21 @@ class Program:
     Attributes:
       lower: traces it; the result compiles for the platform of the run's mesh.
       arguments: what it is given, by kind.
-      resident: what lies in memory meanwhile, by kind.
-      result: what it leaves, by kind, where that is not an argument updated in place.
+      runs: how often an iteration calls it (decode steps: of completions of full length).
       tokens: of one pass through the layers, on all devices together.
       turns: of a loop whose length is known at run time only: the chunks of the head.
-      one_turn: whether what it executes is told of one turn of its loop, a decode step.
+      one_turn: its costs are those of one turn of its loop, a decode step.
+      resident: what lies in memory meanwhile, by kind.
+      result: what it leaves, by kind, where that is not an argument updated in place.
       model_flops: of the model, on all devices together; nothing that is computed again.
-      runs: how often an iteration calls it (decode steps: of completions of full length).
     """
 
     lower: Callable[[], jax.stages.Lowered]
     arguments: dict[str, Any]
-    tokens: int
-    turns: int
-    model_flops: float
     runs: float
+    tokens: int = 0
+    turns: int = 1
+    model_flops: float = 0.0
     one_turn: bool = False
     resident: dict[str, Any] = dataclasses.field(default_factory=dict)
     result: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -160,49 +160,44 @@ def forward_flops(settings: Settings, tokens: int, keys: float, logits: int) -> 
 
 def _abstract_state(settings: Settings) -> TrainState:
     """The learner's state, and on one device its place."""
-    return placed(
-        learner.abstract(settings.hp), settings.mesh, learner.partition_specs(settings.hp)
-    )
+    hp = settings.hp
+    return placed(learner.abstract(hp), settings.mesh, learner.partition_specs(hp))
 
 
 def _reference(settings: Settings) -> dict[str, Any]:
     """The reference policy, where a KL penalty needs it: it stays in memory throughout."""
-    weights = _abstract_state(settings).params
-    return {"reference": weights} if settings.needs_reference else {}
+    return {"reference": _abstract_state(settings).params} if settings.needs_reference else {}
 
 
 def _learner_programs(settings: Settings) -> dict[str, Program]:
     hp, options = settings.hp, settings.config.batch
-    state, given, batch = (
-        _abstract_state(settings),
-        abstract_batch(settings, scored=False),
-        abstract_batch(settings, scored=True),
-    )
-    rows, s = batch.tokens.shape
-    t = settings.max_new_tokens
+    state = _abstract_state(settings)
+    unscored, batch = (abstract_batch(settings, scored=scored) for scored in (False, True))
+    (rows, s), t = batch.tokens.shape, settings.max_new_tokens
     forward = forward_flops(settings, rows * s, s / 2, rows * t)
-    micro_rows = rows // hp.static.micro_batches // sharding.parts(settings.mesh)
-    common = {"tokens": rows // hp.static.micro_batches * s,
-              "turns": -(-micro_rows * t // hp.static.head_chunk)}  # fmt: skip
-    weights, optimizer = {"parameters": state.params}, {"optimizer": state.opt_state}
+    micro_rows = rows // hp.static.micro_batches
+    chunks = math.ceil(micro_rows // sharding.parts(settings.mesh) * t / hp.static.head_chunk)
+    parameters, optimizer = {"parameters": state.params}, {"optimizer": state.opt_state}
     score = learner.score_routing if hp.static.routing_replay == "R2" else learner.score
     recompute = settings.config.learner.old_logp == "recompute"
     scored = options.minibatches * options.oversample
     # The rollout and its minibatches are there while one is scored; in an update, minibatches are.
     # The first update of a run is on a copy of the state, so that nothing changes.
-    held = {"rows": [given] * (2 * scored - 1), "sampler's parameters": abstract_sampler(settings)}
+    rollout = {"rows": [unscored] * (2 * scored - 1)}
+    sampler = {"sampler's parameters": abstract_sampler(settings)}
+    others = {"rows": [batch] * (options.minibatches - 1), "copy at the start": state}
     return {
         "score": Program(
-            lambda: score.lower(state.params, given, hp),
-            weights | {"rows": given}, resident=optimizer | held | _reference(settings),
-            model_flops=forward, runs=scored * (recompute + settings.needs_reference), **common,
+            lambda: score.lower(state.params, unscored, hp), parameters | {"rows": unscored},
+            runs=scored * (recompute + settings.needs_reference), tokens=micro_rows * s,
+            turns=chunks, model_flops=forward,
+            resident=optimizer | rollout | sampler | _reference(settings),
         ),
         "update": Program(
             lambda: learner.update.lower(state, batch, hp),
-            weights | optimizer | {"rows": batch},
-            resident={"rows": [batch] * (options.minibatches - 1), "copy at the start": state}
-            | _reference(settings),
-            model_flops=3 * forward, runs=options.minibatches, **common,
+            parameters | optimizer | {"rows": batch}, runs=options.minibatches,
+            tokens=micro_rows * s, turns=chunks, model_flops=3 * forward,
+            resident=others | _reference(settings),
         ),
     }  # fmt: skip
 
@@ -224,15 +219,16 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
     results = state.replace(prompt_kv=None, completion_kv=None)
     sampler = {"sampler's parameters": sampler_params}
     same = weights.unchanged(train.params, config)
-    kept = {name: value for name, value in train.params.items() if name in same}
-    rest = {name: value for name, value in train.params.items() if name not in same}
-    moved = {name: value for name, value in sampler_params.items() if name not in same}
+    shared = {name: train.params[name] for name in same}
+    rest, moved = (
+        {name: x for name, x in tree.items() if name not in same}
+        for tree in (train.params, sampler_params)
+    )
     rows = plan.slots[0] * group
     return {
         "to_sampler": Program(
-            lambda: weights.convert.lower(rest, config, mesh),
-            {"parameters": rest}, resident=optimizer | {"parameters": kept},
-            result={"sampler's parameters": moved}, tokens=0, turns=1, model_flops=0.0, runs=1,
+            lambda: weights.convert.lower(rest, config, mesh), {"parameters": rest}, runs=1,
+            resident=optimizer | {"parameters": shared}, result={"sampler's parameters": moved},
         ),
         "prefill": Program(
             lambda: decode.fill_slots.lower(
@@ -240,24 +236,23 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
                 slots, slots, **static,
             ),
             sampler | {"cache": state.prompt_kv, "rows": (prompts, results)},
-            resident=resident | {"cache": state.completion_kv},
-            tokens=plan.refill * n, turns=1, runs=_drawn(settings) / plan.refill,
+            runs=_drawn(settings) / plan.refill, tokens=plan.refill * n,
             model_flops=forward_flops(settings, plan.refill * n, n / 2, plan.refill),
+            resident=resident | {"cache": state.completion_kv},
         ),
         "decode": Program(
             lambda: decode.decode.lower(
                 sampler_params, config, controls, state, np.int32(0), parts, np.int32(1), **static
             ),
-            sampler | cache | {"rows": results}, resident=resident,
-            tokens=rows, turns=1, one_turn=True, runs=t * _drawn(settings) / plan.slots[0],
-            model_flops=forward_flops(settings, rows, n + t, rows),
+            sampler | cache | {"rows": results}, runs=t * _drawn(settings) / plan.slots[0],
+            tokens=rows, model_flops=forward_flops(settings, rows, n + t, rows), one_turn=True,
+            resident=resident,
         ),
         "grow": Program(
             lambda: decode_state.grow_cache.lower(smaller.completion_kv, plan.cache[-1], mesh),
-            {"cache": smaller.completion_kv},
+            {"cache": smaller.completion_kv}, runs=len(plan.cache) - 1,
             resident=resident | sampler | {"cache": state.prompt_kv, "rows": results},
-            result={"cache": state.completion_kv}, tokens=0, turns=1, model_flops=0.0,
-            runs=len(plan.cache) - 1,
+            result={"cache": state.completion_kv},
         ),
     }  # fmt: skip
 

@@ -91,9 +91,13 @@ def picture(path: epath.PathLike, panels: Sequence[Panel], *data: Any, columns: 
         figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.15)
 
 
+def _is_narrow(figure: FigureBase) -> bool:
+    return figure.bbox.width / figure.dpi < 0.8 * WIDE
+
+
 def row(figure: FigureBase, count: int, ratios: Sequence[float] | None = None, **share) -> list:
     """Axes side by side, or below each other where the figure is narrow."""
-    if figure.bbox.width / figure.dpi < 0.8 * WIDE:
+    if _is_narrow(figure):
         return list(figure.subplots(count, 1, squeeze=False, **share).flat)
     return list(figure.subplots(1, count, squeeze=False, width_ratios=ratios, **share).flat)
 
@@ -119,6 +123,7 @@ def legend(*axes: Axes, columns: int = 6, place: str = "right") -> None:
     """A legend above the first axes, where it hides no data; a single curve needs none."""
     entries = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
     if len(entries) > 1:
+        columns = min(columns, 4) if _is_narrow(axes[0].figure) else columns
         where = {"loc": f"lower {place}", "bbox_to_anchor": (float(place == "right"), 1)}
         shape = {"ncols": columns, "handlelength": 1.6, "columnspacing": 1.2, "borderaxespad": 0.2}
         axes[0].legend(*zip(*entries, strict=True), **where, **shape)
