@@ -74,9 +74,8 @@ def unchanged(learner_params: dict[str, Any], config: ModelConfig) -> set[str]:
     def stays(name, value):
         if name == "layers" or value.dtype != dtype:
             return False
-        if mesh is None:
-            return True
-        return value.sharding.is_equivalent_to(sharding.named(mesh, specs[name]), value.ndim)
+        target = mesh and sharding.named(mesh, specs[name])
+        return mesh is None or value.sharding.is_equivalent_to(target, value.ndim)
 
     return {name for name, value in learner_params.items() if stays(name, value)}
 
