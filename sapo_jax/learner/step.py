@@ -38,7 +38,7 @@ def forward(
             raise ValueError(f"routing_replay={static.routing_replay!r}: the batch has no routing")
         replay = batch.routing
     params = model.params.all_gather(params, model.params.table(config), config)
-    hidden_BSD, summary = transformer.hidden_routing(
+    hidden_BSD, summary = transformer.hidden(
         params, config, batch.tokens, batch.segments, remat=static.remat, replay_BSLk=replay,
         summarise=lambda r: routing.summarise(r, batch.segments > 0, config),
     )  # fmt: skip

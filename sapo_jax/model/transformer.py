@@ -94,7 +94,7 @@ def recomputed(step: Callable, remat: bool) -> Callable:
     return step
 
 
-def hidden_routing(
+def hidden(
     weights: Any,
     config: ModelConfig,
     tokens_BS: jax.Array,
@@ -104,10 +104,14 @@ def hidden_routing(
     replay_BSLk: jax.Array | None = None,
     summarise: Callable[[Routing], Any] = lambda routing: routing.experts,
 ) -> tuple[jax.Array, Any]:
-    """`hidden`, and what ``summarise`` makes of each sparse layer's routing.
+    """Final hidden states, and what ``summarise`` makes of each sparse layer's routing.
 
     Args:
-      weights, config, tokens_BS, segments_BS, remat: see `hidden`.
+      weights: the parameters; those of layers are scanned over.
+      config: the model's shape.
+      tokens_BS: i32[B, S].
+      segments_BS: i32[B, S], 0 at pads; entry s sees the tokens of its segment up to s.
+      remat: the backward pass recomputes each layer from its input.
       replay_BSLk: experts to use in each sparse layer, −1 for the router's choice.
       summarise: applied within the scan, so that what it drops is never stacked.
 
@@ -153,21 +157,6 @@ def hidden_routing(
     return rms_norm(x_BSD, weights["final_norm"], config.rms_norm_eps), routing
 
 
-def hidden(
-    weights: Any,
-    config: ModelConfig,
-    tokens_BS: jax.Array,
-    segments_BS: jax.Array,
-    *,
-    remat: bool = False,
-) -> jax.Array:
-    """Final hidden states [B, S, D]; entry s has seen the tokens of its segment up to s.
-
-    Layers are scanned; with ``remat`` the backward pass recomputes each layer from its input.
-    """
-    return hidden_routing(weights, config, tokens_BS, segments_BS, remat=remat)[0]
-
-
 def logits_of(params: Any, config: ModelConfig, hidden_XD: jax.Array) -> jax.Array:
     """Logits f32[..., V] of final hidden states."""
     weight_VD = head_weight(params).astype(config.compute_dtype)
@@ -179,5 +168,5 @@ def logits(params: Any, config: ModelConfig, tokens_BS: jax.Array) -> jax.Array:
 
     Training never forms this array: see `head`.
     """
-    segments_BS = jnp.ones_like(tokens_BS)
-    return logits_of(params, config, hidden(params, config, tokens_BS, segments_BS))
+    hidden_BSD, _ = hidden(params, config, tokens_BS, jnp.ones_like(tokens_BS))
+    return logits_of(params, config, hidden_BSD)
