@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from queue import Empty, SimpleQueue
+from threading import Thread, current_thread
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 
 from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.parallel import distributed
@@ -19,6 +23,8 @@ from sapo_jax.types import STOP
 
 _THINK = re.compile(r"</?think>")
 PARTS = ("accuracy", "format", "overlong", "repetition")
+NOTICE = 300.0  # seconds after which the verdicts that a run waits for are mentioned
+PATIENCE = 5.0  # seconds that the last verdicts get when a scorer closes
 
 
 class Row(NamedTuple):
@@ -183,7 +189,8 @@ class Scorer:
     """Scores rows on threads, so that slow tasks overlap work on the device; a context manager.
 
     A task that computes for long does so in processes of its own (``tasks.verifiers``),
-    which it replaces when they die: the threads here only wait for them.
+    which it replaces when they die: the threads here only wait for them. A verdict that never
+    comes keeps no process alive: the threads are daemons.
 
     Args:
       task: judges the completions.
@@ -199,23 +206,64 @@ class Scorer:
             raise ValueError(f"workers={workers}: must be at least 1")
         self.task = task
         self.recipe = recipe or Recipe()
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="score")
+        self._rows: SimpleQueue = SimpleQueue()  # (future, row, index), or None to end a thread
+        self._judged: dict[Thread, Row] = {}  # at the moment
+        self._error: BaseException | None = None  # the first
+        self._threads = [Thread(target=self._work, daemon=True) for _ in range(workers)]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, rows: Sequence[Row]) -> list[Future[Verdict]]:
         """Start to judge rows; returns the future verdict of each."""
-        return [self._threads.submit(self._judge, row, i) for i, row in enumerate(rows)]
+        futures: list[Future[Verdict]] = [Future() for _ in rows]
+        for item in zip(futures, rows, range(len(futures)), strict=True):
+            self._rows.put(item)
+        return futures
 
-    def _judge(self, row: Row, index: int) -> Verdict:
-        start = time.perf_counter()
-        parts = judge(self.task, row, self.recipe, index)
-        return Verdict(parts, time.perf_counter() - start)
+    def wait(self, futures: Sequence[Future[Verdict]]) -> None:
+        """Return when all are done, or raise the error of any row, whatever hangs beside it."""
+        mention = time.monotonic() + NOTICE
+        while wait(futures, 1.0, FIRST_EXCEPTION).not_done:
+            if self._error:
+                raise self._error
+            if time.monotonic() > mention:
+                logging.warning("%s since %g s or more.", self._under_way(), NOTICE)
+                mention += NOTICE
+
+    def _under_way(self) -> str:
+        rows = list(self._judged.values())
+        first = f", the first of {rows[0].completion!r:.80}," if rows else ""
+        return f"Task {self.task.name!r} computes {len(rows)} verdicts{first}"
+
+    def _work(self) -> None:
+        while (item := self._rows.get()) is not None:
+            future, row, index = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            self._judged[current_thread()], start = row, time.perf_counter()
+            try:
+                parts = judge(self.task, row, self.recipe, index)
+                future.set_result(Verdict(parts, time.perf_counter() - start))
+            except BaseException as error:
+                self._error = self._error or error
+                future.set_exception(error)
+            del self._judged[current_thread()]
 
     def __enter__(self) -> Scorer:
         getattr(self.task, "start", lambda: None)()
         return self
 
     def __exit__(self, *exception):
-        self._threads.shutdown(cancel_futures=True)
+        with contextlib.suppress(Empty):
+            while True:
+                self._rows.get_nowait()[0].cancel()
+        for _ in self._threads:
+            self._rows.put(None)
+        deadline = time.monotonic() + PATIENCE
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if self._judged:
+            logging.error("%s and is not waited for any more.", self._under_way())
         getattr(self.task, "close", lambda: None)()
 
 
@@ -248,6 +296,7 @@ class Groups:
 
     def wait(self) -> list[Verdict]:
         """The verdicts of all rows, in their order, those of other processes too."""
+        self._scorer.wait([future for group in self._futures for future in group])
         own = [[future.result() for future in group] for group in self._futures]
         if jax.process_count() == 1:
             return [verdict for group in own for verdict in group]

@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import pickle
+import re
 import zlib
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 
 from sapo_jax.tasks.base import Example, check_option, make_example
 from sapo_jax.tasks.jsonl import Fields, FileTask
-from sapo_jax.tasks.verifiers.sandbox import MODES, Limits, Sandbox, available
+from sapo_jax.tasks.verifiers.sandbox import MODES, Limits, Sandbox, check
 
 TEMPLATE = (
     "{question}\n\nAnswer with a complete Python program in a ```python block. {how}\n{starter}"
@@ -23,7 +24,9 @@ TEMPLATE = (
 STDIN = "It reads the input from stdin and prints the output."
 FUNCTION = "Complete this code:"
 MAX_PROGRAM_CHARS = 1 << 16
-PYTHON = ("python", "python3", "py", "")  # the languages of a block that count
+# CommonMark's fences, at any depth of a list, and the languages of a block that count.
+FENCE = re.compile(r"([ \t]*)(`{3,}(?=[^`]*$)|~{3,})[ \t]*([^\s`]*)")
+PYTHON = re.compile(r"(?:\{?\.?(?:python|pypy|py)[\d.]*\}?)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Programs(FileTask):
       max_tests: of a problem, the first so many; 0: all.
       seconds: of each test; the first that fails ends the judgement.
       memory_mb: address space.
-      sandbox: one of ``sandbox.MODES``, or "auto": the strongest that the machine permits.
+      isolation: one of ``sandbox.MODES``; a weaker one than the first is never taken unasked.
+      sandbox: what ``isolation`` was called; "auto" is "namespaces".
       python: interpreter; "" for the running one.
 
     Raises:
@@ -61,7 +65,8 @@ class Programs(FileTask):
     max_tests: int = 0
     seconds: float = 6.0
     memory_mb: int = 1024
-    sandbox: str = "auto"
+    isolation: str = MODES[0]
+    sandbox: str = ""
     python: str = ""
 
     name: ClassVar[str] = "programs"
@@ -73,10 +78,11 @@ class Programs(FileTask):
         check_option("memory_mb", self.memory_mb, 64)
         if not 0 < self.seconds <= 600:
             raise ValueError(f"seconds must be a number in (0, 600], got {self.seconds!r}")
-        if self.sandbox not in ("auto", *MODES):
-            raise ValueError(
-                f"sandbox must be one of auto, {', '.join(MODES)}, got {self.sandbox!r}"
-            )
+        if self.sandbox:
+            isolation = MODES[0] if self.sandbox == "auto" else self.sandbox
+            object.__setattr__(self, "isolation", isolation)
+        if self.isolation not in MODES:
+            raise ValueError(f"isolation must be one of {', '.join(MODES)}, got {self.isolation!r}")
 
     @functools.cached_property
     def _by_key(self) -> dict[str, Problem]:
@@ -84,23 +90,25 @@ class Programs(FileTask):
 
     def _parse(self, row: dict[str, Any], key: str) -> tuple[Example, Problem]:
         problem = parse(row, self.max_tests)
-        if "question_id" in row:
-            key = f"{key.rpartition('#')[0]}#{row['question_id']}"
         starter = row.get("starter_code") or ""
         prompt = self.template.replace("{how}", FUNCTION if problem.function else STDIN)
         prompt = prompt.replace("{starter}", f"```python\n{starter}\n```" if starter else "")
         prompt = prompt.replace("{question}", row["question_content"])
         return make_example(prompt.strip(), key, ""), problem
 
-    @property
-    def isolation(self) -> str:
-        """The sandbox in use, one of ``sandbox.MODES``."""
-        return available() if self.sandbox == "auto" else self.sandbox
-
     def start(self) -> None:
-        """Find out which sandbox works, before the first program."""
-        if self.isolation == "plain":
-            print("programs run in the sandbox 'plain': no namespaces here", flush=True)
+        """Try the sandbox, before the first program.
+
+        Raises:
+          RuntimeError: the machine does not permit it.
+        """
+        locks = check(self.isolation, self.python)
+        if self.isolation != MODES[0] or "no " in locks:
+            print(
+                f"programs run with isolation={self.isolation!r} and {locks}: docs/sandbox.md "
+                "says what that promises",
+                flush=True,
+            )
 
     def verify(self, example: Example, completion: str) -> float:
         """1.0 iff the last code block passes every test of the example."""
@@ -131,17 +139,19 @@ class Programs(FileTask):
 
 def last_block(completion: str) -> str | None:
     """The last fenced block of Python, or without a language; None for none, or one too long."""
-    program, block, kind = None, None, ""
-    for line in completion.split("\n"):
-        if block is None:
-            if line.startswith("```"):
-                kind, block = line[3:].strip(), []
-        elif line.rstrip(" \t") == "```":
-            if kind in PYTHON:
+    program, block, fence = None, [], None
+    for line in re.split(r"\r\n|\r|\n", completion):
+        found = FENCE.match(line)
+        if fence is None:
+            if found:
+                block, fence = [], found
+        elif found and found[2].startswith(fence[2]) and line.strip() == found[2]:
+            if PYTHON.fullmatch(fence[3]):
                 program = "".join(part + "\n" for part in block)
-            block = None
+            fence = None
         else:
-            block.append(line)
+            indent = len(line) - len(line.lstrip(" \t"))
+            block.append(line[min(indent, len(fence[1])) :])
     return program if program is None or len(program) <= MAX_PROGRAM_CHARS else None
 
 

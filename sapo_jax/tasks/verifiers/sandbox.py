@@ -1,10 +1,16 @@
-"""Runs programs that nobody has read: no network, no writes outside, bounded in all they use."""
+"""Runs programs that nobody has read: no network, no writes outside, bounded in all they use.
+
+``docs/sandbox.md`` says what each mode promises, and what it does not.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
+import glob
+import importlib.util
 import itertools
 import json
 import os
@@ -15,13 +21,22 @@ import sys
 import tempfile
 from typing import Any
 
-from sapo_jax.tasks.verifiers import jail
 from sapo_jax.tasks.verifiers.forks import read_line
 
 MODES = ("namespaces", "plain")
+JAIL = os.path.join(os.path.dirname(__file__), "jail")
+LIBRARIES = ("landlockpy", "seccompy")  # of the interpreter that runs this, for that of the jail
+PREFIX = "sapo-program-"
 STARTUP = 30.0  # seconds; nothing of the program runs until then
-GRACE = 0.3  # seconds after a test's limit in which the sandbox must have answered
+GRACE = 5.0  # seconds after a test's limit, which the sandbox itself watches, until it is given up
 FIRST_USER, USERS = 1_100_000_000, 1 << 24
+HELP = {
+    "namespaces": "Let users create namespaces (sysctl user.max_user_namespaces, "
+    "kernel.unprivileged_userns_clone=1, kernel.apparmor_restrict_unprivileged_userns=0; in a "
+    "container also its seccomp profile), or ask for weaker isolation by name: isolation='plain'",
+    "plain": "The option python must name an interpreter that other users can read, such as "
+    "/usr/bin/python3",
+}
 _numbers = itertools.count(os.getpid() * 1000)
 
 
@@ -33,7 +48,7 @@ class Limits:
       seconds: wall time of a test; its processor time may be a second more.
       memory_mb: address space of each process.
       disk_mb: the work folder; with ``plain``, each file.
-      processes: processes and threads together; with ``plain``, none beside the program's own.
+      processes: processes and threads together; with ``plain``, threads.
       output_bytes: what a test may print.
     """
 
@@ -63,7 +78,7 @@ class Sandbox:
       program: Python source.
       function: call it (a method of ``Solution``, if there is one) instead of reading stdin.
       limits: what it may use.
-      mode: one of ``MODES``; None: the first that the machine permits.
+      mode: one of ``MODES``.
       python: interpreter; the default is the running one, without installed packages.
 
     Raises:
@@ -76,16 +91,16 @@ class Sandbox:
         *,
         function: str = "",
         limits: Limits | None = None,
-        mode: str | None = None,
+        mode: str = MODES[0],
         python: str = "",
     ):
-        self.limits, self.mode = limits or Limits(), mode or available()
+        self.limits, self.mode = limits or Limits(), mode
         # What a test may print, which JSON may write sixfold.
         self._longest = 6 * self.limits.output_bytes + (1 << 20)
-        self._folder = tempfile.mkdtemp(prefix="program-")
+        self._folder, self._held = _work_folder() if mode == "plain" else ("", None)
         self._python = os.path.realpath(python or sys.executable)
         self._process = subprocess.Popen(
-            [self._python, "-I", "-S", jail.__file__],
+            [self._python, "-I", "-S", JAIL],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -94,19 +109,22 @@ class Sandbox:
             process_group=0,
         )
         setup = {
-            "mode": self.mode,
+            "mode": mode,
             "program": program,
             "function": function,
             "folder": self._folder,
-            "prefix": os.path.dirname(os.path.dirname(self._python)),
+            "packages": _packages(),
             "user": FIRST_USER + next(_numbers) % USERS,
             **dataclasses.asdict(self.limits),
         }
-        if self._ask(setup, STARTUP).status != "ready":
+        started = self._ask(setup, STARTUP)
+        self.locks = started.output
+        if started.status != "ready":
             self.close()
+            reason = started.output or f"{self._python} did not answer"
             raise RuntimeError(
-                f"this machine does not permit the sandbox {self.mode!r}, or its interpreter "
-                f"{self._python} is not readable by other users"
+                f"this machine does not permit the sandbox {mode!r}: {reason}. {HELP[mode]}. "
+                "See docs/sandbox.md"
             )
 
     def stdin(self, text: str) -> Outcome:
@@ -125,7 +143,11 @@ class Sandbox:
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):
                 pipe.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder:
+            _remove(self._folder)
+            with contextlib.suppress(OSError):
+                os.close(self._held)
+            self._folder = ""
 
     def __enter__(self) -> Sandbox:
         return self
@@ -145,18 +167,51 @@ class Sandbox:
             return Outcome("lost")
 
 
-@functools.cache
-def available() -> str:
-    """The strongest of ``MODES`` that the machine permits.
+def check(mode: str, python: str = "") -> str:
+    """Try a mode; returns what else the kernel locks, in words.
 
     Raises:
-      RuntimeError: none.
+      RuntimeError: it does not work here.
     """
-    for mode in MODES:
-        with contextlib.suppress(RuntimeError), Sandbox("print(1)", mode=mode) as sandbox:
-            if sandbox.stdin("") == Outcome("ok", "1\n"):
-                return mode
-    raise RuntimeError(
-        "no sandbox works here: run as a user who may create namespaces, or with an interpreter "
-        "that other users can read"
-    )
+    with Sandbox("print(1)", mode=mode, python=python) as sandbox:
+        found = sandbox.stdin("")
+        if found != Outcome("ok", "1\n"):
+            raise RuntimeError(f"the sandbox {mode!r} starts, but runs nothing: {found.status}")
+        return sandbox.locks
+
+
+@functools.cache
+def _packages() -> list[str]:
+    """The folders in which the libraries for the kernel's locks lie, where they are installed."""
+    found = filter(None, map(importlib.util.find_spec, LIBRARIES))
+    return list(dict.fromkeys(os.path.dirname(os.path.dirname(spec.origin)) for spec in found))
+
+
+def _work_folder() -> tuple[str, int]:
+    """A folder, and the file descriptor whose lock says that this process lives."""
+    _remove_stale()
+    while True:
+        folder = tempfile.mkdtemp(prefix=PREFIX)
+        held = os.open(folder, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if os.path.exists(folder):  # else another process has taken it for a dead one's
+            return os.path.realpath(folder), held
+        os.close(held)
+
+
+@functools.cache
+def _remove_stale() -> None:
+    """Remove the folders of processes that were killed; their locks ended with them."""
+    for folder in glob.glob(os.path.join(tempfile.gettempdir(), PREFIX + "*")):
+        with contextlib.suppress(OSError):
+            held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(folder)
+            finally:
+                os.close(held)
+
+
+def _remove(folder: str) -> None:
+    with contextlib.suppress(RecursionError):  # of a depth that nobody needs
+        shutil.rmtree(folder, ignore_errors=True)
