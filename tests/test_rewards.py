@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import subprocess
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -225,3 +228,70 @@ def test_a_scorer_reports_errors_and_goes_on():
                 scorer.submit([row()])[0].result()
     with pytest.raises(ValueError, match="workers=0"):
         Scorer(Fixed(1.0), workers=0)
+
+
+STUCK = """
+import dataclasses, time
+import numpy as np
+from sapo_jax import rewards, types
+from sapo_jax.data.tokenizer import CharTokenizer
+from sapo_jax.tasks.base import make_example
+rewards.PATIENCE = 0.5
+
+@dataclasses.dataclass(frozen=True)
+class Stuck:
+    name = "stuck"
+    def verify(self, example, completion):
+        if completion == "1":
+            time.sleep(0.2)
+            raise ValueError("broken verifier")
+        while True:
+            {hang}
+
+def groups(scorer, text):
+    tokenizer = CharTokenizer("01")
+    found = rewards.Groups(scorer, [make_example("0", "0", "")], tokenizer)
+    ids = np.array([[[*tokenizer.encode(text), tokenizer.stop_ids[0]]]])
+    found(np.array([0]), ids, np.array([[2]]), np.array([[types.STOP]]))
+    return found
+
+with rewards.Scorer(Stuck(), workers=2) as scorer:
+    [g.wait() for g in [groups(scorer, text) for text in {texts!r}]]
+"""
+
+
+@pytest.mark.parametrize(
+    ("hang", "texts"), [("time.sleep(9)", "01"), ("pass", "10"), ("time.sleep(9)", "0100")]
+)
+def test_an_error_ends_a_process_whatever_hangs(hang, texts):
+    """Nothing waits for the verdict that never comes: not the loop, nor the scorer's end, nor
+    Python's, which joins the threads of an executor."""
+    code = STUCK.format(hang=hang, texts=texts)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert found.returncode == 1
+    assert "ValueError: broken verifier" in found.stderr
+    assert "verdicts, the first of '0', and is not waited for" in found.stderr
+
+
+def test_what_is_waited_for_is_told(monkeypatch, caplog):
+    monkeypatch.setattr("sapo_jax.rewards.NOTICE", 0.1)
+    go = threading.Barrier(2, timeout=30)
+    with Scorer(Echo(go)) as scorer:
+        futures = scorer.submit([row("a")])
+        threading.Timer(2.5, go.wait).start()
+        scorer.wait(futures)
+    assert futures[0].result().parts["accuracy"] == 1.0
+    assert "Task 'echo' computes 1 verdicts, the first of 'a', since" in caplog.text
+
+
+def test_a_scorer_that_ends_early_cancels_what_has_not_begun():
+    go = threading.Barrier(2, timeout=30)
+    with Scorer(Echo(go)) as scorer:
+        futures = scorer.submit([row("b")] * 4)
+        threading.Timer(0.5, go.wait).start()
+        while not futures[0].running():
+            time.sleep(0.001)
+    assert futures[0].result().parts["accuracy"] == 0.0
+    assert all(future.cancelled() for future in futures[1:])

@@ -40,6 +40,33 @@ ADD = "```python\na, b = map(int, input().split())\nprint(a + b)\n```"
         ("```" * 10**5, None),
         ("```python\n" * 10**5, None),
         ("```\n" * 10**5, ""),
+        ("```python\r\nx\r\ny\r\n```\r\n", "x\ny\n"),
+        ("```python\rx\r```\r", "x\n"),
+        ("```Python\nx\n```", "x\n"),
+        ("```PYTHON3\nx\n```", "x\n"),
+        ("```python3.11\nx\n```", "x\n"),
+        ("```py3\nx\n```", "x\n"),
+        ("``` python\nx\n```", "x\n"),
+        ('```python title="a.py"\nx\n```', "x\n"),
+        ("```{.python}\nx\n```", "x\n"),
+        ("```pythonic\nx\n```", None),
+        ("```python-traceback\nx\n```", None),
+        ("```c++\nx\n```", None),
+        ("````python\nx\n````", "x\n"),
+        ("````python\nx\n```\ny\n````", "x\n```\ny\n"),
+        ("```python\nx\n````", "x\n"),
+        ("~~~python\nx\n~~~", "x\n"),
+        ("~~~\nx\n```\ny\n~~~", "x\n```\ny\n"),
+        ("```python\nx\n~~~\n```", "x\n~~~\n"),
+        ("~~~~ py `a`\nx\n~~~\n~~~~", "x\n~~~\n"),
+        ("1. So:\n   ```python\n   if x:\n       y\n\n   ```", "if x:\n    y\n\n"),
+        ("  ```py\n  x\n ```", "x\n"),
+        ("\t```python\n\tx\n\t```", "x\n"),
+        ("      ```python\n      x\n      ```", "x\n"),
+        (" ```python\nx\n  y\n ```", "x\n y\n"),
+        ("It is ```x``` here.\n```python\ny\n```", "y\n"),
+        ("```x``` and\n```python\ny\n```", "y\n"),
+        ("``\nx\n``", None),
     ],
 )
 def test_the_last_block_counts(completion, expected):
@@ -125,6 +152,24 @@ def test_live_code_bench_problems(tmp_path):
     assert found == [v for _, _, v in verdicts]
 
 
+@pytest.mark.parametrize("names", [("", ""), (None, None), ("a", "a"), (1, "1"), ("2", None)])
+def test_every_problem_has_its_own_tests(tmp_path, names):
+    """An id that is missing, empty or there twice names another problem's tests."""
+    rows = [
+        question(f"{i}", question_id=name, public_test_cases=[case("", str(i))])
+        for i, name in enumerate(names)
+    ]
+    other = question("o", question_id=names[0], public_test_cases=[case("", "5")])
+    train, test = write(tmp_path / "a.jsonl", *rows), write(tmp_path / "b.jsonl", other)
+    task = make("programs", train=train, test=test, seconds=30.0)
+    for example, right in zip(
+        (*task.examples("train"), *task.examples("test")), "015", strict=True
+    ):
+        for printed in "015":
+            verdict = task.verify(example, f"```python\nprint({printed})\n```")
+            assert verdict == (printed == right), (example, printed)
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch hostile-pickle",)
@@ -161,6 +206,10 @@ def test_a_data_file_cannot_run_code(tmp_path, monkeypatch):
 
 def test_tests_are_limited_and_options_checked():
     assert len(parse(question(), max_tests=1).tests) == 1
-    for options, message in (({"seconds": 0}, "seconds"), ({"sandbox": "no"}, "namespaces, plain")):
+    for options, message in (
+        ({"seconds": 0}, "seconds"),
+        ({"isolation": "no"}, "isolation must be one of namespaces, plain, got 'no'"),
+        ({"sandbox": "no"}, "namespaces, plain"),
+    ):
         with pytest.raises(ValueError, match=message):
             Programs(**options)

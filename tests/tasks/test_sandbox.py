@@ -98,6 +98,133 @@ def test_what_programs_may_do(mode, program, status, output):
         assert (outcome.status, outcome.output) == (status, output)
 
 
+# Reads and prints as PyRival's template does: objects of its own in the place of the streams.
+FAST_IO = r"""
+import os, sys
+from io import BytesIO, IOBase
+
+class FastIO(IOBase):
+    newlines = 0
+    def __init__(self, file):
+        self._fd, self.buffer = file.fileno(), BytesIO()
+        self.writable = "x" in file.mode or "r" not in file.mode
+        self.write = self.buffer.write if self.writable else None
+    def readline(self):
+        while self.newlines == 0:
+            b = os.read(self._fd, max(os.fstat(self._fd).st_size, 8192))
+            self.newlines = b.count(b"\n") + (not b)
+            ptr = self.buffer.tell()
+            self.buffer.seek(0, 2), self.buffer.write(b), self.buffer.seek(ptr)
+        self.newlines -= 1
+        return self.buffer.readline()
+    def flush(self):
+        if self.writable:
+            os.write(self._fd, self.buffer.getvalue())
+            self.buffer.truncate(0), self.buffer.seek(0)
+
+class IOWrapper(IOBase):
+    def __init__(self, file):
+        self.buffer = FastIO(file)
+        self.flush, self.writable = self.buffer.flush, self.buffer.writable
+        self.write = lambda s: self.buffer.write(s.encode("ascii"))
+        self.readline = lambda: self.buffer.readline().decode("ascii")
+
+sys.stdin, sys.stdout = IOWrapper(sys.stdin), IOWrapper(sys.stdout)
+input = lambda: sys.stdin.readline().rstrip("\r\n")
+print(*map(int, input().split()))
+"""
+INPUT = "3 4\n"
+KEPT = {  # programs, and what each prints for INPUT
+    "a template": (FAST_IO, "3 4\n"),
+    "at exit": ("import atexit\natexit.register(print, 5)\nprint(4)", "4\n5\n"),
+    "thread": ("import threading\nthreading.Thread(target=lambda: print(input())).start()", INPUT),
+    "slow thread": (
+        "import threading as t, time\n"
+        "t.Thread(target=lambda: (time.sleep(0.2), print(5))).start()\nprint(4)",
+        "4\n5\n",
+    ),
+    "pool": (
+        "from concurrent.futures import ThreadPoolExecutor as T\nT(2).submit(lambda: print(5))",
+        "5\n",
+    ),
+    "descriptor": ("import os\nos.write(1, b'5')", "5"),
+    "file of the descriptor": ("f = open(1, 'w')\nf.write('5')", "5"),
+    "in a cycle": ("f = open(1, 'w')\nl = [f]\nl.append(l)\nf.write('5')", "5"),
+    "in a frame": ("def g():\n  f = open(1, 'w')\n  f.write('5')\n  exit()\ng()", "5"),
+    "path": ("open('/dev/stdout', 'w').write('5')", "5"),
+    "path of a descriptor": ("open('/dev/fd/1', 'w').write('5')", "5"),
+    "path of the process": ("open('/proc/self/fd/1', 'w').write('5')", "5"),
+    "path of errors": ("open('/dev/stderr', 'w').write('5')\nprint(4)", "4\n"),
+    "replaced": ("import sys, io\nsys.stdout = io.TextIOWrapper(open(1, 'wb'))\nprint(5)", "5\n"),
+    "buffer": ("import sys\nsys.stdout.buffer.write(b'5')", "5"),
+    "kept in memory": (
+        "import sys, io, os, atexit\nsys.stdout = io.StringIO()\nprint(5)\n"
+        "atexit.register(lambda: os.write(1, sys.stdout.getvalue().encode()))",
+        "5\n",
+    ),
+    "destructor": ("class A:\n  def __del__(self): print(5)\na = A()", "5\n"),
+    "logger": (
+        "import logging, sys\nlogging.basicConfig(stream=sys.stdout)\nlogging.error('5')",
+        "ERROR:root:5\n",
+    ),
+    "input: path": ("print(open('/dev/stdin').read(), end='')", INPUT),
+    "input: path of a descriptor": ("print(open('/dev/fd/0').read(), end='')", INPUT),
+    "input: path of the process": ("print(open('/proc/self/fd/0').read(), end='')", INPUT),
+    "input: file of the descriptor": ("print(open(0).read(), end='')", INPUT),
+    "input: Path": ("import pathlib as p\nprint(p.Path('/dev/stdin').read_text(), end='')", INPUT),
+    "input: bytes": ("import os\nos.write(1, os.read(0, os.fstat(0).st_size or 99))", INPUT),
+    "input: all at once": ("import sys\nprint(*map(int, sys.stdin.buffer.read().split()))", INPUT),
+    "input: lines": ("import fileinput\nfor l in fileinput.input(): print(l, end='')", INPUT),
+    "module of the program": ("import __main__\nx = 5\nprint(__main__.x)", "5\n"),
+    "class that is looked up": (
+        "import pickle\nclass A: x = 5\nprint(pickle.loads(pickle.dumps(A())).x)",
+        "5\n",
+    ),
+    "as the harness imports": (
+        "def f(x: Optional[List[int]]) -> Dict[str, Tuple[int, ...]]: ...\n"
+        "print(gcd(4, 6), inf, Counter('aab')['a'], reduce(add, [1, 2]), [*accumulate([1, 1])],"
+        " ascii_lowercase[:2], heapq.heappop([3]), bisect.bisect([1], 1), bisect_left([1], 1),"
+        " datetime.date(2020, 2, 1), copy.copy(1), deepcopy(2), math.pi > 3, json.dumps([]),"
+        " mean([1, 3]), pow(2, 3, 5), random.randint(1, 1), re.sub('a', 'b', 'a'),"
+        " stdin.readline().strip(), string.digits[0], io.StringIO('y').read(),"
+        " functools.cache(abs)(-1), cache(abs)(-1), statistics.mode([4]), itemgetter(0)([6]))",
+        "2 inf 2 3 [1, 2] ab 3 1 0 2020-02-01 1 2 True [] 2 3 1 b 3 4 0 y 1 1 4 6\n",
+    ),
+    "as deep as the harness": (
+        "def f(n): return n and 1 + f(n - 1)\nprint(f(49_000), sys.getrecursionlimit())",
+        "49000 50000\n",
+    ),
+    "deep in C": (
+        "@lru_cache(None)\ndef f(n): return n and 1 + f(n - 1)\nprint(f(20_000))",
+        "20000\n",
+    ),
+    "large stack": (
+        "import resource as r\nhard = r.getrlimit(r.RLIMIT_STACK)[1]\n"
+        "r.setrlimit(r.RLIMIT_STACK, (hard, hard))\nprint(5)",
+        "5\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_programs_are_ordinary_scripts(mode, name):
+    """Also at their end: threads are waited for, and what was written is flushed."""
+    program, expected = KEPT[name]
+    with sandbox(program, mode, Limits(seconds=30.0, memory_mb=1024)) as box:
+        if "no seccomp" in box.locks and name in ("thread", "slow thread", "pool"):
+            pytest.skip("threads need seccomp")
+        assert box.stdin(INPUT) == Outcome("ok", expected)
+
+
+def test_a_starter_of_the_benchmark_runs(mode):
+    program = (
+        "class Solution:\n  def f(self, xs: List[int], k: Optional[int] = None) -> List[int]:\n"
+        "    return sorted(xs, key=cmp_to_key(lambda a, b: b - a))[:k]"
+    )
+    with sandbox(program, mode, function="f") as box:
+        assert box.call([1, 3, 2], 2).output == "[3, 2]"
+
+
 def test_threads_work_where_processes_are_counted(mode):
     """The usual way to a large stack; without seccomp, threads cannot be told from processes."""
     program = "import threading as t\nt.stack_size(2**26)\nx = t.Thread(target=print, args=(7,))\n"
