@@ -74,7 +74,7 @@ def _correction() -> ConfigDict:
 def _edge(c: ConfigDict) -> None:
     c.population = ConfigDict()
     # How the runs of a sweep share the hardware: map (one after the other), vmap (all at once),
-    # devices (split over all of this process); auto: by the backend, see sapo_jax.sweep.vectorize.
+    # devices (split over all of this process); auto: by the backend, see sapo_jax.sweep.population.
     c.population.method = "auto"
 
     c.distributed = ConfigDict()
