@@ -1,16 +1,27 @@
-"""Every field of an experiment with its default; other configs start from here."""
+"""Every field of an experiment with its default; other configs start from here.
+
+``--help`` of a command shows the comment at the end of a field's line. None: what the comment says.
+"""
 
 from ml_collections import ConfigDict, config_dict
 
 
-def _asked(c: ConfigDict) -> None:
-    c.task = ConfigDict()
-    c.task.name = "chain_sum"
-    c.task.options = ConfigDict(type_safe=False)  # arguments of the task's class
-    # A mixture in its place: {"a": {"name": …, "options": {…}, "share": 0.5}, …}. A share is of the
-    # prompts of every batch; shares add up to 1.
-    c.tasks = ConfigDict(type_safe=False)
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.name = "base"
+    c.seed = 0  # of parameters, data order and sampling noise
+    c.source = "rollout"  # RL; "demonstrations": supervised learning of worked answers
+    c.init_from = ""  # run or Hugging Face directory with the first parameters; "": random ones
+    c.iterations = 100  # each is one rollout and its updates
 
+    # Tasks: what the policy is asked, and how it is judged.
+    c.task = ConfigDict()
+    c.task.name = "chain_sum"  # sapo-jax list tasks
+    c.task.options = ConfigDict(type_safe=False)  # arguments of the task's class
+    # Shares are of the prompts of every batch, and add up to 1.
+    c.tasks = ConfigDict(type_safe=False)  # a mixture: {"a": {"name": …, "options": …, "share": …}}
+
+    # Data: from the tasks' text to token ids.
     c.data = ConfigDict()
     c.data.max_prompt_tokens = 0  # longer prompts are dropped and counted; 0: the task's own bound
     c.data.workers = 0  # processes that read ahead, for each task; speed, not results
@@ -21,62 +32,112 @@ def _asked(c: ConfigDict) -> None:
     c.tokenizer.system = ""  # system message of each prompt; "": none
     c.tokenizer.template_options = ConfigDict(type_safe=False)  # such as enable_thinking
 
+    # Model. None: the preset's.
+    c.model = ConfigDict()
+    c.model.preset = "tiny"  # sapo-jax list presets; or a Hugging Face directory, with its shape
+    c.model.hidden_size = config_dict.placeholder(int)
+    c.model.intermediate_size = config_dict.placeholder(int)
+    c.model.num_hidden_layers = config_dict.placeholder(int)
+    c.model.num_attention_heads = config_dict.placeholder(int)
+    c.model.num_key_value_heads = config_dict.placeholder(int)
+    c.model.head_dim = config_dict.placeholder(int)
+    c.model.max_position_embeddings = config_dict.placeholder(int)
+    c.model.attention = "auto"  # "splash" on TPU, else "xla"; "cudnn" for long rows on GPU
 
-def _reward() -> ConfigDict:
-    """R = Σ weight · part; see sapo_jax.rewards.Recipe."""
-    c = ConfigDict()
-    c.accuracy = 1.0
-    c.format = 0.0  # <think>…</think>, then an answer
-    c.overlong = 0.0  # a soft penalty in the last `buffer` tokens before `max_length`
-    c.repetition = 0.0
-    c.think = False  # judge only what follows </think>
-    c.opened = False  # prompts end with <think>
-    c.max_length = 0  # 0: the room for a completion
-    c.buffer = 0
-    c.ngram = 4
-    c.workers = 1  # rows judged at a time, while the device works
-    c.kl_coef = 0.0  # R − kl_coef · Σ KL(π_old‖π_ref) over the completion; needs `init_from`
-    c.kl = "k1"  # its estimator: k1, k2, k3
-    return c
+    c.dtype = ConfigDict()
+    c.dtype.params = "float32"  # or "bfloat16"; so for all three
+    c.dtype.compute = "float32"  # activations and inputs of matmuls
+    c.dtype.cache = "float32"  # the sampler's keys and values
 
+    # Mesh: devices along each axis; -1: the rest. All are used, but where every axis is 1.
+    c.mesh = ConfigDict()
+    c.mesh.data = 1  # rows are split
+    c.mesh.fsdp = 1  # rows and parameters are split
+    c.mesh.tensor = 1  # heads, widths and vocabulary are split
+    c.mesh.expert = 1  # rows and experts are split
 
-def _model() -> ConfigDict:
-    c = ConfigDict()
-    c.preset = "tiny"  # or a Hugging Face directory, whose config.json gives the shape
-    for name in (
-        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "head_dim", "max_position_embeddings",
-    ):  # fmt: skip
-        c[name] = config_dict.placeholder(int)  # None: the preset's
-    c.attention = "auto"  # "splash" on TPU, else "xla"; "cudnn" for long rows on GPU
-    return c
+    # Objective: the algorithm. None: its own default (sapo-jax list objectives).
+    c.objective = ConfigDict()
+    c.objective.name = "sapo"  # sapo-jax list objectives
+    c.objective.aggregation = config_dict.placeholder(str)  # seq_mean, token_mean, const_len, …
+    c.objective.kl = "k3"  # estimator of the KL to the reference policy: k1, k2, k3
+    c.objective.tau = config_dict.placeholder(float)  # sharpness of a smooth gate
+    c.objective.tau_pos = config_dict.placeholder(float)  # … where the advantage is positive
+    c.objective.tau_neg = config_dict.placeholder(float)  # … where it is negative
+    c.objective.eps_low = config_dict.placeholder(float)  # the band is [1 − eps_low, 1 + eps_high]
+    c.objective.eps_high = config_dict.placeholder(float)
+    c.objective.dual_clip = config_dict.placeholder(float)  # bound of r where A < 0; inf: none
+    c.objective.max_length = config_dict.placeholder(float)  # tokens that const_len divides by
+    c.objective.kl_coef = config_dict.placeholder(float)  # of KL in the loss; needs init_from
 
+    # Correction: weights of tokens by π_old / π_sampler, see sapo_jax.corrections.
+    c.correction = ConfigDict()
+    c.correction.name = "none"  # {token,sequence}_tis, {token,sequence}_mis, icepop, geometric
+    c.correction.low = config_dict.placeholder(float)  # bounds of the ratio; None: its own
+    c.correction.high = config_dict.placeholder(float)
 
-def _mesh() -> ConfigDict:
-    """Devices along each axis; -1: the rest. All of them are used, but where every axis is 1."""
-    c = ConfigDict()
-    c.data = 1  # rows are split
-    c.fsdp = 1  # rows and parameters are split
-    c.tensor = 1  # heads, widths and vocabulary are split
-    c.expert = 1  # rows and experts are split
-    return c
+    # Reward: R = Σ weight · part, see sapo_jax.rewards.Recipe.
+    c.reward = ConfigDict()
+    c.reward.accuracy = 1.0  # weight of the task's verdict
+    c.reward.format = 0.0  # weight of <think>…</think>, then an answer
+    c.reward.overlong = 0.0  # of a soft penalty in the last `buffer` tokens before `max_length`
+    c.reward.repetition = 0.0  # of a penalty on repeated n-grams
+    c.reward.think = False  # judge only what follows </think>
+    c.reward.opened = False  # prompts end with <think>
+    c.reward.max_length = 0  # 0: the room for a completion
+    c.reward.buffer = 0  # tokens
+    c.reward.ngram = 4  # words
+    c.reward.workers = 1  # rows judged at a time, while the device works
+    c.reward.kl_coef = 0.0  # R − kl_coef · Σ KL(π_old‖π_ref) over the completion; needs init_from
+    c.reward.kl = "k1"  # its estimator: k1, k2, k3
 
+    c.advantages = "group"  # group, leave_one_out, mean, reinforce_pp
 
-def _correction() -> ConfigDict:
-    """Weights of tokens by π_old / π_sampler, see sapo_jax.corrections."""
-    c = ConfigDict()
-    c.name = "none"  # {token,sequence}_tis, {token,sequence}_mis, icepop, geometric
-    for name in ("low", "high"):
-        c[name] = config_dict.placeholder(float)  # bounds of the ratio; None: the correction's own
-    return c
+    # Batch: how an iteration's rows are drawn and split.
+    c.batch = ConfigDict()
+    c.batch.prompts = 32  # per iteration
+    c.batch.oversample = 1  # draw that many times the prompts, learn from the first with a signal
+    c.batch.group_size = 8  # completions per prompt
+    c.batch.minibatches = 4  # updates per iteration
+    c.batch.micro_batches = 1  # forward-backward passes per update; memory, not results
 
+    # Sampler.
+    c.sampler = ConfigDict()
+    c.sampler.max_new_tokens = 0  # 0: the task's own bound
+    c.sampler.temperature = 1.0  # of the learner's log π, too
+    c.sampler.slots = 0  # prompts in flight; 0: all at once
+    c.sampler.shrink = 0  # how often the slots halve while the last groups finish
 
-def _edge(c: ConfigDict) -> None:
+    # Learner: AdamW, and what an update computes.
+    c.learner = ConfigDict()
+    c.learner.learning_rate = 1e-4
+    c.learner.schedule = "constant"  # constant, linear, cosine
+    c.learner.warmup = 0  # updates
+    c.learner.weight_decay = 0.0
+    c.learner.max_grad_norm = 1.0  # longer gradients are scaled down to it
+    c.learner.b1 = 0.9
+    c.learner.b2 = 0.95
+    c.learner.eps = 1e-8
+    c.learner.old_logp = "sampler"  # "sampler": its own; "recompute": the learner's, one more pass
+    c.learner.routing_replay = "none"  # "none", "R2" (old policy), "R3" (sampler)
+    c.learner.router_aux_coef = 0.0  # weight of the load-balancing loss
+    c.learner.head_chunk = 1024  # rows whose logits exist at a time
+    c.learner.remat = False  # recompute activations in the backward pass; memory, not results
+
+    # Evaluation on held-out prompts.
+    c.eval = ConfigDict()
+    c.eval.every = 10  # iterations; 0: never
+    c.eval.prompts = 128
+    c.eval.samples = 8  # per prompt
+    c.eval.temperature = 1.0  # 0: greedy
+    c.eval.top_k = config_dict.placeholder(int)  # keep the k likeliest tokens; None: all
+    c.eval.top_p = config_dict.placeholder(float)  # keep the least set of this probability
+
+    # Population: how the runs of a sweep share the hardware, see sapo_jax.sweep.population.
     c.population = ConfigDict()
-    # How the runs of a sweep share the hardware: map (one after the other), vmap (all at once),
-    # devices (split over all of this process); auto: by the backend, see sapo_jax.sweep.population.
-    c.population.method = "auto"
+    c.population.method = "auto"  # map (in turn), vmap (all at once), devices (split over them)
 
+    # Edge: processes, files, clocks.
     c.distributed = ConfigDict()
     c.distributed.timeout = 3600.0  # seconds without a finished phase that end a process; 0: none
 
@@ -89,72 +150,4 @@ def _edge(c: ConfigDict) -> None:
 
     c.profile_steps = 0  # iterations to trace with the JAX profiler, after the first two
     c.compilation_cache = ".cache/xla"  # compiled programs, reused by later runs; "" for none
-
-
-def get_config() -> ConfigDict:
-    c = ConfigDict()
-    c.name = "base"
-    c.seed = 0  # of parameters, data order and sampling noise
-    c.source = "rollout"  # "rollout": RL; "demonstrations": supervised learning of worked answers
-    c.init_from = ""  # run or Hugging Face directory with the first parameters; "": random ones
-    c.iterations = 100
-
-    _asked(c)
-
-    c.model = _model()
-    c.dtype = ConfigDict()
-    c.dtype.params = "float32"
-    c.dtype.compute = "float32"
-    c.dtype.cache = "float32"
-
-    c.mesh = _mesh()
-    c.objective = ConfigDict()
-    c.objective.name = "sapo"
-    c.objective.aggregation = config_dict.placeholder(str)  # None: the objective's own
-    c.objective.kl = "k3"
-    for name in (
-        "tau", "tau_pos", "tau_neg", "eps_low", "eps_high", "dual_clip", "max_length", "kl_coef",
-    ):  # fmt: skip
-        c.objective[name] = config_dict.placeholder(float)  # None: the objective's own
-
-    c.correction = _correction()
-    c.reward = _reward()
-    c.advantages = "group"  # group, leave_one_out, mean, reinforce_pp
-
-    c.batch = ConfigDict()
-    c.batch.prompts = 32  # per iteration
-    c.batch.oversample = 1  # draw that many times the prompts, learn from the first with a signal
-    c.batch.group_size = 8  # completions per prompt
-    c.batch.minibatches = 4  # updates per iteration
-    c.batch.micro_batches = 1  # forward-backward passes per update; memory, not results
-
-    c.sampler = ConfigDict()
-    c.sampler.max_new_tokens = 0  # 0: the task's own bound
-    c.sampler.temperature = 1.0
-    c.sampler.slots = 0  # prompts in flight; 0: all at once
-    c.sampler.shrink = 0  # how often the slots halve while the last groups finish
-
-    c.learner = ConfigDict()
-    c.learner.learning_rate = 1e-4
-    c.learner.schedule = "constant"  # constant, linear, cosine
-    c.learner.warmup = 0  # updates
-    c.learner.weight_decay = 0.0
-    c.learner.max_grad_norm = 1.0
-    c.learner.b1, c.learner.b2 = 0.9, 0.95
-    c.learner.eps = 1e-8
-    c.learner.old_logp = "sampler"  # "sampler": its own; "recompute": the learner's, one more pass
-    c.learner.routing_replay = "none"  # "none", "R2" (old policy), "R3" (sampler)
-    c.learner.router_aux_coef = 0.0  # weight of the load-balancing loss
-    c.learner.head_chunk = 1024  # rows whose logits exist at a time
-    c.learner.remat = False
-
-    c.eval = ConfigDict()
-    c.eval.every = 10  # iterations; 0: never
-    c.eval.prompts = 128
-    c.eval.samples = 8
-    c.eval.temperature = 1.0
-    c.eval.top_k = config_dict.placeholder(int)
-    c.eval.top_p = config_dict.placeholder(float)
-
-    _edge(c)
     return c.lock()

@@ -29,11 +29,6 @@ LEVELS = {
     "product": "of the sequence, the product W of its tokens' ratios",
     "geo_clipped": "of the sequence: the geometric mean after each token's log-ratio is clipped",
 }
-FAMILIES = {
-    "sapo_erf": "f(r) = (√π/2κ)·erf(κ(r − 1)); w = e^{−u²} with u = κ(r − 1)",
-    "sapo_arctan": "f(r) = arctan(κ(r − 1))/κ; w = 1/(1 + u²) with u = κ(r − 1)",
-    "sapo_softsign": "f(r) = (1/κ)·u/(1 + |u|); w = 1/(1 + |u|)² with u = κ(r − 1)",
-}
 METRICS_TEXT = """# Metrics
 
 Written by `python -m docs.generate` from `sapo_jax/training/metrics.py`; `sapo-jax list metrics`
@@ -83,11 +78,6 @@ def _described(gate) -> tuple[str, str]:
 
 
 def _formula(name: str, preset: Objective) -> tuple[str, str]:
-    if name in FAMILIES:
-        text = FAMILIES[name]
-        return f"{text}, κ = τ times a factor that gives it the half-width of SAPO's gate", (
-            "arXiv 2602.19345"
-        )
     formula, source = _described(preset.gate)
     extra = {
         "dapo": "arXiv 2503.14476", "grpo": "arXiv 2402.03300", "dr_grpo": "arXiv 2503.20783",

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from sapo_jax import masked
-from sapo_jax.objectives.ratios import LOG_RATIO_BOUND, LOGP_BOUND, RATIOS, bounded
+from sapo_jax.objectives.ratios import RATIOS, bounded, finite_logp
 from sapo_jax.types import Weighted
 
 
@@ -123,11 +123,8 @@ def weights(
     limits = bounds_of(name, **bounds)
     chex.assert_equal_shape([old_logp_BT, sampler_logp_BT, mask_BT])
     rule = CORRECTIONS[name]
-    old_logp_BT, sampler_logp_BT = (
-        masked.keep(bounded(x, LOGP_BOUND), mask_BT) for x in (old_logp_BT, sampler_logp_BT)
-    )
-    reduced_BT = RATIOS[rule.ratio](old_logp_BT - sampler_logp_BT, mask_BT, segments_BT, None, None)
-    rho_BT = jnp.exp(bounded(reduced_BT, LOG_RATIO_BOUND))
+    log_rho_BT = finite_logp(old_logp_BT, mask_BT) - finite_logp(sampler_logp_BT, mask_BT)
+    rho_BT = jnp.exp(bounded(RATIOS[rule.ratio](log_rho_BT, mask_BT, segments_BT)))
     inside_BT = (rho_BT >= limits.get("low", 0)) & (rho_BT <= limits["high"])
     weights_BT = masked.keep(rule.weight(rho_BT, inside_BT, limits), mask_BT)
     count = jnp.sum(mask_BT, dtype=rho_BT.dtype)

@@ -1,4 +1,4 @@
-"""Prepared datasets: from JSON lines to ArrayRecord files by TFDS, and their records read back.
+"""Prepare a dataset for runs: JSON lines, or one of the TFDS catalogue, as ArrayRecord files.
 
     python -m sapo_jax.datasets --jsonl=train=train.jsonl --jsonl=test=test.jsonl --out=data/sums
     python -m sapo_jax.datasets --catalogue=gsm8k --out=data
@@ -8,14 +8,14 @@ Only preparing downloads; a run reads what is there, or fails at once. No Tensor
 
 from __future__ import annotations
 
-import sys
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
+from sapo_jax import cli
 from sapo_jax.tasks import jsonl
 from sapo_jax.tasks.records import Records
 
@@ -25,6 +25,14 @@ CATALOGUE = {  # module that registers the builder, and where it downloads from
     "gsm8k": ("tensorflow_datasets.text.gsm8k", "https://raw.githubusercontent.com"),
 }
 PROBE_SECONDS = 10  # the catalogue's own downloads go on trying for minutes
+
+FLAGS = cli.Flags("datasets", __doc__)
+FLAGS.strings("jsonl", [], "SPLIT=FILE of JSON lines; a bare FILE is train's.")
+FLAGS.string("catalogue", "", f"A dataset of the TFDS catalogue: {', '.join(CATALOGUE)}.")
+FLAGS.string("out", "", "Data directory.", required=True)
+FLAGS.string("prompt", "prompt", "Field of the file that holds the prompt.")
+FLAGS.string("answer", "answer", "Field of the file that holds the answer.")
+FLAGS.string("demonstration", "", "Field of the file that holds a worked answer.")
 
 
 def _is_text(value: Any) -> bool:
@@ -170,24 +178,18 @@ def write(builder: Any) -> epath.Path:
     return directory
 
 
-def main(argv: Sequence[str]) -> None:
+def main(given: cli.Flags) -> None:
     """Prepare what the flags say."""
-    from absl import flags
-
-    given = flags.FLAGS
-    if len(argv) > 1 or not given.out or not (given.jsonl or given.catalogue):
-        sys.exit("error: expected --out=DIR and --jsonl=SPLIT=FILE… or --catalogue=NAME")
+    if not (given.jsonl or given.catalogue):
+        raise ValueError("--jsonl=SPLIT=FILE, once or more, or --catalogue=NAME is missing")
     pairs = [item.partition("=") for item in given.jsonl]
     files = {split if path else "train": path or split for split, _, path in pairs}
-    fields = {field: given[field].value for field in FIELDS if given[field].value}
-    try:
-        if given.catalogue:
-            path = prepare_catalogued(given.catalogue, given.out, files)
-        else:
-            path = prepare_jsonl(files, given.out, fields)
-        counts = {split: len(Records(path, split)) for split in _splits(path)}
-    except (ValueError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+    if given.catalogue:
+        path = prepare_catalogued(given.catalogue, given.out, files)
+    else:
+        fields = {field: given[field].value for field in FIELDS if given[field].value}
+        path = prepare_jsonl(files, given.out, fields)
+    counts = {split: len(Records(path, split)) for split in _splits(path)}
     print(f"{path}: " + ", ".join(f"{count} in {split}" for split, count in counts.items()))
 
 
@@ -198,12 +200,4 @@ def _splits(directory: epath.Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    from absl import app, flags
-
-    flags.DEFINE_multi_string("jsonl", [], "SPLIT=FILE of JSON lines; a bare FILE is train's.")
-    flags.DEFINE_string("catalogue", "", "A dataset of the TFDS catalogue.")
-    flags.DEFINE_string("out", "", "Data directory.")
-    flags.DEFINE_string("prompt", "prompt", "Field of the file that holds the prompt.")
-    flags.DEFINE_string("answer", "answer", "Field of the file that holds the answer.")
-    flags.DEFINE_string("demonstration", "", "Field of the file that holds a worked answer.")
-    app.run(main)
+    cli.run(main, FLAGS)

@@ -1,31 +1,47 @@
-"""Pass@1 and Pass@k on fixed held-out sets, with bootstrap intervals over prompts.
-
-``python -m sapo_jax.evaluate --hf=DIR --task=NAME,option=value…`` evaluates a model directory.
-"""
+"""Pass@1 and Pass@k of a Hugging Face directory on held-out sets, with bootstrap intervals."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import re
-import sys
-from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from etils import epath
 
-from sapo_jax import model, rewards, sampler, tasks
+from sapo_jax import cli, model, rewards, sampler, tasks
 from sapo_jax.data import encode, hf_tokenizer, stream
 from sapo_jax.training.evaluation import evaluate
+
+FLAGS = cli.Flags("evaluate", __doc__)
+FLAGS.string("hf", "", "Hugging Face directory of the policy.", required=True)
+FLAGS.strings("task", [], "NAME,option=value,… of a set.", required=True)
+FLAGS.integer("prompts", 512, "At most this many prompts of the test split.", 1)
+FLAGS.integer("samples", 16, "Completions per prompt.", 1)
+FLAGS.number("temperature", 1.0, "Of sampling; 0 is greedy.", 0.0)
+FLAGS.integer("top_k", None, "Keep the k likeliest tokens.", 1)
+FLAGS.number("top_p", None, "Keep the smallest set of this probability.", 0.0, 1.0)
+FLAGS.integer("max_prompt_tokens", 512, "Longer prompts are left out.", 1)
+FLAGS.integer("max_new_tokens", 1024, "Room for a completion.", 1)
+FLAGS.integer("batch", 8, "Prompts that are sampled at a time.", 1)
+FLAGS.integer("seed", 0, "Of the sampling noise.", 0)
+FLAGS.integer("workers", 1, "Rows judged at a time, while the device works.", 1)
+FLAGS.enum("dtype", "float32", ["float32", "bfloat16"], "Of everything.")
+FLAGS.boolean("chat", True, "Prompts by the directory's chat template.")
+FLAGS.string("system", "", "System message of each prompt.")
+FLAGS.string("compilation_cache", ".cache/xla", "Compiled programs, reused later; empty: none.")
+FLAGS.string("out", "", "JSON file for the results.")
+RECORDED = (  # in the results
+    "hf", "prompts", "samples", "temperature", "top_k", "top_p", "max_prompt_tokens",
+    "max_new_tokens", "seed", "dtype", "chat", "system",
+)  # fmt: skip
 
 
 def parse_task(text: str) -> tuple[str, dict[str, Any]]:
     """Name and options of "name,option=value,…"; a value that is no Python literal is a string.
 
     Raises:
-      ValueError: an option without a value.
+      ValueError: an option without a value, or with one in JSON.
     """
     name, *pairs = re.split(r",(?=\w+(?:=|$))", text)
     options = {}
@@ -34,13 +50,15 @@ def parse_task(text: str) -> tuple[str, dict[str, Any]]:
         if not equals:
             raise ValueError(f"--task={text}: {pair!r} must be option=value")
         try:
-            options[option] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[option] = value
+            options[option] = cli.literal(value)
+        except ValueError as error:
+            raise ValueError(f"--task={name}: {option}={value}: {error}") from None
     return name, options
 
 
-def _evaluate_set(given: Any, config: model.ModelConfig, params: Any, tokenizer, text: str) -> dict:
+def _evaluate_set(
+    given: cli.Flags, config: model.ModelConfig, params: Any, tokenizer, text: str
+) -> dict:
     """Metrics of one evaluation set."""
     from tqdm import tqdm
 
@@ -79,57 +97,24 @@ def _line(text: str, metrics: dict, samples: int) -> str:
     )
 
 
-def main(argv: Sequence[str]) -> None:
+def main(given: cli.Flags) -> None:
     """Evaluate a model directory on the sets that the flags name."""
-    from absl import flags
-
-    given = flags.FLAGS
-    if len(argv) > 1 or not given.hf or not given.task:
-        sys.exit("error: expected --hf=DIR and --task=NAME,option=value…, once or more")
-    try:
-        config, params = model.hf.load(epath.Path(given.hf).expanduser(), dtype=given.dtype)
-        chat = {"chat": given.chat, "system": given.system}
-        tokenizer = hf_tokenizer.load(given.hf, vocab_size=config.vocab_size, **chat)
-        stop = {"stop_tokens": tokenizer.stop_ids, "pad_token": tokenizer.pad_id}
-        config = dataclasses.replace(config, **stop)
-        params = sampler.to_sampler(params, config)
-        of_set = partial(_evaluate_set, given, config, params, tokenizer)
-        found = {}
-        for text in given.task:
-            found[text] = of_set(text)
-            print(_line(text, found[text], given.samples), flush=True)
-    except ValueError as error:
-        sys.exit(f"error: {error}")
+    cli.use_cache(given.compilation_cache)
+    config, params = model.hf.load(epath.Path(given.hf).expanduser(), dtype=given.dtype)
+    chat = {"chat": given.chat, "system": given.system}
+    tokenizer = hf_tokenizer.load(given.hf, vocab_size=config.vocab_size, **chat)
+    stop = {"stop_tokens": tokenizer.stop_ids, "pad_token": tokenizer.pad_id}
+    config = dataclasses.replace(config, **stop)
+    params = sampler.to_sampler(params, config)
+    found = {}
+    for text in given.task:
+        found[text] = _evaluate_set(given, config, params, tokenizer, text)
+        print(_line(text, found[text], given.samples), flush=True)
     if given.out:
-        settings = {name: given[name].value for name in FLAGS}
-        epath.Path(given.out).write_text(
-            json.dumps({"settings": settings, "sets": found}, indent=1)
-        )
+        results = {"settings": {name: given[name].value for name in RECORDED}, "sets": found}
+        epath.Path(given.out).write_text(json.dumps(results, indent=1))
         print(f"written: {given.out}")
 
 
-FLAGS = (
-    "hf", "prompts", "samples", "temperature", "top_k", "top_p", "max_prompt_tokens",
-    "max_new_tokens", "seed", "dtype", "chat", "system",
-)  # fmt: skip
-
 if __name__ == "__main__":
-    from absl import app, flags
-
-    flags.DEFINE_string("hf", "", "Hugging Face directory of the policy.")
-    flags.DEFINE_multi_string("task", [], "NAME,option=value,… of a set; may be repeated.")
-    flags.DEFINE_integer("prompts", 512, "At most this many prompts of the test split.", 1)
-    flags.DEFINE_integer("samples", 16, "Completions per prompt.", 1)
-    flags.DEFINE_float("temperature", 1.0, "Of sampling; 0 is greedy.", 0.0)
-    flags.DEFINE_integer("top_k", None, "Keep the k likeliest tokens.", 1)
-    flags.DEFINE_float("top_p", None, "Keep the smallest set of this probability.", 0.0, 1.0)
-    flags.DEFINE_integer("max_prompt_tokens", 512, "Longer prompts are left out.", 1)
-    flags.DEFINE_integer("max_new_tokens", 1024, "Room for a completion.", 1)
-    flags.DEFINE_integer("batch", 8, "Prompts that are sampled at a time.", 1)
-    flags.DEFINE_integer("seed", 0, "Of the sampling noise.", 0)
-    flags.DEFINE_integer("workers", 1, "Rows judged at a time, while the device works.", 1)
-    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of everything.")
-    flags.DEFINE_bool("chat", True, "Prompts by the directory's chat template.")
-    flags.DEFINE_string("system", "", "System message of each prompt.")
-    flags.DEFINE_string("out", "", "JSON file for the results.")
-    app.run(main)
+    cli.run(main, FLAGS)

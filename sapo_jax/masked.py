@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.types import Weighted
+from sapo_jax.types import Max, Min, Weighted, is_reduction
 
 
 def ratio(weighted: Weighted) -> jax.Array:
     """Numerator over denominator, and 0 where the denominator is 0 (nothing was counted)."""
     empty = weighted.denominator == 0
     return jnp.where(empty, 0, weighted.numerator) / jnp.where(empty, 1, weighted.denominator)
+
+
+def value(reduction: Any) -> Any:
+    """The number of a merged reduction; a histogram stays what it is."""
+    if isinstance(reduction, Weighted):
+        return ratio(reduction)
+    return reduction.value if isinstance(reduction, Max | Min) else reduction
+
+
+def finish(terms: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
+    """Divide once: (loss to minimise, metrics) from merged terms."""
+    values = jax.tree.map(value, terms, is_leaf=is_reduction)
+    return values.pop("loss"), values
 
 
 def keep(values: jax.Array, mask: jax.Array) -> jax.Array:

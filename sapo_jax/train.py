@@ -10,7 +10,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from sapo_jax import rewards
+from sapo_jax import cli, rewards
 from sapo_jax.parallel import distributed
 from sapo_jax.training import evaluation, provenance, startup
 from sapo_jax.training.checkpoint import Checkpoints
@@ -119,7 +119,7 @@ def report(workdir: epath.Path) -> None:
 
         write(workdir)
     except ImportError as error:
-        logging.warning("No report: %s. Elsewhere: python -m sapo_jax.report %s", error, workdir)
+        logging.warning("No report: %s", cli.missing(error))
 
 
 def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], bool]:

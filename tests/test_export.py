@@ -94,7 +94,7 @@ def test_a_directory_is_evaluated_from_the_command_line(first, tmp_path):
     command = [
         sys.executable, "-m", "sapo_jax.evaluate", f"--hf={root / 'policy'}", f"--task={task}",
         "--nochat", "--prompts=6", "--batch=4", "--samples=3", "--max_prompt_tokens=8",
-        "--max_new_tokens=5", f"--out={out}",
+        "--max_new_tokens=5", "--compilation_cache=.cache/tests", f"--out={out}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -20,16 +20,14 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from configs import base
-from sapo_jax import learner, objectives, rewards, sampler
+from sapo_jax import gradlab, learner, objectives, rewards, sampler
 from sapo_jax.data import encode
-from sapo_jax.gradlab import lab as gradlab
-from sapo_jax.gradlab import tokens
 from sapo_jax.parallel import sharding
-from sapo_jax.report import gradlab as gradlab_report
+from sapo_jax.report.gradlab import write
 from sapo_jax.training import checkpoint, experience, provenance, settings, startup
-from sapo_jax.training import workdir as rundir
 from sapo_jax.training.engine import Streamed
 from sapo_jax.training.progress import Clock
+from sapo_jax.training.workdir import read_config
 from sapo_jax.types import Batch
 
 HERE = pathlib.Path(__file__).parent
@@ -43,7 +41,9 @@ _OBJECTIVES = flags.DEFINE_list("objectives", DEFAULT, "Presets to compare.")
 _UPDATES = flags.DEFINE_list("updates", ["0", "1", "2", "3", "15"], "Updates since sampling.")
 _RATE = flags.DEFINE_float("learning_rate", None, "Of those updates; the run's by default.")
 _FRESH = flags.DEFINE_integer("fresh", 16, "Fresh samples for each frozen one, at least 16.")
-_FOCUS = flags.DEFINE_string("focus", "sapo", "The preset whose gate is split by token groups.")
+_FOCUS = flags.DEFINE_string(
+    "focus", "sapo", "The preset whose gate is shown by buckets of tokens."
+)
 _SUMMARISE = flags.DEFINE_list("summarise", [], "Names to put into one table; runs nothing.")
 
 
@@ -51,13 +51,13 @@ def load(workdir: str, learning_rate: float | None = None) -> settings.Settings:
     """The settings of a run, without dynamic sampling, perhaps with another learning rate."""
     config = base.get_config()
     with config.unlocked():
-        config.update(ConfigDict(rundir.read_config(workdir)))
+        config.update(ConfigDict(read_config(workdir)))
         config.batch.oversample = 1
         config.learner.learning_rate = learning_rate or config.learner.learning_rate
     return settings.from_config(config)
 
 
-def joined(parts: tuple[Batch, ...]) -> Batch:
+def concatenate(parts: tuple[Batch, ...]) -> Batch:
     """Minibatches as one batch."""
     return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
@@ -103,12 +103,12 @@ def measure(lab: gradlab.Lab, algorithms: dict, focus: str) -> dict[str, Any]:
     halves = lab.targets()
     found: dict[str, Any] = {"reward": float(lab.rewards.mean())}
     found["gradients"] = gradlab.compare(lab, halves, algorithms)
-    found["tokens"] = tokens.describe(algorithms, lab.weights, lab.frozen, lab.hp)
+    found["tokens"] = gradlab.describe(algorithms, lab.params, lab.frozen, lab.hp)
     if focus:
-        scored = tokens.score(lab.weights, lab.frozen, lab.hp)
-        kinds = tokens.groups(*scored, lab.frozen)
+        scored = gradlab.score(lab.params, lab.frozen, lab.hp)
+        kinds = gradlab.buckets(*scored, lab.frozen)
         flat = {(kind, name): m for kind, named in kinds.items() for name, m in named.items()}
-        found["groups"] = gradlab.split(lab, halves, algorithms[focus], flat)
+        found["groups"] = gradlab.compare_buckets(lab, halves, algorithms[focus], flat)
     return found
 
 
@@ -137,7 +137,7 @@ def examine(
             return [finish().minibatches for finish in each]
 
         first, *others = rollouts(1 + -(-max(updates) // c.batch.minibatches))
-        frozen, queue = joined(first), [batch for parts in others for batch in parts]
+        frozen, queue = concatenate(first), [batch for parts in others for batch in parts]
         stages = []
         for k in range(max(updates) + 1):
             if k in updates:
@@ -146,9 +146,9 @@ def examine(
                 batch, rewards_B = draw(checked, scorer, params, examples, fresh * group_size, k)
                 hp = in_passes(checked, checked.rows)
                 rows = (params, frozen, batch, rewards_B, prompts, c.advantages, hp)
-                hold = min(16, len(algorithms) + len(gradlab.UNGATED))
+                tile = min(16, len(algorithms) + len(gradlab.UNGATED))
                 found = measure(
-                    gradlab.Lab(*rows, hold), algorithms, focus if k == max(updates) else ""
+                    gradlab.Lab(*rows, tile), algorithms, focus if k == max(updates) else ""
                 )
                 stages.append({"updates": k, **found})
                 print(f"{k} updates: {time.monotonic() - begun:.0f} s", flush=True)
@@ -214,7 +214,7 @@ def main(argv: list[str]) -> None:
     found = examine(checked, _WORKDIR.value, algorithms, updates, _FRESH.value, _FOCUS.value)
     path = out / f"{_NAME.value}.json"
     path.write_text(json.dumps(found))
-    print(gradlab_report.write(path))
+    print(write(path))
 
 
 if __name__ == "__main__":

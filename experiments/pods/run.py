@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import app, flags
 
-from sapo_jax.report import preflight_tables
+from sapo_jax.report.preflight_tables import GIB, markdown, markdown_table, of_model
 
 _TABLE = flags.DEFINE_bool("table", False, "Only write the tables.")
 
@@ -103,25 +103,49 @@ def effort(reports: list[dict[str, Any]]) -> str:
 
 def moved(reports: list[dict[str, Any]]) -> str:
     """Collectives of the updates as a table."""
-    lines = ["| config, topology | collective | where | count | GB | largest, MB |"]
-    lines.append("|---" * 6 + "|")
+    lines = [("config, topology", "collective", "where", "count", "GB", "largest, MB")]
     for report in reports:
         where = f"`{report['name']}`, `{report['topology']}`"
         updates = (r["collectives"] for r in report["programs"] if r["program"] == "update")
         for c in sorted(itertools.chain(*updates), key=lambda c: -c["bytes"]):
             place = "in the loop over layers" if c["in_layers"] else "outside"
-            size, largest = c["bytes"] / 1e9, c["largest"] / 1e6
-            lines.append(
-                f"| {where} | {c['kind']} | {place} | {c['count']} | {size:.2f} | {largest:.2f} |"
-            )
+            sizes = (f"{c['bytes'] / 1e9:.2f}", f"{c['largest'] / 1e6:.2f}")
+            lines.append((where, c["kind"], place, str(c["count"]), *sizes))
             where = ""
-    return "\n".join(lines) + "\n"
+    return markdown_table(lines)
+
+
+def _in_short(report: dict[str, Any]) -> list[str]:
+    where = [f"`{report['name']}`", f"`{report['topology']}`, {report['mesh']}"]
+    if report["refused"]:
+        return [*where, f"does not fit ({', '.join(report['refused'])})", *["–"] * 6]
+    results, hbm = {r["program"]: r for r in report["programs"]}, report["chip"]["hbm"]
+    fullest = max(results.values(), key=lambda r: r["memory"]["total"])
+    used = f"{fullest['memory']['total'] / GIB:.1f} of {hbm / GIB:.2f} ({fullest['program']})"
+    update, decode = results["update"], results["decode"]
+    sent = sum(c["bytes"] for c in update["collectives"]) / 1e9
+    seconds = sum(r["compile_seconds"] for r in results.values())
+    temporaries = decode["memory"]["temporaries"] / GIB
+    return [
+        *where, used, *of_model(update), f"{sent:.0f}", f"{temporaries:.2f}",
+        f"{report['iteration_seconds']:.0f}", f"{seconds / 60:.0f}",
+    ]  # fmt: skip
+
+
+def summary(reports: list[dict[str, Any]]) -> str:
+    """Many reports of all programs as one table in Markdown, a row for each."""
+    columns = (
+        "config", "chips", "memory a chip at most, GiB", "update: executed ÷ model FLOPs",
+        "its MFU at most", "its collectives a chip, GB", "decode: temporaries, GiB",
+        "an iteration at least, s", "compiled in, min",
+    )  # fmt: skip
+    return markdown_table([columns, *map(_in_short, reports)])
 
 
 def page(reports: list[dict[str, Any]]) -> str:
     """docs/preflight.md."""
-    said = f"{preflight_tables.summary(reports)}\n{verdict(reports)}\n\n{effort(reports)}\n"
-    tables = f"{DETAILS}{preflight_tables.markdown(reports)}"
+    said = f"{summary(reports)}\n{verdict(reports)}\n\n{effort(reports)}\n"
+    tables = f"{DETAILS}{markdown(reports)}"
     collectives = f"## Collectives of an update, on each chip\n\n{moved(reports)}"
     return f"{INTRODUCTION}{said}\n{tables}\n{collectives}"
 

@@ -2,7 +2,7 @@
 
     python -m experiments.quickstart.run --seeds=3 --objectives=sapo,grpo,gspo
 
-Each seed has its own cold start, which its objectives share. Runs that are complete are kept;
+Each seed has its own cold start, which its objectives share. Complete runs are not repeated;
 `results/` gets their metrics, a table and a figure.
 """
 
@@ -16,21 +16,21 @@ import sys
 import numpy as np
 from absl import app, flags
 
-from sapo_jax.training import workdir as rundir
+from sapo_jax.training.workdir import read_metrics
 
 HERE = pathlib.Path(__file__).parent
 RUNS = pathlib.Path("runs/experiments/quickstart")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.")
 _OBJECTIVES = flags.DEFINE_list("objectives", ["sapo", "grpo", "gspo"], "Presets to compare.")
 _PLOT = flags.DEFINE_bool("plot_only", False, "Draw from results/metrics.json, run nothing.")
-KEPT = ("iteration", "eval/pass_at_1", "reward/mean", "policy/entropy", "policy/kl_old")
+SHOWN = ("iteration", "eval/pass_at_1", "reward/mean", "policy/entropy", "policy/kl_old")
 
 
 def train(config: str, workdir: pathlib.Path, *overrides: str) -> list[dict]:
-    """One run, and what is kept of its metrics."""
+    """One run, and those of its metrics that are shown."""
     command = [sys.executable, "-m", "sapo_jax.main", f"--config=configs/{config}.py"]
     subprocess.run([*command, f"--workdir={workdir}", *overrides], check=True)
-    return [{k: r[k] for k in KEPT if r.get(k) is not None} for r in rundir.read_metrics(workdir)]
+    return [{k: r[k] for k in SHOWN if r.get(k) is not None} for r in read_metrics(workdir)]
 
 
 def collect(seeds: int, objectives: list[str]) -> dict[str, list[list[dict]]]:

@@ -1,8 +1,8 @@
-"""The gradient lab: what algorithms make of the same rows, and whether that points where it should.
+"""What algorithms make of the same rows, and whether that points where it should.
 
-Algorithms, token groups and targets are all cotangents, pulled back by the same forward pass. At
-most `Lab.hold` gradients (and as many of a second tile) exist at a time: they are reduced to Gram
-matrices and to sketches as they come.
+Algorithms, buckets of tokens and targets are all cotangents, pulled back by the same forward pass.
+At most `Lab.tile` gradients (and as many of a second tile) exist at a time: they are reduced to
+Gram matrices and to sketches as they come.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ class Lab:
     """Frozen rows and fresh samples of the same prompts at one policy.
 
     Attributes:
-      weights: the policy.
+      params: of the policy.
       frozen: F·G off-policy rows, the rows of a prompt adjacent, with the run's advantages.
       fresh: F·N on-policy rows of the same prompts, N even; advantages are not looked at.
       rewards: f[F·N], of the fresh rows.
       prompts: F.
       estimator: the run's advantage estimator.
       hp: the run's; its objective does not matter.
-      hold: gradients that may exist at a time (and as many of a second set).
-      rows: fresh rows of a forward pass, at most; frozen ones pass with their group.
+      tile: gradients that exist at a time (and as many of a second tile).
+      max_rows: fresh rows of a forward pass; frozen ones pass with their group.
     """
 
-    weights: Any
+    params: Any
     frozen: Batch
     fresh: Batch
     rewards: np.ndarray
     prompts: int
     estimator: str
     hp: learner.Hyperparameters
-    hold: int = 16
-    rows: int = 64
+    tile: int = 16
+    max_rows: int = 64
 
     def targets(self) -> Halves:
         """Three targets as loss gradients, from either half of each prompt's fresh samples.
@@ -70,52 +70,57 @@ class Lab:
         by token_mean, whose direction const_len and seq_sum share.
         """
         size = len(self.rewards) // self.prompts // 2
-        pieces = next(n for n in range(1, size + 1) if size % n == 0 and size // n <= self.rows)
+        pieces = next(n for n in range(1, size + 1) if size % n == 0 and size // n <= self.max_rows)
         rewards_PHN = jnp.asarray(self.rewards, jnp.float32).reshape(self.prompts, 2, size)
-        rows = blocks_of(self.fresh, self.prompts)
+        rows, count = blocks_of(self.fresh, self.prompts), self.prompts * pieces
         halves = []
         for half in range(2):
-            chosen = jax.tree.map(lambda x, h=half: x[:, h * size : (h + 1) * size], rows)
-            flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), chosen)
+            at = slice(half * size, (half + 1) * size)
+            batch = jax.tree.map(lambda x, at=at: x[:, at].reshape(-1, *x.shape[2:]), rows)
+            batch = batch.replace(weights=None, ref_logp=None)
             rewards_B = rewards_PHN[:, half].reshape(-1)
             own_B = advantages.ESTIMATORS[self.estimator](rewards_B, size)
-            baseline_B = advantages.leave_one_out(rewards_B, size)
-            each = []
-            for aggregation, advantages_B in (
-                ("seq_sum", baseline_B), ("seq_mean", own_B), ("token_mean", own_B)
-            ):  # fmt: skip
-                plain = dataclasses.replace(OBJECTIVES["reinforce"], aggregation=aggregation)
-                batch = flat.replace(advantages=advantages_B, weights=None, ref_logp=None)
-                each.append(cotangents((plain,), flat.old_logp, batch)[0])
-            count = self.prompts * pieces
-            stacked = blocks_of(jnp.stack(each), count, axis=1)
-            pulled = pull(self.weights, blocks_of(flat, count), stacked, self.hp)
+            each = {
+                "seq_sum": advantages.leave_one_out(rewards_B, size),
+                "seq_mean": own_B,
+                "token_mean": own_B,
+            }
+            cotangents_TBS = jnp.concatenate([
+                cotangents(
+                    (dataclasses.replace(OBJECTIVES["reinforce"], aggregation=aggregation),),
+                    batch.old_logp, batch.replace(advantages=advantages_B),
+                )
+                for aggregation, advantages_B in each.items()
+            ])  # fmt: skip
+            blocks = blocks_of(cotangents_TBS, count, axis=1)
+            pulled = pull(self.params, blocks_of(batch, count), blocks, self.hp)
             sketches = blocks_of(pulled.sketches, self.prompts).sum(1)
             halves.append(pulled.replace(sketches=sketches))
         return halves[0], halves[1]
 
     def tiles(self, cotangents_KBS: jax.Array, after: int = -1) -> Iterator[tuple[int, Pulled]]:
-        """Gradients of the frozen rows in tiles of `hold`, one executable; with their start.
+        """Gradients of the frozen rows in tiles, by one executable; with their start.
 
         Cotangents of zeros fill the last tile up. Only tiles that start after ``after`` are pulled.
         """
-        missing = -len(cotangents_KBS) % self.hold
+        missing = -len(cotangents_KBS) % self.tile
         padded_KBS = jnp.pad(cotangents_KBS, ((0, missing), (0, 0), (0, 0)))
         rows = blocks_of(self.frozen, self.prompts)
-        for start in range(0, len(padded_KBS), self.hold):
+        for start in range(0, len(padded_KBS), self.tile):
             if start > after:
-                blocks = blocks_of(padded_KBS[start : start + self.hold], self.prompts, axis=1)
-                yield start, pull(self.weights, rows, blocks, self.hp)
+                blocks = blocks_of(padded_KBS[start : start + self.tile], self.prompts, axis=1)
+                yield start, pull(self.params, rows, blocks, self.hp)
 
     def products(
         self, cotangents_KBS: jax.Array, halves: Halves
     ) -> tuple[Products, dict[str, np.ndarray]]:
         """Inner products of K gradients with both halves of the targets, and with each other.
 
-        The latter by part of the model, f64[K, K]. Beyond `hold` gradients, each tile is compared
-        with later ones that are pulled back again: memory is two tiles, whatever K is.
+        The latter by part of the model, f64[K, K]. Beyond one tile, each is compared with later
+        ones that are pulled back again: memory is two tiles, whatever K is.
         """
-        count, size = len(cotangents_KBS), self.hold
+        count, size = len(cotangents_KBS), self.tile
+        width = -(-count // size) * size
         shape = (self.hp.static.model, self.hp.static.mesh)
         matrices: dict[str, np.ndarray] = {}
         with_halves, sketches, squares = ([], []), [], []
@@ -124,7 +129,6 @@ class Lab:
             for other, right in itertools.chain([(start, left)], later):
                 rows, columns = slice(start, start + size), slice(other, other + size)
                 for part, block in jax.device_get(gram(left.grads, right.grads, *shape)).items():
-                    width = -(-count // size) * size
                     matrix = matrices.setdefault(part, np.zeros((width, width)))
                     matrix[rows, columns], matrix[columns, rows] = block, block.T
             for column, half in zip(with_halves, halves, strict=True):
@@ -159,10 +163,19 @@ def _listed(values: np.ndarray) -> list:
     return [float(x) if np.isfinite(x) else None for x in values]
 
 
-def _removed(open_KBS: jax.Array, kept_KBS: jax.Array) -> jax.Array:
-    """What a gate took from the ungated cotangents; rounding errors are not taken for a removal."""
-    removed_KBS = open_KBS - kept_KBS
-    return jnp.where(jnp.abs(removed_KBS) > 1e-6 * jnp.abs(open_KBS), removed_KBS, 0)
+def _cotangents(lab: Lab, resolved: tuple[Objective, ...]) -> tuple[jax.Array, ...]:
+    """f32[K, B, S] each: with the gates, without, and what they removed (rounding is nothing)."""
+    logp_BS = learner.score(lab.params, lab.frozen, lab.hp)
+    gated_KBS = cotangents(resolved, logp_BS, lab.frozen, kl=lab.hp.static.kl)
+    ungated_KBS = cotangents(tuple(map(ungated, resolved)), logp_BS, lab.frozen)
+    removed_KBS = ungated_KBS - gated_KBS
+    rounding_KBS = 1e-6 * jnp.abs(ungated_KBS)
+    return gated_KBS, ungated_KBS, jnp.where(jnp.abs(removed_KBS) > rounding_KBS, removed_KBS, 0)
+
+
+def _mass(cotangents_KBS: jax.Array) -> np.ndarray:
+    """Σ|u| over the tokens, f[K]."""
+    return np.abs(np.asarray(cotangents_KBS)).sum((1, 2))
 
 
 def _column(objective: Objective) -> int:
@@ -173,10 +186,10 @@ def _column(objective: Objective) -> int:
 def compare(lab: Lab, halves: Halves, algorithms: Mapping[str, Objective]) -> dict[str, Any]:
     """Norms, cosines, fidelities, and what each gate removed, of algorithms on the same rows.
 
-    Fidelity is cos(g, target)/√cos(half₁, half₂), see `gradlab_fidelity`. ``removed`` is the
-    gradient of the `ungated` objective minus that of the objective: a fidelity below 0 says that
-    what the gate took away pointed the wrong way. Differences are to the bare ratio of tokens with
-    the algorithm's own average.
+    Fidelity is cos(g, target)/√cos(half₁, half₂), see `fidelity`. ``removed`` is the gradient of
+    the `ungated` objective minus that of the objective: a fidelity below 0 says that what the gate
+    took away pointed the wrong way. Differences are to the bare ratio of tokens with the
+    algorithm's own average.
 
     Args:
       lab: rows and policy.
@@ -193,59 +206,52 @@ def compare(lab: Lab, halves: Halves, algorithms: Mapping[str, Objective]) -> di
     plain = {name: dataclasses.replace(bare, aggregation=a) for a, name in UNGATED.items()}
     named = {**plain, **algorithms}
     resolved = tuple(objectives.resolve(o) for o in named.values())
-    logp_BS = learner.score(lab.weights, lab.frozen, lab.hp)
-    kept_KBS = cotangents(resolved, logp_BS, lab.frozen, kl=lab.hp.static.kl)
-    open_KBS = cotangents(tuple(map(ungated, resolved)), logp_BS, lab.frozen)
-    taken_KBS = _removed(open_KBS, kept_KBS)
-    products, matrices = lab.products(kept_KBS, halves)
-    removed, _ = lab.products(taken_KBS, halves)
+    gated_KBS, ungated_KBS, removed_KBS = _cotangents(lab, resolved)
+    products, matrices = lab.products(gated_KBS, halves)
+    removed, _ = lab.products(removed_KBS, halves)
     reference = [_column(objective) for objective in resolved]
     own = [1 + column for column in reference]
-    size_K = np.abs(np.asarray(open_KBS)).sum((1, 2))
-    taken_K = np.abs(np.asarray(taken_KBS)).sum((1, 2))
+    mass_K = _mass(removed_KBS) / _mass(ungated_KBS)
     return {
         "names": list(named),
         "aggregation": [o.aggregation for o in resolved],
         "norm": {part: _listed(np.sqrt(np.diag(m))) for part, m in matrices.items()},
         "cosine": {part: _listed(cosines(m)) for part, m in matrices.items()},
         "fidelity": fidelities(products, own, reference),
-        "removed": fidelities(removed, own, reference) | {"mass": _listed(taken_K / size_K)},
+        "removed": fidelities(removed, own, reference) | {"mass": _listed(mass_K)},
         "noise_scale": _listed(noise_scale(products)),
         "target_halves": _listed(products.reliability()),
     }
 
 
-def split(
-    lab: Lab, halves: Halves, objective: Objective, groups: Mapping[str, jax.Array]
+def compare_buckets(
+    lab: Lab, halves: Halves, objective: Objective, masks: Mapping[str, jax.Array]
 ) -> dict[str, Any]:
-    """Fidelity of token groups: of their ungated gradient, and of what the gate removed there.
+    """Fidelity by bucket of tokens: of its ungated gradient, and of what the gate removed there.
 
     Args:
       lab: rows and policy.
       halves: of `Lab.targets`.
       objective: whose gate it is.
-      groups: bool[B, S] by name; a group without a gradient gets None.
+      masks: bool[B, S] by name, of `tokens.buckets` say; one without a gradient gets None.
 
     Returns:
-      JSON-able: for each group its share of the gradient mass Σ|u|, the share of it that was
+      JSON-able: for each bucket its share of the gradient mass Σ|u|, the share of it that was
       removed, and both fidelities.
     """
     resolved = objectives.resolve(objective)
-    logp_BS = learner.score(lab.weights, lab.frozen, lab.hp)
-    pair = cotangents((resolved, ungated(resolved)), logp_BS, lab.frozen, kl=lab.hp.static.kl)
-    open_BS, removed_BS = pair[1], _removed(pair[1], pair[0])
-    names, own = list(groups), [1 + _column(resolved)]
-    total = float(jnp.abs(open_BS).sum())
+    _, ungated_KBS, removed_KBS = _cotangents(lab, (resolved,))
+    names, own, total = list(masks), [1 + _column(resolved)], _mass(ungated_KBS)
     result: dict[str, Any] = {"names": names}
-    for key, cotangent_BS in (("carried", open_BS), ("removed", removed_BS)):
+    for key, cotangents_KBS in (("carried", ungated_KBS), ("removed", removed_KBS)):
         whole: dict[str, list] = {"reward": [], "own": [], "mass": []}
-        for start in range(0, len(names), lab.hold):  # groups are not compared with each other
-            masks_QBS = jnp.stack([groups[name] for name in names[start : start + lab.hold]])
-            grouped_QBS = jnp.where(masks_QBS, cotangent_BS, 0)
-            count = len(grouped_QBS)
-            products, _ = lab.products(grouped_QBS, halves)
+        for start in range(0, len(names), lab.tile):  # they are not compared with each other
+            masks_QBS = jnp.stack([masks[name] for name in names[start : start + lab.tile]])
+            bucket_QBS = jnp.where(masks_QBS, cotangents_KBS, 0)
+            count = len(bucket_QBS)
+            products, _ = lab.products(bucket_QBS, halves)
             found = fidelities(products, own * count, [0] * count)
-            found["mass"] = (np.abs(np.asarray(grouped_QBS)).sum((1, 2)) / total).tolist()
+            found["mass"] = (_mass(bucket_QBS) / total).tolist()
             whole = {name: [*values, *found[name]] for name, values in whole.items()}
         result[key] = whole
     return result

@@ -18,8 +18,8 @@ from jax.sharding import Mesh, PartitionSpec
 from sapo_jax import learner, objectives
 from sapo_jax.model import params
 from sapo_jax.model.config import ModelConfig
-from sapo_jax.objectives import Objective, gates
-from sapo_jax.objectives.aggregations import finish
+from sapo_jax.objectives import Objective
+from sapo_jax.objectives.gates import TokenInputs
 from sapo_jax.parallel import collectives, sharding
 from sapo_jax.types import Batch
 
@@ -36,10 +36,9 @@ class Pulled:
     sketches: jax.Array  # f32[M, K, D], linear maps of each block's gradient
 
 
-def _bare(inputs: gates.TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
+def _bare(x: TokenInputs, hp: dict) -> jax.Array:
     """sg(r)·A·log π_θ: c = r at any ratio level, where r·A of a product has |y| times as much."""
-    del mask, hp
-    return gates.sg(jnp.exp(inputs.log_ratio)) * inputs.advantages * inputs.logp
+    return jax.lax.stop_gradient(x.ratio) * x.advantages * x.logp
 
 
 def ungated(objective: Objective) -> Objective:
@@ -68,7 +67,7 @@ def cotangents(
                 weights_BT=batch.weights,
                 segments_BT=batch.segments,
             )
-            return finish(terms)[0]
+            return objectives.finish(terms)[0]
 
         return jax.grad(loss)(logp_BS)
 
@@ -78,11 +77,11 @@ def cotangents(
 def blocks_of(tree: Any, count: int, axis: int = 0) -> Any:
     """Split rows into blocks: their axis becomes two, of which that of blocks goes to the front."""
 
-    def split(x):
+    def blocks(x):
         shape = (*x.shape[:axis], count, -1, *x.shape[axis + 1 :])
         return jnp.moveaxis(x.reshape(shape), axis, 0)
 
-    return jax.tree.map(split, tree)
+    return jax.tree.map(blocks, tree)
 
 
 @partial(jax.jit, static_argnames="width")
@@ -104,30 +103,31 @@ def pull(
       hp: the model, its temperature, how the forward pass is done, and the mesh.
       width: of the sketches.
     """
+    # With a random sign for each parameter, sums over bins keep inner products on average.
     leaves, treedef = jax.tree.flatten(weights)
     keys = jax.random.split(jax.random.key(0), len(leaves))
     pairs = zip(keys, leaves, strict=True)
     signs = treedef.unflatten([jax.random.rademacher(k, x.shape, jnp.int8) for k, x in pairs])
     missing = -cotangents_MKRS.shape[2] % sharding.parts(hp.static.mesh)
-    blocks = jax.tree.map(lambda x: _filled_up(x, 1, missing, "edge"), blocks)
+    blocks = jax.tree.map(lambda x: _pad(x, 1, missing, "edge"), blocks)
     where, whole = params.partition_specs(hp.static.model), PartitionSpec()
     rows, of_each = sharding.spec(None, "rows"), sharding.spec(None, None, "rows")
     function = sharding.shard_map(
         partial(_pull, width=width),
         hp.static.mesh,
         (where, where, rows, of_each, whole),
-        Pulled(_stacked(hp.static.model), whole, whole),
+        Pulled(_grad_specs(hp.static.model), whole, whole),
     )
     signs = sharding.constrain(signs, hp.static.mesh, where)
-    return function(weights, signs, blocks, _filled_up(cotangents_MKRS, 2, missing), hp)
+    return function(weights, signs, blocks, _pad(cotangents_MKRS, 2, missing), hp)
 
 
-def _filled_up(x: jax.Array, axis: int, missing: int, mode: str = "constant") -> jax.Array:
+def _pad(x: jax.Array, axis: int, missing: int, mode: str = "constant") -> jax.Array:
     widths = [(0, missing if i == axis else 0) for i in range(x.ndim)]
     return jnp.pad(x, widths, mode) if missing else x
 
 
-def _stacked(config: ModelConfig) -> Any:
+def _grad_specs(config: ModelConfig) -> Any:
     """Where K gradients lie on a mesh."""
     return jax.tree.map(lambda spec: PartitionSpec(None, *spec), params.partition_specs(config))
 
@@ -135,20 +135,21 @@ def _stacked(config: ModelConfig) -> Any:
 def _pull(weights, signs, blocks, cotangents_MKRS, hp, width) -> Pulled:
     specs = jax.tree.leaves(params.partition_specs(hp.static.model))
 
-    def visit(total, inputs):
-        block, cotangents_KRS = inputs
+    def visit(total, block_and_cotangents):
+        block, cotangents_KRS = block_and_cotangents
         _, pullback = jax.vjp(lambda w: learner.forward(w, block, hp)[0], weights)
 
-        def one(total, numbered):
-            k, cotangent_RS = numbered
+        # One at a time: beside the K sums there is one gradient, and one sketch of each parameter.
+        def add(total, k_and_cotangent):
+            k, cotangent_RS = k_and_cotangent
             grads = params.psum_gradients(pullback(cotangent_RS)[0], hp.static.model)
             grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
             total = jax.tree.map(lambda t, g: t.at[k].add(g), total, grads)
             each = zip(jax.tree.leaves(grads), jax.tree.leaves(signs), specs, strict=True)
             parts = [(jnp.sum(g * g), _sketch(g * sign, spec, width)) for g, sign, spec in each]
-            return total, _added_up(parts, specs)
+            return total, _psum(parts, specs)
 
-        return jax.lax.scan(one, total, (jnp.arange(count), cotangents_KRS))
+        return jax.lax.scan(add, total, (jnp.arange(count), cotangents_KRS))
 
     count = cotangents_MKRS.shape[1]
     zeros = jax.tree.map(lambda w: jnp.zeros((count, *w.shape), jnp.float32), weights)
@@ -161,7 +162,7 @@ def _axes(spec: PartitionSpec) -> tuple[str, ...]:
     return tuple(sorted(axis for axis in spec if axis))
 
 
-def _added_up(values: list[Any], specs: list[PartitionSpec]) -> Any:
+def _psum(values: list[Any], specs: list[PartitionSpec]) -> Any:
     """The sum over all parameters of what each device computed of its part of each."""
     by_axes: dict[tuple[str, ...], Any] = {}
     for value, axes in zip(values, map(_axes, specs), strict=True):
@@ -179,7 +180,7 @@ def _sketch(signed: jax.Array, spec: PartitionSpec, width: int) -> jax.Array:
     """
     if spec[0]:  # not stacked over layers
         signed, spec = signed[None], PartitionSpec(None, *spec)
-    split = any(collectives.axis_size(axis) > 1 for axis in _axes(spec))
+    is_split = any(collectives.axis_size(axis) > 1 for axis in _axes(spec))
 
     def fold(x):
         for dimension, axis in enumerate(spec[1:]):
@@ -190,7 +191,7 @@ def _sketch(signed: jax.Array, spec: PartitionSpec, width: int) -> jax.Array:
                 x = jax.lax.dynamic_update_slice_in_dim(jnp.zeros(shape), x, start, dimension)
         return jnp.pad(x.reshape(-1), (0, -x.size % width)).reshape(-1, width).sum(0)
 
-    return (jax.lax.map(fold, signed) if split else jax.vmap(fold)(signed)).sum(0)
+    return (jax.lax.map(fold, signed) if is_split else jax.vmap(fold)(signed)).sum(0)
 
 
 def _kind(name: str) -> str:
@@ -204,12 +205,12 @@ def _kind(name: str) -> str:
 def gram(
     left: Any, right: Any, config: ModelConfig, mesh: Mesh | None = None
 ) -> dict[str, jax.Array]:
-    """Inner products of stacked gradients, f32[K, K'], by part of the model.
+    """Inner products of K and K' gradients, f32[K, K'], by part of the model.
 
     Parts: ``whole``; ``layer 0`` and so on; ``embedding`` (with head and last norm), ``attention``,
     ``mlp`` (both with their norms), ``router``, ``experts``.
     """
-    specs = _stacked(config)
+    specs = _grad_specs(config)
     function = sharding.shard_map(
         partial(_gram, config=config), mesh, (specs, specs), PartitionSpec()
     )

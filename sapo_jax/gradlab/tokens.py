@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from sapo_jax import learner, objectives
-from sapo_jax.gradlab.pull import cotangents
+from sapo_jax.gradlab.pull import blocks_of, cotangents
 from sapo_jax.model import params, transformer, vocab
 from sapo_jax.objectives import OBJECTIVES, Objective
 from sapo_jax.parallel import sharding
@@ -29,10 +29,8 @@ def _by_rows(function: Callable) -> Callable:
     """A function of (weights, batch, hp) for each micro-batch, and each device's rows."""
 
     def local(weights, batch, hp):
-        def split(x):
-            return x.reshape(hp.static.micro_batches, -1, *x.shape[1:])
-
-        out = jax.lax.map(lambda b: function(weights, b, hp), jax.tree.map(split, batch))
+        micro = blocks_of(batch, hp.static.micro_batches)
+        out = jax.lax.map(lambda b: function(weights, b, hp), micro)
         return jax.tree.map(lambda x: x.reshape(batch.tokens.shape), out)
 
     @jax.jit
@@ -129,10 +127,10 @@ def deciles(values_BS: np.ndarray, mask_BS: np.ndarray) -> np.ndarray:
     return np.searchsorted(edges, values_BS, side="left")
 
 
-def groups(
+def buckets(
     logp_BS: np.ndarray, entropy_BS: np.ndarray, batch: Batch
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Masks of tokens, bool[B, S], by kind of group and name: each kind divides up the tokens."""
+    """Masks of tokens, bool[B, S], by kind and name: the buckets of a kind divide up the tokens."""
     mask_BS = np.asarray(batch.mask)
     log_ratio_BS = np.abs(np.asarray(logp_BS) - np.asarray(batch.old_logp))
     sign_B = np.sign(np.asarray(batch.advantages))[:, None]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from sapo_jax import advantages, corrections
-from sapo_jax.objectives import ratios
+from sapo_jax.objectives.kl import sequence_kl
 from sapo_jax.parallel import sharding
 from sapo_jax.types import Batch
 
@@ -58,7 +58,7 @@ def make_minibatches(
       bounds: of the correction, see `corrections.bounds_of`.
       estimator: a name in `advantages.ESTIMATORS`.
       group_size: G.
-      kl: the KL's estimator, see `ratios.kl_estimate`.
+      kl: the KL's estimator, see `objectives.kl`.
       correction: a name in `corrections.CORRECTIONS`, or "none".
       parts: minibatches.
       mesh: over which each of them is split.
@@ -68,7 +68,7 @@ def make_minibatches(
     """
     metrics = {}
     if batch.ref_logp is not None:
-        kl_B = ratios.sequence_kl(batch.old_logp, batch.ref_logp, batch.mask, kl)
+        kl_B = sequence_kl(batch.old_logp, batch.ref_logp, batch.mask, kl)
         rewards_B = rewards_B - kl_coef * kl_B
         metrics["reward/kl"] = kl_B.mean()
     batch = batch.replace(advantages=advantages.ESTIMATORS[estimator](rewards_B, group_size))

@@ -30,7 +30,7 @@ class Static:
       micro_batches: forward-backward passes an update; they change memory, not the result.
       head_chunk: rows whose logits exist at a time.
       remat: recompute each layer in the backward pass.
-      kl: estimator of the KL penalty, see `objectives.kl_estimate`.
+      kl: estimator of the KL penalty, see `objectives.kl`.
       schedule: one of SCHEDULES; ``warmup`` and ``total`` are in updates.
       b1, b2, eps: Adam's.
       routing_replay: one of `routing.REPLAY`; other than "none", the experts are those of

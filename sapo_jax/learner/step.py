@@ -24,7 +24,6 @@ from sapo_jax.learner.optimizer import (
     partition_specs,
 )
 from sapo_jax.model import head, params, routing, transformer
-from sapo_jax.objectives.aggregations import finish
 from sapo_jax.parallel import collectives, sharding
 from sapo_jax.types import Batch, Histogram, TrainState, Weighted, merge
 
@@ -220,8 +219,8 @@ def update(
 @jax.jit
 def finish_iteration(metrics: tuple) -> tuple[dict, list[dict]]:
     """Metrics of an iteration, merged over its minibatches, and those of each minibatch."""
-    loss, merged = finish(merge(jax.tree.map(lambda *x: jnp.stack(x), *metrics)))
-    each = [finish(m) for m in metrics]
+    loss, merged = objectives.finish(merge(jax.tree.map(lambda *x: jnp.stack(x), *metrics)))
+    each = [objectives.finish(m) for m in metrics]
     # Later minibatches compare the sampler with a policy that has moved on.
     gap = {k: v for k, v in each[0][1].items() if k.startswith("sampler/")}
     return {"policy/loss": loss, **merged, **gap}, [{"policy/loss": x, **m} for x, m in each]

@@ -1,21 +1,29 @@
-"""Objectives as data: a gate, a ratio level, an aggregation and traced hyperparameters.
+"""Objectives of policy optimisation: every method is Σ c·A·∇log π_θ.
 
-`policy_loss(objective, logp, old_logp, advantages, mask, **hyperparameters)` is the way in;
-`OBJECTIVES` has the presets by name, `resolve` changes their hyperparameters, `switch` makes one
-objective of several whose traced index chooses.
+    loss, metrics = policy_loss("sapo", logp_BT, old_logp_BT, advantages_B, mask_BT, tau_neg=1.1)
+
+An objective is data; a new one is a gate and a row of the table in `presets`:
+
+    gate              what it does to a token's importance ratio r                  gates.py
+    ratio             r of the token, or of its sequence                            ratios.py
+    aggregation       how tokens become one number: what is divided by what         aggregations.py
+    hyperparameters   scalars, traced: a sweep over τ or ε reuses one executable    presets.py
+
+    OBJECTIVES        the presets by name: sapo, grpo, gspo, dapo, cispo, …
+    resolve           a preset or an objective with other hyperparameters, checked
+    switch            several objectives as one, of which a traced index chooses
+    policy_loss       (loss to minimise, metrics) of one batch
+    policy_terms      the same before the division, to be merged over micro-batches and devices
+    finish            divides merged terms, once
+    token_inputs      what the gate sees of each token
+    coefficients      c of each token, by differentiating the gate
 """
 
-from sapo_jax.objectives.aggregations import finish
-from sapo_jax.objectives.loss import (
-    coefficients,
-    policy_loss,
-    policy_terms,
-    resolve,
-    token_inputs,
-)
-from sapo_jax.objectives.presets import OBJECTIVES, Objective, switch
+from sapo_jax.masked import finish
+from sapo_jax.objectives.loss import coefficients, policy_loss, policy_terms, token_inputs
+from sapo_jax.objectives.presets import OBJECTIVES, Objective, Switch, resolve, switch
 
 __all__ = [
-    "OBJECTIVES", "Objective", "coefficients", "finish", "policy_loss", "policy_terms", "resolve",
-    "switch", "token_inputs",
+    "OBJECTIVES", "Objective", "Switch", "coefficients", "finish", "policy_loss", "policy_terms",
+    "resolve", "switch", "token_inputs",
 ]  # fmt: skip

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from sapo_jax import masked
-from sapo_jax.types import Max, Min, Weighted, is_reduction
+from sapo_jax.types import Weighted
 
 AGGREGATIONS = {
     "seq_mean": "Σ_i (1/|y_i|) Σ_t / number of sequences",
@@ -37,16 +35,3 @@ def aggregate(
         return Weighted(total, jnp.sum(mask_BT, dtype=total.dtype))
     sequences = masked.sequence_count(mask_BT, segments_BT).astype(total.dtype)
     return Weighted(total, sequences * max_length if aggregation == "const_len" else sequences)
-
-
-def value(reduction: Any) -> Any:
-    """The number of a merged reduction; a histogram stays what it is."""
-    if isinstance(reduction, Weighted):
-        return masked.ratio(reduction)
-    return reduction.value if isinstance(reduction, Max | Min) else reduction
-
-
-def finish(terms: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
-    """Divide once: (loss to minimise, metrics) from merged terms."""
-    values = jax.tree.map(value, terms, is_leaf=is_reduction)
-    return values.pop("loss"), values

@@ -1,10 +1,11 @@
 """Gates: what an algorithm does to the importance ratio of one token.
 
-With ℓ = log π_θ − log π_old (reduced to the objective's ratio level) and r = e^ℓ, a gate returns
-the per-token surrogate that is *maximised*, f(r)·A or sg(c)·A·log π_θ. Its gate weight w = f′(r)
-and its coefficient c = r·w on ∇log π_θ follow by differentiation; nothing here restates them.
-Hard bounds are `where`s, since the derivative of `clip` is ½ on its bounds. A < 0 takes the
-"negative" branch and so does A = 0, where it makes no difference.
+With ℓ = log π_θ − log π_old (reduced to the objective's ratio level) and r = e^ℓ, a gate takes
+(`TokenInputs`, hyperparameters) and returns the per-token surrogate that is *maximised*, f(r)·A or
+sg(c)·A·log π_θ. Its gate weight w = f′(r) and its coefficient c = r·w on ∇log π_θ follow by
+differentiation; nothing here restates them. Hard bounds are `where`s, since the derivative of
+`clip` is ½ on its bounds. A < 0 takes the "negative" branch and so does A = 0, where it makes no
+difference.
 """
 
 from __future__ import annotations
@@ -15,8 +16,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from sapo_jax import masked
 
 sg = jax.lax.stop_gradient
 
@@ -29,6 +28,15 @@ class TokenInputs(NamedTuple):
     log_ratio: jax.Array  # log r at the objective's ratio level, within ±20
     advantages: jax.Array
 
+    @property
+    def ratio(self) -> jax.Array:
+        """The importance ratio r."""
+        return jnp.exp(self.log_ratio)
+
+    def by_sign(self, positive: jax.Array, negative: jax.Array) -> jax.Array:
+        """One value where A > 0, another elsewhere."""
+        return jnp.where(self.advantages > 0, positive, negative)
+
 
 def logistic(z: jax.Array) -> jax.Array:
     """σ(z), its derivative exact in the tails (that of `jax.nn.sigmoid` is 0 from z ≈ 17)."""
@@ -38,140 +46,134 @@ def logistic(z: jax.Array) -> jax.Array:
     return jnp.where(positive, 1 - tail, tail)
 
 
-def _signed(advantages: jax.Array, positive: jax.Array, negative: jax.Array) -> jax.Array:
-    return jnp.where(advantages > 0, positive, negative)
-
-
-def sapo(inputs: TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
+def sapo(x: TokenInputs, hp: dict) -> jax.Array:
     """SAPO: f(r) = (4/τ)·σ(τ(r − 1)), τ = τ_pos where A > 0, else τ_neg; w = sech²(τ(r − 1)/2).
 
     Source: arXiv 2511.20347, Eq. 5-6.
     """
-    del mask
-    tau = _signed(inputs.advantages, hp["tau_pos"], hp["tau_neg"])
-    r = jnp.exp(inputs.log_ratio)
-    return 4 / tau * logistic(tau * (r - 1)) * inputs.advantages
+    tau = x.by_sign(hp["tau_pos"], hp["tau_neg"])
+    return 4 / tau * logistic(tau * (x.ratio - 1)) * x.advantages
 
 
-def _soft(antiderivative: Callable, half_width: float) -> Callable:
-    """A SAPO-like gate f(r) = F(κ(r − 1))/κ with F′(0) = 1.
+def _soft(x: TokenInputs, hp: dict, antiderivative: Callable, half_width: float) -> jax.Array:
+    """f(r) = F(κ(r − 1))/κ with F′(0) = 1, for w = F′ that falls to ½ at ``half_width``.
 
-    κ = τ · half_width / 1.7627 gives w = F′ the half-width of SAPO's sech²(τ(r − 1)/2).
+    κ = τ · half_width / 1.7627 gives w the half-width of SAPO's sech²(τ(r − 1)/2).
     """
     factor = half_width / (2 * math.acosh(math.sqrt(2)))
-
-    def gate(inputs: TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
-        del mask
-        kappa = factor * _signed(inputs.advantages, hp["tau_pos"], hp["tau_neg"])
-        u = kappa * (jnp.exp(inputs.log_ratio) - 1)
-        return antiderivative(u) / kappa * inputs.advantages
-
-    return gate
+    kappa = factor * x.by_sign(hp["tau_pos"], hp["tau_neg"])
+    u = kappa * (x.ratio - 1)
+    return antiderivative(u) / kappa * x.advantages
 
 
-# arXiv 2602.19345: other smooth gates; w = e^{−u²}, 1/(1 + u²), 1/(1 + |u|)² in u = κ(r − 1).
-sapo_erf = _soft(lambda u: math.sqrt(math.pi) / 2 * jax.scipy.special.erf(u), math.log(2) ** 0.5)
-sapo_arctan = _soft(jnp.arctan, 1.0)
-sapo_softsign = _soft(lambda u: u / (1 + jnp.where(u < 0, -u, u)), math.sqrt(2) - 1)
+def sapo_erf(x: TokenInputs, hp: dict) -> jax.Array:
+    """f(r) = (√π/2κ)·erf(κ(r − 1)); w = e^{−u²} with u = κ(r − 1), κ = τ times a factor that gives
+    it the half-width of SAPO's gate.
+
+    Source: arXiv 2602.19345.
+    """
+    half = math.sqrt(math.pi) / 2
+    return _soft(x, hp, lambda u: half * jax.scipy.special.erf(u), math.log(2) ** 0.5)
 
 
-def clip(inputs: TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
+def sapo_arctan(x: TokenInputs, hp: dict) -> jax.Array:
+    """f(r) = arctan(κ(r − 1))/κ; w = 1/(1 + u²) with u = κ(r − 1), κ = τ times a factor that gives
+    it the half-width of SAPO's gate.
+
+    Source: arXiv 2602.19345.
+    """
+    return _soft(x, hp, jnp.arctan, 1.0)
+
+
+def sapo_softsign(x: TokenInputs, hp: dict) -> jax.Array:
+    """f(r) = (1/κ)·u/(1 + |u|); w = 1/(1 + |u|)² with u = κ(r − 1), κ = τ times a factor that gives
+    it the half-width of SAPO's gate.
+
+    Source: arXiv 2602.19345.
+    """
+    return _soft(x, hp, lambda u: u / (1 + jnp.where(u < 0, -u, u)), math.sqrt(2) - 1)
+
+
+def clip(x: TokenInputs, hp: dict) -> jax.Array:
     """PPO's clip: min(r·A, clip(r, 1 − ε_low, 1 + ε_high)·A), with r ≤ dual_clip where A < 0.
 
     Source: arXiv 1707.06347, Eq. 7; dual clip: arXiv 1912.09729, Eq. 5 (∞ switches it off).
     """
-    del mask
-    r = jnp.exp(inputs.log_ratio)
+    r = x.ratio
     upper, lower, dual = 1 + hp["eps_high"], 1 - hp["eps_low"], hp["dual_clip"]
     gain = jnp.where(r <= upper, r, upper)
     loss = jnp.where(r < lower, lower, jnp.where(r <= dual, r, dual))
-    return _signed(inputs.advantages, gain, loss) * inputs.advantages
+    return x.by_sign(gain, loss) * x.advantages
 
 
-def reinforce(inputs: TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
+def reinforce(x: TokenInputs, hp: dict) -> jax.Array:
     """REINFORCE: A·log π_θ, no ratio and no gate; c = 1.
 
     Source: Williams 1992.
     """
-    del mask, hp
-    return inputs.advantages * inputs.logp
+    return x.advantages * x.logp
 
 
-def cispo(inputs: TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
+def cispo(x: TokenInputs, hp: dict) -> jax.Array:
     """CISPO: sg(clip(r, 1 − ε_low, 1 + ε_high))·A·log π_θ; c never vanishes.
 
     Source: arXiv 2506.13585, Eq. 4-5. ε are distances from 1, as in the paper; TRL, ms-swift and
     Liger read theirs as an absolute cap.
     """
-    del mask
-    r = jnp.exp(inputs.log_ratio)
-    weight = jnp.clip(r, 1 - hp["eps_low"], 1 + hp["eps_high"])
-    return sg(weight) * inputs.advantages * inputs.logp
+    weight = jnp.clip(x.ratio, 1 - hp["eps_low"], 1 + hp["eps_high"])
+    return sg(weight) * x.advantages * x.logp
 
 
-def p3o(inputs: TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
+def p3o(x: TokenInputs, hp: dict) -> jax.Array:
     """P3O (Scopic): f(r) = (4/τ)·σ(τ(r − 1)), one τ for both signs; its KL is added beside it.
 
     Source: arXiv 2205.10047, Eq. 7.
     """
-    del mask
-    r = jnp.exp(inputs.log_ratio)
-    return 4 / hp["tau"] * logistic(hp["tau"] * (r - 1)) * inputs.advantages
+    return 4 / hp["tau"] * logistic(hp["tau"] * (x.ratio - 1)) * x.advantages
 
 
-def importance(inputs: TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
+def importance(x: TokenInputs, hp: dict) -> jax.Array:
     """r·A: the bare importance ratio; GMPO's, whose clip is part of its ratio level.
 
     Source: arXiv 2507.20673, Eq. 4.
     """
-    del mask, hp
-    return jnp.exp(inputs.log_ratio) * inputs.advantages
+    return x.ratio * x.advantages
 
 
-def maspo(inputs: TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
+def maspo(x: TokenInputs, hp: dict) -> jax.Array:
     """MASPO: sg(w)·r·A with w = exp(−(r − 1)²/2s²) where the update pushes r away from 1, else 1.
 
     s = (σ/π_old^α)·(1 + βA) where A > 0, (σ/π_old^α)/(1 − βA) else; the factors are held to
     [σ, 10] and [0.1, 10], as in the authors' code. Source: arXiv 2602.17550.
     """
-    del mask
-    a, r = inputs.advantages, jnp.exp(inputs.log_ratio)
-    by_probability = jnp.clip(
-        hp["sigma"] * jnp.exp(-hp["alpha"] * inputs.old_logp), hp["sigma"], 10
-    )
-    by_advantage = _signed(a, 1 + hp["beta"] * a, 1 / (1 - hp["beta"] * a))
+    a, r = x.advantages, x.ratio
+    by_probability = jnp.clip(hp["sigma"] * jnp.exp(-hp["alpha"] * x.old_logp), hp["sigma"], 10)
+    by_advantage = x.by_sign(1 + hp["beta"] * a, 1 / (1 - hp["beta"] * a))
     width = by_probability * jnp.clip(by_advantage, 0.1, 10)
     outward = jnp.where(a > 0, r > 1, (a < 0) & (r < 1))
     weight = jnp.where(outward, jnp.exp(-((r - 1) ** 2) / (2 * width**2)), 1)
     return sg(weight) * r * a
 
 
-def mhpo(inputs: TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
+def mhpo(x: TokenInputs, hp: dict) -> jax.Array:
     """MHPO: scale·exp(ψ − sg ζ)·A, ψ = b·tanh(ℓ/b), ζ = (σ₊(ψ)/λ₊)^k₊ + (σ₊(−ψ)/λ₋)^k₋.
 
     σ₊ is softplus. With scale 1 the coefficient at r = 1 is 0.26506: a smaller learning rate in
     disguise, which `mhpo_unit` takes out. Source: arXiv 2603.16929.
     """
-    del mask
-    psi = hp["bound"] * jnp.tanh(inputs.log_ratio / hp["bound"])
+    psi = hp["bound"] * jnp.tanh(x.log_ratio / hp["bound"])
     up = (jax.nn.softplus(psi) / hp["lambda_pos"]) ** hp["k_pos"]
     down = (jax.nn.softplus(-psi) / hp["lambda_neg"]) ** hp["k_neg"]
-    return hp["scale"] * jnp.exp(psi - sg(up + down)) * inputs.advantages
+    return hp["scale"] * jnp.exp(psi - sg(up + down)) * x.advantages
 
 
-def vespo(inputs: TokenInputs, mask: jax.Array, hp: dict) -> jax.Array:
+def vespo(x: TokenInputs, hp: dict) -> jax.Array:
     """VESPO: sg(φ(W))·A·log π_θ, φ = e^λ W^k e^{−λW} of the sequence's product ratio W.
 
     (k, λ) by the sign of A; values are those of the authors' code, not of its docstring.
     Source: arXiv 2602.10693.
     """
-    del mask
-    k = _signed(inputs.advantages, hp["k_pos"], hp["k_neg"])
-    rate = _signed(inputs.advantages, hp["lambda_pos"], hp["lambda_neg"])
-    weight = jnp.exp(rate + k * inputs.log_ratio - rate * jnp.exp(inputs.log_ratio))
-    return sg(weight) * inputs.advantages * inputs.logp
-
-
-def old_kl(inputs: TokenInputs, mask: jax.Array) -> jax.Array:
-    """An estimate of KL(π_old‖π_θ) from tokens of π_old: r − 1 − log r ≥ 0, per token, in nats."""
-    return masked.keep(jnp.expm1(inputs.log_ratio) - inputs.log_ratio, mask)
+    k = x.by_sign(hp["k_pos"], hp["k_neg"])
+    rate = x.by_sign(hp["lambda_pos"], hp["lambda_neg"])
+    weight = jnp.exp(rate + k * x.log_ratio - rate * x.ratio)
+    return sg(weight) * x.advantages * x.logp

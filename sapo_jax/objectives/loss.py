@@ -1,15 +1,11 @@
-"""Objectives as data: a gate, a ratio level, an aggregation and traced hyperparameters.
+"""The loss of an objective: mask → ratio → gate → aggregate → divide once.
 
 Every method here maximises an aggregate of surrogates whose gradient is Σ c·A·∇log π_θ;
-`policy_loss` returns its negative. Steps, in this order: mask log-probabilities → log-ratio →
-reduce to the ratio level → clip the reduced log-ratio to ±20 → exponentiate → gate → aggregate.
-Masking after the exponential would give NaN gradients at padding (0·∞).
+`policy_loss` returns its negative.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -17,100 +13,29 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sapo_jax import masked
-from sapo_jax.objectives import gates
-from sapo_jax.objectives.aggregations import aggregate, finish
-from sapo_jax.objectives.presets import DOMAINS, OBJECTIVES, Objective, switch
-from sapo_jax.objectives.ratios import LOG_RATIO_BOUND, LOGP_BOUND, RATIOS, bounded, kl_estimate
+from sapo_jax.objectives.aggregations import aggregate
+from sapo_jax.objectives.gates import TokenInputs
+from sapo_jax.objectives.kl import kl_estimate, kl_to_old
+from sapo_jax.objectives.presets import Objective, Switch, resolve
+from sapo_jax.objectives.ratios import LOG_RATIO_BOUND, RATIOS, bounded, clip_tokens, finite_logp
 from sapo_jax.types import Max, Min
 
-__all__ = [
-    "OBJECTIVES", "Objective", "coefficients", "finish", "policy_loss", "policy_terms", "resolve",
-    "switch", "token_inputs",
-]  # fmt: skip
 sg = jax.lax.stop_gradient
-
-
-def resolve(objective: str | Objective, **hyperparameters) -> Objective:
-    """A preset or an objective with some hyperparameters overridden (None keeps the preset's).
-
-    Raises:
-      ValueError: an unknown name, a hyperparameter that the objective lacks or that is required
-        and missing, a value out of its domain (traced values are not looked at).
-    """
-    name = objective if isinstance(objective, str) else "objective"
-    if isinstance(objective, str):
-        if objective not in OBJECTIVES:
-            near = difflib.get_close_matches(objective, OBJECTIVES, 1, 0)
-            raise ValueError(
-                f"objective={objective!r}: must be one of {', '.join(OBJECTIVES)}; "
-                f"the nearest is {near[0]!r}"
-            )
-        objective = OBJECTIVES[objective]
-    allowed = objective.hyperparameters
-    merged = dict(allowed)
-    for key in sorted(hyperparameters, key=lambda k: k.count(".")):  # a member's own come last
-        value = hyperparameters[key]
-        meant = [k for k in allowed if k == key or k.endswith(f".{key}")]
-        if not meant:
-            raise ValueError(f"{name} has no hyperparameter {key!r}; it has {', '.join(allowed)}")
-        merged |= dict.fromkeys(meant, value) if value is not None else {}
-    for key, value in merged.items():
-        check, text = _domain(objective, key)
-        if value is None:
-            raise ValueError(f"{name} needs the hyperparameter {key!r}: {text}")
-        if not isinstance(value, jax.core.Tracer) and not np.all(check(np.asarray(value))):
-            raise ValueError(f"{name}: {key}={value} must be {text}")
-    return dataclasses.replace(objective, hyperparameters=merged)
-
-
-def _domain(objective: Objective, key: str) -> tuple[Callable, str]:
-    """A test of a hyperparameter's value, and what it asks for in words."""
-    if key == "index":
-        last = len(objective.members) - 1
-        return lambda v: (v == np.int32(v)) & (v >= 0) & (v <= last), f"an integer in 0..{last}"
-    return DOMAINS.get(key.split(".")[-1], (lambda v: v == v, "a number"))
 
 
 def _of_the_chosen(function: Callable) -> Callable:
     """A function of an objective, applied to the member that a switch's index chooses."""
 
     @functools.wraps(function)
-    def call(objective: Objective, *arguments, **more):
-        if not objective.members:
+    def call(objective: Objective | Switch, *arguments, **more):
+        if isinstance(objective, Objective):
             return function(objective, *arguments, **more)
-        members = [objective.member(i) for i in range(len(objective.members))]
-        branches = [functools.partial(function, m, *arguments, **more) for m in members]
-        index = jnp.asarray(objective.hyperparameters["index"], jnp.int32)
-        return jax.lax.switch(index, branches)
+        branches = [functools.partial(function, m, *arguments, **more) for m in objective.members]
+        return jax.lax.switch(jnp.asarray(objective.index, jnp.int32), branches)
 
     return call
-
-
-@_of_the_chosen
-def coefficients(
-    objective: Objective, inputs: gates.TokenInputs, mask_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The coefficient c on A·∇log π_θ of each token, by differentiating the surrogate.
-
-    Returns:
-      (c f[B, T], counted bool[B, T]): c is known where A ≠ 0 under the mask; 0 elsewhere.
-    """
-    inputs = jax.tree.map(sg, inputs)
-
-    def total(shift_BT):
-        shifted = inputs._replace(
-            logp=inputs.logp + shift_BT, log_ratio=inputs.log_ratio + shift_BT
-        )
-        surrogate_BT = objective.gate(shifted, mask_BT, objective.hyperparameters)
-        return jnp.sum(masked.keep(surrogate_BT, mask_BT))
-
-    gradient_BT = jax.grad(total)(jnp.zeros_like(inputs.logp))
-    counted_BT = mask_BT & (inputs.advantages != 0)
-    safe_BT = jnp.where(counted_BT, inputs.advantages, 1)
-    return masked.keep(gradient_BT / safe_BT, counted_BT), counted_BT
 
 
 @_of_the_chosen
@@ -121,8 +46,8 @@ def token_inputs(
     advantages_B: jax.Array,
     mask_BT: jax.Array,
     segments_BT: jax.Array | None = None,
-) -> tuple[gates.TokenInputs, jax.Array]:
-    """What the gate sees, and where the reduced log-ratio was clipped (bool[B, T]).
+) -> tuple[TokenInputs, jax.Array]:
+    """What the gate sees, and where the reduced log-ratio was clipped to ±20 (bool[B, T]).
 
     Raises:
       ValueError, AssertionError: wrong dtypes or shapes.
@@ -136,14 +61,40 @@ def token_inputs(
     chex.assert_rank(advantages_B, {1, 2})
     advantages_BT = advantages_B if advantages_B.ndim == 2 else advantages_B[:, None]
     advantages_BT = masked.keep(jnp.broadcast_to(advantages_BT, logp_BT.shape), mask_BT)
-    logp_BT = masked.keep(bounded(logp_BT, LOGP_BOUND), mask_BT)
-    old_logp_BT = sg(masked.keep(bounded(old_logp_BT, LOGP_BOUND), mask_BT))
-    reduced_BT = RATIOS[objective.ratio](
-        logp_BT - old_logp_BT, mask_BT, segments_BT, advantages_BT, objective.hyperparameters
-    )
-    clipped_BT = mask_BT & (jnp.abs(reduced_BT) > LOG_RATIO_BOUND)
-    log_ratio_BT = masked.keep(bounded(reduced_BT, LOG_RATIO_BOUND), mask_BT)
-    return gates.TokenInputs(logp_BT, old_logp_BT, log_ratio_BT, advantages_BT), clipped_BT
+    logp_BT = finite_logp(logp_BT, mask_BT)
+    old_logp_BT = sg(finite_logp(old_logp_BT, mask_BT))
+    log_ratio_BT = logp_BT - old_logp_BT
+    if objective.ratio == "geo_clipped":
+        hp = objective.hyperparameters
+        log_ratio_BT = clip_tokens(log_ratio_BT, advantages_BT, hp["eps_low"], hp["eps_high"])
+    log_ratio_BT = RATIOS[objective.ratio](log_ratio_BT, mask_BT, segments_BT)
+    clipped_BT = mask_BT & (jnp.abs(log_ratio_BT) > LOG_RATIO_BOUND)
+    log_ratio_BT = masked.keep(bounded(log_ratio_BT), mask_BT)
+    return TokenInputs(logp_BT, old_logp_BT, log_ratio_BT, advantages_BT), clipped_BT
+
+
+@_of_the_chosen
+def coefficients(
+    objective: Objective, inputs: TokenInputs, mask_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The coefficient c on A·∇log π_θ of each token, by differentiating the surrogate.
+
+    Returns:
+      (c f[B, T], counted bool[B, T]): c is known where A ≠ 0 under the mask; 0 elsewhere.
+    """
+    inputs = jax.tree.map(sg, inputs)
+
+    def total(shift_BT):
+        shifted = inputs._replace(
+            logp=inputs.logp + shift_BT, log_ratio=inputs.log_ratio + shift_BT
+        )
+        surrogate_BT = objective.gate(shifted, objective.hyperparameters)
+        return jnp.sum(masked.keep(surrogate_BT, mask_BT))
+
+    gradient_BT = jax.grad(total)(jnp.zeros_like(inputs.logp))
+    counted_BT = mask_BT & (inputs.advantages != 0)
+    safe_BT = jnp.where(counted_BT, inputs.advantages, 1)
+    return masked.keep(gradient_BT / safe_BT, counted_BT), counted_BT
 
 
 @_of_the_chosen
@@ -165,19 +116,19 @@ def policy_terms(
     """
     mask_BT = mask_BT.astype(bool)
     hp = {k: jnp.asarray(v, logp_BT.dtype) for k, v in objective.hyperparameters.items()}
-    objective = dataclasses.replace(objective, hyperparameters=hp)
+    objective = objective.with_hyperparameters(hp)
     inputs, clipped_BT = token_inputs(
         objective, logp_BT, old_logp_BT, advantages_B, mask_BT, segments_BT
     )
-    loss_BT = -objective.gate(inputs, mask_BT, hp)
+    loss_BT = -objective.gate(inputs, hp)
     if weights_BT is not None:
         loss_BT = loss_BT * sg(masked.keep(weights_BT, mask_BT))
-    terms = {}
+    kl_old_BT = kl_to_old(inputs.log_ratio)
     if objective.kl_against == "old":
-        loss_BT = loss_BT + hp["kl_coef"] * gates.old_kl(inputs, mask_BT)
+        loss_BT = loss_BT + hp["kl_coef"] * kl_old_BT
+    terms = {"policy/kl_old": masked.mean(sg(kl_old_BT), mask_BT)}
     if ref_logp_BT is not None:
-        ref_logp_BT = masked.keep(bounded(ref_logp_BT, LOGP_BOUND), mask_BT)
-        kl_BT = kl_estimate(inputs.logp, ref_logp_BT, kl)
+        kl_BT = kl_estimate(inputs.logp, finite_logp(ref_logp_BT, mask_BT), kl)
         if objective.kl_against == "ref":
             loss_BT = loss_BT + hp["kl_coef"] * kl_BT
         terms["policy/kl_ref"] = masked.mean(sg(kl_BT), mask_BT)
@@ -194,7 +145,7 @@ def policy_terms(
 def _gate_metrics(objective, inputs, clipped_BT, mask_BT) -> dict[str, Any]:
     c_BT, counted_BT = coefficients(objective, inputs, mask_BT)
     c_BT = jnp.where(clipped_BT, 0, c_BT)
-    r_BT = jnp.exp(sg(inputs.log_ratio))
+    r_BT = sg(inputs.ratio)
     one = jnp.ones((), r_BT.dtype)
     return {
         "policy/ratio_max": Max(jnp.max(jnp.where(mask_BT, r_BT, -jnp.inf))),
@@ -202,12 +153,11 @@ def _gate_metrics(objective, inputs, clipped_BT, mask_BT) -> dict[str, Any]:
         "policy/gate_mean": masked.mean(c_BT / r_BT, counted_BT),
         "policy/clipped": masked.mean((c_BT == 0) * one, counted_BT),
         "policy/log_ratio_clipped": masked.mean(clipped_BT * one, mask_BT),
-        "policy/kl_old": masked.mean(sg(gates.old_kl(inputs, mask_BT)), mask_BT),
     }
 
 
 def policy_loss(
-    objective: str | Objective,
+    objective: str | Objective | Switch,
     logp_BT: jax.Array,
     old_logp_BT: jax.Array,
     advantages_B: jax.Array,
@@ -224,7 +174,7 @@ def policy_loss(
     Source: SAPO, arXiv 2511.20347, Eq. 5; the other objectives name theirs in `gates`.
 
     Args:
-      objective: a name in OBJECTIVES, or an Objective.
+      objective: a name in OBJECTIVES, an Objective, or a Switch.
       logp_BT: f32 or f64 [B, T], log π_θ of the tokens in nats; the loss is differentiable in it.
       old_logp_BT: of the same shape and dtype, log π_old.
       advantages_B: [B] or [B, T], same dtype.
@@ -245,16 +195,8 @@ def policy_loss(
     objective = resolve(objective, **hyperparameters)
     if ref_logp_BT is None and objective.needs_reference:
         raise ValueError("kl_coef ≠ 0 needs ref_logp_BT, the reference's log-probabilities")
-    return finish(
-        policy_terms(
-            objective,
-            logp_BT,
-            old_logp_BT,
-            advantages_B,
-            mask_BT,
-            ref_logp_BT=ref_logp_BT,
-            kl=kl,
-            weights_BT=weights_BT,
-            segments_BT=segments_BT,
-        )
-    )
+    terms = policy_terms(
+        objective, logp_BT, old_logp_BT, advantages_B, mask_BT,
+        ref_logp_BT=ref_logp_BT, kl=kl, weights_BT=weights_BT, segments_BT=segments_BT,
+    )  # fmt: skip
+    return masked.finish(terms)

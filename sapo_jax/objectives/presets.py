@@ -1,8 +1,8 @@
-"""Objectives as data: the dataclass, the domains of hyperparameters, and the table of presets."""
+"""Objectives as data: what one is, the table of presets, and choices between several."""
 
 from __future__ import annotations
 
-import dataclasses
+import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,18 +18,12 @@ from sapo_jax.objectives.ratios import RATIOS
 _POSITIVE = (lambda v: v > 0, "a number > 0")
 _NOT_NEGATIVE = (lambda v: v >= 0, "a number ≥ 0")
 DOMAINS = {
-    "tau": _POSITIVE,
-    "tau_pos": _POSITIVE,
-    "tau_neg": _POSITIVE,
-    "eps_low": _NOT_NEGATIVE,
-    "eps_high": _NOT_NEGATIVE,
-    "kl_coef": _NOT_NEGATIVE,
-    **dict.fromkeys(("sigma", "bound", "scale"), _POSITIVE),
+    **dict.fromkeys(("tau", "tau_pos", "tau_neg", "sigma", "bound", "scale"), _POSITIVE),
     **dict.fromkeys(("k_pos", "k_neg", "lambda_pos", "lambda_neg"), _POSITIVE),
-    **dict.fromkeys(("alpha", "beta"), _NOT_NEGATIVE),
+    **dict.fromkeys(("eps_low", "eps_high", "kl_coef", "alpha", "beta"), _NOT_NEGATIVE),
     "dual_clip": (lambda v: v > 1, "a number > 1 (inf switches it off)"),
     "max_length": (lambda v: v >= 1, "a number ≥ 1"),
-}
+}  # hyperparameter: a test of its value, and what that asks for in words
 
 
 @struct.dataclass
@@ -43,96 +37,119 @@ class Objective:
       hyperparameters: name → scalar; None where the user has to give one.
       kl_against: what the KL penalty holds the policy to: "ref", the reference policy given as
         ``ref_logp_BT``, or "old", the policy that sampled.
-      members: of a switch (see `switch`), its objectives by name, their hyperparameters taken out;
-        its own ``aggregation``, where it has one, replaces theirs.
     """
 
-    gate: Callable | None = struct.field(pytree_node=False)
-    ratio: str | None = struct.field(pytree_node=False)
-    aggregation: str | None = struct.field(pytree_node=False)
+    gate: Callable = struct.field(pytree_node=False)
+    ratio: str = struct.field(pytree_node=False)
+    aggregation: str = struct.field(pytree_node=False)
     hyperparameters: dict[str, Any]
     kl_against: str = struct.field(pytree_node=False, default="ref")
-    members: tuple[tuple[str, Objective], ...] = struct.field(pytree_node=False, default=())
 
     def __post_init__(self):
         for field, allowed in (
             ("ratio", RATIOS), ("aggregation", AGGREGATIONS), ("kl_against", ("ref", "old"))
         ):  # fmt: skip
             value = getattr(self, field)
-            if value not in allowed and not (self.members and value is None):
+            if value not in allowed:
                 raise ValueError(f"{field}={value!r}: must be one of {', '.join(allowed)}")
 
-    def member(self, index: int) -> Objective:
-        """One of a switch's objectives, with the hyperparameters that the switch holds for it."""
-        name, bare = self.members[index]
-        held = self.hyperparameters.items()
-        own = {k.removeprefix(name + "."): v for k, v in held if k.startswith(name + ".")}
-        aggregation = self.aggregation or bare.aggregation
-        return dataclasses.replace(bare, aggregation=aggregation, hyperparameters=own)
+    def with_hyperparameters(self, values: Mapping[str, Any]) -> Objective:
+        """The same with other values."""
+        return self.replace(hyperparameters=dict(values))
+
+    def domain(self, key: str) -> tuple[Callable, str]:
+        """A test of a hyperparameter's value, and what it asks for in words."""
+        return DOMAINS.get(key, (lambda v: v == v, "a number"))
 
     @property
     def needs_reference(self) -> bool:
         """Whether a KL penalty holds the policy to π_ref; False where its weight is traced."""
-        if self.members:
-            return any(self.member(i).needs_reference for i in range(len(self.members)))
         kl_coef = self.hyperparameters["kl_coef"]
         known = not isinstance(kl_coef, jax.core.Tracer)
         return self.kl_against == "ref" and known and bool(np.any(kl_coef != 0))
 
 
-def _preset(gate, ratio, aggregation, kl_against="ref", **hyperparameters) -> Objective:
-    hyperparameters = {"kl_coef": 0.0, **hyperparameters}
-    return Objective(gate, ratio, aggregation, hyperparameters, kl_against)
+@struct.dataclass
+class Switch:
+    """Several objectives, of which a traced index chooses; made by `switch`.
+
+    It is used like an Objective, with the hyperparameters ``index`` and ``<member>.<name>``.
+    """
+
+    names: tuple[str, ...] = struct.field(pytree_node=False)
+    members: tuple[Objective, ...]
+    index: jax.Array | int = 0
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The index, and those of all members."""
+        pairs = zip(self.names, self.members, strict=True)
+        held = {f"{n}.{k}": v for n, o in pairs for k, v in o.hyperparameters.items()}
+        return {"index": self.index, **held}
+
+    def with_hyperparameters(self, values: Mapping[str, Any]) -> Switch:
+        """The same with other values."""
+        members = tuple(
+            member.replace(hyperparameters={k: values[f"{n}.{k}"] for k in member.hyperparameters})
+            for n, member in zip(self.names, self.members, strict=True)
+        )
+        return self.replace(members=members, index=values["index"])
+
+    def domain(self, key: str) -> tuple[Callable, str]:
+        """As `Objective.domain`."""
+        last = len(self.members) - 1
+        if key == "index":
+            return lambda v: (v == np.int32(v)) & (v >= 0) & (v <= last), f"an integer in 0..{last}"
+        return self.members[0].domain(key.split(".")[-1])
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any member does."""
+        return any(member.needs_reference for member in self.members)
 
 
-def _clipped(ratio: str, aggregation: str, eps_low: float, eps_high: float, **more) -> Objective:
-    hyperparameters = {"eps_low": eps_low, "eps_high": eps_high, "dual_clip": float("inf"), **more}
-    return _preset(gates.clip, ratio, aggregation, **hyperparameters)
+def _preset(gate, ratio, aggregation, *, kl_against="ref", kl_coef=0.0, **more) -> Objective:
+    return Objective(gate, ratio, aggregation, {"kl_coef": kl_coef, **more}, kl_against)
 
 
+def _band(eps_low: float, eps_high: float) -> dict[str, float]:
+    return {"eps_low": eps_low, "eps_high": eps_high, "dual_clip": float("inf")}
+
+
+_MHPO = {"bound": 1.5, "k_pos": 1.5, "lambda_pos": 1.0, "k_neg": 2.0, "lambda_neg": 0.8}
 # The coefficient of MHPO at r = 1, e^{−ζ} with ζ = (log 2)^1.5 + (log 2 / 0.8)².
 _MHPO_AT_1 = math.exp(-(math.log(2) ** 1.5) - (math.log(2) / 0.8) ** 2)
 
-
-def _mhpo(scale: float) -> Objective:
-    shape = {"bound": 1.5, "k_pos": 1.5, "lambda_pos": 1.0, "k_neg": 2.0, "lambda_neg": 0.8}
-    return _preset(gates.mhpo, "token", "seq_mean", scale=scale, **shape)
-
-
-def _vespo(**hyperparameters) -> Objective:
-    return _preset(gates.vespo, "product", "token_mean", **hyperparameters)
-
-
+# A row each: gate, ratio level, aggregation, hyperparameters.
 OBJECTIVES: dict[str, Objective] = {
     "sapo": _preset(gates.sapo, "token", "seq_mean", tau_pos=1.0, tau_neg=1.05),
-    **{
-        name: _preset(getattr(gates, name), "token", "seq_mean", tau_pos=1.0, tau_neg=1.05)
-        for name in ("sapo_erf", "sapo_arctan", "sapo_softsign")
-    },
-    "grpo": _clipped("token", "seq_mean", 0.2, 0.2),
-    "gspo": _clipped("sequence", "seq_mean", 3e-4, 4e-4),
-    "gspo_token": _clipped("sequence_token", "seq_mean", 3e-4, 4e-4),
-    "dapo": _clipped("token", "token_mean", 0.2, 0.28),
-    "dr_grpo": _clipped("token", "const_len", 0.2, 0.2, max_length=None),
-    "ppo": _clipped("token", "token_mean", 0.2, 0.2),
+    "sapo_erf": _preset(gates.sapo_erf, "token", "seq_mean", tau_pos=1.0, tau_neg=1.05),
+    "sapo_arctan": _preset(gates.sapo_arctan, "token", "seq_mean", tau_pos=1.0, tau_neg=1.05),
+    "sapo_softsign": _preset(gates.sapo_softsign, "token", "seq_mean", tau_pos=1.0, tau_neg=1.05),
+    "grpo": _preset(gates.clip, "token", "seq_mean", **_band(0.2, 0.2)),
+    "gspo": _preset(gates.clip, "sequence", "seq_mean", **_band(3e-4, 4e-4)),
+    "gspo_token": _preset(gates.clip, "sequence_token", "seq_mean", **_band(3e-4, 4e-4)),
+    "dapo": _preset(gates.clip, "token", "token_mean", **_band(0.2, 0.28)),
+    "dr_grpo": _preset(gates.clip, "token", "const_len", **_band(0.2, 0.2), max_length=None),
+    "ppo": _preset(gates.clip, "token", "token_mean", **_band(0.2, 0.2)),
     "cispo": _preset(gates.cispo, "token", "token_mean", eps_low=1.0, eps_high=4.0),
-    "p3o": _preset(gates.p3o, "token", "seq_mean", kl_against="old", tau=4.0, kl_coef=0.1),
+    "p3o": _preset(gates.p3o, "token", "seq_mean", tau=4.0, kl_coef=0.1, kl_against="old"),
     "reinforce": _preset(gates.reinforce, "token", "seq_mean"),
     "gmpo": _preset(gates.importance, "geo_clipped", "seq_mean", eps_low=0.4, eps_high=0.4),
-    "luspo": _clipped("sequence", "seq_sum", 3e-4, 4e-4),
+    "luspo": _preset(gates.clip, "sequence", "seq_sum", **_band(3e-4, 4e-4)),
     "maspo": _preset(gates.maspo, "token", "token_mean", sigma=1.0, alpha=0.3, beta=0.03),
-    "mhpo": _mhpo(1.0),
-    "mhpo_unit": _mhpo(1 / _MHPO_AT_1),
-    "vespo": _vespo(k_pos=2.0, lambda_pos=3.0, k_neg=3.0, lambda_neg=2.0),
+    "mhpo": _preset(gates.mhpo, "token", "seq_mean", scale=1.0, **_MHPO),
+    "mhpo_unit": _preset(gates.mhpo, "token", "seq_mean", scale=1 / _MHPO_AT_1, **_MHPO),
+    "vespo": _preset(
+        gates.vespo, "product", "token_mean", k_pos=2.0, lambda_pos=3.0, k_neg=3.0, lambda_neg=2.0
+    ),
 }
 
 
-def switch(objectives: Sequence[str] | Mapping[str, Objective]) -> Objective:
+def switch(objectives: Sequence[str] | Mapping[str, Objective]) -> Switch:
     """Several objectives as one, of which the traced hyperparameter ``index`` chooses.
 
-    Its hyperparameters are ``index`` and those of its members as ``<member>.<name>``. An override
-    without a member's name ("tau_neg") goes to every member that has one of that name. Runs of
-    different objectives share one executable; under `jax.vmap` all members are computed.
+    Runs of different objectives share one executable; under `jax.vmap` all members are computed.
 
     Args:
       objectives: names of presets, or objectives by names of yours; ``index`` counts them.
@@ -149,6 +166,38 @@ def switch(objectives: Sequence[str] | Mapping[str, Objective]) -> Objective:
         objectives = {name: OBJECTIVES[name] for name in objectives}
     if not objectives or any("." in name for name in objectives):
         raise ValueError(f"switch({list(objectives)}): needs objectives, with no dot in a name")
-    members = tuple((n, o.replace(hyperparameters=())) for n, o in objectives.items())
-    held = {f"{n}.{k}": v for n, o in objectives.items() for k, v in o.hyperparameters.items()}
-    return Objective(None, None, None, {"index": 0, **held}, members=members)
+    return Switch(tuple(objectives), tuple(objectives.values()))
+
+
+def resolve(objective: str | Objective | Switch, **hyperparameters) -> Objective | Switch:
+    """A preset or an objective with some hyperparameters overridden (None keeps the preset's).
+
+    Of a switch, a name without a member's ("tau_neg") goes to every member that has one of it.
+
+    Raises:
+      ValueError: an unknown name, a hyperparameter that the objective lacks or that is required
+        and missing, a value out of its domain (traced values are not looked at).
+    """
+    name = objective if isinstance(objective, str) else "objective"
+    if isinstance(objective, str):
+        if objective not in OBJECTIVES:
+            near = difflib.get_close_matches(objective, OBJECTIVES, 1, 0)
+            raise ValueError(
+                f"objective={objective!r}: must be one of {', '.join(OBJECTIVES)}; "
+                f"the nearest is {near[0]!r}"
+            )
+        objective = OBJECTIVES[objective]
+    values = dict(objective.hyperparameters)
+    for key in sorted(hyperparameters, key=lambda k: k.count(".")):  # a member's own come last
+        meant = [k for k in values if k == key or k.endswith(f".{key}")]
+        if not meant:
+            raise ValueError(f"{name} has no hyperparameter {key!r}; it has {', '.join(values)}")
+        if hyperparameters[key] is not None:
+            values |= dict.fromkeys(meant, hyperparameters[key])
+    for key, value in values.items():
+        check, text = objective.domain(key)
+        if value is None:
+            raise ValueError(f"{name} needs the hyperparameter {key!r}: {text}")
+        if not isinstance(value, jax.core.Tracer) and not np.all(check(np.asarray(value))):
+            raise ValueError(f"{name}: {key}={value} must be {text}")
+    return objective.with_hyperparameters(values)

@@ -46,6 +46,11 @@ def parse(topology: str) -> tuple[str, int]:
     return found[1], math.prod(int(n) for n in found[2].split("x"))
 
 
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology; see `parse`."""
+    return CHIPS[parse(topology)[0]]
+
+
 def devices(topology: str) -> tuple[list[Any], bool]:
     """The devices of a topology, and whether programs for them are compiled as for TPU.
 

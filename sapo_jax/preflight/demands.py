@@ -33,7 +33,7 @@ class Check(NamedTuple):
         return self.value <= self.limit
 
 
-def _split(settings: Settings, axis: str, size: int, *, fsdp: bool) -> int:
+def _part(settings: Settings, axis: str, size: int, *, fsdp: bool) -> int:
     """What a device has of a dimension, or would have if `fsdp` split nothing."""
     mesh = settings.mesh
     over = [a for a in sharding.TABLE[axis][0] if fsdp or a != "fsdp"] if mesh else []
@@ -48,8 +48,8 @@ def _sizes(shape: Iterable[int]) -> list[int]:
 def logits_rows(buffers: Iterable[costs.Buffer], settings: Settings) -> int:
     """Rows of the largest buffer over the vocabulary that does not have a parameter's shape."""
     config = settings.model
-    part = _split(settings, "vocab", config.vocab_size, fsdp=True)
-    width = _split(settings, "embed", config.hidden_size, fsdp=True)
+    part = _part(settings, "vocab", config.vocab_size, fsdp=True)
+    width = _part(settings, "embed", config.hidden_size, fsdp=True)
     shapes = itertools.product((part, config.vocab_size), (width, config.hidden_size))
     weights = [_sizes(shape) for shape in shapes]
     found = (hlo.dimensions(b.shape) for b in buffers)
@@ -60,7 +60,7 @@ def logits_rows(buffers: Iterable[costs.Buffer], settings: Settings) -> int:
 def _gathered(spec: params.Spec, settings: Settings) -> list[list[int]]:
     """The sizes of a buffer with a parameter of all layers, whole along `fsdp`."""
     sizes = [
-        _split(settings, axis, n, fsdp=False) if axis in sharding.TABLE else n
+        _part(settings, axis, n, fsdp=False) if axis in sharding.TABLE else n
         for axis, n in zip(spec.axes, spec.shape, strict=True)
     ]
     found = [_sizes((len(spec.layers), *sizes))]

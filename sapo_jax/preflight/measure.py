@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from sapo_jax.model import moe, params, splash
 from sapo_jax.parallel import sharding
 from sapo_jax.preflight import chips, costs, demands, hlo, programs
 from sapo_jax.preflight.programs import Program
-from sapo_jax.training import settings
+from sapo_jax.training.settings import Settings
 
 FIELDS = ("count", "once", "bytes", "largest")  # of collectives: "once" is each turn's bytes
 
@@ -53,14 +54,14 @@ def _attention(matmuls: int) -> costs.Kernel:
     return count
 
 
-def kernels(checked: settings.Settings, program: Program) -> dict[str, costs.Kernel]:
+def kernels(settings: Settings, program: Program) -> dict[str, costs.Kernel]:
     """FLOPs of the Pallas kernels, by how their names start.
 
     Which rows of a grouped matmul are computed depends on the routing: here every expert is chosen
     as often as the others.
     """
-    config, devices = checked.model, 1 if checked.mesh is None else checked.mesh.shape["expert"]
-    tokens = program.tokens // sharding.parts(checked.mesh) * devices
+    config, devices = settings.model, 1 if settings.mesh is None else settings.mesh.shape["expert"]
+    tokens = program.tokens // sharding.parts(settings.mesh) * devices
     experts, k = config.num_experts, config.num_experts_per_tok
 
     def grouped(instruction: hlo.Instruction, computation: hlo.Computation) -> float:
@@ -76,10 +77,10 @@ def kernels(checked: settings.Settings, program: Program) -> dict[str, costs.Ker
     }  # fmt: skip
 
 
-def _moved(checked: settings.Settings, name: str, found: list[costs.Collective]) -> list[dict]:
+def _collectives(settings: Settings, name: str, found: list[costs.Collective]) -> list[dict]:
     """Collectives by kind, inside and outside of the loop over layers."""
-    repeats = {stack.repeats for stack in params.layer_stacks(checked.model)}
-    around = int(name in ("score", "update") and checked.hp.static.micro_batches > 1)
+    repeats = {stack.repeats for stack in params.layer_stacks(settings.model)}
+    around = int(name in ("score", "update") and settings.hp.static.micro_batches > 1)
     rows: dict[tuple, dict] = {}
     for c in found:
         inside = len(c.loops) > around and c.loops[around] in repeats
@@ -94,22 +95,21 @@ def _moved(checked: settings.Settings, name: str, found: list[costs.Collective])
 def _memory(program: Program, compiled: Any) -> dict[str, Any]:
     """Bytes on a chip by kind; "total" is what the compiler has given away, padding included."""
     stats = compiled.memory_analysis()
+    sizes = [
+        {kind: programs.bytes_per_chip(tree) for kind, tree in trees.items()}
+        for trees in (program.arguments, program.resident, program.result)
+    ]
     kinds: collections.Counter[str] = collections.Counter()
-    for trees in (program.arguments, program.resident, program.result):
-        kinds.update({kind: programs.bytes_per_chip(tree) for kind, tree in trees.items()})
-    resident, result = (
-        sum(programs.bytes_per_chip(tree) for tree in trees.values())
-        for trees in (program.resident, program.result)
-    )
+    for each in sizes:
+        kinds.update(each)
+    _, resident, result = (sum(each.values()) for each in sizes)
     fresh = stats.output_size_in_bytes - stats.alias_size_in_bytes
     needed = stats.temp_size_in_bytes + stats.generated_code_size_in_bytes + fresh
     total = stats.argument_size_in_bytes + needed + resident
     return {"kinds": dict(kinds), "temporaries": needed - result, "total": total}
 
 
-def measure(
-    checked: settings.Settings, name: str, program: Program, chip: chips.Chip
-) -> dict[str, Any]:
+def measure(settings: Settings, name: str, program: Program, chip: chips.Chip) -> dict[str, Any]:
     """Compile a program and say what it takes on each chip.
 
     Raises:
@@ -121,9 +121,9 @@ def measure(
     parsed = hlo.parse(compiled.as_text())
     buffers = costs.buffers(parsed)
     parsed = hlo.turn(parsed) if program.one_turn else parsed
-    devices = 1 if checked.mesh is None else checked.mesh.size
-    flops = costs.flops(parsed, unknown=program.turns, kernels=kernels(checked, program))
-    moved = _moved(checked, name, costs.collectives(parsed, unknown=program.turns))
+    devices = 1 if settings.mesh is None else settings.mesh.size
+    flops = costs.flops(parsed, unknown=program.turns, kernels=kernels(settings, program))
+    moved = _collectives(settings, name, costs.collectives(parsed, unknown=program.turns))
     traffic = costs.memory_bytes(parsed, unknown=program.turns)
     linked = sum(row["bytes"] * (1 + (row["kind"] == "all-reduce")) for row in moved)
     bounds = {
@@ -140,8 +140,8 @@ def measure(
         "bytes": traffic,
         "collectives": moved,
         "largest_buffers": [b._asdict() for b in buffers[:12]],
-        "logits_rows": demands.logits_rows(buffers, checked),
-        "gathered_share": demands.gathered_share(buffers, checked),
+        "logits_rows": demands.logits_rows(buffers, settings),
+        "gathered_share": demands.gathered_share(buffers, settings),
         "bounds": bounds,
         "step_seconds": step,
         "mfu": model_flops / step / chip.flops,
@@ -157,18 +157,18 @@ def _too_large(error: jax.errors.JaxRuntimeError) -> str:
     return str(error).splitlines()[0]
 
 
-def largest_micro_batch(checked: settings.Settings, chip: chips.Chip) -> list[dict[str, Any]]:
+def largest_micro_batch(settings: Settings, chip: chips.Chip) -> list[dict[str, Any]]:
     """Compile the update with larger and larger micro-batches, until one does not fit.
 
     Returns:
       For each that was tried: rows on a chip, bytes ("total" None where the compiler refused), and
       whether it fits with room to spare.
     """
-    rows = checked.rows // checked.config.batch.minibatches // sharding.parts(checked.mesh)
+    rows = settings.rows // settings.config.batch.minibatches // sharding.parts(settings.mesh)
     tried = []
     for local in (n for n in range(1, rows + 1) if rows % n == 0):
-        hp = checked.hp.replace(micro_batches=rows // local)
-        other = dataclasses.replace(checked, hp=hp)
+        hp = settings.hp.replace(micro_batches=rows // local)
+        other = dataclasses.replace(settings, hp=hp)
         try:
             program = programs.programs(other)["update"]
             total = measure(other, "update", program, chip)["memory"]["total"]
@@ -182,13 +182,19 @@ def largest_micro_batch(checked: settings.Settings, chip: chips.Chip) -> list[di
     return tried
 
 
-def report(checked: settings.Settings, topology: str, only: list[str] | None, tpu: bool) -> dict:
-    """Measure programs, and what is demanded of them.
+def report(
+    settings: Settings,
+    topology: str,
+    only: Sequence[str] | None = None,
+    *,
+    tpu: bool,
+) -> dict[str, Any]:
+    """Measure programs, all of them by default, and what is demanded of them.
 
     Raises:
       ValueError: a program that the run does not have.
     """
-    chip, found = chips.CHIPS[chips.parse(topology)[0]], programs.programs(checked)
+    chip, found = chips.chip_of(topology), programs.programs(settings)
     if unknown := set(only or ()) - set(found):
         raise ValueError(f"--programs: {min(unknown)!r} must be one of {', '.join(found)}")
     results, refused = [], {}
@@ -196,13 +202,13 @@ def report(checked: settings.Settings, topology: str, only: list[str] | None, tp
         if only is None or name in only:
             print(f"compiling: {name}", file=sys.stderr, flush=True)
             try:
-                results.append(measure(checked, name, program, chip))
+                results.append(measure(settings, name, program, chip))
             except jax.errors.JaxRuntimeError as error:
                 refused[name] = _too_large(error)
-    checks = demands.checks(checked, results, chip.hbm)
-    mesh = {} if checked.mesh is None else checked.mesh.shape
+    checks = demands.checks(settings, results, chip.hbm)
+    mesh = {} if settings.mesh is None else settings.mesh.shape
     return {
-        "name": checked.config.name,
+        "name": settings.config.name,
         "topology": topology,
         "tpu": tpu,
         "mesh": sharding.describe({axis: n for axis, n in mesh.items() if n > 1}) or "one device",

@@ -19,12 +19,12 @@ from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 from sapo_jax import learner
 from sapo_jax.model import moe, params
 from sapo_jax.parallel import sharding
-from sapo_jax.sampler import decode, sampling
-from sapo_jax.sampler import weights as handover
+from sapo_jax.sampler import SamplerParams, decode, decode_state, sampling, weights
 from sapo_jax.training.settings import Settings
 from sapo_jax.types import Batch, Prompts, TrainState
 
-ROWS, WHOLE = sharding.spec("rows"), PartitionSpec()
+Abstract = jax.ShapeDtypeStruct
+ROWS = sharding.spec("rows")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,21 +34,21 @@ class Program:
     Attributes:
       lower: traces it; the result compiles for the platform of the run's mesh.
       arguments: what it is given, by kind.
-      resident: what lies in memory meanwhile, by kind.
-      result: what it leaves, by kind, where that is not an argument updated in place.
+      runs: how often an iteration calls it (decode steps: of completions of full length).
       tokens: of one pass through the layers, on all devices together.
       turns: of a loop whose length is known at run time only: the chunks of the head.
-      one_turn: whether what it executes is told of one turn of its loop, a decode step.
+      one_turn: its costs are those of one turn of its loop, a decode step.
+      resident: what lies in memory meanwhile, by kind.
+      result: what it leaves, by kind, where that is not an argument updated in place.
       model_flops: of the model, on all devices together; nothing that is computed again.
-      runs: how often an iteration calls it (decode steps: of completions of full length).
     """
 
     lower: Callable[[], jax.stages.Lowered]
     arguments: dict[str, Any]
-    tokens: int
-    turns: int
-    model_flops: float
     runs: float
+    tokens: int = 0
+    turns: int = 1
+    model_flops: float = 0.0
     one_turn: bool = False
     resident: dict[str, Any] = dataclasses.field(default_factory=dict)
     result: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -61,10 +61,10 @@ def placed(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
     """
     if mesh is None:
         place = SingleDeviceSharding(jax.devices()[0])
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+        return jax.tree.map(lambda x: Abstract(x.shape, x.dtype, sharding=place), tree)
     specs = jax.tree.broadcast(specs, tree, is_leaf=lambda s: isinstance(s, PartitionSpec))
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.named(mesh, s)),
+        lambda x, s: Abstract(x.shape, x.dtype, sharding=sharding.named(mesh, s)),
         tree, specs,
     )  # fmt: skip
 
@@ -74,7 +74,7 @@ def fed(tree: Any, mesh: Mesh | None) -> Any:
     return tree if mesh is None else placed(tree, mesh, ROWS)
 
 
-def _chip_bytes(x: jax.ShapeDtypeStruct) -> int:
+def _chip_bytes(x: Abstract) -> int:
     shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
     key = jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
     return math.prod(shape) * (8 if key else x.dtype.itemsize)
@@ -89,19 +89,19 @@ def abstract_batch(settings: Settings, *, scored: bool) -> Batch:
     """A minibatch, as it is before scoring or as an update takes it."""
     rows = settings.rows // settings.config.batch.minibatches
     s, shape = settings.width + settings.max_new_tokens, settings.model
-    floats = jax.ShapeDtypeStruct((rows, s), jnp.float32)
-    integers = jax.ShapeDtypeStruct((rows, s), jnp.int32)
+    floats = Abstract((rows, s), jnp.float32)
+    integers = Abstract((rows, s), jnp.int32)
     routing = None
     if shape.num_experts:
         choice = (len(shape.sparse_layers), shape.num_experts_per_tok)
-        routing = jax.ShapeDtypeStruct((rows, s, *choice), moe.id_dtype(shape))
+        routing = Abstract((rows, s, *choice), moe.id_dtype(shape))
     batch = Batch(
         tokens=integers,
-        mask=jax.ShapeDtypeStruct((rows, s), jnp.bool),
+        mask=Abstract((rows, s), jnp.bool),
         segments=integers,
         sampler_logp=floats,
         old_logp=floats,
-        advantages=jax.ShapeDtypeStruct((rows,), jnp.float32),
+        advantages=Abstract((rows,), jnp.float32),
         ref_logp=floats if scored and settings.needs_reference else None,
         weights=floats if scored and settings.bounds else None,
         routing=routing,
@@ -116,95 +116,88 @@ def _drawn(settings: Settings) -> int:
 
 def abstract_prompts(settings: Settings) -> Prompts:
     """The prompts of an iteration."""
-    p = _drawn(settings)
-    shapes = ((p, settings.width), jnp.int32), ((p,), jnp.int32), ((p,), jnp.uint32)
-    made = Prompts(*(jax.ShapeDtypeStruct(*x) for x in (*shapes, ((p,), jnp.int32))))
+    p, integers = _drawn(settings), jnp.int32
+    made = Prompts(
+        tokens=Abstract((p, settings.width), integers), length=Abstract((p,), integers),
+        id=Abstract((p,), jnp.uint32), task=Abstract((p,), integers),
+    )  # fmt: skip
     return fed(made, settings.mesh)
 
 
-def abstract_decoding(settings: Settings, cache: int = -1) -> decode.Decoding:
+def abstract_decoding(settings: Settings, cache: int = -1) -> decode_state.DecodeState:
     """The decode loop's state with all its slots and the largest cache, or an earlier one."""
     plan, mesh = settings.plan, settings.mesh
-    sizes = (plan.slots[0], plan.cache[cache], _drawn(settings), settings.width,
-             settings.config.batch.group_size, settings.max_new_tokens)  # fmt: skip
-    empty = jax.eval_shape(lambda: decode.empty(settings.model, *sizes, mesh))
-    return placed(empty, mesh, decode.specs())
+    shape = decode_state.Shape(
+        plan.slots[0], plan.cache[cache], _drawn(settings), settings.width,
+        settings.config.batch.group_size, settings.max_new_tokens,
+    )  # fmt: skip
+    empty = jax.eval_shape(lambda: decode_state.empty(settings.model, shape, mesh))
+    return placed(empty, mesh, decode_state.partition_specs())
 
 
-def abstract_sampler(settings: Settings) -> Any:
+def abstract_sampler(settings: Settings) -> SamplerParams:
     """The sampler's parameters."""
     config = settings.model
-    shapes = jax.eval_shape(lambda w: handover.convert(w, config), params.abstract(config))
-    return placed(shapes, settings.mesh, handover.specs(config))
+    shapes = jax.eval_shape(lambda x: weights.convert(x, config), params.abstract(config))
+    return placed(shapes, settings.mesh, weights.partition_specs(config))
 
 
-def _layer_flops(settings: Settings) -> int:
-    """Forward FLOPs of a token in the layers' matmuls: 2 for each parameter that it meets."""
+def forward_flops(settings: Settings, tokens: int, keys: float, logits: int) -> float:
+    """Of the model: tokens through the layers, each attending to so many keys, and rows of logits.
+
+    2 for each parameter that a token meets in a matmul, experts by their share.
+    """
     config = settings.model
     share = config.num_experts_per_tok / max(1, config.num_experts)
-    return 2 * sum(
+    layers = 2 * sum(
         int(math.prod(spec.shape) * len(spec.layers) * (share if "experts" in spec.axes else 1))
         for spec in params.layer_table(config).values()
         if spec.fan_in
     )
-
-
-def _attention_flops(settings: Settings, keys: float) -> float:
-    """Forward FLOPs of a token that attends to so many."""
-    config = settings.model
-    return 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
-
-
-def _head_flops(settings: Settings) -> int:
-    return 2 * settings.model.vocab_size * settings.model.hidden_size
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
+    return tokens * (layers + attention) + logits * 2 * config.vocab_size * config.hidden_size
 
 
 def _abstract_state(settings: Settings) -> TrainState:
     """The learner's state, and on one device its place."""
-    return placed(
-        learner.abstract(settings.hp), settings.mesh, learner.partition_specs(settings.hp)
-    )
+    hp = settings.hp
+    return placed(learner.abstract(hp), settings.mesh, learner.partition_specs(hp))
 
 
 def _reference(settings: Settings) -> dict[str, Any]:
     """The reference policy, where a KL penalty needs it: it stays in memory throughout."""
-    weights = _abstract_state(settings).params
-    return {"reference": weights} if settings.needs_reference else {}
+    return {"reference": _abstract_state(settings).params} if settings.needs_reference else {}
 
 
 def _learner_programs(settings: Settings) -> dict[str, Program]:
     hp, options = settings.hp, settings.config.batch
-    state, given, batch = (
-        _abstract_state(settings),
-        abstract_batch(settings, scored=False),
-        abstract_batch(settings, scored=True),
-    )
-    rows, s = batch.tokens.shape
-    t = settings.max_new_tokens
-    forward = rows * s * (_layer_flops(settings) + _attention_flops(settings, s / 2))
-    forward += rows * t * _head_flops(settings)
-    micro_rows = rows // hp.static.micro_batches // sharding.parts(settings.mesh)
-    common = {"tokens": rows // hp.static.micro_batches * s,
-              "turns": -(-micro_rows * t // hp.static.head_chunk)}  # fmt: skip
-    weights, optimizer = {"parameters": state.params}, {"optimizer": state.opt_state}
+    state = _abstract_state(settings)
+    unscored, batch = (abstract_batch(settings, scored=scored) for scored in (False, True))
+    (rows, s), t = batch.tokens.shape, settings.max_new_tokens
+    forward = forward_flops(settings, rows * s, s / 2, rows * t)
+    micro_rows = rows // hp.static.micro_batches
+    chunks = math.ceil(micro_rows // sharding.parts(settings.mesh) * t / hp.static.head_chunk)
+    parameters, optimizer = {"parameters": state.params}, {"optimizer": state.opt_state}
     score = learner.score_routing if hp.static.routing_replay == "R2" else learner.score
     recompute = settings.config.learner.old_logp == "recompute"
     scored = options.minibatches * options.oversample
     # The rollout and its minibatches are there while one is scored; in an update, minibatches are.
     # The first update of a run is on a copy of the state, so that nothing changes.
-    held = {"rows": [given] * (2 * scored - 1), "sampler's parameters": abstract_sampler(settings)}
+    rollout = {"rows": [unscored] * (2 * scored - 1)}
+    sampler = {"sampler's parameters": abstract_sampler(settings)}
+    others = {"rows": [batch] * (options.minibatches - 1), "copy at the start": state}
     return {
         "score": Program(
-            lambda: score.lower(state.params, given, hp),
-            weights | {"rows": given}, resident=optimizer | held | _reference(settings),
-            model_flops=forward, runs=scored * (recompute + settings.needs_reference), **common,
+            lambda: score.lower(state.params, unscored, hp), parameters | {"rows": unscored},
+            runs=scored * (recompute + settings.needs_reference), tokens=micro_rows * s,
+            turns=chunks, model_flops=forward,
+            resident=optimizer | rollout | sampler | _reference(settings),
         ),
         "update": Program(
             lambda: learner.update.lower(state, batch, hp),
-            weights | optimizer | {"rows": batch},
-            resident={"rows": [batch] * (options.minibatches - 1), "copy at the start": state}
-            | _reference(settings),
-            model_flops=3 * forward, runs=options.minibatches, **common,
+            parameters | optimizer | {"rows": batch}, runs=options.minibatches,
+            tokens=micro_rows * s, turns=chunks, model_flops=3 * forward,
+            resident=others | _reference(settings),
         ),
     }  # fmt: skip
 
@@ -212,57 +205,54 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
 def _sampler_programs(settings: Settings) -> dict[str, Program]:
     config, mesh, plan = settings.model, settings.mesh, settings.plan
     train = _abstract_state(settings)
-    weights, state = abstract_sampler(settings), abstract_decoding(settings)
+    sampler_params, state = abstract_sampler(settings), abstract_decoding(settings)
     smaller = abstract_decoding(settings, -min(2, len(plan.cache)))
     prompts, controls = abstract_prompts(settings), sampling.controls(1.0)
     group, n, t = settings.config.batch.group_size, settings.width, settings.max_new_tokens
-    base = jax.eval_shape(lambda: decode.base_key(np.uint32(0), "train", np.int32(0)))
+    base = jax.eval_shape(lambda: sampling.base_key(np.uint32(0), "train", np.int32(0)))
     static = {"truncate": False, "mesh": mesh}
-    slots = fed(jax.ShapeDtypeStruct((plan.refill,), jnp.int32), mesh)
-    parts = fed(jax.ShapeDtypeStruct((sharding.parts(mesh),), jnp.int32), mesh)
+    slots = fed(Abstract((plan.refill,), jnp.int32), mesh)
+    parts = fed(Abstract((sharding.parts(mesh),), jnp.int32), mesh)
     optimizer = {"optimizer": train.opt_state} | _reference(settings)
     resident = optimizer | {"parameters": train.params}
-    cache = {"cache": (state.prompt_kv, state.own_kv)}
-    results = state.replace(prompt_kv=None, own_kv=None)
-    sampler = {"sampler's parameters": weights}
-    same = handover.unchanged(train.params, config)
-    kept = {name: value for name, value in train.params.items() if name in same}
-    rest = {name: value for name, value in train.params.items() if name not in same}
-    moved = {name: value for name, value in weights.items() if name not in same}
+    cache = {"cache": (state.prompt_kv, state.completion_kv)}
+    results = state.replace(prompt_kv=None, completion_kv=None)
+    sampler = {"sampler's parameters": sampler_params}
+    same = weights.unchanged(train.params, config)
+    shared = {name: train.params[name] for name in same}
+    rest, moved = (
+        {name: x for name, x in tree.items() if name not in same}
+        for tree in (train.params, sampler_params)
+    )
     rows = plan.slots[0] * group
-    step = rows * (_layer_flops(settings) + _head_flops(settings))
-    step += rows * _attention_flops(settings, n + t)
-    fill = plan.refill * n * (_layer_flops(settings) + _attention_flops(settings, n / 2))
     return {
         "to_sampler": Program(
-            lambda: handover.convert.lower(rest, config, mesh),
-            {"parameters": rest}, resident=optimizer | {"parameters": kept},
-            result={"sampler's parameters": moved}, tokens=0, turns=1, model_flops=0.0, runs=1,
+            lambda: weights.convert.lower(rest, config, mesh), {"parameters": rest}, runs=1,
+            resident=optimizer | {"parameters": shared}, result={"sampler's parameters": moved},
         ),
         "prefill": Program(
             lambda: decode.fill_slots.lower(
-                weights, config, prompts, base, controls, state.replace(own_kv=None),
+                sampler_params, config, prompts, base, controls, state.replace(completion_kv=None),
                 slots, slots, **static,
             ),
             sampler | {"cache": state.prompt_kv, "rows": (prompts, results)},
-            resident=resident | {"cache": state.own_kv},
-            tokens=plan.refill * n, turns=1, runs=_drawn(settings) / plan.refill,
-            model_flops=fill + plan.refill * _head_flops(settings),
+            runs=_drawn(settings) / plan.refill, tokens=plan.refill * n,
+            model_flops=forward_flops(settings, plan.refill * n, n / 2, plan.refill),
+            resident=resident | {"cache": state.completion_kv},
         ),
         "decode": Program(
             lambda: decode.decode.lower(
-                weights, config, controls, state, np.int32(0), parts, np.int32(1), **static
+                sampler_params, config, controls, state, np.int32(0), parts, np.int32(1), **static
             ),
-            sampler | cache | {"rows": results}, resident=resident,
-            tokens=rows, turns=1, one_turn=True, model_flops=step,
-            runs=t * _drawn(settings) / plan.slots[0],
+            sampler | cache | {"rows": results}, runs=t * _drawn(settings) / plan.slots[0],
+            tokens=rows, model_flops=forward_flops(settings, rows, n + t, rows), one_turn=True,
+            resident=resident,
         ),
         "grow": Program(
-            lambda: decode.grow.lower(smaller.own_kv, plan.cache[-1], mesh),
-            {"cache": smaller.own_kv},
+            lambda: decode_state.grow_cache.lower(smaller.completion_kv, plan.cache[-1], mesh),
+            {"cache": smaller.completion_kv}, runs=len(plan.cache) - 1,
             resident=resident | sampler | {"cache": state.prompt_kv, "rows": results},
-            result={"cache": state.own_kv}, tokens=0, turns=1, model_flops=0.0,
-            runs=len(plan.cache) - 1,
+            result={"cache": state.completion_kv},
         ),
     }  # fmt: skip
 

@@ -1,30 +1,51 @@
-"""Pages again from what a command left: python -m sapo_jax.report PATH [--picture=FILE.png].
-
-PATH is a run directory, a sweep's, or a result of the gradient lab (a JSON file).
-"""
+"""The page of a run, a sweep or a gradient lab again, from what it left."""
 
 from __future__ import annotations
 
-import argparse
+from types import ModuleType
 
 from etils import epath
 
-from sapo_jax.report import gradlab, run, sweep
+from sapo_jax import cli
+
+SWEEP = ("manifest.json", "report.json")
+RUN = ("metrics", "config.json", "preflight.json")
+
+FLAGS = cli.Flags("report", __doc__)
+FLAGS.string("path", "", "Directory of a run or a sweep, or a lab's JSON file.", positional=True)
+FLAGS.string("picture", "", "A PNG of the main panels instead.")
 
 
-def main() -> None:
-    """Write the page of PATH, or draw its picture."""
-    parser = argparse.ArgumentParser(prog="python -m sapo_jax.report", description=__doc__)
-    parser.add_argument("path", type=epath.Path)
-    parser.add_argument("--picture", type=epath.Path, help="a PNG of the main panels instead")
-    arguments = parser.parse_args()
-    path = arguments.path
-    sweeps = any((path / name).exists() for name in ("manifest.json", "report.json"))
-    kind = gradlab if path.suffix == ".json" else sweep if sweeps else run
-    if arguments.picture:
-        kind.picture(path, arguments.picture)
-    print(arguments.picture or kind.write(path))
+def kind_of(path: epath.Path) -> ModuleType:
+    """What tells the page of a path, by what lies there.
+
+    Raises:
+        ValueError: nothing that a page could show lies there.
+    """
+    from sapo_jax.report import gradlab, run, sweep  # here: --help works without plots
+
+    if path.suffix == ".json" and path.exists():
+        return gradlab
+    for kind, names in ((sweep, SWEEP), (run, RUN)):
+        if any((path / name).exists() for name in names):
+            return kind
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    run_of, sweep_of = ("/ or ".join(names) for names in (RUN, SWEEP))
+    raise ValueError(
+        f"nothing to show in {path}: a run leaves {run_of} there, a sweep {sweep_of}, and the "
+        "gradient lab a file of its own, such as quickstart_0.json"
+    )
+
+
+def main(given: cli.Flags) -> None:
+    """Write the page of the path, or draw its picture."""
+    path = epath.Path(given.path).expanduser()
+    kind = kind_of(path)
+    if given.picture:
+        kind.picture(path, epath.Path(given.picture).expanduser())
+    print(given.picture or kind.write(path))
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main, FLAGS)

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.figure import FigureBase
 
-from sapo_jax.report.run_words import COLOURS
+from sapo_jax.report import style
+from sapo_jax.report.style import COLOURS, Panel
 
 Found = Mapping[str, Any]
 Draw = Callable[[FigureBase, Found], None]
@@ -19,20 +20,19 @@ COLOURED = {
     "ungated": "ink", "ungated_token": "soft", "sapo": "blue", "grpo": "orange", "gspo": "green",
     "reinforce": "purple", "cispo": "amber",
 }  # fmt: skip
-BANDED = ("sapo",)  # the bands of all would cover each other
+BANDED = "sapo"  # the bands of all would cover each other
 SHOWN = ("sapo", "grpo", "gspo", "mhpo_unit")  # gates whose histograms are drawn
+DROPPING = ("gspo", "gspo_token", "luspo", "gmpo")  # whole sequences
+KINDS = {
+    "sign": "advantage",
+    "log_ratio": "|log r|",
+    "probability": "decile of the old probability",
+    "entropy": "decile of the entropy",
+}
 
 
 def _colour(name: str) -> str:
     return COLOURS[COLOURED.get(name, "grey")]
-
-
-def _number(value: float | None) -> float:
-    return np.nan if value is None else value
-
-
-def _names(found: Found) -> list[str]:
-    return found["stages"][0]["gradients"]["names"]
 
 
 def _moved(found: Found) -> list[Mapping[str, Any]]:
@@ -55,139 +55,93 @@ def _stale_axis(ax: Axes, found: Found) -> np.ndarray:
     return np.arange(len(updates))
 
 
-def _curves(ax: Axes, found: Found, values: Callable[[Found, int], Any]) -> None:
+def _curves(ax: Axes, found: Found, value: Callable[[Mapping, int], float | Mapping]) -> None:
     """A curve over staleness for every algorithm, with its interval where it has one."""
-    x = _stale_axis(ax, found)
-    names = _names(found)
+    x, names = _stale_axis(ax, found), found["stages"][0]["gradients"]["names"]
     for k in sorted(range(len(names)), key=lambda k: names[k] in COLOURED):
-        entries = [values(stage["gradients"], k) for stage in found["stages"]]
-        coloured = names[k] in COLOURED
-        style = {"color": _colour(names[k]), "linewidth": 1.9 if coloured else 0.9}
-        if entries and isinstance(entries[0], Mapping):
-            low, high = ([_number(e[b]) for e in entries] for b in ("low", "high"))
-            if names[k] in BANDED:
-                ax.fill_between(x, low, high, color=style["color"], alpha=0.12, linewidth=0)
-            entries = [e["value"] for e in entries]
-        y = [_number(e) for e in entries]
-        ax.plot(x, y, marker="o", markersize=3, label=names[k] if coloured else None, **style)
-
-
-def _legend(ax: Axes, columns: int = 6) -> None:
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
-    if ax.get_legend_handles_labels()[0]:
-        ax.legend(ncols=columns, handlelength=1.3, columnspacing=1.2, **place)
-
-
-def _forest(ax: Axes, labels: Sequence[str], entries: Sequence[Mapping], colour: str = "blue"):
-    """A point with its interval for each label, from top to bottom; 0 is marked."""
-    y = np.arange(len(labels))[::-1]
-    value, low, high = ([_number(e[k]) for e in entries] for k in ("value", "low", "high"))
-    ax.axvline(0, color=COLOURS["grey"], linewidth=1, linestyle=(0, (4, 3)))
-    ax.hlines(y, low, high, color=COLOURS[colour], linewidth=1.4, alpha=0.6)
-    ax.plot(value, y, "o", color=COLOURS[colour], markersize=4.5)
-    ax.set_yticks(y, labels)
-    ax.set_ylim(-0.6, len(labels) - 0.4)
+        y = [value(stage["gradients"], k) for stage in found["stages"]]
+        coloured, colour = names[k] in COLOURED, _colour(names[k])
+        if isinstance(y[0], Mapping):
+            if names[k] == BANDED:
+                band = (style.numbers(y, "low"), style.numbers(y, "high"))
+                ax.fill_between(x, *band, color=colour, alpha=0.12, linewidth=0)
+            y = style.numbers(y, "value")
+        look = {"color": colour, "linewidth": 1.9 if coloured else 0.9, "markersize": 3}
+        ax.plot(x, y, marker="o", label=names[k] if coloured else None, **look)
 
 
 def _draw_fidelity(figure: FigureBase, found: Found) -> None:
-    axes = figure.subplots(1, 2, sharey=True)
-    targets = (("reward", "expected reward"), ("own", "own average, no gate"))
+    axes = style.row(figure, 2, sharey=True)
+    targets = (("reward", "the expected reward"), ("own", "its own average"))
     for ax, (key, title) in zip(axes, targets, strict=True):
         _curves(ax, found, lambda g, k, key=key: g["fidelity"][key][k])
-        ax.set_title(title, loc="right")
-    axes[0].set_ylabel("fidelity")
-    _legend(axes[0])
+        ax.set(ylabel=f"fidelity to {title}")
+    style.legend(axes[0], columns=4)
 
 
-def _draw_difference(figure: FigureBase, found: Found) -> None:
-    stages, names = _moved(found), _names(found)
-    axes = figure.subplots(1, len(stages), sharey=True, squeeze=False)[0]
-    for ax, stage in zip(axes, stages, strict=True):
-        entries = stage["gradients"]["fidelity"]["reward"][2:]
-        _forest(ax, names[2:], [e["difference"] for e in entries])
-        ax.set(title=_at(stage), xlabel="fidelity minus that of the bare ratio")
+def _forests(
+    entries: Callable[[Mapping], Sequence[Mapping]], label: Callable[[Mapping, int], str],
+    xlabel: str, colour: str,
+) -> Draw:  # fmt: skip
+    """For each algorithm but the ungated ones a point with its interval, from top to bottom."""
+
+    def draw(figure: FigureBase, found: Found) -> None:
+        stages = _moved(found)
+        for ax, stage in zip(style.row(figure, len(stages)), stages, strict=True):
+            gradients = stage["gradients"]
+            y = style.lines(ax, [label(gradients, i) for i in range(2, len(gradients["names"]))])
+            style.level(ax, 0, vertical=True)
+            style.intervals(ax, y, entries(gradients)[2:], colour)
+            ax.set(title=_at(stage), xlabel=xlabel)
+
+    return draw
 
 
-def _draw_removed(figure: FigureBase, found: Found) -> None:
-    stages, names = _moved(found), _names(found)
-    axes = figure.subplots(1, len(stages), squeeze=False)[0]
-    for ax, stage in zip(axes, stages, strict=True):
-        removed = stage["gradients"]["removed"]
-        labels = [f"{n} ({m:.2%})" for n, m in zip(names, removed["mass"], strict=True)]
-        _forest(ax, labels[2:], removed["reward"][2:], "orange")
-        ax.set(title=_at(stage), xlabel="fidelity of what was removed")
-
-
-def _split_stage(found: Found) -> Mapping[str, Any] | None:
-    return next((s for s in reversed(found["stages"]) if "groups" in s), None)
-
-
-KINDS = {
-    "sign": "advantage",
-    "log_ratio": "|log r|",
-    "probability": "decile of the old probability",
-    "entropy": "decile of the entropy",
-}
-
-
-def _by_kind(found: Found, draw: Callable[[Axes, list[str], list[int], Mapping], None], figure):
-    stage = _split_stage(found)
+def _by_kind(figure: FigureBase, found: Found, ylabel: str, draw: Callable) -> list[Axes]:
+    """An axes for each way to split tokens into groups; ``draw(ax, x, entries of the groups)``."""
+    stage = next((s for s in reversed(found["stages"]) if "groups" in s), None)
     if stage is None:
-        return
+        return []
     split = stage["groups"]
-    axes = figure.subplots(1, len(KINDS), width_ratios=[2, 3, 5, 5], sharey=True)
+    axes = style.row(figure, len(KINDS), [2, 3, 5, 5], sharey=True)
     for ax, (kind, title) in zip(axes, KINDS.items(), strict=True):
         chosen = [i for i, (k, _) in enumerate(split["names"]) if k == kind]
         labels = [split["names"][i][1] for i in chosen]
-        draw(ax, labels, chosen, split)
+        draw(ax, np.arange(len(chosen)), split, chosen)
         ax.set_xticks(range(len(labels)), labels, rotation=30 if kind == "log_ratio" else 0)
         ax.set(xlabel=title, xlim=(-0.6, len(labels) - 0.4))
-    axes[0].set_title(f"{found['focus']}, {_at(stage)}")
+    axes[0].set(title=f"{found['focus']}, {_at(stage)}", ylabel=ylabel)
+    return axes
 
 
 def _draw_groups(figure: FigureBase, found: Found) -> None:
-    def draw(ax, labels, chosen, split):
-        ax.axhline(0, color=COLOURS["grey"], linewidth=1, linestyle=(0, (4, 3)))
+    def draw(ax: Axes, x: np.ndarray, split: Mapping, chosen: list[int]) -> None:
+        style.level(ax, 0)
         for shift, key, colour in ((-0.12, "carried", "grey"), (0.12, "removed", "orange")):
             entries = [split[key]["reward"][i] for i in chosen]
-            x = np.arange(len(labels)) + shift
-            value, low, high = ([_number(e[b]) for e in entries] for b in ("value", "low", "high"))
-            ax.vlines(x, low, high, color=COLOURS[colour], linewidth=1.3, alpha=0.6)
-            ax.plot(x, value, "o", color=COLOURS[colour], markersize=4, label=key)
+            style.intervals(ax, x + shift, entries, colour, vertical=True, label=key)
 
-    _by_kind(found, draw, figure)
-    if figure.axes:
-        figure.axes[0].set_ylabel("fidelity to the expected reward")
-        figure.axes[-1].legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    axes = _by_kind(figure, found, "fidelity to the expected reward", draw)
+    if axes:
+        style.legend(axes[-1] if axes[0].get_subplotspec().is_last_row() else axes[0])
 
 
 def _draw_share(figure: FigureBase, found: Found) -> None:
-    def draw(ax, labels, chosen, split):
-        shares = [split["removed"]["mass"][i] for i in chosen]
-        ax.bar(range(len(labels)), shares, color=COLOURS["orange"], width=0.6)
+    def draw(ax: Axes, x: np.ndarray, split: Mapping, chosen: list[int]) -> None:
+        ax.bar(x, [split["removed"]["mass"][i] for i in chosen], color=COLOURS["orange"], width=0.6)
 
-    _by_kind(found, draw, figure)
-    if figure.axes:
-        figure.axes[0].set_ylabel("share of the whole mass")
+    _by_kind(figure, found, "share of the whole mass", draw)
 
 
 def _draw_cosines(figure: FigureBase, found: Found) -> None:
-    stages, names = _moved(found), _names(found)
-    axes = figure.subplots(1, len(stages), squeeze=False)[0]
+    stages = _moved(found)
     tables = [np.array(s["gradients"]["cosine"]["whole"], float) for s in stages]
-    low = min(np.nanmin(t) for t in tables)
-    for ax, stage, table in zip(axes, stages, tables, strict=True):
-        ax.pcolormesh(table, vmin=min(low, 0.9), vmax=1, cmap="Blues")  # the page shows no images
-        ax.invert_yaxis()
-        for i, j in np.ndindex(table.shape):
-            dark = table[i, j] > (1 + min(low, 0.9)) / 2
-            colour = "#ffffff" if dark else "#111111"  # on a colour, in a dark page too
-            middle = {"ha": "center", "va": "center", "fontsize": 7, "color": colour}
-            ax.text(j + 0.5, i + 0.5, f"{table[i, j]:.2f}", **middle)
-        ax.set_xticks(np.arange(len(names)) + 0.5, names, rotation=60, ha="right")
-        ax.set_yticks(np.arange(len(names)) + 0.5, names)
+    scale = {"vmin": min(0.9, *map(np.nanmin, tables)), "vmax": 1, "cmap": "Blues"}
+    for ax, stage, table in zip(style.row(figure, len(stages)), stages, tables, strict=True):
+        names = stage["gradients"]["names"]
+        style.heat(ax, table, names, names, "{:.2f}", **scale)
+        ax.tick_params(axis="x", rotation=90)
         ax.set_title(_at(stage))
-        ax.grid(False)
 
 
 def _draw_layers(figure: FigureBase, found: Found) -> None:
@@ -195,155 +149,148 @@ def _draw_layers(figure: FigureBase, found: Found) -> None:
     parts = [p for p in gradients["cosine"] if p != "whole"]
     layers = sorted((p for p in parts if p.startswith("layer")), key=lambda p: int(p.split()[1]))
     kinds = [p for p in parts if not p.startswith("layer")]
-    axes = figure.subplots(1, 2, sharey=True, width_ratios=[max(3, len(layers)), 2 + len(kinds)])
-    for ax, chosen in zip(axes, (layers, kinds), strict=True):
+    axes = style.row(figure, 2, [max(3, len(layers)), 2 + len(kinds)], sharey=True)
+    for ax, chosen, mark in zip(axes, (layers, kinds), ("o-", "o"), strict=True):
         for k, name in enumerate(gradients["names"][2:], 2):
-            y = [_number(gradients["cosine"][part][k][0]) for part in chosen]
-            coloured = name in COLOURED
-            ax.plot(
-                range(len(chosen)), y, "o-" if ax is axes[0] else "o", color=_colour(name),
-                markersize=3.5, linewidth=1.7 if coloured else 0.8,
-                label=name if coloured else None,
-            )  # fmt: skip
+            y = np.array([gradients["cosine"][part][k][0] for part in chosen], float)
+            named = name in COLOURED
+            look = {"color": _colour(name), "markersize": 3.5, "linewidth": 1.7 if named else 0.8}
+            ax.plot(range(len(chosen)), y, mark, label=name if named else None, **look)
         ax.set_xticks(range(len(chosen)), [c.removeprefix("layer ") for c in chosen])
-    axes[0].set(xlabel="layer", ylabel="cosine with ungated")
-    axes[0].set_title(_at(found["stages"][-1]), loc="right")
-    _legend(axes[0])
+    axes[0].set(xlabel="layer", ylabel=f"cosine {_at(found['stages'][-1])}")
+    style.legend(axes[0])
 
 
 def _draw_norms(figure: FigureBase, found: Found) -> None:
     ax = figure.subplots()
     _curves(ax, found, lambda g, k: g["norm"]["whole"][k] / g["norm"]["whole"][0])
-    ax.set(ylabel="length / that of ungated", yscale="log")
-    _legend(ax, 3)
-
-
-def _draw_noise(figure: FigureBase, found: Found) -> None:
-    ax = figure.subplots()
-    stage = found["stages"][-1]
-    values = [_number(v) for v in stage["gradients"]["noise_scale"]]
-    _bars(ax, _names(found), values)
-    ax.set(xlabel=f"problems, {_at(stage)}", xscale="log")
-
-
-def _bars(ax: Axes, labels: Sequence[str], values: Sequence[float]) -> None:
-    y = np.arange(len(labels))[::-1]
-    ax.barh(y, values, color=[_colour(n) for n in labels], height=0.62)
-    ax.set_yticks(y, labels)
+    ax.set_ylabel("length / that of ungated")
+    style.logarithmic(ax)
+    style.legend(ax, columns=3)
 
 
 def _histograms(kind: str, xlabel: str) -> Draw:
     def draw(figure: FigureBase, found: Found) -> None:
         tokens = found["stages"][-1]["tokens"]
         shown = [n for n in SHOWN if n in tokens["algorithms"]]
-        if not shown:
-            return
-        edges = np.array(tokens["gate_edges"])
-        axes = figure.subplots(1, len(shown), sharex=True, sharey=True, squeeze=False)[0]
+        axes = style.row(figure, len(shown), sharex=True, sharey=True) if shown else []
         for ax, name in zip(axes, shown, strict=True):
-            sides = tokens["algorithms"][name]["histograms"]
-            ax.stairs(
-                sides["positive"][kind], edges, fill=True, alpha=0.5, color=COLOURS["blue"],
-                label="A > 0",
-            )  # fmt: skip
+            sides, edges = tokens["algorithms"][name]["histograms"], tokens["gate_edges"]
+            look = {"fill": True, "alpha": 0.5, "color": COLOURS["blue"]}
+            ax.stairs(sides["positive"][kind], edges, label="A > 0", **look)
             ax.stairs(sides["negative"][kind], edges, color=COLOURS["orange"], label="A < 0")
-            ax.set(title=name, xlabel=xlabel, yscale="log", ylim=(0.7, None))
-        axes[0].set_ylabel("tokens")
-        axes[-1].legend(ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+            ax.set(title=name, yscale="log", ylim=(0.7, None))
+        if shown:
+            style.label(axes, xlabel, "tokens")
+            style.legend(axes[0])
 
     return draw
 
 
-def _of_tokens(value: Callable[[Mapping], float | None], xlabel: str) -> Draw:
-    """Bars by algorithm at the most stale stage."""
+def _bars(values: Callable[[Mapping], Mapping[str, Any]], xlabel: str, scale="linear") -> Draw:
+    """A bar for each algorithm at the most stale stage; null leaves a gap."""
 
     def draw(figure: FigureBase, found: Found) -> None:
-        algorithms = found["stages"][-1]["tokens"]["algorithms"]
-        ax = figure.subplots()
-        _bars(ax, list(algorithms), [_number(value(a)) for a in algorithms.values()])
-        ax.set_xlabel(f"{xlabel}, {_at(found['stages'][-1])}")
+        ax, last = figure.subplots(), found["stages"][-1]
+        named = values(last)
+        length = np.array(list(named.values()), float)
+        ax.barh(style.lines(ax, list(named)), length, 0.62, color=[_colour(n) for n in named])
+        ax.set(xlabel=f"{xlabel}, {_at(last)}", xscale=scale)
 
     return draw
+
+
+def _of_tokens(key: Callable[[Mapping], float]) -> Callable[[Mapping], dict[str, float]]:
+    return lambda stage: {name: key(a) for name, a in stage["tokens"]["algorithms"].items()}
+
+
+def _noise(stage: Mapping) -> dict[str, float | None]:
+    names, scales = (stage["gradients"][key] for key in ("names", "noise_scale"))
+    return dict(zip(names, scales, strict=True))
 
 
 def _draw_sequences(figure: FigureBase, found: Found) -> None:
     rows = [r for r in found["stages"][-1]["tokens"]["sequences"] if r["variance"] > 1e-12]
     if not rows:
         return
-    ax = figure.subplots()
-    variance, bound = (np.array([r[k] for r in rows]) for k in ("variance", "bound"))
+    ax, variance = figure.subplots(), style.numbers(rows, "variance")
     for key, colour, label in (("d_actual", "orange", "on r − 1"), ("d_log", "blue", "on log r")):
-        d = np.maximum([r[key] for r in rows], 1e-12)
+        d = np.maximum(style.numbers(rows, key), 1e-12)
         ax.plot(variance, d, ".", color=COLOURS[colour], markersize=4, alpha=0.6, label=label)
     order = np.argsort(variance)
-    ax.plot(variance[order], bound[order], color=COLOURS["ink"], linewidth=1, label="bound")
+    bound = style.numbers(rows, "bound")[order]
+    ax.plot(variance[order], bound, color=COLOURS["ink"], linewidth=1, label="bound")
     ax.set(xscale="log", yscale="log", xlabel="Var of log r in the sequence", ylabel="D")
-    _legend(ax, 3)
+    style.legend(ax)
 
 
 def _draw_negative(figure: FigureBase, found: Found) -> None:
-    algorithms = found["stages"][-1]["tokens"]["algorithms"]
-    ax = figure.subplots()
-    y = np.arange(len(algorithms))[::-1]
+    ax, algorithms = figure.subplots(), found["stages"][-1]["tokens"]["algorithms"]
+    y = style.lines(ax, list(algorithms))
     for shift, side, colour, label in (
         (0.18, "positive", "blue", "A > 0"), (-0.18, "negative", "orange", "A < 0")
     ):  # fmt: skip
         values = [a["logits"][side]["l2"] for a in algorithms.values()]
         ax.barh(y + shift, values, height=0.34, color=COLOURS[colour], label=label)
-    ax.set_yticks(y, list(algorithms))
     ax.set_xlabel(f"push on other tokens, {_at(found['stages'][-1])}")
-    _legend(ax, 2)
+    style.legend(ax)
 
 
 def _draw_collateral(figure: FigureBase, found: Found) -> None:
     ax = figure.subplots()
     x = _stale_axis(ax, found)
-    for name in ("gspo", "gspo_token", "luspo", "gmpo"):
+    for name in DROPPING:
         each = [s["tokens"]["algorithms"].get(name) for s in found["stages"]]
         if all(each):
-            for key, dash, label in (
-                ("dropped_sequences", "-", "sequences dropped"),
-                ("collateral", "--", "of their tokens, unmoved"),
-            ):
-                y = [_number(a[key]) for a in each]
-                ax.plot(x, y, dash, marker="o", markersize=3, color=_colour(name),
-                        label=f"{name}: {label}")  # fmt: skip
+            look = {"color": _colour(name), "marker": "o", "markersize": 3}
+            ax.plot(x, style.numbers(each, "dropped_sequences"), label=f"{name}: dropped", **look)
+            unmoved = style.numbers(each, "collateral")
+            ax.plot(x, unmoved, "--", label="of their tokens, unmoved", **look)
     ax.set(ylabel="share", ylim=(-0.03, 1.03))
-    _legend(ax, 2)
+    style.legend(ax, columns=2)
 
 
-PLOTS: dict[str, Draw] = {
-    "fidelity": _draw_fidelity,
-    "difference": _draw_difference,
-    "removed": _draw_removed,
-    "groups": _draw_groups,
-    "share": _draw_share,
-    "cosines": _draw_cosines,
-    "layers": _draw_layers,
-    "norms": _draw_norms,
-    "noise": _draw_noise,
-    "gates": _histograms("w", "gate weight w"),
-    "coefficients": _histograms("c", "coefficient c"),
-    "mass": _of_tokens(lambda a: a["mass_off_policy"]["0.05"], "share of gradient mass"),
-    "ess": _of_tokens(lambda a: a["ess"], "effective share of c"),
-    "sequences": _draw_sequences,
-    "negative": _draw_negative,
-    "collateral": _draw_collateral,
+PLOTS = {
+    "fidelity": Panel("Fidelity as the completions grow stale", _draw_fidelity, wide=True),
+    "difference": Panel(
+        "Fidelity minus that of the bare ratio",
+        _forests(
+            lambda g: [entry["difference"] for entry in g["fidelity"]["reward"]],
+            lambda g, i: g["names"][i],
+            "fidelity minus that of the bare ratio",
+            "blue",
+        ),
+        wide=True,
+    ),
+    "removed": Panel(
+        "Fidelity of what each algorithm removed",
+        _forests(
+            lambda g: g["removed"]["reward"],
+            lambda g, i: f"{g['names'][i]} ({g['removed']['mass'][i]:.2%})",
+            "fidelity of what was removed",
+            "orange",
+        ),
+        wide=True,
+    ),
+    "groups": Panel("The gate's removal by groups of tokens", _draw_groups, wide=True),
+    "share": Panel("Where the gate removes", _draw_share, wide=True),
+    "cosines": Panel("Cosines between gradients", _draw_cosines, wide=True, height=4.3),
+    "layers": Panel(
+        "Cosine with the ungated gradient, by part of the model", _draw_layers, wide=True
+    ),
+    "norms": Panel("Length of the gradient", _draw_norms),
+    "noise": Panel("Gradient noise scale", _bars(_noise, "problems", "log")),
+    "gates": Panel("Gate weights w", _histograms("w", "gate weight w"), wide=True),
+    "coefficients": Panel("Coefficients c = r·w", _histograms("c", "coefficient c"), wide=True),
+    "mass": Panel(
+        "Off-policy gradient mass",
+        _bars(_of_tokens(lambda a: a["mass_off_policy"]["0.05"]), "share of gradient mass"),
+    ),
+    "ess": Panel(
+        "Effective share of the samples",
+        _bars(_of_tokens(lambda a: a["ess"]), "effective share of c"),
+    ),
+    "sequences": Panel("Gates within a sequence", _draw_sequences),
+    "negative": Panel("Push on tokens that were not drawn", _draw_negative),
+    "collateral": Panel("Dropped sequences", _draw_collateral),
 }
-HEIGHTS = {"difference": 3.6, "removed": 3.6, "cosines": 4.6, "noise": 3.4, "mass": 3.4, "ess": 3.4}
-WIDE = {
-    "fidelity", "difference", "removed", "groups", "share", "cosines", "layers", "gates",
-    "coefficients",
-}  # fmt: skip
-
-
-def size_of(name: str) -> tuple[float, float]:
-    """Width and height of a plot, in inches."""
-    return 11.2 if name in WIDE else 5.4, HEIGHTS.get(name, 3.1)
-
-
-def figure_of(name: str, found: Found) -> Figure | None:
-    """A plot, or None where there is nothing to draw."""
-    figure = Figure(figsize=size_of(name), layout="constrained")
-    PLOTS[name](figure, found)
-    return figure if any(ax.has_data() for ax in figure.axes) else None

@@ -22,7 +22,7 @@ def _number(x: float) -> str:
     return f"{x:.2f}" if x == 0 or x >= 0.1 else f"{x:.2g}"
 
 
-def _of_model(result: dict[str, Any]) -> list[str]:
+def of_model(result: dict[str, Any]) -> list[str]:
     """Executed over model FLOPs, and the MFU, of a program that has any."""
     model = result["model_flops"]
     return [f"{result['flops'] / model:.2f}", f"{result['mfu']:.0%}"] if model else ["–", "–"]
@@ -42,7 +42,7 @@ def _speed(results: Sequence[dict[str, Any]]) -> list[list[str]]:
     rows = [["a chip", "GFLOP", "÷ model", "GB moved", "compute s", "memory s", "links s", "MFU",
              "compiled in s"]]  # fmt: skip
     for r in results:
-        ratio, mfu = _of_model(r)
+        ratio, mfu = of_model(r)
         bounds = (f"{x:.3f}" for x in r["bounds"].values())
         rows.append([r["program"], f"{r['flops'] / 1e9:.0f}", ratio, f"{r['bytes'] / 1e9:.1f}",
                      *bounds, mfu, f"{r['compile_seconds']:.0f}"])  # fmt: skip
@@ -92,7 +92,7 @@ def rows(report: dict[str, Any]) -> list[list[str]]:
     for r in report["programs"]:
         m, moved = r["memory"], sum(c["bytes"] for c in r["collectives"]) / 1e9
         used = f"{m['total'] / GIB:.1f} of {hbm / GIB:.2f} ({m['temporaries'] / GIB:.1f})"
-        ratio, mfu = _of_model(r)
+        ratio, mfu = of_model(r)
         found.append([r["program"], used, ratio, f"{moved:.2f}", f"{r['step_seconds']:.3g}", mfu,
                       f"{r['compile_seconds']:.0f}"])  # fmt: skip
     none = ["–"] * (len(COLUMNS) - 2)
@@ -107,37 +107,11 @@ def markdown(reports: Sequence[dict[str, Any]]) -> str:
         for row in rows(report):
             lines.append((where, *row))
             where = ""
-    return _markdown(lines)
+    return markdown_table(lines)
 
 
-def _summary(report: dict[str, Any]) -> list[str]:
-    where = [f"`{report['name']}`", f"`{report['topology']}`, {report['mesh']}"]
-    if report["refused"]:
-        return [*where, f"does not fit ({', '.join(report['refused'])})", *["–"] * 6]
-    results, hbm = {r["program"]: r for r in report["programs"]}, report["chip"]["hbm"]
-    fullest = max(results.values(), key=lambda r: r["memory"]["total"])
-    used = f"{fullest['memory']['total'] / GIB:.1f} of {hbm / GIB:.2f} ({fullest['program']})"
-    update, decode = results["update"], results["decode"]
-    moved = sum(c["bytes"] for c in update["collectives"]) / 1e9
-    seconds = sum(r["compile_seconds"] for r in results.values())
-    temporaries = decode["memory"]["temporaries"] / GIB
-    return [
-        *where, used, *_of_model(update), f"{moved:.0f}", f"{temporaries:.2f}",
-        f"{report['iteration_seconds']:.0f}", f"{seconds / 60:.0f}",
-    ]  # fmt: skip
-
-
-def summary(reports: Sequence[dict[str, Any]]) -> str:
-    """Many reports of all programs as one table in Markdown, a row for each."""
-    columns = (
-        "config", "chips", "memory a chip at most, GiB", "update: executed ÷ model FLOPs",
-        "its MFU at most", "its collectives a chip, GB", "decode: temporaries, GiB",
-        "an iteration at least, s", "compiled in, min",
-    )  # fmt: skip
-    return _markdown([columns, *map(_summary, reports)])
-
-
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
+def markdown_table(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, the first of them the head."""
     head, *body = lines
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *body))
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import matplotlib
 import numpy as np
 from etils import epath
-from matplotlib.figure import Figure
 
-from sapo_jax.report import page, preflight_tables
+from sapo_jax.report import page, preflight_tables, style
 from sapo_jax.report import run_plots as plots
+from sapo_jax.report.page import Tile
 from sapo_jax.report.run_plots import Config, Records
-from sapo_jax.report.run_words import KINDS, SECTIONS
-from sapo_jax.training import workdir as rundir
+from sapo_jax.report.style import Panel, is_number
+from sapo_jax.training import provenance
+from sapo_jax.training.files import read_json
+from sapo_jax.training.workdir import read_config, read_metrics, read_samples
 
 SAMPLES = 24
 RIGHT = 0.5  # a completion with a larger reward counts as right
@@ -25,7 +25,7 @@ SUPERVISED = ("iteration", "update", "eval/", "policy/loss", "policy/entropy", "
 
 
 def _read(workdir: epath.PathLike) -> tuple[Records, Config]:
-    records, config = rundir.read_metrics(workdir), rundir.read_config(workdir) or {}
+    records, config = read_metrics(workdir), read_config(workdir) or {}
     if config.get("source") == "demonstrations":
         records = [{k: v for k, v in r.items() if k.startswith(SUPERVISED)} for r in records]
     return records, config
@@ -51,11 +51,11 @@ def summary(records: Records) -> dict[str, Any]:
     result["minutes"] = spent / 60 if spent else None
     speed = plots.series(records, "time/tokens_per_second")[1]
     result["tokens_per_second"] = float(np.median(speed)) if len(speed) else None
-    evaluated = [r for r in records if plots.is_number(r.get("eval/pass_at_1"))]
+    evaluated = [r for r in records if is_number(r.get("eval/pass_at_1"))]
     for when, index in (("first", 0), ("last", -1)):
         for bound in ("", "_low", "_high"):
             value = evaluated[index].get(f"eval/pass_at_1{bound}") if evaluated else None
-            result[f"pass_at_1_{when}{bound}"] = value if plots.is_number(value) else None
+            result[f"pass_at_1_{when}{bound}"] = value if is_number(value) else None
         for name, key in (("reward", "reward/mean"), ("loss", "policy/loss")):
             y = plots.series(records, key)[1]
             y = y[:window] if when == "first" else y[-window:]
@@ -63,65 +63,28 @@ def summary(records: Records) -> dict[str, Any]:
     return result
 
 
-def picture(workdir: epath.PathLike, path: epath.PathLike) -> None:
-    """Write one PNG of the most telling panels of a run, at most four.
-
-    Raises:
-        ValueError: The run has nothing to draw.
-    """
-    records, config = _read(workdir)
-    length = ("length/mean", "orange", "length (tokens)")
-    entropy = ("policy/entropy", "green", "entropy (nats per token)")
-    title = "Response length and entropy" if plots.has(records, "length/mean") else "Entropy"
-    gated = [r for r in records if plots.counts_of(r, "histogram/gate_pos")][-1:]
-    candidates = [
-        ("Pass@1 on held-out problems", plots.PLOTS["pass"], records),
-        ("Reward of the sampled completions", plots.PLOTS["reward"], records),
-        (title, plots.pair(length, entropy, percent=False), records),
-        ("Gate weight of tokens, by sign of the advantage", plots.PLOTS["gate-weight"], gated),
-        ("Loss", plots.PLOTS["loss"], records),
-        ("Gradient norm", plots.PLOTS["gradient"], records),
-    ]
-    with matplotlib.rc_context(plots.STYLE):
-        panels = [panel for panel in candidates if plots.figure_of(*panel[1:], config)][:4]
-        if not panels:
-            raise ValueError(f"nothing to draw in {workdir}")
-        rows = math.ceil(len(panels) / 2)
-        figure = Figure(figsize=(11, 3.4 * rows), layout="constrained", dpi=160)
-        parts = figure.subfigures(rows, min(len(panels), 2), squeeze=False, hspace=0.06).flat
-        for part, (title, draw, shown) in zip(parts, panels, strict=False):
-            draw(part, shown, config)
-            part.suptitle(title, x=0.02, ha="left", fontsize=11, fontweight="bold")
-        figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.15)
-
-
-def _tiles(records: Records) -> list[str]:
-    numbers = summary(records)
-    tiles = []
+def _tiles(records: Records) -> list[Tile]:
+    found, tiles = summary(records), []
 
     def moved(label: str, name: str, form: str, note: str) -> None:
-        first, last = numbers[f"{name}_first"], numbers[f"{name}_last"]
+        first, last = found[f"{name}_first"], found[f"{name}_last"]
         if last is not None:
             begin = None if first == last else form.format(first)
-            tiles.append(page.tile(label, begin, form.format(last), note))
+            tiles.append(Tile(label, form.format(last), note, begin))
 
-    low, high = numbers["pass_at_1_last_low"], numbers["pass_at_1_last_high"]
-    known = low is not None and high is not None
-    interval = f"95% interval {100 * low:.1f}–{high:.1%}" if known else ""
-    moved("Pass@1", "pass_at_1", "{:.1%}", interval)
-    window = numbers["window"]
-    over = f"means of {window} iterations" if window > 1 else "first and last iteration"
-    rewarded = numbers["reward_last"] is not None
-    label, name = ("Reward", "reward") if rewarded else ("Loss", "loss")
-    moved(label, name, "{:#.3g}", over if len(records) > 1 else "")
-    note = f"{numbers['updates']:,} updates" if numbers["updates"] is not None else ""
-    tiles.append(page.tile("Iterations", None, f"{numbers['iterations']:,}", note))
-    minutes, speed = numbers["minutes"], numbers["tokens_per_second"]
-    if minutes is not None:
-        note = f"{60 * minutes / max(numbers['iterations'], 1):.3g} s per iteration"
-        tiles.append(page.tile("Minutes", None, f"{minutes:,.1f}", note))
-    if speed is not None:
-        tiles.append(page.tile("Tokens per second", None, f"{speed:,.0f}", "median of iterations"))
+    low, high = found["pass_at_1_last_low"], found["pass_at_1_last_high"]
+    sure = f"95% interval {100 * low:.1f}–{high:.1%}" if None not in (low, high) else ""
+    moved("Pass@1", "pass_at_1", "{:.1%}", sure)
+    over = "means of {window} iterations" if found["window"] > 1 else "first and last iteration"
+    label, name = ("Loss", "loss") if found["reward_last"] is None else ("Reward", "reward")
+    moved(label, name, "{:#.3g}", over.format(**found) if len(records) > 1 else "")
+    note = "" if found["updates"] is None else f"{found['updates']:,} updates"
+    tiles.append(Tile("Iterations", f"{found['iterations']:,}", note))
+    if (minutes := found["minutes"]) is not None:
+        note = f"{60 * minutes / max(found['iterations'], 1):.3g} s per iteration"
+        tiles.append(Tile("Minutes", f"{minutes:,.1f}", note))
+    if (speed := found["tokens_per_second"]) is not None:
+        tiles.append(Tile("Tokens per second", f"{speed:,.0f}", "median of iterations"))
     return tiles
 
 
@@ -135,64 +98,93 @@ def _warning(records: Records) -> str:
     return f"Not finite at times, and left out of the plots: {where}." if where else ""
 
 
-def _header(records: Records, config: Config, name: str) -> str:
-    objective, kind = plots.objective_of(config), KINDS["reinforcement"]
+def _head(config: Config) -> dict[str, Any]:
+    """What was trained, and how."""
+    supervised = config.get("source") == "demonstrations"
+    objective = plots.objective_of(config)
     method = str(objective.pop("name", "")).replace("_", " ").upper()
-    if config.get("source") == "demonstrations":
-        objective, method, kind = {}, "", KINDS["demonstrations"]
-    chips, task = objective, config.get("task")
-    chips["task"] = task.get("name") if isinstance(task, Mapping) else task
-    chips["seed"] = config.get("seed")
+    task = config.get("task")
+    task = task.get("name") if isinstance(task, Mapping) else task
+    chips = {} if supervised else {**objective}
+    chips |= {"task": task, "seed": config.get("seed")}
     chips = {key: value for key, value in chips.items() if value not in (None, math.inf)}
-    title = f"{kind[0]}: {method}" if method else kind[0]
-    return page.header(title, name, kind[1], chips, _tiles(records), _warning(records))
+    return {"supervised": supervised, "method": "" if supervised else method, "chips": chips}
 
 
-def _time_shares(records: Records) -> str:
+def _shares(records: Records) -> list[tuple[str, str, float, float]]:
+    """Phases of an iteration: name, colour, seconds in all, and their share of the total."""
     spent = [plots.seconds(r) for r in records]
     totals = {phase: sum(s[phase] for s in spent) for phase in plots.PHASES}
     whole = sum(totals.values())
-    rows = [(p, plots.PHASES[p], total, total / whole) for p, total in totals.items() if total]
-    return page.shares(rows)
+    return [(p, plots.PHASES[p], total, total / whole) for p, total in totals.items() if total]
 
 
-def _pick_samples(samples: Records) -> list[tuple[bool, Mapping[str, Any]]]:
-    """As many right as wrong completions where there are, of many problems."""
-    sides: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-    seen: dict[tuple[Any, ...], int] = {}
-    for index, sample in enumerate(samples):
-        right = plots.is_number(sample.get("reward")) and sample["reward"] > RIGHT
-        problem = (right, sample.get("prompt_id"))
-        seen[problem] = seen.get(problem, 0) + 1
-        sides[right].append((seen[problem], index))
-    rights = max(SAMPLES // 2, SAMPLES - len(sides[False]))
-    chosen = [(i, True) for _, i in sorted(sides[True])[:rights]]
-    chosen += [(i, False) for _, i in sorted(sides[False])[: SAMPLES - len(chosen)]]
-    return [(right, samples[i]) for i, right in sorted(chosen)]
+def _is_right(sample: Mapping[str, Any]) -> bool:
+    return is_number(sample.get("reward")) and sample["reward"] > RIGHT
 
 
-def _cards(panels: Sequence[str], records: Records, config: Config) -> list[str]:
-    """The panels that have data; an odd one out takes a whole row, so that no row has a hole."""
-    drawn = {
-        p: f
-        for p in panels
-        if (f := plots.figure_of(plots.PLOTS[p], records, config, p in plots.WIDE))
-    }
-    narrow = [p for p in drawn if p not in plots.WIDE]
-    wide = plots.WIDE | set(narrow[-1:] if len(narrow) % 2 else [])
-    for panel in wide & set(narrow):
-        drawn[panel] = plots.figure_of(plots.PLOTS[panel], records, config, wide=True)
-    return [page.figure(p, figure, wide=p in wide) for p, figure in drawn.items()]
+def pick_samples(samples: Records) -> list[list[Mapping[str, Any]]]:
+    """Completions to learn from, by problem, right ones first; no two of a problem are alike.
+
+    First a right and a wrong one of each problem that has both, then, in turn, one of problems that
+    were always failed or always solved, then more of each.
+    """
+    sides: dict[Any, dict[bool, dict[Any, Mapping]]] = {}
+    for sample in samples:
+        of_problem = sides.setdefault(sample.get("prompt_id"), {True: {}, False: {}})
+        of_problem[_is_right(sample)].setdefault(sample.get("completion"), sample)
+    turns: dict[tuple, int] = {}
+    ranked = []
+    for problem, of_problem in sides.items():
+        one_sided = not all(of_problem.values())
+        for right, different in of_problem.items():
+            for depth, sample in enumerate(different.values()):
+                key = (depth, one_sided, right)
+                turn = turns[key] = turns.get(key, -1) + 1
+                ranked.append(((depth, one_sided, turn, not right), problem, sample))
+    chosen: dict[Any, list[Mapping]] = {}
+    for _, problem, sample in sorted(ranked, key=lambda entry: entry[0])[:SAMPLES]:
+        chosen.setdefault(problem, []).append(sample)
+    return [sorted(some, key=_is_right, reverse=True) for some in chosen.values()]
 
 
-def _preflight(path: epath.Path) -> str:
+def _problems(samples: Records) -> list[dict[str, Any]]:
+    """What the page shows of problems and their completions."""
+    shown = []
+    for chosen in pick_samples(samples):
+        one = chosen[0]
+        group = [s for s in samples if s.get("prompt_id") == one.get("prompt_id")]
+        shown.append({
+            "prompt": one.get("prompt"),
+            "answer": one.get("answer"),
+            "where": f"iteration {one.get('iteration')}, problem {one.get('prompt_id')}",
+            "right": sum(map(_is_right, group)),
+            "count": len(group),
+            "samples": [_completion(sample) for sample in chosen],
+        })  # fmt: skip
+    return sorted(shown, key=lambda problem: len(problem["samples"]) == 1)
+
+
+def _completion(sample: Mapping[str, Any]) -> dict[str, Any]:
+    notes = [f"sample {sample.get('sample_index')}"]
+    for name in ("reward", "advantage"):
+        if is_number(value := sample.get(name)):
+            notes.append(f"{name} {value:.3g}".replace("-", "−"))
+    notes += ["cut at the length limit"] if sample.get("finished") == 1 else []
+    verdict = "right" if _is_right(sample) else "wrong"
+    return {"verdict": verdict, "notes": ", ".join(notes), "text": sample.get("completion")}
+
+
+def _preflight(workdir: epath.PathLike) -> dict[str, Any] | None:
     """The table of a preflight whose results lie in the run directory."""
-    found = json.loads(path.read_text())
+    found = read_json(epath.Path(workdir) / "preflight.json")
+    if found is None:
+        return None
     missed = [c["name"] for c in found["checks"] if not c["met"]]
     missed += [f"{name}: {why}" for name, why in found["refused"].items()]
     note = f"Demands that are not met: {', '.join(missed)}." if missed else "Every demand is met."
-    rows = preflight_tables.rows(found)
-    return page.table(preflight_tables.head(found), preflight_tables.COLUMNS, rows, note)
+    rows, columns = preflight_tables.rows(found), preflight_tables.COLUMNS
+    return {"title": preflight_tables.head(found), "columns": columns, "rows": rows, "note": note}
 
 
 def write(workdir: epath.PathLike) -> epath.Path:
@@ -205,23 +197,38 @@ def write(workdir: epath.PathLike) -> epath.Path:
         The path of the page.
     """
     records, config = _read(workdir)
-    samples = rundir.read_samples(workdir)
-    body: dict[str, str] = {}
-    with matplotlib.rc_context(plots.STYLE):
-        for slug, (_, _, panels) in SECTIONS.items():
-            cards = _cards(panels, records, config)
-            if slug == "time" and cards:
-                cards.append(_time_shares(records))
-            if cards:
-                body[slug] = page.grid(cards)
-    preflight = epath.Path(workdir).expanduser() / "preflight.json"
-    if preflight.exists():
-        body["preflight"] = _preflight(preflight)
-    if samples:
-        body["samples"] = page.samples(_pick_samples(samples))
-    if config:
-        body["config"] = page.tree(config)
-    name = str(config.get("name") or epath.Path(workdir).name or "run")
-    path = epath.Path(workdir).expanduser() / "report.html"
-    path.write_text(page.document(name, _header(records, config, name), body), encoding="utf-8")
-    return path
+    return page.write(
+        epath.Path(workdir).expanduser() / "report.html",
+        "run",
+        name=str(config.get("name") or epath.Path(workdir).name or "run"),
+        **_head(config),
+        tiles=_tiles(records),
+        warning=_warning(records),
+        starts=provenance.read(workdir),
+        plots=page.plots(plots.PLOTS, records, config),
+        shares=_shares(records),
+        preflight=_preflight(workdir),
+        problems=_problems(read_samples(workdir)),
+        config=config,
+    )
+
+
+def picture(workdir: epath.PathLike, path: epath.PathLike) -> None:
+    """Write one PNG of the most telling panels of a run, at most four.
+
+    Raises:
+        ValueError: The run has nothing to draw.
+    """
+    records, config = _read(workdir)
+    length = ("length/mean", "orange", "length (tokens)")
+    entropy = ("policy/entropy", "green", "entropy (nats per token)")
+    sampled = len(plots.series(records, "length/mean")[0])
+    title = "Response length and entropy" if sampled else "Entropy"
+    both = plots.pair(title, length, entropy, percent=False)
+    last = [r for r in records if plots.counts_of(r, "histogram/gate_pos")][-1:]
+    gate = Panel(
+        "Gate weight of tokens, by sign of the advantage",
+        lambda figure, _, config: plots.PLOTS["gate-weight"].draw(figure, last, config),
+    )
+    whole, reward, loss, gradient = map(plots.PLOTS.get, ("pass", "reward", "loss", "gradient"))
+    style.picture(path, [whole, reward, both, gate, loss, gradient], records, config)

@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, FigureBase
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.figure import FigureBase
+from matplotlib.ticker import MaxNLocator
 
 from sapo_jax import objectives
-from sapo_jax.report.run_words import COLOURS
+from sapo_jax.report import style
+from sapo_jax.report.style import COLOURS, FLOOR, Panel, is_number
 
 Records = Sequence[Mapping[str, Any]]
 Config = Mapping[str, Any]
-Draw = Callable[[FigureBase, Records, Config], None]
+Curve = tuple[str, str, str]  # metric key, colour, label
 
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": COLOURS["soft"],
-    "axes.labelcolor": COLOURS["soft"],
-    "text.color": COLOURS["ink"],
-    "xtick.color": COLOURS["soft"],
-    "ytick.color": COLOURS["soft"],
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": COLOURS["grid"],
-    "legend.frameon": False,
-}
 POINTS = 800  # longer curves are binned: the eye sees no difference and the page stays small
 SMOOTHED = 40  # curves this long are drawn with their running mean
-FLOOR = 1e-9  # where a zero goes on a logarithmic axis
 PHASES = {  # of an iteration, in their order
     "rollout": "blue",
     "score": "amber",
@@ -48,23 +31,11 @@ PHASES = {  # of an iteration, in their order
 }
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number, not null, text or a list."""
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Iterations at which ``key`` is a finite number, and those numbers."""
     points = [(r["iteration"], r[key]) for r in records if is_number(r.get(key))]
     x, y = np.array(points, float).reshape(-1, 2).T
     return x, y
-
-
-def has(records: Records, key: str) -> bool:
-    """Whether any record holds a number, or a histogram that is not empty, under ``key``."""
-    if key.startswith("histogram/"):
-        return any(counts_of(r, key) for r in records)
-    return any(is_number(r.get(key)) for r in records)
 
 
 def counts_of(record: Mapping[str, Any], key: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -118,42 +89,15 @@ def _line(ax: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str) -> No
 def _axes(figure: FigureBase, records: Records, ylabel: str) -> Axes:
     """Axes over the iterations of the run, the same in every plot."""
     ax = figure.subplots()
-    first, last = records[0]["iteration"], records[-1]["iteration"]
+    first, last = (records[i]["iteration"] if records else 0 for i in (0, -1))
     margin = max(0.6, 0.03 * (last - first))
     ax.set(xlabel="iteration", ylabel=ylabel, xlim=(first - margin, last + margin))
     ax.xaxis.set_major_locator(MaxNLocator(7, integer=True, min_n_ticks=1))
     return ax
 
 
-def _logarithmic(ax: Axes, shown: tuple[float, float] = (math.inf, 0)) -> None:
-    """A logarithmic scale with few, plain ticks, over ``shown`` at least; zeros are at FLOOR."""
-    ax.set_yscale("log")
-    low, high = ax.get_ylim()
-    low, high = ax.set_ylim(min(low, shown[0]), max(high, shown[1]))
-    subs = (1, 2, 3, 5) if high / low < 30 else (1, 2, 5) if high / low < 1000 else (1,)
-    ax.yaxis.set_major_locator(LogLocator(subs=subs))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" if v > 2 * FLOOR else "0"))
-    ax.yaxis.set_minor_locator(NullLocator())
-
-
-def _percent(ax: Axes) -> None:
-    """A scale of shares that does not go on where there are none, below 0% and above 100%."""
-    low, high = ax.get_ylim()
-    ax.set_ylim(max(low, -0.02 * high), min(high, 1 + 0.02 * (1 - low)))
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
-
-
-def _legend(*axes: Axes) -> None:
-    """A legend above the first axes, where it hides no data; a single curve needs none."""
-    entries = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
-    if len(entries) > 1:
-        place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
-        shape = {"ncols": len(entries), "handlelength": 1.3, "columnspacing": 1.2}
-        axes[0].legend(*zip(*entries, strict=True), **place, **shape)
-
-
-def _curves(ylabel: str, *curves: tuple[str, str, str], scale: str = "linear") -> Draw:
-    """A drawing of metrics over iterations; curves are (key, colour, label)."""
+def _curves(title: str, ylabel: str, *curves: Curve, scale: str = "linear") -> Panel:
+    """Metrics over iterations."""
 
     def draw(figure: FigureBase, records: Records, config: Config) -> None:
         ax = _axes(figure, records, ylabel)
@@ -163,16 +107,16 @@ def _curves(ylabel: str, *curves: tuple[str, str, str], scale: str = "linear") -
             if len(x):
                 _line(ax, x, np.maximum(y, FLOOR) if logarithmic else y, colour, label)
         if logarithmic:
-            _logarithmic(ax)
+            style.logarithmic(ax)
         elif scale == "percent":
-            _percent(ax)
-        _legend(ax)
+            style.percent(ax)
+        style.legend(ax)
 
-    return draw
+    return Panel(title, draw)
 
 
-def pair(left: tuple[str, str, str], right: tuple[str, str, str], percent: bool) -> Draw:
-    """Two metrics, each (key, colour, axis label), on a scale of their own."""
+def pair(title: str, left: Curve, right: Curve, *, percent: bool) -> Panel:
+    """Two metrics, each on a scale of its own."""
 
     def draw(figure: FigureBase, records: Records, config: Config) -> None:
         ax = _axes(figure, records, "")
@@ -188,16 +132,16 @@ def pair(left: tuple[str, str, str], right: tuple[str, str, str], percent: bool)
             axes[-1].set_ylabel(label, color=COLOURS[colour])
             if percent and key == right[0]:
                 axes[-1].set_ylim(-1, max(0.05, 1.05 * y.max()))
-                _percent(axes[-1])
-        _legend(*axes)
+                style.percent(axes[-1])
+        style.legend(*axes)
 
-    return draw
+    return Panel(title, draw)
 
 
 def _draw_pass(figure: FigureBase, records: Records, config: Config) -> None:
     ax = _axes(figure, records, "problems solved")
     found = {int(k[13:]) for r in records for k in r if re.fullmatch(r"eval/pass_at_\d+", k)}
-    found = [n for n in sorted(found) if has(records, f"eval/pass_at_{n}")]
+    found = [n for n in sorted(found) if len(series(records, f"eval/pass_at_{n}")[0])]
     for n, colour in zip(found, ("blue", "orange", "green", "purple"), strict=False):
         key, colour = f"eval/pass_at_{n}", COLOURS[colour]
         x, y = series(records, key)
@@ -206,8 +150,8 @@ def _draw_pass(figure: FigureBase, records: Records, config: Config) -> None:
         (x, low), (_, high) = series(sure, f"{key}_low"), series(sure, f"{key}_high")
         ax.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
         ax.vlines(x, low, high, color=colour, alpha=0.35, linewidth=1)
-    _percent(ax)
-    _legend(ax)
+    style.percent(ax)
+    style.legend(ax)
 
 
 def _draw_extremes(figure: FigureBase, records: Records, config: Config) -> None:
@@ -224,14 +168,14 @@ def _draw_extremes(figure: FigureBase, records: Records, config: Config) -> None
     if not curves:
         return
     ax = _axes(figure, records, "probability ratio r")
-    ax.axhline(1, color=COLOURS["grey"], linewidth=1, linestyle=(0, (4, 3)))
+    style.level(ax, 1)
     for name, colour, (x, y) in curves:
         ax.plot(x, y, "o", color=COLOURS[colour], markersize=2, alpha=0.75, label=f"{name}imum")
-    _logarithmic(ax, shown=(0.5, 2))  # or the rounding errors of r = 1 would fill the plot
-    _legend(ax)
+    style.logarithmic(ax, shown=(0.5, 2))  # or the rounding errors of r = 1 would fill the plot
+    style.legend(ax)
 
 
-def _histograms(kind: str, xlabel: str) -> Draw:
+def _histograms(title: str, kind: str, xlabel: str) -> Panel:
     """First, middle and last histogram, split by the sign of the advantage."""
     signs = (("pos", "blue", "A > 0"), ("neg", "orange", "A < 0"))
 
@@ -240,31 +184,27 @@ def _histograms(kind: str, xlabel: str) -> Draw:
         if not held:
             return
         picked = sorted({0, len(held) // 2, len(held) - 1})
-        axes = figure.subplots(1, len(picked), sharex=True, sharey=True, squeeze=False)[0]
-        lows, highs, tops = [], [], []
+        axes = style.row(figure, len(picked), sharex=True, sharey=True)
+        shown = []
         for ax, record in zip(axes, [held[i] for i in picked], strict=True):
             ax.set_title(f"iteration {record['iteration']}")
-            ax.set_xlabel(xlabel)
-            ax.xaxis.set_major_locator(MaxNLocator(5, prune="both"))
+            ax.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
             for sign, colour, label in signs:
-                histogram = counts_of(record, f"histogram/{kind}_{sign}")
-                if histogram:
+                if histogram := counts_of(record, f"histogram/{kind}_{sign}"):
                     counts, edges = histogram
                     fill = {"fill": sign == "pos", "alpha": 0.5 if sign == "pos" else 1.0}
                     ax.stairs(counts, edges, color=COLOURS[colour], label=label, **fill)
-                    lows.append(edges[:-1][counts > 0].min())
-                    highs.append(edges[1:][counts > 0].max())
-                    tops.append(counts.max())
-        margin = 0.03 * (max(highs) - min(lows))
-        axes[0].set(
-            ylabel="tokens",
-            xlim=(min(lows) - margin, max(highs) + margin),
-            ylim=(0.7, 2 * max(tops)),
-        )
-        _logarithmic(axes[0])
-        _legend(axes[-1])
+                    some = counts > 0
+                    shown.append((edges[:-1][some].min(), edges[1:][some].max(), counts.max()))
+        lows, highs, tops = zip(*shown, strict=True)
+        span = max(highs) - min(lows)
+        margin = max(0.03 * span, (10 * np.diff(edges).max() - span) / 2)  # 10 bars at least
+        axes[0].set(xlim=(min(lows) - margin, max(highs) + margin), ylim=(0.7, 2 * max(tops)))
+        style.logarithmic(axes[0])
+        style.label(axes, xlabel, "tokens")
+        style.legend(axes[0])
 
-    return draw
+    return Panel(title, draw, wide=True)
 
 
 def _draw_gate(figure: FigureBase, records: Records, config: Config) -> None:
@@ -283,7 +223,7 @@ def _draw_gate(figure: FigureBase, records: Records, config: Config) -> None:
         ax.plot(r, w, dash, color=COLOURS[colour], label=f"A {sign} 0, τ = {tau:g}")
     span = np.clip([low.min(), high.max()], 0, r[-1])
     ax.axvspan(*span, color=COLOURS["grey"], alpha=0.18, linewidth=0, label="seen here")
-    _legend(ax)
+    style.legend(ax)
 
 
 def _draw_phases(figure: FigureBase, records: Records, config: Config) -> None:
@@ -300,47 +240,50 @@ def _draw_phases(figure: FigureBase, records: Records, config: Config) -> None:
             ax.stairs(base + y, edges, baseline=base, fill=True, color=COLOURS[colour], label=phase)
             base = base + y
     ax.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.05 * base.max()))
-    _legend(ax)
+    style.legend(ax)
 
 
-PLOTS: dict[str, Draw] = {
-    "pass": _draw_pass,
-    "reward": _curves("mean reward", ("reward/mean", "blue", "reward")),
-    "zero-groups": _curves(
-        "share of problems", ("advantage/zero_groups", "purple", "share"), scale="percent"
+PLOTS = {
+    "pass": Panel("Pass@1 on held-out problems", _draw_pass),
+    "reward": _curves(
+        "Reward of the sampled completions", "mean reward", ("reward/mean", "blue", "reward")
     ),
     "length": pair(
+        "Response length",
         ("length/mean", "blue", "length (tokens)"),
         ("length/truncated", "orange", "cut at the limit (share)"),
         percent=True,
     ),
-    "entropy": _curves("nats per token", ("policy/entropy", "green", "entropy")),
-    "kl": _curves("KL (nats per token)", ("policy/kl_old", "purple", "KL")),
-    "gradient": _curves("norm", ("grad/norm", "orange", "norm"), scale="log"),
-    "loss": _curves("loss", ("policy/loss", "blue", "loss")),
+    "zero-groups": _curves(
+        "Problems without a learning signal",
+        "share of problems",
+        ("advantage/zero_groups", "purple", "share"),
+        scale="percent",
+    ),
+    "entropy": _curves(
+        "Entropy of the policy", "nats per token", ("policy/entropy", "green", "entropy")
+    ),
+    "gradient": _curves("Gradient norm", "norm", ("grad/norm", "orange", "norm"), scale="log"),
     "gap": _curves(
+        "Sampler against learner",
         "difference of log π (nats)",
         ("sampler/logp_gap_max", "orange", "largest"),
         ("sampler/logp_gap_mean", "blue", "mean"),
         scale="log",
     ),
-    "log-ratio": _histograms("log_ratio", "log r (nats)"),
-    "gate-weight": _histograms("gate", "gate weight w"),
-    "extremes": _draw_extremes,
+    "loss": _curves("Loss", "loss", ("policy/loss", "blue", "loss")),
+    "log-ratio": _histograms("Log probability ratio of tokens", "log_ratio", "log r (nats)"),
+    "gate-weight": _histograms("Gate weight of tokens", "gate", "gate weight w"),
+    "extremes": Panel("Extreme ratios of each minibatch", _draw_extremes),
+    "kl": _curves(
+        "Divergence from the old policy", "KL (nats per token)", ("policy/kl_old", "purple", "KL")
+    ),
     "gate-mean": pair(
+        "Mean gate weight, and silenced tokens",
         ("policy/gate_mean", "blue", "mean gate weight"),
         ("policy/clipped", "orange", "silenced tokens (share)"),
         percent=True,
     ),
-    "gate": _draw_gate,
-    "phases": _draw_phases,
+    "gate": Panel("The gate in closed form", _draw_gate),
+    "phases": Panel("Phases of an iteration", _draw_phases, wide=True),
 }
-WIDE = {"log-ratio", "gate-weight", "phases"}
-
-
-def figure_of(draw: Draw, records: Records, config: Config, wide: bool = False) -> Figure | None:
-    """A drawing, or None where the run has nothing to draw."""
-    figure = Figure(figsize=(11.2 if wide else 5.4, 3.0), layout="constrained")
-    if records:
-        draw(figure, records, config)
-    return figure if any(ax.has_data() for ax in figure.axes) else None

@@ -8,11 +8,11 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import FigureBase
 from matplotlib.ticker import MaxNLocator
 
-from sapo_jax.report import sweep_stats
-from sapo_jax.report.run_words import COLOURS
+from sapo_jax.report import style, sweep_stats
+from sapo_jax.report.style import COLOURS, Panel
 
 Found = Mapping[str, Any]
 PALETTE = ("blue", "orange", "green", "purple", "amber", "grey", "ink")
@@ -23,42 +23,37 @@ MOST_BANDS = 12  # more settings are drawn without bands: they would hide each o
 def label(found: Found, setting: Mapping[str, Any]) -> str:
     """A setting in as few words as tell it from the others."""
     fields = sweep_stats.varied(found) or list(setting)
-    named = {field: setting.get(field) for field in fields}
-    if len(named) == 1:
-        field, value = next(iter(named.items()))
-        return str(value) if isinstance(value, str) else f"{field.rpartition('.')[2]} {value}"
-    return ", ".join(f"{field.rpartition('.')[2]} {value}" for field, value in named.items())
+    if len(fields) == 1 and isinstance(value := setting.get(fields[0]), str):
+        return value
+    named = [f"{field.rpartition('.')[2]} {setting.get(field)}" for field in fields]
+    return ", ".join(named) or "base"
 
 
-def _colours(found: Found) -> list:
-    """One for each setting: in order along a scale where there are more than the palette has."""
-    count = len(found["settings"])
-    if count <= len(PALETTE):
-        return [COLOURS[name] for name in PALETTE[:count]]
-    scale = matplotlib.colormaps["viridis"]
-    return [matplotlib.colors.to_hex(scale(x)) for x in np.linspace(0, 0.9, count)]
+def _coloured(found: Found) -> list[tuple[Mapping[str, Any], Any]]:
+    """Settings with a colour each: along a scale where there are more than the palette has."""
+    settings = found["settings"]
+    scale = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(settings)))
+    few = len(settings) <= len(PALETTE)
+    colours = [COLOURS[name] for name in PALETTE] if few else map(matplotlib.colors.to_hex, scale)
+    return list(zip(settings, colours, strict=False))
 
 
-def _curves(key: str, unit: str, *, percent: bool = False) -> Callable[[Figure, Found], None]:
-    def draw(figure: Figure, found: Found) -> None:
-        ax = figure.subplots()
-        count = len(found["settings"])
-        bands = count <= MOST_BANDS
-        for i, (entry, colour) in enumerate(zip(found["settings"], _colours(found), strict=True)):
-            curve = entry["curves"].get(key)
-            if not curve or not curve["iteration"]:
+def _curves(key: str, ylabel: str, *, scale: int = 1) -> Callable[[FigureBase, Found], None]:
+    def draw(figure: FigureBase, found: Found) -> None:
+        ax, count = figure.subplots(), len(found["settings"])
+        for i, (entry, colour) in enumerate(_coloured(found)):
+            curve = entry["curves"].get(key) or {"iteration": []}
+            if not (x := curve["iteration"]):
                 continue
-            scale = 100 if percent else 1
-            x = curve["iteration"]
             mean, low, high = (scale * np.array(curve[k]) for k in ("mean", "low", "high"))
-            if bands:
+            if count <= MOST_BANDS:
                 ax.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
-            named = label(found, entry["setting"])
             marker = "o" if len(x) <= FEW else ""
             # Thinner and thinner: where curves lie on each other, all of them show.
             width = 1.5 + (0.9 * (count - 1 - i) if count <= 4 else 0)
-            ax.plot(x, mean, marker=marker, ms=3 + width, color=colour, lw=width, label=named)
-        ax.set(xlabel="iteration", ylabel=unit)
+            look = {"marker": marker, "markersize": 3 + width, "linewidth": width}
+            ax.plot(x, mean, color=colour, label=label(found, entry["setting"]), **look)
+        ax.set(xlabel="iteration", ylabel=ylabel)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         if ax.has_data():
             ax.legend(fontsize=7.5, ncols=1 + (count > 8))
@@ -66,47 +61,48 @@ def _curves(key: str, unit: str, *, percent: bool = False) -> Callable[[Figure, 
     return draw
 
 
-def _interval(ax: Axes, x: float, entry: Mapping[str, Any], colour: str) -> None:
-    """A mean with its interval, as a bar of its own next to the points."""
-    ax.plot([x, x], [100 * entry["low"], 100 * entry["high"]], color=colour, linewidth=5, alpha=0.3)
-    ax.plot([x - 0.16, x + 0.16], [100 * entry["mean"]] * 2, color=colour, linewidth=2)
-
-
-def _by_setting(figure: Figure, found: Found, unit: str) -> Axes:
+def _by_setting(figure: FigureBase, found: Found, ylabel: str) -> Axes:
     ax = figure.subplots()
     names = [label(found, entry["setting"]) for entry in found["settings"]]
-    turned = {"rotation": 30, "ha": "right"} if len(names) > 6 else {}
+    turned = {"rotation": 30, "ha": "right"} if sum(map(len, names)) > 60 else {}
     ax.set_xticks(range(len(names)), names, **turned)
-    ax.set(ylabel=unit, xlim=(-0.6, len(names) - 0.4))
+    ax.set(ylabel=ylabel, xlim=(-0.6, len(names) - 0.4))
     ax.grid(visible=False, axis="x")
     return ax
 
 
-def _draw_ends(figure: Figure, found: Found) -> None:
+def _points(ax: Axes, x: float, shares: list[float], mean: Mapping[str, Any], colour: Any) -> None:
+    """A point for each run, in per cent, over the mean with its interval."""
+    low, middle, high = (100 * mean[key] for key in ("low", "mean", "high"))
+    spread = x + np.linspace(-0.14, 0.14, len(shares)) * (len(shares) > 1)
+    ax.scatter(spread, 100 * np.array(shares), s=14, color=colour, alpha=0.75)
+    ax.plot([x, x], [low, high], color=colour, linewidth=5, alpha=0.3)
+    ax.plot([x - 0.16, x + 0.16], [middle, middle], color=colour, linewidth=2)
+
+
+def _draw_ends(figure: FigureBase, found: Found) -> None:
     ax = _by_setting(figure, found, "Pass@1 (%)")
-    for i, (entry, colour) in enumerate(zip(found["settings"], _colours(found), strict=True)):
-        y = [run["pass_at_1"] for run in entry["runs"] if run["pass_at_1"] is not None]
-        if y:
-            spread = np.linspace(-0.14, 0.14, len(y)) if len(y) > 1 else [0.0]
-            ax.scatter(i + np.array(spread), 100 * np.array(y), s=14, color=colour, alpha=0.75)
-            _interval(ax, i, entry["pass_at_1"], colour)
+    for i, (entry, colour) in enumerate(_coloured(found)):
+        ends = [run["pass_at_1"] for run in entry["runs"] if run["pass_at_1"] is not None]
+        if ends:
+            _points(ax, i, ends, entry["pass_at_1"], colour)
 
 
-def _draw_differences(figure: Figure, found: Found) -> None:
+def _draw_differences(figure: FigureBase, found: Found) -> None:
+    first = found["settings"][0]
     if not any(entry["difference"] for entry in found["settings"]):
         return
-    first = label(found, found["settings"][0]["setting"])
-    ax = _by_setting(figure, found, f"Pass@1 minus that of {first} (points)")
+    ax = _by_setting(
+        figure, found, f"Pass@1 minus that of {label(found, first['setting'])}, points"
+    )
     ax.text(0, 0, "reference", ha="center", va="bottom", fontsize=7.5, color=COLOURS["grey"])
     ax.axhline(0, color=COLOURS["soft"], linewidth=1)
-    reference = {run["seed"]: run["pass_at_1"] for run in found["settings"][0]["runs"]}
-    for i, (entry, colour) in enumerate(zip(found["settings"], _colours(found), strict=True)):
+    reference = {run["seed"]: run["pass_at_1"] for run in first["runs"]}
+    for i, (entry, colour) in enumerate(_coloured(found)):
         if entry["difference"]:
             pairs = [(run["pass_at_1"], reference.get(run["seed"])) for run in entry["runs"]]
-            y = 100 * np.array([a - b for a, b in pairs if a is not None and b is not None])
-            spread = np.linspace(-0.14, 0.14, len(y)) if len(y) > 1 else np.zeros(1)
-            ax.scatter(i + spread, y, s=14, color=colour, alpha=0.75)
-            _interval(ax, i, entry["difference"], colour)
+            gains = [a - b for a, b in pairs if a is not None and b is not None]
+            _points(ax, i, gains, entry["difference"], colour)
 
 
 def grid(found: Found) -> tuple[tuple[str, list], tuple[str, list], np.ndarray] | None:
@@ -131,67 +127,39 @@ def grid(found: Found) -> tuple[tuple[str, list], tuple[str, list], np.ndarray] 
     return (fields[0], rows), ((*fields, "seed")[1], columns), table
 
 
-def _draw_heat(figure: Figure, found: Found) -> None:
-    parts = grid(found)
-    if parts is None:
+def _draw_heat(figure: FigureBase, found: Found) -> None:
+    if not (parts := grid(found)):
         return
     (row_name, rows), (column_name, columns), table = parts
     ax = figure.subplots()
-    mesh = ax.pcolormesh(100 * table, cmap="viridis")  # the page shows no images
-    ax.set_yticks(0.5 + np.arange(len(rows)), [str(r) for r in rows])
-    ax.set_xticks(0.5 + np.arange(len(columns)), [str(c) for c in columns])
-    ax.invert_yaxis()
+    mesh = style.heat(ax, 100 * table, rows, columns, "{:.1f}", cmap="viridis")
     ax.set(xlabel=column_name, ylabel=row_name)
-    ax.grid(visible=False)
-    middle = (table.min() + table.max()) / 2
-    if table.size <= 160:
-        for (i, j), value in np.ndenumerate(table):
-            ink = "#ffffff" if value < middle else "#000000"
-            ax.text(
-                j + 0.5,
-                i + 0.5,
-                f"{100 * value:.1f}",
-                ha="center",
-                va="center",
-                color=ink,
-                fontsize=7.5,
-            )
-    bar = figure.colorbar(mesh, ax=ax, label="Pass@1 (%)", pad=0.01)
-    bar.solids.set_rasterized(False)
+    figure.colorbar(mesh, ax=ax, label="Pass@1 (%)", pad=0.01).solids.set_rasterized(False)
 
 
-def _draw_collapse(figure: Figure, found: Found) -> None:
-    if not any(kind["steps"] for e in found["settings"] for kind in e["collapse"].values()):
+def _draw_collapse(figure: FigureBase, found: Found) -> None:
+    each = [entry["collapse"] for entry in found["settings"]]
+    if not any(kind["steps"] for collapse in each for kind in collapse.values()):
         return
     ax = _by_setting(figure, found, "share of runs (%)")
     kinds = {"reward": "orange", "entropy": "green", "finite": "purple"}
     for k, (kind, colour) in enumerate(kinds.items()):
-        shares = [100 * entry["collapse"][kind]["share"] for entry in found["settings"]]
-        name = "not finite" if kind == "finite" else kind
-        x = np.arange(len(shares)) + 0.26 * (k - 1)
+        shares = [100 * collapse[kind]["share"] for collapse in each]
+        x, name = np.arange(len(shares)) + 0.26 * (k - 1), kind.replace("finite", "not finite")
         ax.bar(x, shares, width=0.24, color=COLOURS[colour], label=name)
     ax.set(ylim=(0, 105))
-    ax.legend(fontsize=7.5)
+    style.legend(ax)
 
 
-PLOTS: dict[str, Callable[[Figure, Found], None]] = {
-    "pass": _curves("eval/pass_at_1", "Pass@1 (%)", percent=True),
-    "reward": _curves("reward/mean", "mean reward"),
-    "entropy": _curves("policy/entropy", "nats per token"),
-    "length": _curves("length/mean", "tokens"),
-    "ends": _draw_ends,
-    "differences": _draw_differences,
-    "heat": _draw_heat,
-    "collapse": _draw_collapse,
+PLOTS = {
+    "pass": Panel(
+        "Pass@1 on held-out problems", _curves("eval/pass_at_1", "Pass@1 (%)", scale=100)
+    ),
+    "reward": Panel("Reward of the sampled completions", _curves("reward/mean", "mean reward")),
+    "entropy": Panel("Entropy of the policy", _curves("policy/entropy", "nats per token")),
+    "length": Panel("Response length", _curves("length/mean", "tokens")),
+    "ends": Panel("Final Pass@1 of every run", _draw_ends),
+    "differences": Panel("Difference to the first setting, seed by seed", _draw_differences),
+    "heat": Panel("Final Pass@1 over the two axes of the sweep", _draw_heat, wide=True),
+    "collapse": Panel("Share of runs that collapsed", _draw_collapse),
 }
-WIDE = {"heat"}
-
-
-def figure_of(name: str, found: Found, *, wide: bool = False) -> Figure | None:
-    """A plot, or None where there is nothing to draw."""
-    height = 3.1
-    if name == "heat" and (parts := grid(found)):
-        height = min(7.0, 1.4 + 0.34 * len(parts[0][1]))
-    figure = Figure(figsize=(11.2 if wide else 5.4, height), layout="constrained")
-    PLOTS[name](figure, found)
-    return figure if any(ax.has_data() for ax in figure.axes) else None

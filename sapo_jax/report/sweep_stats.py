@@ -8,7 +8,7 @@ noise, so that settings are compared seed by seed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy as np
 from sapo_jax.training.bootstrap import interval
 
 LOST_REWARD, LOST_ENTROPY, LEAST = 0.5, 0.1, 0.05  # see `collapse`
+COLLAPSES = ("reward", "entropy", "finite")
 CURVES = ("eval/pass_at_1", "reward/mean", "policy/entropy", "length/mean")
 
 Records = Sequence[Mapping[str, Any]]
@@ -40,17 +41,13 @@ def replicate_fields(runs: Sequence[Overrides]) -> set[str]:
     return {"seed", "init_from"} if follows else {"seed"}
 
 
-def setting_of(run: Overrides, replicates: set[str]) -> dict[str, Any]:
-    """What a run changes besides its seed."""
-    return {field: value for field, value in run.items() if field not in replicates}
-
-
 def group(runs: Sequence[Run]) -> dict[str, list[Run]]:
     """The replicates of each setting, in the order of the sweep; keys are the settings in JSON."""
     replicates = replicate_fields([run.overrides for run in runs])
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        groups.setdefault(json.dumps(setting_of(run.overrides, replicates)), []).append(run)
+        setting = {k: v for k, v in run.overrides.items() if k not in replicates}
+        groups.setdefault(json.dumps(setting), []).append(run)
     return groups
 
 
@@ -60,18 +57,20 @@ def series(records: Records, key: str) -> dict[int, float]:
     return {i: float(v) for i, v in found.items() if v is not None}
 
 
+def mean_of(values: Sequence[float]) -> dict[str, float | None]:
+    """The mean over seeds with its interval; null of nothing."""
+    if not len(values):
+        return dict.fromkeys(("mean", "low", "high"))
+    low, high = interval(np.array(values))
+    return {"mean": float(np.mean(values)), "low": low, "high": high}
+
+
 def curve(runs: Sequence[Run], key: str) -> dict[str, list]:
     """Mean over the runs, with the bounds of its interval, at the iterations that all have."""
     each = [series(run.records, key) for run in runs]
     common = sorted(set.intersection(*(set(s) for s in each))) if each else []
-    values = {i: np.array([s[i] for s in each]) for i in common}
-    bounds = [interval(values[i]) for i in common]
-    return {
-        "iteration": common,
-        "mean": [float(values[i].mean()) for i in common],
-        "low": [low for low, _ in bounds],
-        "high": [high for _, high in bounds],
-    }
+    means = [mean_of([s[i] for s in each]) for i in common]
+    return {"iteration": common} | {k: [m[k] for m in means] for k in ("mean", "low", "high")}
 
 
 def final(records: Records, key: str = "eval/pass_at_1") -> float | None:
@@ -87,18 +86,13 @@ def paired(runs: Sequence[Run], reference: Sequence[Run]) -> dict[str, Any] | No
     differences = np.array([a - b for a, b in pairs if a is not None and b is not None])
     if not len(differences):
         return None
-    low, high = interval(differences)
-    return {
-        "pairs": len(differences),
-        "mean": float(differences.mean()),
-        "low": low,
-        "high": high,
-        "better": float((differences > 0).mean()),
-    }
+    better = float((differences > 0).mean())
+    return {"pairs": len(differences), "better": better, **mean_of(differences)}
 
 
-def smoothed(values_N: np.ndarray, window: int) -> np.ndarray:
+def smoothed(values: Iterable[float], window: int) -> np.ndarray:
     """Mean over the last ``window`` values, of fewer at the start."""
+    values_N = np.array(list(values))
     total = np.concatenate([[0.0], np.cumsum(values_N)])
     end = np.arange(1, len(values_N) + 1)
     start = np.maximum(end - window, 0)
@@ -125,24 +119,20 @@ def collapse(records: Records) -> dict[str, int | None]:
     """
     trained = [r for r in records if r["iteration"] > 0]
     window = int(np.clip(len(trained) // 10, 3, 20))
-    found: dict[str, int | None] = dict.fromkeys(("reward", "entropy", "finite"))
-    reward = series(trained, "reward/accuracy")
-    if reward:
-        mean_N = smoothed(np.array(list(reward.values())), window)
+    found: dict[str, int | None] = dict.fromkeys(COLLAPSES)
+    if reward := series(trained, "reward/accuracy"):
+        mean_N = smoothed(reward.values(), window)
         best_N = np.maximum.accumulate(mean_N)
         bad_N = (mean_N < LOST_REWARD * best_N) & (best_N >= LEAST)
         found["reward"] = _for_good(bad_N, list(reward))
     entropy = series(trained, "policy/entropy")
     if len(entropy) >= window:
-        mean_N = smoothed(np.array(list(entropy.values())), window)
+        mean_N = smoothed(entropy.values(), window)
         bad_N = mean_N < LOST_ENTROPY * mean_N[window - 1]
         found["entropy"] = _for_good(bad_N, list(entropy))
-    broken = [
-        r["iteration"]
-        for r in trained
-        if any(key in r and r[key] is None for key in ("policy/loss", "grad/norm"))
-    ]
-    found["finite"] = min(broken, default=None)
+    # A number that is not finite is null in a record; a metric that a run lacks is no key of it.
+    broken = [r for r in trained if None in (r.get("policy/loss", 0), r.get("grad/norm", 0))]
+    found["finite"] = min((r["iteration"] for r in broken), default=None)
     return found
 
 
@@ -150,7 +140,7 @@ def collapses(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """Of each way to collapse: the share of runs, and the median of the iterations."""
     each = [collapse(run.records) for run in runs]
     out = {}
-    for kind in ("reward", "entropy", "finite"):
+    for kind in COLLAPSES:
         steps = [found[kind] for found in each if found[kind] is not None]
         median = float(np.median(steps)) if steps else None
         out[kind] = {"share": len(steps) / len(each), "median": median, "steps": steps}
@@ -163,8 +153,7 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
     reference = next(iter(groups.values()))
     settings = []
     for key, members in groups.items():
-        ends = np.array([x for run in members if (x := final(run.records)) is not None])
-        bounds = interval(ends) if len(ends) else (None, None)
+        ends = [final(run.records) for run in members]
         settings.append({
             "setting": json.loads(key),
             "runs": [
@@ -172,16 +161,12 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
                     "name": run.name,
                     "directory": run.directory,
                     "seed": run.overrides.get("seed"),
-                    "pass_at_1": final(run.records),
+                    "pass_at_1": end,
                     **{f"collapse_{k}": v for k, v in collapse(run.records).items()},
                 }
-                for run in members
+                for run, end in zip(members, ends, strict=True)
             ],
-            "pass_at_1": {
-                "mean": float(ends.mean()) if len(ends) else None,
-                "low": bounds[0],
-                "high": bounds[1],
-            },
+            "pass_at_1": mean_of([end for end in ends if end is not None]),
             "difference": None if members is reference else paired(members, reference),
             "collapse": collapses(members),
             "curves": {k: curve(members, k) for k in CURVES if series(members[0].records, k)},

@@ -6,8 +6,9 @@ the shapes that its programs are compiled for.
 
 from sapo_jax.sampler.engine import OnGroups, check, ends, rollout
 from sapo_jax.sampler.scheduler import Plan, make_plan
-from sapo_jax.sampler.weights import moved_bytes, to_sampler
+from sapo_jax.sampler.weights import SamplerParams, moved_bytes, to_sampler
 
 __all__ = [
-    "OnGroups", "Plan", "check", "ends", "make_plan", "moved_bytes", "rollout", "to_sampler",
+    "OnGroups", "Plan", "SamplerParams", "check", "ends", "make_plan", "moved_bytes", "rollout",
+    "to_sampler",
 ]  # fmt: skip

@@ -1,12 +1,13 @@
 """Rollouts: prefill once per prompt, decode groups in slots on the device, refill, shrink.
 
-Decoding runs on the device (see `decoding`). The host takes part only between segments of its loop:
+Decoding runs on the device (see `decode`). The host takes part only between segments of its loop:
 to refill slots whose group has finished, to drop empty ones when no prompt waits, and to let the
-cache grow to its next size. What it decides follows from replicated values alone.
+cache grow to its next size (see `scheduler`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,15 +20,11 @@ from jax.sharding import Mesh
 
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
-from sapo_jax.sampler import decode as decoding
-from sapo_jax.sampler import decode_state, sampling, scheduler
-from sapo_jax.sampler.decode import Decoding
-from sapo_jax.sampler.scheduler import Plan, make_plan
-from sapo_jax.sampler.weights import moved_bytes, to_sampler
+from sapo_jax.sampler import decode, decode_state, sampling
+from sapo_jax.sampler.decode_state import DecodeState
+from sapo_jax.sampler.scheduler import Plan, Slots, make_plan
+from sapo_jax.sampler.weights import to_sampler
 from sapo_jax.types import Prompts, Rollout
-
-__all__ = ["Plan", "check", "ends", "make_plan", "moved_bytes", "rollout", "to_sampler"]
-
 
 OnGroups = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 
@@ -135,131 +132,133 @@ def rollout(
     plan = _checked(plan, p, max_new_tokens, mesh)
     prompts = sharding.place(prompts, mesh)
     controls = sampling.controls(temperature, top_k, top_p)
-    weights = to_sampler(params, config)
-    base = decoding.base_key(np.uint32(seed), domain, np.int32(iteration))
-    static = {"truncate": truncate, "mesh": mesh}
-    prefill = partial(decoding.prefill, weights, config, prompts, base, controls, **static)
-    decode = partial(decoding.decode, weights, config, controls, **static)
-    state = decoding.empty(
-        config, plan.slots[0], plan.cache[0], p, width, group_size, max_new_tokens, mesh
-    )
+    params = to_sampler(params, config)
+    base = sampling.base_key(np.uint32(seed), domain, np.int32(iteration))
+    sizes = (plan.slots[0], plan.cache[0], p, width, group_size, max_new_tokens)
+    state = decode_state.empty(config, decode_state.Shape(*sizes), mesh)
     # Arrays of NumPy have no place.
-    if mesh is None and getattr(weights["final_norm"], "committed", False):
+    if mesh is None and getattr(params["final_norm"], "committed", False):
         # Programs are compiled apart for placed and unplaced arguments: place them from the start.
-        state = jax.device_put(state, weights["final_norm"].sharding)
-    if warm_up:
-        state = _compile_all(plan, state, p, mesh, prefill, decode, warm_up)
-        if on_groups:
-            own = p // sharding.parts(mesh)
-            every_nP = np.tile(np.arange(own), (p // own, 1))
-            _report(on_groups, every_nP, own, mesh, _completions(state, every_nP, mesh))
-    else:
-        state = _run(plan, state, p, mesh, prefill, decode, on_groups)
-    results = (state.tokens, state.logp, state.count, state.finished)
-    return decode_state.assemble(config, results, prompts, np.int32(iteration), state.routing, mesh)
+        state = jax.device_put(state, params["final_norm"].sharding)
+    static = {"truncate": truncate, "mesh": mesh}
+    host = _Host(
+        state,
+        Slots.empty(plan, p, sharding.parts(mesh)),
+        partial(decode.prefill, params, config, prompts, base, controls, **static),
+        partial(decode.decode, params, config, controls, **static),
+        on_groups,
+        mesh,
+    )
+    host.compile_all(warm_up) if warm_up else host.run()
+    return decode_state.to_rollout(config, host.state.results, prompts, np.int32(iteration), mesh)
 
 
-def _run(plan: Plan, state: Decoding, total: int, mesh, prefill, decode, on_groups) -> Decoding:
-    """The host's part: refill, shrink, grow, and decode until all prompts are done.
+@dataclasses.dataclass
+class _Host:
+    """A rollout under way: the device's state, what the host knows of it, and the steps between.
 
-    Arrays over the n parts of the rows; each has as many prompts, in slots of its own.
+    Attributes:
+      state: on the device; each program takes it and gives the next.
+      slots: which prompt is where.
+      prefill_program, decode_program: what is left of `decode.prefill` and `decode.decode`.
+      fresh: prompts that had finished when the host last looked, and their completions, which may
+        still be on the device.
     """
-    parts = sharding.parts(mesh)
-    own, slots = total // parts, [count // parts for count in plan.slots]
-    level = size = clock = 0
-    waiting_n, idle_nQ = np.zeros(parts, int), np.ones((parts, slots[0]), bool)
-    prompt_nQ = np.full(idle_nQ.shape, own)
-    report = _nothing
-    while True:
-        while (count_n := scheduler.fillable(idle_nQ, own - waiting_n, plan.refill // parts)).any():
-            slot_nF, prompt_nF = scheduler.fill(plan, parts, own, idle_nQ, waiting_n, count_n)
-            arguments = (sharding.place(x.ravel(), mesh) for x in (slot_nF, prompt_nF))
-            state = prefill(state, *arguments)
-            part, at = np.nonzero(slot_nF < slots[0])
-            prompt_nQ[part, slot_nF[part, at]] = prompt_nF[part, at]
-            idle_nQ[part, slot_nF[part, at]] = False
-            waiting_n += count_n
-        if idle_nQ.all():
-            report()
-            return state
-        done = bool((waiting_n == own).all())
-        while done and level + 1 < len(slots) and (~idle_nQ).sum(-1).max() <= slots[level + 1]:
-            level += 1
-            order_nQ = np.argsort(idle_nQ, axis=-1, kind="stable")[:, : slots[level]]
-            order = sharding.place(order_nQ.astype(np.int32).ravel(), mesh)
-            state = decoding.take(state, order, mesh)
-            idle_nQ, prompt_nQ = (np.take_along_axis(x, order_nQ, -1) for x in (idle_nQ, prompt_nQ))
-        if clock >= plan.cache[size] and size + 1 < len(plan.cache):
-            size += 1
-            state = state.replace(own_kv=decoding.grow(state.own_kv, plan.cache[size], mesh))
-        grows = size + 1 < len(plan.cache)
-        until = plan.cache[size] if grows else np.iinfo(np.int32).max
-        smaller = [*slots[level + 1 :], 0][0]
-        need_n = np.where(waiting_n < own, plan.refill // parts, slots[level] + 1)
-        need_n = np.full(parts, slots[level] - smaller) if done else need_n
-        waiting, reports = (waiting_n < own).sum(), on_groups is not None
-        enough_n, quorum = scheduler.until(idle_nQ, need_n, waiting, slots[0], reports)
-        enough = sharding.place(enough_n, mesh)
-        state, idle = decode(state, np.int32(until), enough, quorum)
-        report()  # what had finished before, while the device decodes
-        clock, idle = jax.device_get((state.clock, idle))
-        now_nQ = np.array(idle).reshape(parts, -1)
-        if on_groups:
-            fresh_nQ = np.full((parts, slots[0]), own)  # one size for all levels: one program
-            fresh_nQ[:, : now_nQ.shape[1]] = np.where(now_nQ & ~idle_nQ, prompt_nQ, own)
-            fresh = _completions(state, fresh_nQ, mesh)
-            report = partial(_report, on_groups, fresh_nQ, own, mesh, fresh)
-        idle_nQ = now_nQ
 
+    state: DecodeState
+    slots: Slots
+    prefill_program: Callable[..., DecodeState]
+    decode_program: Callable[..., tuple[DecodeState, jax.Array]]
+    on_groups: OnGroups | None
+    mesh: Mesh | None
+    fresh: tuple[np.ndarray, Any] | None = None
 
-def _nothing() -> None:
-    pass
+    def run(self) -> None:
+        """Sample until all prompts are done."""
+        self.refill()
+        while not self.slots.idle.all():
+            self.shrink()
+            self.grow()
+            self.decode()
+            self.refill()
+        self.report()
 
+    def refill(self) -> None:
+        """Prefill waiting prompts into idle slots."""
+        while (entries := self.slots.refill()) is not None:
+            self.state = self.prefill_program(self.state, *map(self._place, entries))
 
-def _completions(state: Decoding, prompt_nQ: np.ndarray, mesh: Mesh | None) -> Any:
-    """What has been recorded of some prompts of each part, still on the device."""
-    index = sharding.place(prompt_nQ.astype(np.int32).ravel(), mesh)
-    return decoding.completions((state.tokens, state.count, state.finished), index, mesh)
+    def shrink(self) -> None:
+        """Go on with fewer slots: a decode step costs the same for an empty one."""
+        while (slots_nQ := self.slots.shrink()) is not None:
+            self.state = decode_state.select_slots(self.state, self._place(slots_nQ), self.mesh)
 
+    def grow(self) -> None:
+        """Enlarge the cache when the clock has come to its end."""
+        if (size := self.slots.grow()) is not None:
+            self._grow_to(size)
 
-def _report(
-    on_groups: OnGroups, prompt_nQ: np.ndarray, own: int, mesh: Mesh | None, results: Any
-) -> None:
-    """Hand over the results of this process's parts; those that name no prompt are left out."""
-    for n, columns in sharding.own_parts(results, mesh).items():
-        real_Q = prompt_nQ[n] < own
-        if real_Q.any():
-            on_groups(n * own + prompt_nQ[n][real_Q], *(x[real_Q] for x in columns))
+    def decode(self) -> None:
+        """Decode until there is something to do, and report what had finished before."""
+        until, enough_n, quorum = self.slots.stop(reports=self.on_groups is not None)
+        self.state, idle = self.decode_program(self.state, until, self._place(enough_n), quorum)
+        # Before the host waits for the device: completions are judged while others are decoded.
+        self.report()
+        clock, idle = jax.device_get((self.state.clock, idle))
+        fresh_nQ = self.slots.advance(int(clock), np.array(idle).reshape(len(enough_n), -1))
+        if self.on_groups:
+            self.fresh = fresh_nQ, self._completions(fresh_nQ)
 
+    def report(self) -> None:
+        """Hand over what is fresh in this process's parts; entries may name no prompt."""
+        if self.fresh is None:
+            return
+        (prompt_nQ, arrays), self.fresh = self.fresh, None
+        count = self.slots.prompts
+        for n, columns in sharding.own_parts(arrays, self.mesh).items():
+            real_Q = prompt_nQ[n] < count
+            if real_Q.any():
+                self.on_groups(n * count + prompt_nQ[n][real_Q], *(x[real_Q] for x in columns))
 
-def _compile_all(
-    plan: Plan, state: Decoding, total: int, mesh, prefill, decode, report
-) -> Decoding:
-    """Run every program once on empty slots: it compiles, and there is nothing to compute."""
-    zero, parts = np.int32(0), sharding.parts(mesh)
-    zeros = sharding.place(np.zeros(parts, np.int32), mesh)
+    def compile_all(self, say: Callable[[str], None]) -> None:
+        """Run every program once on empty slots: it compiles, and there is nothing to compute."""
+        plan, parts = self.slots.plan, len(self.slots.first_waiting)
+        zero, zeros_n = np.int32(0), np.zeros(parts, np.int32)
+        self._completions(self.slots.prompt)
+        say(f"prefill of {plan.refill} prompts")
+        nothing = self.slots.fill(zeros_n)
+        self.state = self.prefill_program(self.state, *map(self._place, nothing))
+        for count, fewer in zip(plan.slots, (*plan.slots[1:], None), strict=True):
+            smaller = None
+            for i, size in enumerate(plan.cache):
+                say(f"decoding of {count} groups with {size} tokens of cache")
+                if i:
+                    self._grow_to(size)
+                if fewer:  # slots may become fewer at any size of the cache
+                    first_nQ = np.tile(np.arange(fewer // parts, dtype=np.int32), (parts, 1))
+                    selected = decode_state.select_slots(
+                        self.state, self._place(first_nQ), self.mesh
+                    )
+                    smaller = smaller or selected
+                self.state, _ = self.decode_program(self.state, zero, self._place(zeros_n), zero)
+            self.state = smaller or self.state
+        if self.on_groups:
+            every_nP = np.tile(np.arange(self.slots.prompts), (parts, 1))
+            self.fresh = every_nP, self._completions(every_nP)
+            self.report()
 
-    def keep(level):
-        order = np.tile(np.arange(plan.slots[level] // parts, dtype=np.int32), parts)
-        return decoding.take(state, sharding.place(order, mesh), mesh)
+    def _place(self, x_n: np.ndarray) -> Any:
+        """An array of the parts of the rows, each part on its devices."""
+        return sharding.place(x_n.astype(np.int32).ravel(), self.mesh)
 
-    _completions(state, np.full((parts, plan.slots[0] // parts), total // parts), mesh)
-    report(f"prefill of {plan.refill} prompts")
-    none, idle = np.zeros(parts, int), np.ones((parts, plan.slots[0] // parts), bool)
-    nothing = scheduler.fill(plan, parts, total // parts, idle, none, none)
-    state = prefill(state, *(sharding.place(x.ravel(), mesh) for x in nothing))
-    for level, slots in enumerate(plan.slots):
-        last = level + 1 == len(plan.slots)
-        smaller = None if last else keep(level + 1)
-        for i, size in enumerate(plan.cache):
-            report(f"decoding of {slots} groups with {size} tokens of cache")
-            if i:
-                state = state.replace(own_kv=decoding.grow(state.own_kv, size, mesh))
-            if not last:
-                keep(level + 1)
-            state, _ = decode(state, zero, zeros, zero)
-        state = state if last else smaller
-    return state
+    def _grow_to(self, size: int) -> None:
+        larger = decode_state.grow_cache(self.state.completion_kv, size, self.mesh)
+        self.state = self.state.replace(completion_kv=larger)
+
+    def _completions(self, prompt_nQ: np.ndarray) -> tuple[jax.Array, ...]:
+        """What has been sampled for some prompts of each part, still on the device."""
+        results, index = self.state.results, self._place(prompt_nQ)
+        return decode_state.completions(results, index, self.mesh)
 
 
 @jax.jit

@@ -8,6 +8,7 @@ run was restarted.
 from __future__ import annotations
 
 import zlib
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -39,6 +40,7 @@ def controls(temperature: float, top_k: int | None = None, top_p: float | None =
     )
 
 
+@partial(jax.jit, static_argnames="domain")
 def base_key(seed: jax.Array, domain: str, iteration: jax.Array) -> jax.Array:
     """The key of one rollout."""
     key = jax.random.key(seed, impl="threefry2x32")

@@ -1,6 +1,7 @@
 """What the host decides in a rollout: groups at a time, slots to fill, when to look again.
 
-Arrays over the n parts of the rows; each part has as many prompts, in slots of its own.
+All of it follows from the plan and from what every process knows, so that all processes run the
+same programs. Each of the n parts of the rows has as many prompts, in slots of its own.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-REPORTS = 8  # finished groups are reported in about this many parts
+REPORTS = 8  # finished groups are reported in about this many portions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,40 +52,124 @@ def make_plan(
     return Plan(tuple(dict.fromkeys(levels)), tuple(reversed(sizes)), refill)
 
 
-def until(
-    idle_nQ: np.ndarray, need_n: np.ndarray, waiting: int, slots: int, reports: bool
-) -> tuple[np.ndarray, np.int32]:
-    """How many idle slots end the decoding in a part, and in how many parts.
+@dataclasses.dataclass
+class Slots:
+    """Which prompt is in which slot, for each of n parts of the rows; what the host decides by it.
 
-    While prompts wait, an eighth of the parts that can take some: the others wait for a refill.
-    Then, all that can shrink; or, for reports, some that have finished more.
+    Attributes:
+      plan: the shapes to choose from.
+      prompts: of each part.
+      prompt: of the slot, by its place in its part; ``prompts`` for none.
+      idle: all completions of the slot have ended, or it was never filled.
+      first_waiting: the prompt that is filled next.
+      level, size: the numbers of slots and the size of the cache, as indices into the plan.
+      clock: decode steps done.
     """
-    parts, idle_n = len(idle_nQ), idle_nQ.sum(-1)
-    if reports:
-        need_n = np.minimum(need_n, idle_n + max(1, slots // REPORTS))
-    quorum = parts
-    if waiting or reports:
-        met = (idle_n >= need_n).sum()
-        quorum = min(waiting or parts, met + max(1, parts // REPORTS))
-    return need_n.astype(np.int32), np.int32(quorum)
 
+    plan: Plan
+    prompts: int
+    prompt: np.ndarray  # int[n, Q]
+    idle: np.ndarray  # bool[n, Q]
+    first_waiting: np.ndarray  # int[n]
+    level: int = 0
+    size: int = 0
+    clock: int = 0
 
-def fillable(idle_nQ: np.ndarray, rest_n: np.ndarray, refill: int) -> np.ndarray:
-    """How many slots of each part to fill: none before a whole refill fits, or all are idle."""
-    free_n = idle_nQ.sum(-1)
-    ready_n = (free_n >= refill) | idle_nQ.all(-1)
-    return np.where(ready_n, np.minimum(np.minimum(refill, rest_n), free_n), 0)
+    @classmethod
+    def empty(cls, plan: Plan, prompts: int, parts: int) -> Slots:
+        """All slots idle, all prompts waiting; ``prompts`` is their number in all parts."""
+        idle_nQ = np.ones((parts, plan.slots[0] // parts), bool)
+        own = prompts // parts
+        return cls(plan, own, np.full(idle_nQ.shape, own), idle_nQ, np.zeros(parts, int))
 
+    def _of_part(self, count: int) -> int:
+        return count // len(self.first_waiting)
 
-def fill(plan: Plan, parts: int, own: int, idle_nQ, waiting_n, count_n):
-    """Slots and prompts of one refill, each named by its place in its part, i32[n, F] twice.
+    def refill(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Slots and prompts of the next prefill, see `fill`; None where there is none.
 
-    Entries that fill nothing name a slot and a prompt out of range.
-    """
-    refill = plan.refill // parts
-    slot_nF = np.full((parts, refill), plan.slots[0] // parts, np.int32)
-    prompt_nF = np.full((parts, refill), own, np.int32)
-    for i, count in enumerate(count_n):
-        slot_nF[i, :count] = np.flatnonzero(idle_nQ[i])[:count]
-        prompt_nF[i, :count] = waiting_n[i] + np.arange(count)
-    return slot_nF, prompt_nF
+        A prefill costs the same however few prompts it has: a part waits until it has a whole one,
+        or all its slots are idle.
+        """
+        free_n, refill = self.idle.sum(-1), self._of_part(self.plan.refill)
+        ready_n = (free_n >= refill) | self.idle.all(-1)
+        most_n = np.minimum(np.minimum(refill, self.prompts - self.first_waiting), free_n)
+        count_n = np.where(ready_n, most_n, 0)
+        return self.fill(count_n) if count_n.any() else None
+
+    def fill(self, count_n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Put so many of the waiting prompts into idle slots, i32[n, F] twice: slot and prompt.
+
+        Each is named by its place in its part; entries that fill nothing name one out of range.
+        """
+        refill = self._of_part(self.plan.refill)
+        slot_nF = np.full((len(count_n), refill), self._of_part(self.plan.slots[0]), np.int32)
+        prompt_nF = np.full(slot_nF.shape, self.prompts, np.int32)
+        for n, count in enumerate(count_n):
+            slots = np.flatnonzero(self.idle[n])[:count]
+            prompts = self.first_waiting[n] + np.arange(count)
+            slot_nF[n, :count], prompt_nF[n, :count] = slots, prompts
+            self.prompt[n, slots], self.idle[n, slots] = prompts, False
+        self.first_waiting = self.first_waiting + count_n
+        return slot_nF, prompt_nF
+
+    def shrink(self) -> np.ndarray | None:
+        """The slots to go on with, i32[n, Q'], where the busy ones fit the next smaller number.
+
+        Only when no prompt waits: every slot costs the same in a decode step, used or not.
+        """
+        if (self.first_waiting < self.prompts).any() or self.level + 1 == len(self.plan.slots):
+            return None
+        fewer = self._of_part(self.plan.slots[self.level + 1])
+        if (~self.idle).sum(-1).max() > fewer:
+            return None
+        busy_first_nQ = np.argsort(self.idle, axis=-1, kind="stable")[:, :fewer]
+        self.idle = np.take_along_axis(self.idle, busy_first_nQ, -1)
+        self.prompt = np.take_along_axis(self.prompt, busy_first_nQ, -1)
+        self.level += 1
+        return busy_first_nQ.astype(np.int32)
+
+    def grow(self) -> int | None:
+        """The next size of the completion cache, where the clock has come to the present one.
+
+        Attention reads the cache whole, so that short completions are to have a short one.
+        """
+        if self.clock < self.plan.cache[self.size] or self.size + 1 == len(self.plan.cache):
+            return None
+        self.size += 1
+        return self.plan.cache[self.size]
+
+    def stop(self, reports: bool) -> tuple[np.int32, np.ndarray, np.int32]:
+        """When to look again: see ``until``, ``enough_n`` and ``quorum`` of `decode.decode`.
+
+        At the end of the cache, and when there is something to do: while prompts wait, a refill in
+        an eighth of the parts (with more, the first ones would wait for the others); afterwards,
+        when all can shrink; and, for reports, when some more slots have finished.
+        """
+        last, parts = self.size + 1 == len(self.plan.cache), len(self.first_waiting)
+        until = np.iinfo(np.int32).max if last else self.plan.cache[self.size]
+        waiting_n, idle_n = self.first_waiting < self.prompts, self.idle.sum(-1)
+        slots, *smaller = (self._of_part(count) for count in self.plan.slots[self.level :])
+        if waiting := int(waiting_n.sum()):
+            enough_n = np.where(waiting_n, self._of_part(self.plan.refill), slots + 1)
+        else:
+            enough_n = np.full(parts, slots - (smaller[0] if smaller else 0))
+        if reports:
+            step = max(1, self._of_part(self.plan.slots[0]) // REPORTS)
+            enough_n = np.minimum(enough_n, idle_n + step)
+        quorum = parts
+        if waiting or reports:
+            met = (idle_n >= enough_n).sum()
+            quorum = min(waiting or parts, met + max(1, parts // REPORTS))
+        return np.int32(until), enough_n.astype(np.int32), np.int32(quorum)
+
+    def advance(self, clock: int, idle_nQ: np.ndarray) -> np.ndarray:
+        """Take note of what the device has done; the prompts that have finished since, int[n, Q₀].
+
+        With ``prompts`` for none, and of one size for all numbers of slots: one program reads them.
+        """
+        fresh_nQ = np.full((len(idle_nQ), self._of_part(self.plan.slots[0])), self.prompts)
+        ended_nQ = idle_nQ & ~self.idle
+        fresh_nQ[:, : idle_nQ.shape[1]] = np.where(ended_nQ, self.prompt, self.prompts)
+        self.clock, self.idle = clock, idle_nQ
+        return fresh_nQ

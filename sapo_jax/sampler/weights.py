@@ -14,7 +14,25 @@ from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
 
 
-def specs(config: ModelConfig) -> Any:
+@jax.tree_util.register_pytree_with_keys_class
+class SamplerParams(dict):
+    """Parameters as the sampler reads them, by name; "layers" is a list with a dict for each layer.
+
+    A type of its own, so that whoever takes parameters can tell these from the learner's.
+    """
+
+    def tree_flatten_with_keys(self):
+        """The parameters by name, in the order of a dictionary's leaves."""
+        names = tuple(sorted(self))
+        return [(jax.tree_util.DictKey(name), self[name]) for name in names], names
+
+    @classmethod
+    def tree_unflatten(cls, names, values):
+        """The inverse."""
+        return cls(zip(names, values, strict=True))
+
+
+def partition_specs(config: ModelConfig) -> SamplerParams:
     """Where the sampler's parameters lie: no device keeps parts for others (no `fsdp`)."""
     top = params.partition_specs(config, sharding.SAMPLER)
     layers = [
@@ -25,57 +43,63 @@ def specs(config: ModelConfig) -> Any:
         }
         for i in range(config.num_hidden_layers)
     ]
-    return {**top, "layers": layers}
+    return SamplerParams(top | {"layers": layers})
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
-def convert(weights: Any, config: ModelConfig, mesh: Mesh | None = None) -> Any:
+def convert(
+    learner_params: dict[str, Any], config: ModelConfig, mesh: Mesh | None = None
+) -> SamplerParams:
     """Some of the parameters, "layers" among them, as the sampler reads them."""
 
     def cast(path, x):  # a router decides in f32, in the sampler as in the learner
         is_router = getattr(path[-1], "key", None) == "router"
         return x if is_router else x.astype(config.compute_dtype)
 
-    def some(tree):
-        return {name: tree[name] for name in weights}
+    def specs(tree):
+        return {name: tree[name] for name in learner_params}
 
-    converted = jax.tree.map_with_path(cast, weights)
+    converted = jax.tree.map_with_path(cast, learner_params)
     # Stated before and after the move, so that what travels is cast already.
-    converted = sharding.constrain(converted, mesh, some(params.partition_specs(config)))
-    converted = {**converted, "layers": params.unstack(converted["layers"], config)}
-    return sharding.constrain(converted, mesh, some(specs(config)))
+    converted = sharding.constrain(converted, mesh, specs(params.partition_specs(config)))
+    converted |= {"layers": params.unstack(converted["layers"], config)}
+    return SamplerParams(sharding.constrain(converted, mesh, specs(partition_specs(config))))
 
 
-def unchanged(weights: Any, config: ModelConfig) -> set[str]:
+def unchanged(learner_params: dict[str, Any], config: ModelConfig) -> set[str]:
     """Names of parameters, abstract ones too, that have the sampler's dtype and layout already."""
-    dtype, mesh = jnp.dtype(config.compute_dtype), sharding.mesh_of(weights)
-    target = specs(config)
+    dtype, mesh = jnp.dtype(config.compute_dtype), sharding.mesh_of(learner_params)
+    specs = partition_specs(config)
 
     def stays(name, value):
         if name == "layers" or value.dtype != dtype:
             return False
         if mesh is None:
             return True
-        return value.sharding.is_equivalent_to(sharding.named(mesh, target[name]), value.ndim)
+        return value.sharding.is_equivalent_to(sharding.named(mesh, specs[name]), value.ndim)
 
-    return {name for name, value in weights.items() if stays(name, value)}
+    return {name for name, value in learner_params.items() if stays(name, value)}
 
 
-def to_sampler(weights: Any, config: ModelConfig) -> Any:
+def to_sampler(params: Any, config: ModelConfig) -> SamplerParams:
     """Parameters as the sampler reads them: compute dtype, one leaf per layer, no `fsdp`.
 
     Decoding from slices of stacked weights would copy them at each step. What has the dtype and
     the layout already comes back as it is, buffers included.
+
+    Args:
+      params: the learner's; or the sampler's own, which come back as they are.
+      config: the model's shape.
     """
-    if isinstance(weights["layers"], list):
-        return weights
-    same = {name: jnp.asarray(weights[name]) for name in unchanged(weights, config)}
-    rest = {name: value for name, value in weights.items() if name not in same}
-    return convert(rest, config, sharding.mesh_of(weights)) | same
+    if isinstance(params, SamplerParams):
+        return params
+    same = {name: jnp.asarray(params[name]) for name in unchanged(params, config)}
+    rest = {name: value for name, value in params.items() if name not in same}
+    return SamplerParams(convert(rest, config, sharding.mesh_of(params)) | same)
 
 
-def moved_bytes(before: Any, after: Any) -> int:
+def moved_bytes(before: Any, after: SamplerParams) -> int:
     """Bytes of the sampler's parameters, over all devices, that are not buffers of the learner."""
-    kept = {id(leaf) for leaf in jax.tree.leaves(before)}
-    fresh = [leaf for leaf in jax.tree.leaves(after) if id(leaf) not in kept]
+    shared = {id(leaf) for leaf in jax.tree.leaves(before)}
+    fresh = [leaf for leaf in jax.tree.leaves(after) if id(leaf) not in shared]
     return sum(shard.data.nbytes for leaf in fresh for shard in leaf.addressable_shards)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import json
@@ -16,11 +15,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sapo_jax.axes import Overrides
+from sapo_jax.cli import flat, nearest
 from sapo_jax.sweep.population import choose
 from sapo_jax.training import settings
 from sapo_jax.training.checks import require
 from sapo_jax.training.settings import Settings
-from sapo_jax.training.workdir import flat
 
 # What reaches the device as a value, or not at all. The objective's numbers are values too; its
 # name and aggregation are where several of them become one switch.
@@ -72,10 +71,10 @@ def settings_of(base: ConfigDict, override: Mapping[str, Any]) -> Settings:
     try:
         config.update_from_flattened_dict(override)
     except (KeyError, AttributeError):
-        known = dict(flat(base.to_dict()))
+        known = flat(base.to_dict())
         wrong = next(field for field in override if field not in known)
-        near = difflib.get_close_matches(wrong, known, 1, cutoff=0.0)
-        text = f"the run {name}: there is no field {wrong!r}; the nearest is {near[0]!r}"
+        near = nearest(wrong, known)
+        text = f"the run {name}: there is no field {wrong!r}; the nearest is {near!r}"
         raise ValueError(text) from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"the run {name}: {error}") from None
@@ -103,7 +102,7 @@ def _is_traced(field: str) -> bool:
 
 def static(run: Settings) -> str:
     """Equal for runs that can share their executables."""
-    fields = {k: v for k, v in flat(run.plain) if not _is_traced(k)}
+    fields = {k: v for k, v in flat(run.plain).items() if not _is_traced(k)}
     return json.dumps([fields, run.needs_reference], sort_keys=True)
 
 

@@ -15,7 +15,7 @@ from sapo_jax import learner, objectives, rewards
 from sapo_jax.learner import Hyperparameters
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
-from sapo_jax.sampler import sampling
+from sapo_jax.sampler import SamplerParams, sampling
 from sapo_jax.sampler.weights import convert, unchanged
 from sapo_jax.sweep import rollouts
 from sapo_jax.sweep.rollouts import BY_RUN
@@ -83,12 +83,12 @@ def vmapped(
     return jax.jit(program, donate_argnums=donate)
 
 
-def to_sampler(params: Any, config: ModelConfig, mesh: Mesh | None = None) -> Any:
+def to_sampler(params: Any, config: ModelConfig, mesh: Mesh | None = None) -> SamplerParams:
     """`sampler.to_sampler` of R runs."""
     names = unchanged(jax.eval_shape(partial(pick, run=0), params), config)
     rest = {name: value for name, value in params.items() if name not in names}
     converted = vmapped(convert, mesh, config=config)(rest)
-    return converted | {name: params[name] for name in names}
+    return SamplerParams(converted | {name: params[name] for name in names})
 
 
 class Population:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,8 @@ from jax.sharding import Mesh, PartitionSpec
 from sapo_jax import rewards
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
-from sapo_jax.sampler import decode, decode_state, sampling
-from sapo_jax.sampler.decode import Decoding
+from sapo_jax.sampler import SamplerParams, decode, decode_state, sampling
+from sapo_jax.sampler.decode_state import DecodeState
 from sapo_jax.types import Prompts, Rollout
 
 BY_RUN = PartitionSpec("run")
@@ -39,10 +38,10 @@ def report(groups: rewards.Groups, rows: Rollout, group_size: int) -> None:
 
 
 # A decoding state with an axis R on everything but the clock, which all runs share.
-RUNS = Decoding(**{**dict.fromkeys(Decoding.__dataclass_fields__, 0), "clock": None})
+RUNS = DecodeState(**{**dict.fromkeys(DecodeState.__dataclass_fields__, 0), "clock": None})
 
 
-def decode_runs(weights, config, controls, state, until, *, truncate) -> Decoding:
+def decode_runs(params, config, controls, state, until, *, truncate) -> DecodeState:
     """`decode.decode` for R runs at once, to the end of them all.
 
     The predicate is reduced over the runs: under `jax.vmap` a loop whose predicate has their axis
@@ -50,12 +49,12 @@ def decode_runs(weights, config, controls, state, until, *, truncate) -> Decodin
     steps of a run that has finished change none of its results.
     """
 
-    def advance(weights, controls, state):
-        return decode.step(weights, config, controls, truncate, state)
+    def advance(params, controls, state):
+        return decode.step(params, config, controls, truncate, state)
 
     step = jax.vmap(advance, in_axes=(0, 0, RUNS), out_axes=RUNS)
     return jax.lax.while_loop(
-        lambda s: (s.clock < until) & ~jnp.all(s.done), lambda s: step(weights, controls, s), state
+        lambda s: (s.clock < until) & ~jnp.all(s.done), lambda s: step(params, controls, s), state
     )
 
 
@@ -65,7 +64,7 @@ def decode_runs(weights, config, controls, state, until, *, truncate) -> Decodin
 )
 def rollout(
     live_R: jax.Array,
-    weights: Any,
+    params: SamplerParams,
     config: ModelConfig,
     prompts: Prompts,
     base_R: jax.Array,
@@ -82,7 +81,7 @@ def rollout(
 
     Args:
       live_R: bool[R]; other runs end with their first token.
-      weights: from `Population.to_sampler`.
+      params: from `Population.to_sampler`.
       config: the model's shape.
       prompts: of R runs, [R, P, …].
       base_R: key[R], from `base_keys`.
@@ -100,25 +99,26 @@ def rollout(
     p, width = prompts.tokens.shape[1:]
     every, none = jnp.arange(p, dtype=jnp.int32), np.iinfo(np.int32).max
 
-    def start(weights, prompts, base, controls):
-        state = decode.empty(config, p, cache[0], p, width, group_size, max_new_tokens)
-        arguments = (weights, config, prompts, base, controls, state, every, every)
+    shape = decode_state.Shape(p, cache[0], p, width, group_size, max_new_tokens)
+
+    def start(params, prompts, base, controls):
+        state = decode_state.empty(config, shape)
+        arguments = (params, config, prompts, base, controls, state, every, every)
         return decode.prefill(*arguments, truncate=truncate)
 
     def end(state, prompts):
-        results = (state.tokens, state.logp, state.count, state.finished)
-        return decode_state.assemble(config, results, prompts, iteration, state.routing, None)
+        return decode_state.to_rollout(config, state.results, prompts, iteration)
 
-    def all_of(live_R, weights, prompts, base_R, controls):
-        state = jax.vmap(start, out_axes=RUNS)(weights, prompts, base_R, controls)
+    def all_of(live_R, params, prompts, base_R, controls):
+        state = jax.vmap(start, out_axes=RUNS)(params, prompts, base_R, controls)
         state = state.replace(done=state.done | ~live_R[:, None, None])
         for i, size in enumerate(cache):
             if i:
-                own_kv = jax.vmap(partial(decode.grow, size=size))(state.own_kv)
-                state = state.replace(own_kv=own_kv)
+                grow = jax.vmap(partial(decode_state.grow_cache, size=size))
+                state = state.replace(completion_kv=grow(state.completion_kv))
             until = size if size < cache[-1] else none
-            state = decode_runs(weights, config, controls, state, until, truncate=truncate)
+            state = decode_runs(params, config, controls, state, until, truncate=truncate)
         return jax.vmap(end, in_axes=(RUNS, 0))(state, prompts)
 
     split = sharding.shard_map(all_of, mesh, BY_RUN, BY_RUN)
-    return split(live_R, weights, prompts, base_R, controls)
+    return split(live_R, params, prompts, base_R, controls)

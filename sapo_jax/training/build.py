@@ -16,7 +16,7 @@ from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
 from sapo_jax.model import params, routing
-from sapo_jax.objectives.ratios import KL_ESTIMATES
+from sapo_jax.objectives.kl import KL_ESTIMATORS
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Task
@@ -166,7 +166,7 @@ def make_objective(c: Any) -> objectives.Objective:
     if c.source == "demonstrations":
         only = "'reinforce' for source='demonstrations': likelihood is REINFORCE with advantage 1"
         require(name == "reinforce", "objective.name", name, only)
-    choice("objective.kl", kl, KL_ESTIMATES)
+    choice("objective.kl", kl, KL_ESTIMATORS)
     given = {key: value for key, value in fields.items() if value is not None}
     with _of("objective"):
         objective = objectives.resolve(name, **given)
@@ -268,7 +268,7 @@ def make_recipe(c: Any, room: int) -> Recipe:
     """
     fields = dict(vars(c.reward))
     kl_coef, kl, _ = (fields.pop(name) for name in ("kl_coef", "kl", "workers"))
-    choice("reward.kl", kl, KL_ESTIMATES)
+    choice("reward.kl", kl, KL_ESTIMATORS)
     require(kl_coef == 0 or c.init_from != "", "reward.kl_coef", kl_coef, NO_REFERENCE)
     try:
         return Recipe(**{**fields, "max_length": fields["max_length"] or room})

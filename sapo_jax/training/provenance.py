@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import pathlib
 import platform
 import shlex
@@ -14,6 +13,7 @@ from typing import Any
 import jax
 from etils import epath
 
+import sapo_jax
 from sapo_jax.training.files import read_json, write_json
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -34,19 +34,14 @@ def commit(root: pathlib.Path = ROOT) -> str | None:
 
 def provenance() -> dict[str, Any]:
     """Command line, commit, versions, devices and time of this process."""
-    devices = jax.devices()
-    try:
-        version = importlib.metadata.version("sapo_jax")
-    except importlib.metadata.PackageNotFoundError:
-        version = None
+    devices, words = jax.devices(), sys.orig_argv
+    if len(words) > 1 and pathlib.Path(words[1]).name == "sapo-jax":
+        words = words[1:]  # an installed command, without the interpreter
+    versions = {"sapo_jax": sapo_jax.__version__, "jax": jax.__version__}
     return {
-        "command": shlex.join([pathlib.Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        "command": shlex.join([pathlib.Path(words[0]).name, *words[1:]]),
         "commit": commit(),
-        "versions": {
-            "sapo_jax": version,
-            "jax": jax.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions | {"python": platform.python_version()},
         "device": devices[0].device_kind,
         "devices": len(devices),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
+from sapo_jax.cli import flat, missing
 from sapo_jax.tasks import jsonl
 from sapo_jax.training.files import normal, read_json, write_json, write_text
 
@@ -43,15 +43,15 @@ def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset
     stored = read_config(workdir)
     if stored is None:
         return
-    old, new = dict(flat(stored)), dict(flat(json.loads(json.dumps(config))))
-    differences = ""
+    old, new = flat(stored), flat(json.loads(json.dumps(config)))
+    differences = []
     for key in sorted((old.keys() | new.keys()) - may_differ):
         before, now = old.get(key, "(absent)"), new.get(key, "(absent)")
         if before != now:
-            differences += f"  {key}: stored {before!r}, given {now!r}\n"
+            differences.append(f"{key}: stored {before!r}, given {now!r}")
     if differences:
         raise ValueError(
-            f"{normal(workdir)} is of a run with another config:\n{differences}"
+            f"{normal(workdir)} is of a run with another config: {'; '.join(differences)}; "
             "give another --workdir, or restore the stored values"
         )
 
@@ -157,17 +157,8 @@ def _tensorboard(directory: epath.Path, purge_step: int) -> Any:
             os.fspath(directory), purge_step=purge_step, flush_secs=10, filename_suffix=name
         )
     except ImportError as error:
-        logging.warning("No TensorBoard events are written: %s", error)
+        logging.warning("No TensorBoard events are written: %s", missing(error))
         return None
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields of a config with their dotted names."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _plain(x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The gradient lab on eight devices against one; run by `test_gradlab` in a process with them."""
+"""The gradient lab on eight devices against one; run by `test_lab` in a process with them."""
 
 import dataclasses
 
@@ -6,14 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import learner, model
-from sapo_jax.gradlab import lab as gradlab
-from sapo_jax.gradlab import tokens as gradlab_tokens
+from sapo_jax import gradlab, learner, model
+from sapo_jax.gradlab import tokens
 from sapo_jax.model import params
 from sapo_jax.objectives import OBJECTIVES
 from sapo_jax.parallel import sharding
 from tests import fakes
-from tests.gradlab import test_lab as test_gradlab
+from tests.gradlab.test_lab import made
 
 CASES = {
     "dense": ("nano", {"data": 2, "fsdp": 2, "tensor": 2}),
@@ -23,11 +22,11 @@ CASES = {
 
 def everything(lab):
     """What goes over devices: gradients, their products and sketches, and scores of tokens."""
-    tokens = (lab.weights, lab.frozen, lab.hp)
+    given = (lab.params, lab.frozen, lab.hp)
     return {
         "gradients": gradlab.compare(lab, lab.targets(), {"gspo": OBJECTIVES["gspo"]}),
-        "scores": jax.device_get(gradlab_tokens.score(*tokens)),
-        "collision": jax.device_get(gradlab_tokens.collision(*tokens)),
+        "scores": jax.device_get(tokens.score(*given)),
+        "collision": jax.device_get(tokens.collision(*given)),
     }
 
 
@@ -40,7 +39,7 @@ def test_a_mesh_changes_nothing(kind):
     hp = learner.Hyperparameters(
         OBJECTIVES["sapo"], 0.0, 0.0, 1.0, 0.9, model=config, head_chunk=16
     )
-    lab = test_gradlab.made(weights, hp, prompts=2, hold=3)
+    lab = made(weights, hp, prompts=2, tile=3)
     if kind == "moe":
         routed = [
             batch.replace(routing=learner.score_routing(weights, batch, hp)[1])
@@ -51,7 +50,7 @@ def test_a_mesh_changes_nothing(kind):
     mesh = sharding.make_mesh(**axes)
     split = dataclasses.replace(
         lab,
-        weights=jax.device_put(weights, params.shardings(config, mesh)),
+        params=jax.device_put(weights, params.shardings(config, mesh)),
         frozen=sharding.place(lab.frozen, mesh),
         fresh=sharding.place(lab.fresh, mesh),
         hp=hp.replace(mesh=mesh),

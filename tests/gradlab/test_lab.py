@@ -9,11 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax import learner, objectives
-from sapo_jax.gradlab import fidelity as gradlab_fidelity
-from sapo_jax.gradlab import lab as gradlab
-from sapo_jax.gradlab import pull
-from sapo_jax.gradlab import tokens as gradlab_tokens
+from sapo_jax import gradlab, learner, objectives
+from sapo_jax.gradlab import pull, tokens
+from sapo_jax.gradlab.fidelity import Products, fidelities, noise_scale
 from sapo_jax.model import transformer
 from sapo_jax.objectives import OBJECTIVES
 from sapo_jax.types import Batch
@@ -58,7 +56,7 @@ def lab(nano):
     hp = learner.Hyperparameters(
         OBJECTIVES["sapo"], 0.0, 0.0, 1.0, 0.9, model=config, head_chunk=16
     )
-    return made(weights, hp, hold=4)
+    return made(weights, hp, tile=4)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +86,7 @@ def brute(lab):
             given = (logp, batch.old_logp, batch.advantages, batch.mask)
             return objectives.policy_loss(objective, *given, segments_BT=batch.segments)[0]
 
-        return jax.grad(loss)(lab.weights)
+        return jax.grad(loss)(lab.params)
 
     *names, reward = range(len(named))
     found = {list(named)[i]: gradient(i, lab.frozen) for i in names}
@@ -176,26 +174,26 @@ def test_on_policy_no_gate_removes_anything(lab):
     own = [objectives.resolve(n, **({"max_length": 6.0} if n == "dr_grpo" else {})) for n in names]
     both = (*own, *map(pull.ungated, own))
     batch = lab.frozen
-    logp = learner.score(lab.weights, batch, lab.hp)
+    logp = learner.score(lab.params, batch, lab.hp)
     u = pull.cotangents(both, logp, batch.replace(old_logp=logp))
     np.testing.assert_allclose(u[: len(own)], u[len(own) :], rtol=1e-5, atol=1e-9)
 
 
 def test_targets_in_smaller_passes(lab, halves):
     """One fresh row at a time: less memory, the same gradients and sketches."""
-    passes = dataclasses.replace(lab, rows=1).targets()
+    passes = dataclasses.replace(lab, max_rows=1).targets()
     for got, expected in zip(passes, halves, strict=True):
         close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)  # noqa: E731
         jax.tree.map(close, (got.grads, got.sketches), (expected.grads, expected.sketches))
 
 
-def test_token_groups_add_up(lab, halves):
-    """Groups that divide up the tokens carry the whole gradient mass, and lose the whole of it."""
+def test_buckets_of_tokens_add_up(lab, halves):
+    """Buckets that divide up the tokens carry the whole gradient mass, and lose the whole of it."""
     mask = np.asarray(lab.frozen.mask)
     sides = {"up": lab.frozen.advantages[:, None] > 0, "down": lab.frozen.advantages[:, None] <= 0}
-    groups = {name: jnp.asarray(mask & side) for name, side in sides.items()}
-    groups |= {"none": jnp.zeros(mask.shape, bool), "all": jnp.asarray(mask)}
-    found = gradlab.split(lab, halves, OBJECTIVES["sapo"], groups)
+    masks = {name: jnp.asarray(mask & side) for name, side in sides.items()}
+    masks |= {"none": jnp.zeros(mask.shape, bool), "all": jnp.asarray(mask)}
+    found = gradlab.compare_buckets(lab, halves, OBJECTIVES["sapo"], masks)
     assert found["names"] == ["up", "down", "none", "all"]
     assert found["carried"]["reward"][2]["value"] is None
     *carried, whole = found["carried"]["mass"]
@@ -208,8 +206,8 @@ def test_token_groups_add_up(lab, halves):
 def test_sapo_coefficients_in_closed_form(lab):
     """c = r·sech²(τ(r − 1)/2), τ by the sign of A, token by token."""
     batch = lab.frozen
-    logp = learner.score(lab.weights, batch, lab.hp)
-    c, ratio = gradlab_tokens.coefficients(OBJECTIVES["sapo"], logp, batch)
+    logp = learner.score(lab.params, batch, lab.hp)
+    c, ratio = tokens.coefficients(OBJECTIVES["sapo"], logp, batch)
     mask = np.asarray(batch.mask)
     r = np.exp(np.asarray(logp) - batch.old_logp)
     tau = np.where(batch.advantages > 0, 1.0, 1.05)[:, None]
@@ -224,7 +222,7 @@ def test_sapo_coefficients_in_closed_form(lab):
 
 def test_sketches_keep_inner_products(lab):
     """The bootstrap rests on them: unbiased, and within a few times 1/√width."""
-    logp = learner.score(lab.weights, lab.frozen, lab.hp)
+    logp = learner.score(lab.params, lab.frozen, lab.hp)
     four = tuple(OBJECTIVES[name] for name in ("sapo", "gspo", "luspo", "cispo"))
     u = pull.cotangents(four, logp, lab.frozen)
     ((_, tile),) = lab.tiles(u)
@@ -248,7 +246,7 @@ def planted(rng, noise, prompts=32, size=40):
     h1, h2 = h1[:, None] / prompts, h2[:, None] / prompts
     whole = [x.sum(0) for x in (a, h1, h2)]
     diagonal = lambda x, y: (x * y).sum(-1)  # noqa: E731
-    return gradlab_fidelity.Products(
+    return Products(
         aa=diagonal(whole[0], whole[0]), a1=whole[0] @ whole[1].T, a2=whole[0] @ whole[2].T,
         h11=diagonal(whole[1], whole[1]), h22=diagonal(whole[2], whole[2]),
         h12=diagonal(whole[1], whole[2]), squares=(a**2).sum(-1), sketches=(a, h1, h2),
@@ -261,7 +259,7 @@ def test_fidelity_divides_out_the_noise_of_the_target():
     points = []
     for _ in range(40):
         products = planted(rng, 0.7)
-        found = gradlab_fidelity.fidelities(products, [0, 0, 0], [0, 0, 0])["reward"]
+        found = fidelities(products, [0, 0, 0], [0, 0, 0])["reward"]
         assert found[1]["value"] == pytest.approx(-found[0]["value"])
         assert found[2]["value"] is None
         assert found[0]["low"] < found[0]["value"] < found[0]["high"]
@@ -273,7 +271,7 @@ def test_fidelity_divides_out_the_noise_of_the_target():
 def test_noise_scale_of_a_known_mixture():
     """tr Σ/‖G‖² with tr Σ = noise²·prompts and ‖G‖ = 1."""
     rng = np.random.default_rng(1)
-    found = [gradlab_fidelity.noise_scale(planted(rng, 0.3))[0] for _ in range(40)]
+    found = [noise_scale(planted(rng, 0.3))[0] for _ in range(40)]
     assert np.mean(found) == pytest.approx(0.09 * 32, rel=0.1)
 
 
@@ -283,7 +281,7 @@ def test_sequence_gates_of_the_toy_batch():
         [GOLDEN["inputs"]["log_ratio"][0], GOLDEN["inputs"]["log_ratio"][1][:2]]
     ):
         tau = (1.0, 1.05)[i]
-        found = gradlab_tokens.gate_spread(np.array(row), tau)
+        found = tokens.gate_spread(np.array(row), tau)
         expected = {
             "variance": (0.1125, 0.030625), "d_log": (0.02579054, 0.00825092),
             "bound": (0.028125, 0.00844102), "d_actual": (0.05176942, 0.00521229),
@@ -294,25 +292,23 @@ def test_sequence_gates_of_the_toy_batch():
 
 def test_collision_is_that_of_the_softmax(lab):
     batch = lab.frozen
-    hidden = transformer.hidden(lab.weights, lab.hp.static.model, batch.tokens, batch.segments)
-    logits = transformer.logits_of(lab.weights, lab.hp.static.model, hidden) / lab.hp.temperature
+    hidden = transformer.hidden(lab.params, lab.hp.static.model, batch.tokens, batch.segments)
+    logits = transformer.logits_of(lab.params, lab.hp.static.model, hidden) / lab.hp.temperature
     square = np.square(jax.nn.softmax(logits)).sum(-1)
     expected = np.where(batch.mask, np.pad(square[:, :-1], ((0, 0), (1, 0))), 0)
-    np.testing.assert_allclose(
-        gradlab_tokens.collision(lab.weights, batch, lab.hp), expected, rtol=1e-5
-    )
+    np.testing.assert_allclose(tokens.collision(lab.params, batch, lab.hp), expected, rtol=1e-5)
 
 
 def test_token_statistics(lab):
     """Counts cover the tokens with a signal; GSPO drops whole sequences, SAPO none."""
     wide = lab.frozen
-    found = gradlab_tokens.describe(ALGORITHMS, lab.weights, wide, lab.hp)
-    tokens = int(np.asarray(wide.mask).sum())
-    assert found["tokens"] == tokens
+    found = tokens.describe(ALGORITHMS, lab.params, wide, lab.hp)
+    count = int(np.asarray(wide.mask).sum())
+    assert found["tokens"] == count
     for name in NAMES:
         sides = found["algorithms"][name]["histograms"]
-        assert sum(sum(side["w"]) for side in sides.values()) == tokens
-        assert sum(sum(side["c"]) for side in sides.values()) == tokens
+        assert sum(sum(side["w"]) for side in sides.values()) == count
+        assert sum(sum(side["c"]) for side in sides.values()) == count
     assert found["algorithms"]["cispo"]["silenced"] == 0
     assert found["algorithms"]["gspo"]["silenced"] > found["algorithms"]["grpo"]["silenced"] > 0
     assert found["algorithms"]["gspo"]["dropped_sequences"] > 0
@@ -324,11 +320,11 @@ def test_token_statistics(lab):
 
 @pytest.mark.slow
 def test_on_eight_devices():
-    """`eight_devices_gradlab.py`, in a process whose CPU counts as eight devices."""
+    """`eight_devices.py`, in a process whose CPU counts as eight devices."""
     fakes.on_eight_devices("tests/gradlab/eight_devices.py")
 
 
 def test_deciles_hold_a_tenth_each():
     values, mask = np.arange(200.0).reshape(20, 10), np.ones((20, 10), bool)
-    counts = np.bincount(gradlab_tokens.deciles(values, mask).reshape(-1))
+    counts = np.bincount(tokens.deciles(values, mask).reshape(-1))
     assert counts.tolist() == [20] * 10

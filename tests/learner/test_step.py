@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from sapo_jax import learner, objectives
+from sapo_jax.masked import finish
 from sapo_jax.model import params
 from sapo_jax.objectives import policy_loss
-from sapo_jax.objectives.aggregations import finish
 from sapo_jax.types import Batch
 from tests import fakes
 from tests.fakes import VOCAB

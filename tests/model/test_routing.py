@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from sapo_jax import learner, model, objectives, sampler
+from sapo_jax.masked import finish
 from sapo_jax.model import moe, routing, transformer
-from sapo_jax.objectives.aggregations import finish
 from sapo_jax.sampler import Plan
 from sapo_jax.types import Batch
 from tests import fakes

@@ -1,6 +1,10 @@
 """The policy: causality, invariances, the chunked head, and an independent float64 reference."""
 
 import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -216,3 +220,33 @@ def test_wrong_shapes_are_refused(fields, message):
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(ValueError, match="'qwen3_8b'"):
         model.make("qwen3_9b")
+
+
+LOWER_AN_UPDATE = """
+import hashlib
+import jax.numpy as jnp
+from sapo_jax import learner, model, objectives
+from sapo_jax.types import Batch
+
+config = model.make("nano_moe", vocab_size=23, decoder_sparse_step=2)  # dense and sparse layers
+hp = learner.Hyperparameters(objectives.resolve("sapo"), 1e-3, 0.0, 1.0, 1.0, model=config)
+ids, mask, logp = (jnp.zeros((2, 8), dtype) for dtype in (jnp.int32, bool, jnp.float32))
+batch = Batch(ids, mask, ids, logp, logp, jnp.zeros(2))
+text = learner.update.lower(learner.abstract(hp), batch, hp).as_text()
+print(hashlib.sha256(text.encode()).hexdigest())
+"""
+
+
+def test_programs_do_not_depend_on_the_hash_seed():
+    """Names of layers taken out of a set came in another order in each process: on several hosts
+    the programs then differ, and no compilation is found in the cache."""
+
+    def start(seed):
+        return subprocess.Popen(
+            [sys.executable, "-c", LOWER_AN_UPDATE], stdout=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONHASHSEED": str(seed)}, cwd=pathlib.Path(__file__).parents[2],
+        )  # fmt: skip
+
+    texts = [process.communicate()[0] for process in [start(seed) for seed in range(3)]]
+    assert len(set(texts)) == 1, texts
+    assert len(texts[0].strip()) == 64

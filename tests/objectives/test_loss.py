@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from sapo_jax import objectives
+from sapo_jax.masked import finish
 from sapo_jax.objectives import OBJECTIVES, policy_loss
-from sapo_jax.objectives.aggregations import finish
 from sapo_jax.types import merge
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "goldens/gates.json").read_text())

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from sapo_jax import learner, objectives
+from sapo_jax.masked import finish
 from sapo_jax.objectives import OBJECTIVES, policy_loss, switch
-from sapo_jax.objectives.aggregations import finish
 from sapo_jax.types import Batch
 from tests import fakes
 
@@ -75,12 +75,11 @@ def test_hyperparameters_of_all_members_are_reached():
     """A bare name goes to every member that has it; a member's own name wins."""
     chosen = objectives.resolve(switch(["grpo", "dapo", "sapo"]), **{"dapo.eps_high": 0.4})
     chosen = objectives.resolve(chosen, eps_high=0.1, eps_low=0.05, **{"dapo.eps_high": 0.3})
-    assert chosen.member(0).hyperparameters["eps_high"] == 0.1
-    assert chosen.member(1).hyperparameters["eps_high"] == 0.3
-    assert chosen.member(1).hyperparameters["eps_low"] == 0.05
-    assert chosen.member(2).hyperparameters == OBJECTIVES["sapo"].hyperparameters
-    mean = dataclasses.replace(chosen, aggregation="token_mean")
-    assert [mean.member(i).aggregation for i in range(3)] == ["token_mean"] * 3
+    grpo, dapo, sapo = chosen.members
+    assert grpo.hyperparameters["eps_high"] == 0.1
+    assert dapo.hyperparameters["eps_high"] == 0.3
+    assert dapo.hyperparameters["eps_low"] == 0.05
+    assert sapo == OBJECTIVES["sapo"]
 
 
 def test_members_may_be_variants_of_one_preset(arrays):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from sapo_jax import learner, model, objectives, sampler, train
+from sapo_jax.masked import finish
 from sapo_jax.model import params, transformer
-from sapo_jax.objectives.aggregations import finish
 from sapo_jax.parallel import sharding
-from sapo_jax.sampler import Plan, decode, sampling
-from sapo_jax.sampler import weights as handover
+from sapo_jax.sampler import Plan, decode, decode_state, sampling
+from sapo_jax.sampler.weights import partition_specs
 from sapo_jax.training import checkpoint, settings, startup
 from sapo_jax.training.engine import Streamed
 from sapo_jax.types import Batch
@@ -278,7 +278,7 @@ def test_decoding_gathers_no_weights(policies):
     config, _ = policies["moe"]
     mesh = sharding.make_mesh(**MESHES["expert 4, fsdp 2"])
     weights = sampler.to_sampler(placed(policies["moe"], mesh), config)
-    state = decode.empty(config, 8, T, P, N, G, T, mesh)
+    state = decode_state.empty(config, decode_state.Shape(8, T, P, N, G, T), mesh)
     arguments = (sampling.controls(1.0), state, np.int32(9), np.full(8, 1, np.int32), np.int32(1))
     compiled = decode.decode.lower(
         weights, config, *arguments, truncate=False, mesh=mesh
@@ -287,7 +287,7 @@ def test_decoding_gathers_no_weights(policies):
     sizes = [np.prod([int(n) for n in dims.split(",") if n]) for dims in gathered]
     assert sizes
     assert max(sizes) <= 8 * G * config.hidden_size
-    assert jax.tree.structure(handover.specs(config)) == jax.tree.structure(weights)
+    assert jax.tree.structure(partition_specs(config)) == jax.tree.structure(weights)
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):

@@ -10,8 +10,8 @@ import time
 import jax
 import numpy as np
 
-from sapo_jax import learner, main, rewards, train
-from sapo_jax.objectives.aggregations import finish
+from sapo_jax import cli, learner, rewards, train
+from sapo_jax.masked import finish
 from sapo_jax.parallel import distributed, sharding
 from sapo_jax.training import settings, startup
 from sapo_jax.types import Batch
@@ -92,7 +92,7 @@ def main_(workdir, port, index, what):
     # A busy machine is slow to start; where a time-out is waited for, it is short all the same.
     timeout = 30.0 if what == "hangs" else 600.0
     distributed.start(f"127.0.0.1:{port}", 2, index, timeout=10)
-    main.use_cache(str(pathlib.Path(".cache/tests").resolve()))
+    cli.use_cache(str(pathlib.Path(".cache/tests").resolve()))
     checked = resolved(**{"mesh.data": 2, "mesh.fsdp": 4, "distributed.timeout": timeout})
     if what == "killed":
         killed_run._kill_at("rollout", AT)

@@ -14,10 +14,9 @@ from ml_collections import ConfigDict
 
 from configs.pod import qwen3_4b_v5e, qwen3_8b_v6e, qwen3_30b_a3b_v5p
 from experiments.pods import run
-from sapo_jax import train
+from sapo_jax import preflight, train
 from sapo_jax.model import params
 from sapo_jax.preflight import chips, costs, demands, hlo, programs
-from sapo_jax.preflight import measure as preflight
 from sapo_jax.report import preflight_tables
 from sapo_jax.report.run import write
 from sapo_jax.training import settings
@@ -124,7 +123,7 @@ def test_what_does_not_fit_is_told_and_a_micro_batch_that_fits_is_found(monkeypa
             raise refusal
         return {"memory": {"total": 2**32 * rows}}
 
-    monkeypatch.setattr(preflight, "measure", measure)
+    monkeypatch.setattr("sapo_jax.preflight.measure.measure", measure)
     checked, chip = tiny(), chips.CHIPS["v5e"]
     tried = preflight.largest_micro_batch(checked, chip)
     assert [(t["rows"], t["fits"]) for t in tried] == [(1, True), (2, True), (4, False)]
@@ -141,7 +140,7 @@ def test_what_does_not_fit_is_told_and_a_micro_batch_that_fits_is_found(monkeypa
 @pytest.fixture(scope="module")
 def report():
     """Everything about the programs of a tiny run, on one device of the CPU."""
-    return preflight.report(tiny(**{"learner.old_logp": "recompute"}), "v5e:1x1", None, False)
+    return preflight.report(tiny(**{"learner.old_logp": "recompute"}), "v5e:1x1", tpu=False)
 
 
 def test_memory_is_told_by_kind(report):

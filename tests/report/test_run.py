@@ -4,15 +4,19 @@ import json
 import re
 from html.parser import HTMLParser
 
+import jinja2
 import numpy as np
 import pytest
 
-from sapo_jax.report import __main__, run_plots, run_words
+from sapo_jax import cli
+from sapo_jax.report import __main__, page, run_plots, style
 from sapo_jax.report import run as report
-from sapo_jax.training import workdir
+from sapo_jax.training import provenance, workdir
 
 HOSTILE = "</script><script>alert(1)</script>"
+SECTIONS = {"learning", "policy", "ratios", "time", "preflight", "samples", "config"}
 VOID = {"meta", "col", "br", "link", "img", "input"}
+TITLED = ("h3", "figcaption")
 RATIO_EDGES, GATE_EDGES = np.linspace(-2, 2, 81), np.linspace(0, 1.25, 51)
 
 
@@ -197,17 +201,32 @@ def html(run):
 def _present(html):
     ids = Page(html).ids
     assert len(ids) == len(set(ids)), "two elements share an id: an SVG shows another's clip path"
-    return set(ids) & {*run_words.SECTIONS, *run_words.PANELS}
+    return set(ids) & {*SECTIONS, *run_plots.PLOTS}
 
 
 def test_page_shows_every_section_of_a_full_run(html):
-    assert _present(html) == {*run_words.SECTIONS, *run_words.PANELS}
-    assert html.count("<svg") == len(run_words.PANELS)
+    assert _present(html) == {*SECTIONS, *run_plots.PLOTS}
+    assert re.findall(r'<section id="([^"]*)"', html) == re.findall(r'<a href="#([^"]*)"', html)
 
 
-def test_every_panel_has_a_place_a_caption_and_a_drawing():
-    placed = [panel for _, _, panels in run_words.SECTIONS.values() for panel in panels]
-    assert sorted(placed) == sorted(run_words.PANELS) == sorted(run_plots.PLOTS)
+def panels_of(html):
+    """Each panel's id -> its title, its drawings and its caption."""
+    found = re.findall(r'<figure class="card plot[^>]*id="([^"]*)">(.*?)</figure>', html, re.DOTALL)
+    words = {}
+    for slug, inside in found:
+        title, caption = (re.search(rf"<{t}>(.+?)</{t}>", inside, re.DOTALL)[1] for t in TITLED)
+        words[slug] = (title, inside.count("<svg"), caption.strip())
+    return words
+
+
+def test_every_panel_has_a_place_a_caption_and_a_drawing(html):
+    """A wide panel is drawn once more, narrow enough for a phone."""
+    words = panels_of(html)
+    assert set(words) == set(run_plots.PLOTS)
+    for slug, (title, drawings, caption) in words.items():
+        assert title == run_plots.PLOTS[slug].title
+        assert drawings == 1 + run_plots.PLOTS[slug].wide
+        assert len(caption) > 30
 
 
 def test_page_loads_nothing_and_runs_nothing(html):
@@ -253,7 +272,8 @@ def test_command_line_gives_the_same_bytes(small, monkeypatch, capsys):
     """No clock and no random ids: a report under version control changes only with its run."""
     first = report.write(small).read_bytes()
     monkeypatch.setattr("sys.argv", ["report", str(small)])
-    __main__.main()
+    with pytest.raises(SystemExit):
+        cli.run(__main__.main, __main__.FLAGS)
     assert capsys.readouterr().out.strip() == str(small / "report.html")
     assert (small / "report.html").read_bytes() == first
 
@@ -346,7 +366,7 @@ def test_one_iteration_is_drawn(tmp_path):
     """A run of one iteration has no line to draw, and its page must still show its numbers."""
     make_run(tmp_path / "run", iterations=1)
     html = report.write(tmp_path / "run").read_text(encoding="utf-8")
-    assert _present(html) == {*run_words.SECTIONS, *run_words.PANELS}
+    assert _present(html) == {*SECTIONS, *run_plots.PLOTS}
     assert "→" not in html[: html.index("<nav>")]
 
 
@@ -363,7 +383,7 @@ def test_nulls_are_left_out_and_told(tmp_path):
         record["histogram/log_ratio_neg"] = {"edges": [0, None], "counts": [3]}
     _write_metrics(tmp_path / "run", records)
     html = report.write(tmp_path / "run").read_text(encoding="utf-8")
-    absent = {*run_words.SECTIONS, *run_words.PANELS} - _present(html)
+    absent = {*SECTIONS, *run_plots.PLOTS} - _present(html)
     assert absent == {"kl", "reward", "log-ratio"}
     assert not re.search(r"\b(nan|inf)\b", html, re.IGNORECASE)
     head = " ".join(Page(html[html.index("<header>") : html.index("<nav>")]).words)
@@ -383,11 +403,11 @@ def test_closed_form_gate_is_drawn_for_sapo_only():
     records = [{"iteration": 1, "policy/ratio_min": 0.5, "policy/ratio_max": 2.0}]
     for name, drawn in (("sapo", True), ("grpo", False), ("p3o", False)):
         config = {"objective": {"name": name}}
-        assert (run_plots.figure_of(run_plots.PLOTS["gate"], records, config) is not None) == drawn
+        assert (style.figure_of(run_plots.PLOTS["gate"], records, config) is not None) == drawn
 
 
 def _drawn_axes(slug, records):
-    return run_plots.figure_of(run_plots.PLOTS[slug], records, {}).axes[0]
+    return style.figure_of(run_plots.PLOTS[slug], records, {}).axes[0]
 
 
 def test_scales_are_readable_when_nothing_happens():
@@ -413,13 +433,38 @@ def test_ratios_of_a_full_run_are_all_in_view(run):
     assert high / low < 1e5
 
 
-def test_samples_are_new_mixed_and_marked(run):
-    picked = report._pick_samples(workdir.read_samples(run))
-    assert len(picked) == report.SAMPLES
-    assert {sample["iteration"] for _, sample in picked} == {200}
-    assert all(right == (sample["reward"] > 0.5) for right, sample in picked)
-    assert len({right for right, _ in picked}) == 2
-    assert len({sample["prompt_id"] for _, sample in picked}) == 8
+def test_samples_are_new_mixed_and_marked(run, html):
+    picked = report.pick_samples(workdir.read_samples(run))
+    samples = [sample for chosen in picked for sample in chosen]
+    assert len(samples) == report.SAMPLES
+    assert {sample["iteration"] for sample in samples} == {200}
+    assert len({sample["reward"] > 0.5 for sample in samples}) == 2
+    assert len({sample["prompt_id"] for sample in samples}) == len(picked) == 8
+    rights = sum(sample["reward"] > 0.5 for sample in samples)
+    assert html.count("✓ right") == rights
+    assert html.count("✗ wrong") == len(samples) - rights
+
+
+def test_problems_that_were_solved_and_failed_come_first():
+    """Side by side, a right and a wrong completion of one problem say what was learnt from."""
+
+    def group(problem, *rewards):
+        return [
+            {"prompt_id": problem, "completion": f"{problem}.{i % 5}", "reward": reward}
+            for i, reward in enumerate(rewards)
+        ]
+
+    solved = [s for i in range(40) for s in group(f"solved {i}", 1, 1)]
+    failed = [s for i in range(5) for s in group(f"failed {i}", 0, None)]
+    mixed = group("mixed 0", 0, 0, 0, 0, 1, 0, 0) + group("mixed 1", 1, 1, 0, 1, 1, 1)
+    picked = report.pick_samples(solved + mixed + failed)
+    names = [chosen[0]["prompt_id"] for chosen in picked]
+    assert names[:2] == ["mixed 0", "mixed 1"]
+    assert names[2:6] == ["solved 0", "failed 0", "solved 1", "failed 1"]
+    assert sum(map(len, picked)) == report.SAMPLES
+    assert [sample["reward"] for sample in picked[0]][:2] == [1, 0]
+    few = report.pick_samples(mixed + group("solved", 1, 1, 1, 1, 1, 1, 1))
+    assert [len(chosen) for chosen in few] == [5, 5, 5]  # of each text once
 
 
 def test_long_curves_are_binned_and_keep_their_extremes(html):
@@ -439,3 +484,51 @@ def test_picture_is_a_png_and_does_not_change(small, tmp_path):
     data = (tmp_path / "a.png").read_bytes()
     assert data.startswith(b"\x89PNG")
     assert data == (tmp_path / "b.png").read_bytes()
+
+
+STARTS = [
+    {
+        "command": f"python -m sapo_jax.main --config={config}",
+        "commit": "0123456789abcdef0123456789abcdef01234567-dirty",
+        "versions": {"sapo_jax": "9.8.7", "jax": "1.2.3", "python": "3.14.15"},
+        "device": "TPU v99",
+        "devices": 512,
+        "started": f"2026-01-0{day}T00:00:00+00:00",
+    }
+    for day, config in ((1, "first.py"), (2, HOSTILE))
+]
+
+
+def test_page_says_what_made_the_run(tmp_path):
+    """Command line, commit, versions, device of the last start; runs of before have none."""
+    make_run(tmp_path / "run", iterations=2)
+    assert 'class="origin"' not in report.write(tmp_path / "run").read_text(encoding="utf-8")
+    (tmp_path / "run" / provenance.FILE).write_text(json.dumps(STARTS))
+    html = report.write(tmp_path / "run").read_text(encoding="utf-8")
+    assert "<script" not in html
+    words = " ".join(" ".join(Page(html).words).split())
+    for expected in ("--config=</script>", "0123456789ab, changed", "9.8.7", "1.2.3", "3.14.15"):
+        assert expected in words
+    assert "512 × TPU v99 · started 2026-01-02" in words
+    assert "start 2; the first: 2026-01-01" in words
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("nowhere", "does not exist"), (".", "nothing to show in"), ("other.json", "no 'stages'")],
+)
+def test_nothing_to_show_is_one_line(path, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "other.json").write_text("{}")
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / path)])
+    with pytest.raises(SystemExit):
+        cli.run(__main__.main, __main__.FLAGS)
+    line = capsys.readouterr().err
+    assert said in line
+    assert line.startswith("error: ")
+    assert line.count("\n") == 1
+
+
+def test_a_template_that_names_no_value_is_an_error(tmp_path):
+    """A typo in a template must not leave a hole in the page."""
+    with pytest.raises(jinja2.UndefinedError, match="'plots' is undefined"):
+        page.write(tmp_path / "page.html", "sweep", name="x")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sapo_jax.sweep import __main__ as sweep
+from sapo_jax import cli
 from sapo_jax.training import workdir
 from tests import tiny_sweep
 
@@ -42,7 +42,7 @@ def test_sigkill_loses_and_repeats_no_run(tmp_path):
 
 def test_a_config_without_a_sweep_is_refused():
     with pytest.raises(ValueError, match=r"must have a function get_sweep\(\)"):
-        sweep.read_sweep("configs/quickstart.py")
+        cli.from_config("configs/quickstart.py", "get_sweep")
 
 
 @pytest.mark.parametrize("name", ["temperature", "algorithms"])

@@ -18,6 +18,10 @@ def test_every_start_is_an_entry(tmp_path, monkeypatch):
     first, second = provenance.read(tmp_path)
     assert first["command"] != second["command"]
     assert second["command"] == "python3 -m sapo_jax.main '--config=my configs/q.py'"
+    monkeypatch.setattr(
+        sys, "orig_argv", ["/v/bin/python", "/v/bin/sapo-jax", "train", "--config=q"]
+    )
+    assert provenance.provenance()["command"] == "sapo-jax train --config=q"
     assert second["versions"]["jax"] == jax.__version__
     assert second["device"] == jax.devices()[0].device_kind
     assert second["devices"] == jax.device_count()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import math
 import os
 import queue
 import resource
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any
+from typing import Any, BinaryIO
 
 GRACE = 0.5  # seconds between the limit of a call and the kill of a server that does not answer
 STARTUP = 120.0  # seconds in which a server must have made its imports
@@ -132,7 +133,7 @@ class _Server:
             start_new_session=True,
         )
         try:
-            self._line(STARTUP)
+            read_line(self._process.stdout, STARTUP)
         except (EOFError, TimeoutError):
             self.kill()
             module = function.partition(":")[0]
@@ -147,7 +148,7 @@ class _Server:
     def call(self, arguments: tuple[str, ...]) -> Any:
         self._process.stdin.write(json.dumps(arguments).encode() + b"\n")
         self._process.stdin.flush()
-        return json.loads(self._line(self._wall + GRACE))
+        return json.loads(read_line(self._process.stdout, self._wall + GRACE))
 
     def kill(self) -> None:
         with contextlib.suppress(OSError):
@@ -157,18 +158,24 @@ class _Server:
             with contextlib.suppress(OSError):
                 pipe.close()
 
-    def _line(self, seconds: float) -> bytes:
-        deadline, line = time.monotonic() + seconds, b""
-        descriptor = self._process.stdout.fileno()
-        while not line.endswith(b"\n"):
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
-                raise TimeoutError("no answer in time")
-            data = os.read(descriptor, MAX_REPLY)
-            if not data:
-                raise EOFError("the process ended")
-            line += data
-        return line
+
+def read_line(pipe: BinaryIO, seconds: float, limit: float = math.inf) -> bytes:
+    """A line of a process that cannot be trusted to write one.
+
+    Raises:
+      TimeoutError: there is none in time.
+      EOFError: the process ended, or wrote more bytes than the limit.
+    """
+    deadline, pieces, size = time.monotonic() + seconds, [b""], 0
+    while not pieces[-1].endswith(b"\n"):
+        left = deadline - time.monotonic()
+        if left <= 0 or not select.select([pipe], [], [], left)[0]:
+            raise TimeoutError("no answer in time")
+        pieces.append(os.read(pipe.fileno(), 1 << 20))
+        size += len(pieces[-1])
+        if not pieces[-1] or size > limit:
+            raise EOFError("the process ended, or says too much")
+    return b"".join(pieces)
 
 
 def serve(function: str, seconds: float, wall: float, memory_mb: int) -> None:

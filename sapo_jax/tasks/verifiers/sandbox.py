@@ -8,16 +8,15 @@ import functools
 import itertools
 import json
 import os
-import select
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from typing import Any
 
 from sapo_jax.tasks.verifiers import jail
+from sapo_jax.tasks.verifiers.forks import read_line
 
 MODES = ("namespaces", "plain")
 STARTUP = 30.0  # seconds; nothing of the program runs until then
@@ -81,6 +80,8 @@ class Sandbox:
         python: str = "",
     ):
         self.limits, self.mode = limits or Limits(), mode or available()
+        # What a test may print, which JSON may write sixfold.
+        self._longest = 6 * self.limits.output_bytes + (1 << 20)
         self._folder = tempfile.mkdtemp(prefix="program-")
         self._python = os.path.realpath(python or sys.executable)
         self._process = subprocess.Popen(
@@ -136,25 +137,12 @@ class Sandbox:
         try:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
-            return Outcome(**json.loads(self._line(seconds)))
+            line = read_line(self._process.stdout, seconds, self._longest)
+            return Outcome(**json.loads(line))
         except (OSError, EOFError, ValueError, TypeError):
             with contextlib.suppress(OSError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             return Outcome("lost")
-
-    def _line(self, seconds: float) -> bytes:
-        """A line within a time; at most what a test may print, which JSON may write sixfold."""
-        deadline, pieces, size = time.monotonic() + seconds, [], 0
-        descriptor = self._process.stdout.fileno()
-        while not pieces or not pieces[-1].endswith(b"\n"):
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([descriptor], [], [], left)[0]:
-                raise EOFError("no answer in time")
-            pieces.append(os.read(descriptor, 1 << 20))
-            size += len(pieces[-1])
-            if not pieces[-1] or size > 6 * self.limits.output_bytes + (1 << 20):
-                raise EOFError("the sandbox ended, or says too much")
-        return b"".join(pieces)
 
 
 @functools.cache

@@ -1,0 +1,20 @@
+"""What the commands share: flags, help, refusals in one line, configs by name, compiled programs.
+
+FLAGS = cli.Flags("export", __doc__)
+FLAGS.string("workdir", "", "Run directory.", required=True)
+
+def main(given: cli.Flags) -> None: ...
+
+if __name__ == "__main__":
+    cli.run(main, FLAGS)
+"""
+
+from sapo_jax.cli.configs import from_config, shipped_configs
+from sapo_jax.cli.flags import COMMANDS, Flags
+from sapo_jax.cli.process import missing, run, use_cache
+from sapo_jax.cli.text import flat, literal, nearest, table
+
+__all__ = [
+    "COMMANDS", "Flags", "flat", "from_config", "literal", "missing", "nearest", "run",
+    "shipped_configs", "table", "use_cache",
+]  # fmt: skip

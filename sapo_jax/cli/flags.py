@@ -1,0 +1,186 @@
+"""The flags of a command, with --help; what is wrong on the command line is refused in one line."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from functools import partialmethod
+from typing import Any, NoReturn
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from sapo_jax.cli.configs import CONFIGS, from_config
+from sapo_jax.cli.text import flat, literal, nearest, table
+
+COMMANDS = {  # the module of each, and what it does
+    "train": ("sapo_jax.main", "train a policy, or go on with a run"),
+    "sweep": ("sapo_jax.sweep", "train many runs that share their programs"),
+    "evaluate": ("sapo_jax.evaluate", "Pass@k of a Hugging Face directory on held-out prompts"),
+    "export": ("sapo_jax.export", "a run's policy as a Hugging Face directory"),
+    "report": ("sapo_jax.report", "the page of a run, a sweep or a gradient lab again"),
+    "preflight": ("sapo_jax.preflight", "what a config takes on a pod that is not there"),
+    "datasets": ("sapo_jax.datasets", "prepare a dataset for runs"),
+    "list": ("sapo_jax.training.listing", "what a config can name"),
+}
+WRONG = {  # what Python says of a value, and what the value must be
+    "invalid literal for int": "must be a whole number",
+    "could not convert string to float": "must be a number",
+    "Non-boolean argument": "must be true or false",
+}
+
+
+class Flags(flags.FlagValues):
+    """The flags of one command, apart from those of other commands in the same process.
+
+    Args:
+      command: its name in `COMMANDS`.
+      text: what --help says first: the docstring of the command's module.
+    """
+
+    def __init__(self, command: str, text: str):
+        super().__init__()
+        self.set_gnu_getopt()  # flags may follow positional arguments
+        # Past __setattr__, which sets flags.
+        vars(self).update(command=command, text=text, own=[], required=[], positional=[])
+        self.boolean("help", False, "Show this.", short_name="h")
+
+    def _define(
+        self, define: Callable, name: str, default: Any, *details: Any,
+        required: bool = False, positional: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
+        define(name, default, *details, flag_values=self, **options)
+        self.own.append(name)
+        self.required.extend([name] * (required or positional))
+        self.positional.extend([name] * positional)
+
+    # Each is called as absl's: (name, default, help, …).
+    boolean = partialmethod(_define, flags.DEFINE_boolean)
+    enum = partialmethod(_define, flags.DEFINE_enum)
+    integer = partialmethod(_define, flags.DEFINE_integer)
+    number = partialmethod(_define, flags.DEFINE_float)
+    string = partialmethod(_define, flags.DEFINE_string)
+    strings = partialmethod(_define, flags.DEFINE_multi_string)
+    words = partialmethod(_define, flags.DEFINE_list)
+
+    def config_file(self) -> None:
+        """Define --config, and by it a flag --config.<field> for each field of the experiment."""
+        text = "The experiment: a shipped one by name (sapo-jax list configs), or a file."
+        self._define(config_flags.DEFINE_config_file, "config", None, text, required=True)
+        self["config"].parser = _ConfigParser()
+        config_flags.register_flag_parser_for_type(ConfigDict, _DictionaryParser())
+
+    def parse(self, argv: Sequence[str]) -> Flags:
+        """Take the values of the command line, ``sys.argv``; what is wrong there ends the process.
+
+        Flags of absl (--verbosity) and of other libraries are taken, too.
+        """
+        for flag in map(flags.FLAGS.__getitem__, flags.FLAGS):
+            if flag.name not in self:
+                self[flag.name] = flag
+        flags.FLAGS.mark_as_parsed()
+        try:
+            _, *rest = self(argv)
+            for name, argument in zip(self.positional, rest, strict=False):
+                self[name].parse(argument)
+        except flags.UnrecognizedFlagError as error:
+            refuse(self._unknown_flag(error.flagname))
+        except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
+            if any(re.match(r"--?v(erbosity)?\b", argument) for argument in argv):
+                raise
+            strange = isinstance(error, KeyError | AttributeError) and self._unknown_field(argv)
+            refuse(strange or _wrong_value(error))
+        if self.help:
+            print(self.describe())
+            sys.exit()
+        for argument in rest[len(self.positional) :]:
+            how = "fields are set by --config.<field>=<value>" if "config" in self else "see --help"
+            refuse(f"unknown argument {argument!r}; {how}")
+        for name in self.required:
+            if not self[name].value:
+                what = " ".join(self[name].help.split()).rstrip(".")
+                refuse(f"{self._shown(name)} is missing: {what} (see --help)")
+        return self
+
+    def _shown(self, name: str, value: str = "") -> str:
+        return name.upper() if name in self.positional else f"--{name}{value}"
+
+    def describe(self) -> str:
+        """What --help shows: the flags, and the fields of the config that is given, or of base."""
+        usage = " ".join(self._shown(name, "=…") for name in self.required)
+        starts = f"sapo-jax {self.command}", f"python -m {COMMANDS[self.command][0]}"
+        rows = []
+        for flag in map(self.__getitem__, self.own):
+            default = "" if flag.default in (None, "", []) else f"={flag.default}"
+            needed = "Needed. " if flag.name in self.required else ""
+            rows.append((self._shown(flag.name, default), needed + flag.help))
+        rows.append(("--verbosity=-1", "0: what is refused shows its traceback, too."))
+        lines = [self.text.strip(), "", *(f"    {start} {usage}" for start in starts), ""]
+        lines += ["Flags:", *table(rows)]
+        if "config" in self:
+            name = self["config"].config_filename if self["config"].present else "base"
+            lines += ["", f"Fields of --config={name}:", *table(self._fields())]
+        return "\n".join(lines)
+
+    def _fields(self) -> list[list[str]]:
+        """Fields and values, with the comments and in the order of configs/base.py."""
+        line = r"^ +c\.(\S+) = (?!ConfigDict\(\)$).*?(?:  # (.+))?$"
+        listed = re.findall(line, (CONFIGS / "base.py").read_text(), re.M)
+        rows = []
+        for field, value in flat(self._config()).items():
+            found = (i for i, (name, _) in enumerate(listed) if f"{field}.".startswith(f"{name}."))
+            place = next(found, -1)  # what lies in a dictionary has its comment
+            rows.append((place, f"--config.{field}={value!r}", listed[place][1] * (place >= 0)))
+        return [row for _, *row in sorted(rows)]
+
+    def _config(self) -> ConfigDict:
+        return self["config"].parser.config or from_config("base")
+
+    def _unknown_flag(self, name: str) -> str:
+        fields = flat(self._config()) if "config" in self else {}
+        ends = [field for field in fields if f".{field}".endswith(f".{name}")]
+        if ends:
+            return f"unknown flag --{name}; a field is set by --config.{ends[0]}=<value>"
+        if name.startswith("config.") and "config" in self:
+            return f"--{name}: of which config? --config=… must come first"
+        return f"unknown flag --{name}; the nearest is --{nearest(name, self.own)}"
+
+    def _unknown_field(self, argv: Sequence[str]) -> str | None:
+        config = self["config"].parser.config if "config" in self else None
+        known = flat(config, sections=True) if config else {}
+        for field in re.findall(r"^--?(?:no)?config\.([^=\n]+)", "\n".join(argv), re.M):
+            if known and field not in known:
+                near = f"the nearest is --config.{nearest(field, known)}"
+                return f"--config.{field}: there is no such field; {near}"
+        return None
+
+
+class _ConfigParser(flags.ArgumentParser):
+    config: ConfigDict | None = None
+
+    def parse(self, name: str) -> ConfigDict:
+        self.config = from_config(name)
+        if not isinstance(self.config, ConfigDict):
+            raise ValueError(f"get_config() must return a ConfigDict, not {self.config!r}")
+        return self.config.lock()
+
+
+class _DictionaryParser(flags.ArgumentParser):
+    def parse(self, argument: str | ConfigDict) -> ConfigDict:
+        value = argument if isinstance(argument, ConfigDict) else literal(argument)
+        if not isinstance(value, dict | ConfigDict):
+            raise ValueError("must be a dictionary, such as \"{'terms': 4}\"")
+        return ConfigDict(value)
+
+
+def _wrong_value(error: Exception) -> str:
+    text = " ".join(str(error.args[-1] if error.args else error).split()).removeprefix("flag ")
+    for start, meaning in WRONG.items():
+        text = re.sub(f": .{{0,2}}{start}.*", f": {meaning}", text)
+    return text
+
+
+def refuse(text: str) -> NoReturn:
+    """End the process with one line."""
+    sys.exit(f"error: {text}")

@@ -1,0 +1,200 @@
+"""Every command tells what can be set, and refuses what is wrong in one line that helps."""
+
+import re
+import sys
+
+import pytest
+from absl import flags
+
+from sapo_jax import cli, model, tasks
+from sapo_jax.cli import __main__ as console
+from sapo_jax.objectives import OBJECTIVES
+from sapo_jax.training.metrics import METRICS
+from tests import tiny_config
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # by runpy
+TINY = "--config=tests/tiny_config.py"
+
+
+@pytest.fixture
+def sapo(monkeypatch, capfd):
+    """``sapo-jax …`` in this process: (exit status, what it prints, what it complains)."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sapo-jax", *arguments])
+        flags.FLAGS.unparse_flags()  # absl's own are those of the process
+        with pytest.raises(SystemExit) as end:
+            console.main()
+        out, err = capfd.readouterr()
+        if isinstance(end.value.code, str):  # Python prints it, and exits with 1
+            return 1, out, err + end.value.code + "\n"
+        return end.value.code or 0, out, err
+
+    yield run
+    flags.FLAGS.unparse_flags()
+    flags.FLAGS.mark_as_parsed()
+
+
+FLAGS = {
+    "train": "config workdir coordinator processes process",
+    "sweep": "config workdir most job_index job_count",
+    "evaluate": "hf task prompts samples temperature top_k top_p max_prompt_tokens max_new_tokens "
+    "batch seed workers dtype chat system out compilation_cache",
+    "export": "workdir out which",
+    "report": "picture",
+    "preflight": "config topology programs fit json",
+    "datasets": "jsonl catalogue out prompt answer demonstration",
+    "list": "",
+}
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_help_shows_what_can_be_set(sapo, command):
+    """Its own flags and the config's fields, and none of the hundreds of imported libraries."""
+    status, out, err = sapo(command, "--help")
+    assert (status, err) == (0, "")
+    own, _, fields = out.partition("Fields of")
+    shown = set(re.findall(r"^  --(\w+)", own, re.M))
+    assert shown == {*FLAGS[command].split(), "help", "verbosity"}
+    assert f"python -m {cli.COMMANDS[command][0]}" in out
+    assert bool(fields) == ("config" in shown)
+    for field in cli.flat(cli.from_config("base")) if fields else ():
+        assert f"\n  --config.{field}=" in fields
+    if fields:
+        assert re.search(r"--config.batch.group_size=8 +completions per prompt\n", fields)
+
+
+def test_help_shows_the_values_of_a_config(sapo):
+    status, out, _ = sapo("train", TINY, "--config.seed=3", "--help")
+    assert status == 0
+    assert "Fields of --config=tests/tiny_config.py" in out
+    for text in ("iterations=6", "task.options.modulus=10", "model.preset='nano'", "seed=3"):
+        assert f"\n  --config.{text} " in out
+
+
+CONFIG = """from configs import base
+
+
+def get_config():
+    c = base.get_config()
+    {}
+    return c
+"""
+FILES = {
+    "syntax.py": "def get_config(:\n    pass\n",
+    "field.py": CONFIG.format("c.lerner = 3"),
+    "zero.py": CONFIG.format("c.iterations = 1 // 0"),
+    "without.py": "x = 1\n",
+}
+WRONG = [  # command line, and what the one line says
+    ("trai", "unknown command 'trai'; the nearest is 'train'"),
+    ("train", "--config is missing: The experiment"),
+    (f"train {TINY}", "--workdir is missing: Run directory"),
+    ("train --config=quickstrt", "no such file", "the nearest is quickstart", "list configs"),
+    ("train --config=RUN/syntax.py", "syntax.py, line 1: invalid syntax"),
+    ("train --config=RUN/field.py", 'field.py, line 6: AttributeError: \'Key "lerner"', "learner"),
+    ("train --config=RUN/zero.py", "zero.py, line 6: ZeroDivisionError"),
+    ("train --config=RUN/without.py", "must have a function get_config()"),
+    (f"train {TINY} --workdr=RUN/x", "unknown flag --workdr; the nearest is --workdir"),
+    (f"train {TINY} --learner.learning_rate=1", "--config.learner.learning_rate=<value>"),
+    (f"train {TINY} --learning_rate=1", "--config.learner.learning_rate=<value>"),
+    (f"train {TINY} learning_rate=3", "'learning_rate=3'", "--config.<field>=<value>"),
+    (f"train {TINY} --config.lerner.schedule=linear", "nearest is --config.learner.schedule"),
+    (f"train {TINY} --config.learner.learning_rat=1", "nearest is --config.learner.learning_rate"),
+    (f"train {TINY} --config.batch.prompts=many", "batch.prompts=many: must be a whole number"),
+    (f"train {TINY} --config.learner.b1=x", "--config.learner.b1=x: must be a number"),
+    (f"train {TINY} --config.learner.remat=x", "learner.remat=x: must be true or false"),
+    (f"train {TINY} --config.task.options={{'terms':true}}", "task.options=", "True, False, None"),
+    (f"train {TINY} --config.task.options=3", "task.options=3: must be a dictionary"),
+    ("train --config.seed=3", "--config.seed: of which config?"),
+    (f"train {TINY} --workdir=RUN/x --config.objective.tau_neg=-1", "tau_neg=-1.0", "> 0"),
+    (f"train {TINY} --workdir=RUN/x --process=1", "--coordinator, --processes missing"),
+    (f"sweep {TINY} --workdir=RUN/x", "tiny_config.py: must have a function get_sweep()"),
+    ("sweep --config=sweeps/temperature --workdir=RUN/x --job_index=1", "below --job_count=1"),
+    ("report", "PATH is missing: Directory of a run or a sweep"),
+    ("report RUN/nothing", "RUN/nothing does not exist"),
+    ("report RUN", "nothing to show in RUN"),
+    ("report RUN more", "unknown argument 'more'"),
+    ("evaluate --hf=RUN", "--task is missing: NAME,option=value"),
+    ("evaluate --hf=RUN --task=chain_sum", "RUN/config.json: no such file"),
+    ("export --workdir=RUN --out=RUN/x", "RUN has no config.json: name the --workdir"),
+    ("export --workdir=RUN --out=RUN/x --which=bst", "--which=bst", "latest|best"),
+    ("datasets --out=RUN/x", "--jsonl=SPLIT=FILE, once or more, or --catalogue=NAME is missing"),
+    ("datasets --out=RUN/x --catalogue=gsm9k", "unknown dataset 'gsm9k'", "gsm8k"),
+    ("preflight --config=quickstart", "--topology is missing: Such as v5e:4x4"),
+    ("preflight --config=quickstart --topology=v5x:4", "--topology='v5x:4': must be", "v5e, v5p"),
+    ("list", "WHAT is missing", "presets|tasks"),
+    ("list taskz", "--what=taskz", "presets|tasks"),
+]
+
+
+@pytest.mark.parametrize("case", WRONG, ids=[case[0][:60] for case in WRONG])
+def test_what_is_wrong_is_one_line(sapo, tmp_path, case):
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    line, *wanted = (text.replace("RUN", str(tmp_path)) for text in case)
+    status, out, err = sapo(*line.split())
+    assert (status, out) == (1, "")
+    assert re.fullmatch(r"error: .*\n", err), err
+    for text in wanted:
+        assert text in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_traceback_on_demand(sapo, tmp_path):
+    _, _, err = sapo("export", f"--workdir={tmp_path}", "--out=x", "--verbosity=0")
+    assert err.startswith("Traceback")
+    assert "has no config.json" in err
+
+
+def test_what_is_not_foreseen_keeps_its_traceback(sapo, tmp_path, monkeypatch):
+    """Else a bug of the project would look like a mistake of the user."""
+    monkeypatch.setattr(model.hf_config, "read", lambda *_: {}["key"])
+    (tmp_path / "config.json").write_text("{}")
+    _, _, err = sapo("evaluate", f"--hf={tmp_path}", "--task=chain_sum")
+    assert "Traceback" in err
+    assert "KeyError" in err
+
+
+def test_what_is_not_installed_names_its_extra(sapo, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    arguments = "--config.task.name=reasoning_gym", "--config.task.options={'dataset': 'gcd'}"
+    status, _, err = sapo("train", TINY, f"--workdir={tmp_path / 'run'}", *arguments)
+    assert status == 1
+    assert 'pip install "sapo_jax[tasks]"' in err
+
+
+def test_lists(sapo):
+    """By name, everything that a config can name."""
+    for what, names in {
+        "presets": model.PRESETS, "tasks": tasks.TASKS, "objectives": OBJECTIVES,
+        "configs": cli.shipped_configs(), "metrics": METRICS,
+    }.items():  # fmt: skip
+        status, out, _ = sapo("list", what)
+        assert status == 0
+        assert [line.split()[0] for line in out.splitlines()[1:]] == list(names)
+
+
+def test_the_console_script_lists_its_commands(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sapo-jax"])
+    console.main()
+    out = capsys.readouterr().out
+    assert re.findall(r"^  (\w+)", out, re.M) == list(cli.COMMANDS)
+
+
+def test_flags_of_libraries_are_taken(sapo, tmp_path):
+    """--logtostderr and the like went on the command line before, and in scripts."""
+    status, out, _ = sapo("list", "tasks", "--logtostderr", "--verbosity=0")
+    assert status == 0
+    assert "chain_sum" in out
+
+
+def test_two_commands_in_one_process():
+    """Both have --workdir and --out, and tests import all of them."""
+    from sapo_jax import evaluate, export, main
+
+    assert "out" in evaluate.FLAGS
+    assert "out" in export.FLAGS
+    assert "out" not in main.FLAGS
+    assert tiny_config.get_config().name == "tiny"
