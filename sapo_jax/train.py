@@ -17,7 +17,7 @@ from sapo_jax.training.checkpoint import Checkpoints
 from sapo_jax.training.engine import Bundle, Streamed
 from sapo_jax.training.experience import SOURCES
 from sapo_jax.training.lease import Lease
-from sapo_jax.training.progress import Clock, Profile, Progress, mean_of
+from sapo_jax.training.progress import Clock, Progress, mean_of
 from sapo_jax.training.settings import Settings
 from sapo_jax.training.workdir import (
     Metrics,
@@ -139,14 +139,17 @@ def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], bool]:
         for place in edge.places:
             provenance.write(place)
         clock = Clock(edge.watchdog.beat)
-        profile = Profile(edge.workdir / "profile", done + 3, c.profile_steps)
+        traced = range(done + 3, done + 3 + c.profile_steps)
         startup.warm_up(bundles, edge.scorer, edge.note)
         if done == 0 and c.eval.every:
             start = {"iteration": 0, "update": 0}
             _write(edge, logs, [start | found for found in _evaluate(bundles, edge.scorer)])
         for iteration in range(done + 1, total + 1):
             clock.iteration = iteration
-            with profile(iteration), clock("iteration"):
+            trace = contextlib.nullcontext()
+            if iteration in traced:
+                trace = jax.profiler.trace(str(edge.workdir / "profile"))
+            with trace, clock("iteration"):
                 bundles, records, samples = _iterate(bundles, iteration, clock, edge.scorer)
             last = iteration == total
             if c.eval.every and (last or iteration % c.eval.every == 0):

@@ -29,7 +29,7 @@ from sapo_jax.types import Batch, Prompts, Rollout, TrainState
 METHOD = {"cpu": "map", "gpu": "vmap", "tpu": "vmap"}
 
 
-def choose(asked: str, runs: int) -> str:
+def choose(method: str, runs: int) -> str:
     """How R runs share the hardware; "auto" splits them over accelerators where there are several.
 
     - ``map``: one after the other, each with an engine of its own; each is bitwise the run alone.
@@ -40,14 +40,14 @@ def choose(asked: str, runs: int) -> str:
       ValueError: "devices", and no number of devices above one divides R.
     """
     backend, count = jax.default_backend(), sharding.run_mesh(runs).size
-    if asked == "auto":
+    if method == "auto":
         return "devices" if count > 1 and backend != "cpu" else METHOD.get(backend, "map")
-    if asked == "devices" and count == 1:
+    if method == "devices" and count == 1:
         local, why = jax.local_device_count(), "this process has one device"
         if local > 1:
             why = f"{runs} runs do not divide by any number, from 2 on, of the {local} devices"
         raise ValueError(f"config.population.method='devices': {why}; must be map or vmap")
-    return asked
+    return method
 
 
 def hyperparameters(runs: Sequence[Settings]) -> Hyperparameters:
@@ -103,7 +103,7 @@ class Population:
         self.runs, self.hp = tuple(runs), hyperparameters(runs)
         self.mesh = sharding.run_mesh(len(runs)) if method == "devices" else None
         one = SingleDeviceSharding(jax.devices()[0])
-        self.sharding = sharding.named(self.mesh, BY_RUN) if self.mesh else one
+        self.where = sharding.named(self.mesh, BY_RUN) if self.mesh else one
 
     def join(self, trees: Iterable[Any]) -> Any:
         """Trees of the runs with a leading axis R, on the host."""
@@ -116,7 +116,7 @@ class Population:
 
     def place(self, trees: Iterable[Any]) -> Any:
         """By way of the host: a device keeps its own runs only, and none of them twice."""
-        return jax.device_put(stack(map(jax.device_get, trees)), self.sharding)
+        return jax.device_put(stack(map(jax.device_get, trees)), self.where)
 
     def call(self, function: Callable, *trees: Any, **static: Any) -> Any:
         """A jitted function of one run, of all."""

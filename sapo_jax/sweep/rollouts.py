@@ -81,15 +81,12 @@ def rollout(
 
     Args:
       live_R: bool[R]; other runs end with their first token.
-      params: from `Population.to_sampler`.
-      config: the model's shape.
-      prompts: of R runs, [R, P, …].
+      params, config, prompts: as there, of R runs.
       base_R: key[R], from `base_keys`.
       controls: from `sampling.controls`, of R runs.
       iteration: i32[], of the policies.
-      group_size: G.
-      max_new_tokens: T.
-      cache: sizes of the completion cache, ascending, the last one T (see `sampler.Plan`).
+      group_size, max_new_tokens: as there.
+      cache: sizes of the completion cache, ascending (see `sampler.Plan`).
       truncate: whether top_k and top_p apply.
       mesh: over which the runs are split.
 

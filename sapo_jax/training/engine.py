@@ -45,7 +45,7 @@ class Streamed:
     traced values share every program, and each run among them is the run alone, bit for bit.
     """
 
-    sharding = None  # of restored arrays with a leading axis: the default device
+    where = None  # restored arrays with a leading axis go to the default device
 
     def __init__(self, run: Settings):
         self.runs, self.hp = (run,), run.hp

@@ -48,7 +48,7 @@ def open_stream(run: Settings, *, workers: int = 0) -> Stream:
     return Stream(sources, seed, shares=run.shares, keep=run.keep, workers=workers)
 
 
-def query(run: Settings, stream: Stream, scorer: rewards.Scorer) -> Query:
+def next_query(run: Settings, stream: Stream, scorer: rewards.Scorer) -> Query:
     """The next prompts, more than P where some are drawn to spare."""
     examples = stream.take(run.config.batch.prompts * run.config.batch.oversample)
     prompts = encode.encode_prompts(examples, run.tokenizer, run.width)
@@ -123,20 +123,20 @@ def _metrics(run: Settings, prompts: Prompts, ends: Ends, rewards_B: np.ndarray)
 
 
 def _samples(
-    run: Settings, asked: Query, finished_B, rewards_B, advantages_B, iteration: int
+    run: Settings, query: Query, finished_B, rewards_B, advantages_B, iteration: int
 ) -> list[dict]:
     """The first two completions of as many prompts as the log takes, of those sampled here."""
     size, count = run.config.batch.group_size, run.config.log.samples
-    texts = asked.groups.texts(size)
+    texts = query.groups.texts(size)
     first = (i for i, text in enumerate(texts) if i % size < 2 and text is not None)
     return [
         {
             "iteration": iteration,
-            "prompt_id": asked.examples[i // size].id,
+            "prompt_id": query.examples[i // size].id,
             "sample_index": i % size,
-            "prompt": asked.examples[i // size].prompt,
+            "prompt": query.examples[i // size].prompt,
             "completion": texts[i],
-            "answer": asked.examples[i // size].answer,
+            "answer": query.examples[i // size].answer,
             "reward": float(rewards_B[i]),
             "advantage": float(advantages_B[i]),
             "finished": int(finished_B[i]),
@@ -155,7 +155,7 @@ def from_rollout(
     """Sample and score; what comes back waits for the verdicts and attaches advantages."""
     engine, params = bundle.engine, bundle.state.params
     pairs = zip(engine.runs, bundle.streams, strict=True)
-    queries = [query(run, stream, scorer) for run, stream in pairs]
+    queries = [next_query(run, stream, scorer) for run, stream in pairs]
     with clock("to_sampler"):
         weights = jax.block_until_ready(engine.to_sampler(params))
     moved = float(sampler.moved_bytes(params, weights) / len(queries))
@@ -203,15 +203,15 @@ def _judged(
         learnt = engine.to_host([b.advantages for b in minibatches])
         more = engine.to_host(more)
     metrics, samples = [], []
-    for r, (run, asked, stream) in enumerate(zip(runs, queries, bundle.streams, strict=True)):
+    for r, (run, query, stream) in enumerate(zip(runs, queries, bundle.streams, strict=True)):
         (rewards_B, parts), (rows_B, _, of_groups) = found[r], chosen[r]
         advantages_B = np.zeros_like(rewards_B)
         advantages_B[rows_B] = np.concatenate(learnt[r])
-        own = _metrics(run, asked.prompts, ends[r], rewards_B)
+        own = _metrics(run, query.prompts, ends[r], rewards_B)
         own |= {"data/dropped": float(stream.dropped), **parts, **of_groups}
         own["sampler/weights_moved_bytes"] = moved
         metrics.append(own | {key: float(value) for key, value in more[r].items()})
-        samples.append(_samples(run, asked, ends[r][1], rewards_B, advantages_B, iteration))
+        samples.append(_samples(run, query, ends[r][1], rewards_B, advantages_B, iteration))
     return Experience(minibatches, metrics, samples)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from etils import epath
 
 WALL = ("time/iteration", "time/eval", "time/checkpoint")  # disjoint; their sum is the run's time
 
@@ -47,28 +46,6 @@ class Clock:
         """``time/<phase>`` of every phase, and start again."""
         seconds, self._seconds = self._seconds, {}
         return {f"time/{phase}": value for phase, value in seconds.items()}
-
-
-class Profile:
-    """Traces some iterations with the JAX profiler.
-
-    Args:
-      directory: where the traces go.
-      first: iteration to trace.
-      count: of iterations; 0: none.
-    """
-
-    def __init__(self, directory: epath.Path, first: int, count: int):
-        self._directory, self._traced = directory, range(first, first + count)
-
-    @contextlib.contextmanager
-    def __call__(self, iteration: int) -> Iterator[None]:
-        """Trace what happens inside the context, if it is the iteration's turn."""
-        if iteration not in self._traced:
-            yield
-            return
-        with jax.profiler.trace(str(self._directory)):
-            yield
 
 
 class Progress:

@@ -78,7 +78,7 @@ def _restore(
     if alone:
         state, meta = checkpoints.restore(iteration, wanted)
         return [engines[0].place([state])], [meta["position"]]
-    count, where = sum(len(engine.runs) for engine in engines), engines[0].sharding
+    count, where = sum(len(engine.runs) for engine in engines), engines[0].where
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=where), wanted
     )

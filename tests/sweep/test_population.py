@@ -1,6 +1,7 @@
 """Populations: a run among others is the run alone, nothing compiles twice, resume, grouping."""
 
 import json
+import threading
 
 import jax
 import numpy as np
@@ -151,7 +152,7 @@ def rows_of(checked, seed):
     """A rollout of random completions of the next prompts, as the sampler would return it."""
     rng = np.random.default_rng(seed)
     stream = experience.open_stream(checked)
-    asked = experience.query(checked, stream, rewards.Scorer(checked.task))
+    asked = experience.next_query(checked, stream, rewards.Scorer(checked.task))
     b, s = checked.sampled, checked.width + checked.max_new_tokens
     group_size = checked.config.batch.group_size
     length_B1 = np.repeat(asked.prompts.length, group_size)[:, None]
@@ -171,40 +172,67 @@ def rows_of(checked, seed):
     )
 
 
-def test_dynamic_sampling_is_that_of_the_run_alone(monkeypatch):
-    """Twice the prompts are drawn; of each run, its own first informative groups are kept.
-
-    Rows chosen by another run's rewards, or masks that are not carried along, would show.
-    """
+@pytest.fixture
+def given(monkeypatch):
+    """Two runs whose engines sample what they are given; the runs, and whether each has sampled."""
     fields = {"batch.oversample": 2, "batch.prompts": 6}
     (cohort,) = cohorts.make(base(**fields), axes.axis("seed", 3, 4))
-    given = [rows_of(checked, seed) for seed, checked in enumerate(cohort.runs)]
+    drawn = [rows_of(checked, seed) for seed, checked in enumerate(cohort.runs)]
+    sampled = [threading.Event() for _ in drawn]
 
     def rollout(self, weights, prompts, on_groups, **_):
-        rows = [given[cohort.runs.index(run)] for run in self.runs]
+        index = [cohort.runs.index(run) for run in self.runs]
+        rows = [drawn[i] for i in index]
         for groups, own in zip(on_groups, rows, strict=True):
             rollouts.report(groups, own, 4)
-        placed = jax.device_put(self.join(rows))
-        return placed, [(own.mask.sum(-1), own.finished) for own in rows]
-
-    def collect(engine):
-        streams = tuple(map(experience.open_stream, engine.runs))
-        bundle = Bundle(engine, TrainState(None, None, None, None), None, streams)
-        return experience.from_rollout(bundle, 1, Clock(), scorer)()
+        for i in index:
+            sampled[i].set()
+        return jax.device_put(self.join(rows)), [(x.mask.sum(-1), x.finished) for x in rows]
 
     for kind in (Population, Streamed):
         monkeypatch.setattr(kind, "to_sampler", lambda *_: None)
         monkeypatch.setattr(kind, "rollout", rollout)
+    return cohort, sampled
+
+
+def bundle_of(engine):
+    streams = tuple(map(experience.open_stream, engine.runs))
+    return Bundle(engine, TrainState(None, None, None, None), None, streams)
+
+
+def test_dynamic_sampling_is_that_of_the_run_alone(given):
+    """Twice the prompts are drawn; of each run, its own first informative groups are kept.
+
+    Rows chosen by another run's rewards, or masks that are not carried along, would show.
+    """
+    cohort, _ = given
     with rewards.Scorer(cohort.lead.task, cohort.lead.recipe) as scorer:
-        got = collect(Population(cohort.runs, "vmap"))
+        both = bundle_of(Population(cohort.runs, "vmap"))
+        got = experience.from_rollout(both, 1, Clock(), scorer)()
         for r, checked in enumerate(cohort.runs):
-            own = collect(Streamed(checked))
+            own = experience.from_rollout(bundle_of(Streamed(checked)), 1, Clock(), scorer)()
             assert got.metrics[r] == own.metrics[0]
             assert got.samples[r] == own.samples[0]
             for among, alone in zip(got.minibatches, own.minibatches, strict=True):
                 jax.tree.map(np.testing.assert_array_equal, pick(among, r), alone)
     assert own.metrics[0]["advantage/kept_groups"] == 1
     assert own.metrics[0]["advantage/zero_groups"] == 3 / 12
+
+
+def test_the_next_run_is_sampled_while_rows_are_judged(given, monkeypatch):
+    """The verdicts on the first run wait for it; a loop that waits for them first would stand."""
+    (cohort, (_, second)), judge = given, rewards.judge
+
+    def waits(*arguments):
+        assert second.wait(60)
+        return judge(*arguments)
+
+    monkeypatch.setattr(rewards, "judge", waits)
+    monkeypatch.setattr(Streamed, "learn", lambda _, state, minibatches: (state, [{}]))
+    with rewards.Scorer(cohort.lead.task, cohort.lead.recipe) as scorer:
+        bundles = [bundle_of(Streamed(checked)) for checked in cohort.runs]
+        _, found, _ = train._iterate(bundles, 1, Clock(), scorer)
+    assert [r["iteration"] for r in found] == [1, 1]
 
 
 def arguments_of(policies, seed, live_R=(True, True)):
