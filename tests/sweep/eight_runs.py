@@ -19,6 +19,7 @@ RUNS = axes.product(axes.axis("objective.name", "sapo", "grpo"), axes.axis("seed
 FIELDS = {
     "eval.every": 1, "checkpoint.every": 1, "model.num_hidden_layers": 1,
     "sampler.max_new_tokens": 24,
+    "learner.eps": 1e-5,  # Adam's own would magnify the last bits of gradients of 1e-8
 }  # fmt: skip
 
 
@@ -44,11 +45,9 @@ def cohort_of(method, iterations):
 def test_runs_on_devices_of_their_own_are_those_of_one_device(tmp_path, monkeypatch):
     """Two runs on each of six devices, stopped and resumed: as one device's, and apart.
 
-    A sum over the devices, or a run computed with its neighbour's values, shows in both. Metrics
-    are those of each run alone; parameters, whose last bits Adam magnifies, those of a vmap.
+    A sum over the devices, or a run computed with its neighbour's values, shows in both.
     """
-    for method in ("map", "vmap"):
-        assert schedule.run_cohort(cohort_of(method, 2), tmp_path / method, Bar())
+    assert schedule.run_cohort(cohort_of("map", 2), tmp_path / "map", Bar())
     vmapped, programs = population.vmapped, {"rollout": Compiled(rollouts.rollout)}
 
     def strict(function, *arguments, **static):
@@ -61,12 +60,10 @@ def test_runs_on_devices_of_their_own_are_those_of_one_device(tmp_path, monkeypa
         on_all = cohort_of("devices", iterations)
         assert schedule.run_cohort(on_all, tmp_path / "devices", Bar())
     for name, checked in zip(on_all.names, on_all.runs, strict=True):
-        own, *others = (tmp_path / method / name for method in ("devices", "map", "vmap"))
-        for place in others:
-            for got, expected in zip(records(own), records(place), strict=True):
-                close = partial(np.testing.assert_allclose, rtol=1e-5, atol=5e-6)
-                jax.tree.map(close, got, expected)
-        got, expected = (final_state(place, checked)[0].params for place in (own, others[-1]))
+        both = [tmp_path / method / name for method in ("devices", "map")]
+        for got, expected in zip(*map(records, both), strict=True):
+            jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=5e-6), got, expected)
+        got, expected = (final_state(place, checked)[0].params for place in both)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-6), got, expected)
     assert {"rollout", "convert", "update", "finish_iteration"} <= set(programs)
     for program in programs.values():
