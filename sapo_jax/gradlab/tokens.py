@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from sapo_jax import learner, objectives
-from sapo_jax.gradlab.pull import blocks_of, cotangents
+from sapo_jax.gradlab.pull import cotangents
 from sapo_jax.model import params, transformer, vocab
 from sapo_jax.objectives import OBJECTIVES, Objective
-from sapo_jax.parallel import sharding
 from sapo_jax.types import Batch
 
 NEAR = (0.01, 0.05, 0.1, 0.2)  # |log r| beyond which a token counts as off-policy
@@ -25,39 +22,25 @@ LOG_RATIO_BINS = (0.0, 0.01, 0.05, 0.2, np.inf)
 GATE_EDGES = np.linspace(-0.005, 1.605, 162)  # w and c; bins of 0.01 with 0 and 1 in their middle
 
 
-def _by_rows(function: Callable) -> Callable:
-    """A function of (weights, batch, hp) for each micro-batch, and each device's rows."""
-
-    def local(weights, batch, hp):
-        micro = blocks_of(batch, hp.static.micro_batches)
-        out = jax.lax.map(lambda b: function(weights, b, hp), micro)
-        return jax.tree.map(lambda x: x.reshape(batch.tokens.shape), out)
-
-    @jax.jit
-    @functools.wraps(function)
-    def call(weights, batch, hp):
-        rows = sharding.spec("rows")
-        specs = (params.partition_specs(hp.static.model), rows, PartitionSpec())
-        return sharding.shard_map(local, hp.static.mesh, specs, rows)(weights, batch, hp)
-
-    return call
-
-
-@_by_rows
+@jax.jit
 def score(weights: Any, batch: Batch, hp: learner.Hyperparameters) -> tuple[jax.Array, jax.Array]:
     """log π and entropy of the masked tokens, f32[B, S] each."""
-    return learner.forward(weights, batch, hp)[:2]
+    return learner.map_rows(lambda *arguments: learner.forward(*arguments)[:2], weights, batch, hp)
 
 
-@_by_rows
+@jax.jit
 def collision(weights: Any, batch: Batch, hp: learner.Hyperparameters) -> jax.Array:
     """Σ_v π(v)² of the distribution that each masked token was drawn from, f32[B, S].
 
     ``hp.static.head_chunk`` tokens have logits at a time.
     """
+    return learner.map_rows(_collision, weights, batch, hp)
+
+
+def _collision(weights, batch, hp):
     weights = params.all_gather(weights, params.table(hp.static.model), hp.static.model)
     replay = batch.routing if hp.static.routing_replay != "none" else None
-    hidden_BSD, _ = transformer.hidden_routing(
+    hidden_BSD, _ = transformer.hidden(
         weights, hp.static.model, batch.tokens, batch.segments, replay_BSLk=replay
     )
     hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
@@ -65,7 +48,7 @@ def collision(weights: Any, batch: Batch, hp: learner.Hyperparameters) -> jax.Ar
 
     def chunk(hidden_CD):
         logits_CV = transformer.logits_of(weights, hp.static.model, hidden_CD) / hp.temperature
-        return vocab.total(jnp.exp(2 * vocab.log_softmax(logits_CV)))
+        return vocab.sum(jnp.exp(2 * vocab.log_softmax(logits_CV)))
 
     chunks = padded_TD.reshape(-1, hp.static.head_chunk, hidden_TD.shape[-1])
     square_BS = jax.lax.map(chunk, chunks).reshape(-1)[: len(hidden_TD)].reshape(batch.mask.shape)

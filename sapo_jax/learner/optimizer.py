@@ -12,9 +12,9 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
-from sapo_jax.model import params
+from sapo_jax import model
 from sapo_jax.model.config import ModelConfig
-from sapo_jax.objectives import Objective
+from sapo_jax.objectives import Objective, Switch
 from sapo_jax.parallel import sharding
 from sapo_jax.types import TrainState
 
@@ -71,7 +71,7 @@ class Hyperparameters:
       router_aux_coef: weight of the load-balancing loss; None switches it off.
     """
 
-    objective: Objective
+    objective: Objective | Switch
     learning_rate: jax.Array | float
     weight_decay: jax.Array | float
     max_grad_norm: jax.Array | float
@@ -112,7 +112,7 @@ def learning_rate(hp: Hyperparameters, update: jax.Array) -> jax.Array:
 def optimizer(hp: Hyperparameters, rate: jax.Array) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) behind clipping by global norm; its state depends on no setting."""
     static = hp.static
-    decays = jax.tree.map(lambda spec: spec.fan_in > 0, params.table(static.model))
+    decays = jax.tree.map(lambda spec: spec.fan_in > 0, model.params.table(static.model))
     return optax.chain(
         optax.clip_by_global_norm(hp.max_grad_norm),
         optax.scale_by_adam(static.b1, static.b2, static.eps, mu_dtype=jnp.float32),
@@ -122,28 +122,28 @@ def optimizer(hp: Hyperparameters, rate: jax.Array) -> optax.GradientTransformat
 
 
 @jax.jit
-def init(weights: Any, hp: Hyperparameters) -> TrainState:
+def init(params: Any, hp: Hyperparameters) -> TrainState:
     """The state before the first iteration."""
     zero = jnp.int32(0)
-    opt_state = optimizer(hp, learning_rate(hp, zero)).init(weights)
-    state = TrainState(zero, zero, weights, opt_state)
+    opt_state = optimizer(hp, learning_rate(hp, zero)).init(params)
+    state = TrainState(zero, zero, params, opt_state)
     return sharding.constrain(state, hp.static.mesh, partition_specs(hp))
 
 
 def partition_specs(hp: Hyperparameters) -> TrainState:
     """Where the state lies: the optimizer's moments where their parameters do."""
-    whole, weights = PartitionSpec(), params.partition_specs(hp.static.model)
-    step = optimizer(hp, jnp.float32(0))
-    opt_state = jax.eval_shape(step.init, params.abstract(hp.static.model))
+    config, whole = hp.static.model, PartitionSpec()
+    step, params = optimizer(hp, jnp.float32(0)), model.params.partition_specs(config)
+    opt_state = jax.eval_shape(step.init, model.params.abstract(config))
     placed = optax.tree_map_params(
-        step, lambda _, s: s, opt_state, weights, transform_non_params=lambda _: whole
+        step, lambda _, spec: spec, opt_state, params, transform_non_params=lambda _: whole
     )
-    return TrainState(whole, whole, weights, placed)
+    return TrainState(whole, whole, params, placed)
 
 
 def abstract(hp: Hyperparameters) -> TrainState:
     """Shapes, dtypes and, on a mesh, shardings of the state."""
-    mesh, state = hp.static.mesh, jax.eval_shape(init, params.abstract(hp.static.model), hp)
+    mesh, state = hp.static.mesh, jax.eval_shape(init, model.params.abstract(hp.static.model), hp)
     if mesh is None:
         return state
     return jax.tree.map(

@@ -6,6 +6,7 @@ shapes it (the model, the micro-batches, the optimizer's schedule) is static in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,41 +16,35 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from sapo_jax import masked, objectives
+from sapo_jax import masked, model, objectives
 from sapo_jax.learner import diagnostics
-from sapo_jax.learner.optimizer import (
-    Hyperparameters,
-    learning_rate,
-    optimizer,
-    partition_specs,
-)
-from sapo_jax.model import head, params, routing, transformer
+from sapo_jax.learner.optimizer import Hyperparameters, learning_rate, optimizer, partition_specs
+from sapo_jax.model import head, routing, transformer
 from sapo_jax.parallel import collectives, sharding
 from sapo_jax.types import Batch, Histogram, TrainState, Weighted, merge
 
 
 def forward(
-    weights: Any, batch: Batch, hp: Hyperparameters
+    params: Any, batch: Batch, hp: Hyperparameters
 ) -> tuple[jax.Array, jax.Array, routing.Summary | None]:
     """log π and entropy of the tokens under the mask, and what the routers did.
 
     Returns:
       (f32[B, S], f32[B, S], summary): 0 outside the mask; no summary of a dense model.
     """
-    static, replay = hp.static, None
-    if static.routing_replay != "none" and static.model.num_experts:
+    static, config, replay = hp.static, hp.static.model, None
+    if static.routing_replay != "none" and config.num_experts:
         if batch.routing is None:
             raise ValueError(f"routing_replay={static.routing_replay!r}: the batch has no routing")
         replay = batch.routing
-    weights = params.all_gather(weights, params.table(static.model), static.model)
-    hidden_BSD, summary = transformer.hidden_routing(
-        weights, static.model, batch.tokens, batch.segments, remat=static.remat,
-        replay_BSLk=replay,
-        summarise=lambda r: routing.summarise(r, batch.segments > 0, static.model),
+    params = model.params.all_gather(params, model.params.table(config), config)
+    hidden_BSD, summary = transformer.hidden(
+        params, config, batch.tokens, batch.segments, remat=static.remat, replay_BSLk=replay,
+        summarise=lambda r: routing.summarise(r, batch.segments > 0, config),
     )  # fmt: skip
     logp_T, entropy_T = head.logp_entropy(
-        hidden_BSD[:, :-1].reshape(-1, static.model.hidden_size),
-        params.head_weight(weights),
+        hidden_BSD[:, :-1].reshape(-1, config.hidden_size),
+        model.params.head_weight(params),
         batch.tokens[:, 1:].reshape(-1),
         batch.mask[:, 1:].reshape(-1),
         jnp.float32(hp.temperature),
@@ -63,9 +58,10 @@ def forward(
     return align(logp_T), align(entropy_T), summary
 
 
-def _by_rows(function: Any, hp: Hyperparameters, out_specs: Any) -> Any:
-    """(weights, batch, hp) → …, for each device's rows and part of the parameters."""
-    in_specs = (params.partition_specs(hp.static.model), sharding.spec("rows"), PartitionSpec())
+def _shard_map(function: Callable, hp: Hyperparameters, out_specs: Any) -> Callable:
+    """(params, batch, hp) → …, for each device's rows and part of the parameters."""
+    specs = model.params.partition_specs(hp.static.model)
+    in_specs = (specs, sharding.spec("rows"), PartitionSpec())
     return sharding.shard_map(function, hp.static.mesh, in_specs, out_specs)
 
 
@@ -74,50 +70,44 @@ def _micro_batches(batch: Batch, hp: Hyperparameters) -> Batch:
     return jax.tree.map(lambda x: x.reshape(hp.static.micro_batches, -1, *x.shape[1:]), batch)
 
 
+def map_rows(function: Callable, params: Any, batch: Batch, hp: Hyperparameters) -> Any:
+    """``function(params, micro-batch, hp)`` of the rows of each device; results are [B, ...]."""
+
+    def local(params, batch, hp):
+        out = jax.lax.map(lambda micro: function(params, micro, hp), _micro_batches(batch, hp))
+        return jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], *x.shape[2:]), out)
+
+    return _shard_map(local, hp, sharding.spec("rows"))(params, batch, hp)
+
+
 @jax.jit
-def score(weights: Any, batch: Batch, hp: Hyperparameters) -> jax.Array:
+def score(params: Any, batch: Batch, hp: Hyperparameters) -> jax.Array:
     """log π of the tokens, f32[B, S], by the programs and micro-batches of `update`."""
-
-    def local(weights, batch, hp):
-        logp = jax.lax.map(lambda b: forward(weights, b, hp)[0], _micro_batches(batch, hp))
-        return logp.reshape(batch.tokens.shape)
-
-    return _by_rows(local, hp, sharding.spec("rows"))(weights, batch, hp)
+    return map_rows(lambda *arguments: forward(*arguments)[0], params, batch, hp)
 
 
 @jax.jit
 def score_routing(
-    weights: Any, batch: Batch, hp: Hyperparameters
+    params: Any, batch: Batch, hp: Hyperparameters
 ) -> tuple[jax.Array, jax.Array | None]:
     """`score` and the routing that an update replays with R2, by the routers' own choice."""
-    hp = hp.replace(routing_replay="none")
 
-    def local(weights, batch, hp):
-        def one(micro):
-            logp_BS, _, summary = forward(weights, micro, hp)
-            return logp_BS, summary and routing.recorded(summary, micro.segments)
+    def one(params, micro, hp):
+        logp_BS, _, summary = forward(params, micro, hp)
+        return logp_BS, summary and routing.recorded(summary, micro.segments)
 
-        out = jax.lax.map(one, _micro_batches(batch, hp))
-        return jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], *x.shape[2:]), out)
-
-    return _by_rows(local, hp, sharding.spec("rows"))(weights, batch, hp)
+    return map_rows(one, params, batch, hp.replace(routing_replay="none"))
 
 
 def _loss_terms(
-    weights: Any, batch: Batch, hp: Hyperparameters
+    params: Any, batch: Batch, hp: Hyperparameters
 ) -> tuple[dict[str, Any], routing.Summary | None]:
-    logp_BS, entropy_BS, summary = forward(weights, batch, hp)
+    logp_BS, entropy_BS, summary = forward(params, batch, hp)
     terms = objectives.policy_terms(
-        hp.objective,
-        logp_BS,
-        batch.old_logp,
-        batch.advantages,
-        batch.mask,
-        ref_logp_BT=batch.ref_logp,
-        kl=hp.static.kl,
-        weights_BT=batch.weights,
-        segments_BT=batch.segments,
-    )
+        hp.objective, logp_BS, batch.old_logp, batch.advantages, batch.mask,
+        ref_logp_BT=batch.ref_logp, kl=hp.static.kl,
+        weights_BT=batch.weights, segments_BT=batch.segments,
+    )  # fmt: skip
     logp_BS, entropy_BS = jax.lax.stop_gradient((logp_BS, entropy_BS))
     terms["policy/entropy"] = masked.mean(entropy_BS, batch.mask)
     if summary is not None:
@@ -125,7 +115,7 @@ def _loss_terms(
     return terms | diagnostics.token_terms(hp.objective, logp_BS, batch), summary
 
 
-def _balance(weights: Any, micros: Batch, hp: Hyperparameters):
+def _balance(params: Any, micros: Batch, hp: Hyperparameters):
     """The load-balancing loss of a micro-batch as a function of its summary, or None.
 
     Its fractions are those of the whole minibatch, hence one more forward pass; its sum is scaled
@@ -135,7 +125,7 @@ def _balance(weights: Any, micros: Batch, hp: Hyperparameters):
         return None
 
     def forward_only(micro):
-        terms, _ = _loss_terms(weights, micro, hp)
+        terms, _ = _loss_terms(params, micro, hp)
         return {key: terms[key] for key in ("loss", "router/load", "router/entropy")}
 
     totals = merge(jax.lax.stop_gradient(jax.lax.map(forward_only, micros)))
@@ -147,22 +137,22 @@ def _balance(weights: Any, micros: Batch, hp: Hyperparameters):
     return lambda summary: hp.router_aux_coef * scale * routing.balance(summary, share_LE, layers)
 
 
-def gradient(weights: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict[str, Any]]:
+def gradient(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict[str, Any]]:
     """Gradient of the loss and the merged terms of a minibatch, accumulated over micro-batches.
 
     Numerators and denominators add up, over micro-batches and devices, and are divided once: the
     split changes nothing.
     """
-    out_specs = (params.partition_specs(hp.static.model), PartitionSpec())
-    return _by_rows(_gradient, hp, out_specs)(weights, batch, hp)
+    out_specs = (model.params.partition_specs(hp.static.model), PartitionSpec())
+    return _shard_map(_gradient, hp, out_specs)(params, batch, hp)
 
 
-def _gradient(weights: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict[str, Any]]:
+def _gradient(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict[str, Any]]:
     micros = _micro_batches(batch, hp)
-    balance = _balance(weights, micros, hp)
+    balance = _balance(params, micros, hp)
 
-    def numerator(w, micro):
-        terms, summary = _loss_terms(w, micro, hp)
+    def numerator(params, micro):
+        terms, summary = _loss_terms(params, micro, hp)
         if balance is not None:
             extra = balance(summary)
             loss = terms["loss"]
@@ -171,12 +161,12 @@ def _gradient(weights: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dic
         return terms["loss"].numerator, terms
 
     def accumulate(total, micro):
-        grads, terms = jax.grad(numerator, has_aux=True)(weights, micro)
+        grads, terms = jax.grad(numerator, has_aux=True)(params, micro)
         return jax.tree.map(jnp.add, total, grads), terms
 
-    zeros = jax.tree.map(jnp.zeros_like, weights)
+    zeros = jax.tree.map(jnp.zeros_like, params)
     grads, stacked = jax.lax.scan(accumulate, zeros, micros)
-    grads = params.psum_gradients(grads, hp.static.model)
+    grads = model.params.psum_gradients(grads, hp.static.model)
     terms = routing.finish_load(collectives.merge(merge(stacked)))
     count = terms["loss"].denominator
     grads = jax.tree.map(lambda g: masked.ratio(Weighted(g, count.astype(g.dtype))), grads)
@@ -204,7 +194,7 @@ def update(
     rate = learning_rate(hp, state.update)
     step = optimizer(hp, rate)
     updates, opt_state = step.update(grads, state.opt_state, state.params)
-    weights = optax.apply_updates(state.params, updates)
+    params = optax.apply_updates(state.params, updates)
     one = jnp.float32(1)
     metrics = {
         **terms,
@@ -212,7 +202,7 @@ def update(
         "grad/update_norm": Weighted(optax.tree.norm(updates), one),
         "learning_rate": Weighted(rate, one),
     }
-    state = state.replace(update=state.update + 1, params=weights, opt_state=opt_state)
+    state = state.replace(update=state.update + 1, params=params, opt_state=opt_state)
     return sharding.constrain(state, hp.static.mesh, partition_specs(hp)), metrics
 
 
@@ -224,6 +214,12 @@ def finish_iteration(metrics: tuple) -> tuple[dict, list[dict]]:
     # Later minibatches compare the sampler with a policy that has moved on.
     gap = {k: v for k, v in each[0][1].items() if k.startswith("sampler/")}
     return {"policy/loss": loss, **merged, **gap}, [{"policy/loss": x, **m} for x, m in each]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Histogram):
+        return {"edges": value.edges.tolist(), "counts": value.counts.tolist()}
+    return float(value)
 
 
 def record(merged: dict, each: list[dict]) -> dict[str, Any]:
@@ -251,9 +247,3 @@ def learn(
         collected.append(metrics)
     found = sharding.to_host(finish_iteration(tuple(collected)))
     return end_iteration(state), record(*found)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Histogram):
-        return {"edges": value.edges.tolist(), "counts": value.counts.tolist()}
-    return float(value)

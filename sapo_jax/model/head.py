@@ -17,7 +17,10 @@ from sapo_jax.parallel import collectives
 
 
 def _plan(mask_T: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-    """Masked-in positions first, filled up with the out-of-range T; the number of chunks in use."""
+    """Masked-in positions first, filled up with the out-of-range T; the number of chunks in use.
+
+    T is dropped by scatters, and read as the last position, whose result is dropped as well.
+    """
     t = mask_T.shape[0]
     order = jnp.nonzero(mask_T, size=t + (-t) % chunk, fill_value=t)[0].astype(jnp.int32)
     return order, (jnp.sum(mask_T, dtype=jnp.int32) + chunk - 1) // chunk
@@ -32,7 +35,7 @@ def _chunk_logits(hidden_TD, weight_VD, targets_T, index_C, temperature):
 
 
 def _entropy(logp_CV):
-    return -vocab.total(jnp.exp(logp_CV) * logp_CV)
+    return -vocab.sum(jnp.exp(logp_CV) * logp_CV)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -89,11 +92,12 @@ def _backward(chunk, saved, cotangents):
         h_CD, y_C, logp_CV = _chunk_logits(hidden_TD, weight_VD, targets_T, index_C, temperature)
         p_CV = jnp.exp(logp_CV)
         part = logp_CV.shape[-1]
-        one_hot_CV = y_C[:, None] == vocab.first(part) + jnp.arange(part)
+        one_hot_CV = y_C[:, None] == vocab.offset(part) + jnp.arange(part)
         a_C1, b_C1 = (
             d.at[index_C].get(mode="fill", fill_value=0)[:, None] for d in (d_logp_T, d_entropy_T)
         )
         entropy_C1 = _entropy(logp_CV)[:, None]
+        # With z the logits: ∂ log p_y/∂z = 1_y − p and ∂H/∂z = −p·(log p + H).
         d_logits_CV = a_C1 * (one_hot_CV - p_CV) - b_C1 * p_CV * (logp_CV + entropy_C1)
         d_logits_CV = (d_logits_CV / temperature).astype(h_CD.dtype)
         d_h_CD = einsum("cV,VD->cD", d_logits_CV, weight_VD.astype(h_CD.dtype))
@@ -102,6 +106,7 @@ def _backward(chunk, saved, cotangents):
 
     start = (jnp.zeros_like(hidden_TD), jnp.zeros(weight_VD.shape, jnp.float32))
     d_hidden_TD, d_weight_VD = jax.lax.fori_loop(0, chunks, visit, start)
+    # Each device of `tensor` has its own rows of the weight, but a part of every h's gradient.
     d_hidden_TD = collectives.psum(d_hidden_TD, vocab.TENSOR)
     d_weight_VD = d_weight_VD.astype(weight_VD.dtype)
     return d_hidden_TD, d_weight_VD, None, None, jnp.zeros_like(temperature)

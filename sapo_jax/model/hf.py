@@ -108,10 +108,6 @@ def tensors(spec: Spec) -> Iterator[tuple[tuple[int, ...], str]]:
         yield at, _hf_name(spec, at)
 
 
-def _leaves(config: ModelConfig) -> tuple[list[Spec], Any]:
-    return jax.tree.flatten(params.table(config), is_leaf=lambda x: isinstance(x, Spec))
-
-
 def _list(names: list[str]) -> str:
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return ", ".join(names[:8]) + more
@@ -119,9 +115,8 @@ def _list(names: list[str]) -> str:
 
 def _check(reader: Reader, config: ModelConfig) -> None:
     """Compare names, shapes and dtypes with the table before anything is read."""
-    expected = {
-        name: _hf_shape(spec) for spec in _leaves(config)[0] for _, name in tensors(spec)
-    }  # fmt: skip
+    specs = jax.tree.leaves(params.table(config))
+    expected = {name: _hf_shape(spec) for spec in specs for _, name in tensors(spec)}
     missing = [name for name in expected if name not in reader.where]
     extra = [
         name
@@ -195,7 +190,7 @@ def load(
     """
     directory = pathlib.Path(directory)
     config = hf_config.read(directory, np.dtype(jax.numpy.dtype(dtype)).name)
-    specs, treedef = _leaves(config)
+    specs, treedef = jax.tree.flatten(params.table(config))
     shardings = [None] * len(specs)
     if mesh is not None:
         shardings = jax.tree.leaves(params.shardings(config, mesh))
@@ -253,7 +248,7 @@ def save(
     from safetensors.numpy import save_file
 
     directory = pathlib.Path(directory)
-    specs, treedef = _leaves(config)
+    specs, treedef = jax.tree.flatten(params.table(config))
     if jax.tree.structure(weights) != treedef:
         raise ValueError("save: the parameters are not those that the config describes")
     if files_from is not None and not pathlib.Path(files_from).is_dir():

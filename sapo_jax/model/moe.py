@@ -83,7 +83,12 @@ def block_size(rows: int, experts: int) -> int:
 
 
 def layout(experts_Tk: jax.Array, num_experts: int) -> Layout:
-    """Sort the (token, expert) pairs by expert and pad each expert's group to whole blocks."""
+    """Sort the (token, expert) pairs by expert and pad each expert's rows to whole blocks.
+
+    With 3 experts, blocks of 4, and 2, 0 and 5 pairs the rows are ``a a · ·  c c c c  c · · ·``: a
+    block has rows of one expert only, so that one matmul with one matrix serves it. Where it begins
+    depends on the routing, how many blocks there are does not: shapes are static.
+    """
     tokens, k = experts_Tk.shape
     rows = tokens * k
     block = block_size(rows, num_experts)
@@ -93,9 +98,11 @@ def layout(experts_Tk: jax.Array, num_experts: int) -> Layout:
     order_R = jnp.argsort(flat_R, stable=True)
     count_E = jnp.bincount(flat_R, length=num_experts)
     sizes_E = (count_E + block - 1) // block * block
+    # Sorted pair n lies at n, moved on by the padding of the experts before its own.
     shift_E = (jnp.cumsum(sizes_E) - sizes_E) - (jnp.cumsum(count_E) - count_E)
     row_R = jnp.arange(rows) + shift_E[flat_R[order_R]]
     starts = jnp.arange(blocks) * block
+    # The expert whose rows reach beyond a block's start; unused blocks at the end are the last's.
     owner = jnp.searchsorted(jnp.cumsum(sizes_E), starts, side="right")
     return Layout(
         source=jnp.full(blocks * block, tokens).at[row_R].set(order_R // k),
@@ -107,7 +114,6 @@ def layout(experts_Tk: jax.Array, num_experts: int) -> Layout:
 
 def _by_blocks(x_MD, w_EDF, expert, sizes_E, *, transpose=False):
     """One block after another: all at once would hold a matrix for each block, not each expert."""
-    del sizes_E
 
     def multiply(_, block):
         x, e = block

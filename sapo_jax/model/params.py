@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -151,9 +150,26 @@ class LayerStack:
     repeats: int
 
     @property
-    def stop(self) -> int:
-        """The layer after the last one."""
-        return self.start + self.period * self.repeats
+    def layers(self) -> range:
+        """All of its layers."""
+        return range(self.start, self.start + self.period * self.repeats)
+
+    def part(self, value: Any, layers: tuple[int, ...]) -> Any:
+        """Its part of what is stacked over ``layers``, as [repeats, layers of a period, ...]."""
+        inside = [n for n, i in enumerate(layers) if i in self.layers]
+        part = value if len(inside) == len(layers) else value[inside[0] : inside[-1] + 1]
+        return part.reshape(self.repeats, -1, *value.shape[1:])
+
+    def places(self, specs: dict[str, Spec]) -> list[dict[str, int]]:
+        """For each layer of a period: the names that it has, with their place in `part`."""
+        return [
+            {
+                name: sum(self.start <= j < i for j in spec.layers)
+                for name, spec in specs.items()
+                if i in spec.layers
+            }
+            for i in self.layers[: self.period]
+        ]
 
 
 def layer_stacks(config: ModelConfig) -> tuple[LayerStack, ...]:
@@ -167,38 +183,15 @@ def layer_stacks(config: ModelConfig) -> tuple[LayerStack, ...]:
     return tuple(LayerStack(a, 1, b - a) for a, b in zip(starts, [*starts[1:], n], strict=True))
 
 
-def by_period(value: Any, layers: tuple[int, ...], stack: LayerStack) -> Any:
-    """A stack's part of what is stacked over ``layers``, as [repeats, layers of a period, ...]."""
-    inside = [n for n, i in enumerate(layers) if stack.start <= i < stack.stop]
-    part = value if len(inside) == len(layers) else value[inside[0] : inside[-1] + 1]
-    return part.reshape(stack.repeats, -1, *value.shape[1:])
-
-
-def of_period(config: ModelConfig, stack: LayerStack) -> Iterator[dict[str, int]]:
-    """For each layer of a period: the names that it has, with their place in `by_period`."""
-    specs = layer_table(config)
-    for i in range(stack.start, stack.start + stack.period):
-        yield {
-            name: sum(stack.start <= j < i for j in spec.layers)
-            for name, spec in specs.items()
-            if i in spec.layers
-        }
-
-
-def _map(function, tree):
-    return jax.tree.map(function, tree, is_leaf=lambda x: isinstance(x, Spec))
-
-
 def abstract(config: ModelConfig) -> Any:
     """Shapes and dtypes of the parameters."""
-    return _map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(config.param_dtype)), table(config)
-    )
+    dtype = jnp.dtype(config.param_dtype)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), table(config))
 
 
 def init(config: ModelConfig, seed: int | jax.Array) -> Any:
     """Random parameters: norms 1, biases 0, matrices normal with variance scale²/fan_in."""
-    specs, treedef = jax.tree.flatten(table(config), is_leaf=lambda x: isinstance(x, Spec))
+    specs, treedef = jax.tree.flatten(table(config))
     keys = jax.random.split(jax.random.key(seed, impl="threefry2x32"), len(specs))
 
     def draw(key, spec):
@@ -222,7 +215,7 @@ def head_weight(params: Any) -> jax.Array:
 
 def partition_specs(config: ModelConfig, column: int = sharding.TRAINING) -> Any:
     """Where the parameters lie on a mesh, by a column of `sharding.TABLE`."""
-    return _map(lambda s: sharding.spec(*s.axes, column=column), table(config))
+    return jax.tree.map(lambda s: sharding.spec(*s.axes, column=column), table(config))
 
 
 def shardings(config: ModelConfig, mesh: jax.sharding.Mesh) -> Any:
@@ -239,7 +232,7 @@ def dimensions(config: ModelConfig) -> list[sharding.Dimension]:
     """What a mesh has to divide."""
     return [
         sharding.Dimension(spec.hf_name, axis, size)
-        for spec in jax.tree.leaves(table(config), is_leaf=lambda x: isinstance(x, Spec))
+        for spec in jax.tree.leaves(table(config))
         for axis, size in zip(spec.axes, spec.shape, strict=True)
         if axis in sharding.TABLE
     ]

@@ -54,8 +54,8 @@ def _llama3(inverse: np.ndarray, s: Mapping[str, Any]) -> np.ndarray:
     blend = (np.float32(context) / wavelength - np.float32(low)) / np.float32(high - low)
     factor = np.float32(s["factor"])
     blended = (1 - blend) * inverse / factor + blend * inverse
-    kept = np.where(wavelength < context / high, inverse, blended)
-    return np.where(wavelength > context / low, inverse / factor, kept)
+    short = np.where(wavelength < context / high, inverse, blended)
+    return np.where(wavelength > context / low, inverse / factor, short)
 
 
 def _mscale(scale: float, multiplier: float = 1.0) -> float:
@@ -72,13 +72,13 @@ def _yarn(period: np.ndarray, dim: int, theta: float, s: Mapping[str, Any]):
         if all(scales):
             attention = _mscale(factor, scales[0]) / _mscale(factor, scales[1])
 
-    def pair(rotations):
+    def pair(rotations):  # the pair, as a real number, that turns so often in the old context
         return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = pair(s.get("beta_fast") or 32), pair(s.get("beta_slow") or 1)
     if s.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
+    low, high = max(low, 0), min(high, dim - 1)  # dim − 1, not dim/2 − 1: as in transformers
     high += 0.001 if low == high else 0.0
     ramp = (np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     keep = 1 - np.clip(ramp, 0, 1)
@@ -88,7 +88,10 @@ def _yarn(period: np.ndarray, dim: int, theta: float, s: Mapping[str, Any]):
 def frequencies(
     head_dim: int, theta: float, scaling: Mapping[str, Any]
 ) -> tuple[np.ndarray, float]:
-    """Angle per position of each pair, f32[head_dim/2], and the factor on cos and sin."""
+    """Angle per position of each pair, f32[head_dim/2], and the factor on cos and sin.
+
+    θ^{−2i/d} for pair i (arXiv 2104.09864), changed as the scaling's type says.
+    """
     exponent = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
     period = np.float32(theta) ** exponent
     kind = scaling.get("rope_type", "default")

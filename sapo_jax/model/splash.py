@@ -20,6 +20,7 @@ def _blocks(rows: int):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
     tile = min(512, rows)
+    # Keys and values are fetched two tiles at a time, where that divides, and used one at a time.
     wide = 2 * tile if rows % (2 * tile) == 0 else tile
     # The fused backward pass computes the scores once, not twice.
     return splash.BlockSizes(

@@ -79,82 +79,19 @@ def embed(params: Any, config: ModelConfig, tokens: jax.Array) -> jax.Array:
 def recomputed(step: Callable, remat: bool) -> Callable:
     """The step of the scan over layers, with what the backward pass computes again.
 
-    With ``remat`` that is all but what splash attention keeps, which costs more to compute than to
-    store. With `fsdp` it is at least the parameters' parts of other devices: kept, they would add
+    With ``remat`` that is all but what splash attention saves, which costs more to compute than to
+    store. With `fsdp` it is at least the parameters' parts of other devices: saved, they would add
     up to a whole model. All but the matmuls' results is recomputed then, since what follows from
-    such a parameter (its reshaped form, say) would be kept in its place.
+    such a parameter (its reshaped form, say) would be saved in its place.
     """
     policies = jax.checkpoint_policies
-    kept = policies.save_only_these_names(splash.SAVED)
+    attention_alone = policies.save_only_these_names(splash.SAVED)
     if remat:
-        return jax.checkpoint(step, policy=kept)
+        return jax.checkpoint(step, policy=attention_alone)
     if collectives.axis_size("fsdp") > 1:
-        dots = policies.save_from_both_policies(policies.checkpoint_dots, kept)
+        dots = policies.save_from_both_policies(policies.checkpoint_dots, attention_alone)
         return jax.checkpoint(step, policy=dots)
     return step
-
-
-def hidden_routing(
-    weights: Any,
-    config: ModelConfig,
-    tokens_BS: jax.Array,
-    segments_BS: jax.Array,
-    *,
-    remat: bool = False,
-    replay_BSLk: jax.Array | None = None,
-    summarise: Callable[[Routing], Any] = lambda routing: routing.experts,
-) -> tuple[jax.Array, Any]:
-    """`hidden`, and what ``summarise`` makes of each sparse layer's routing.
-
-    Args:
-      weights, config, tokens_BS, segments_BS, remat: see `hidden`.
-      replay_BSLk: experts to use in each sparse layer, −1 for the router's choice.
-      summarise: applied within the scan, so that what it drops is never stacked.
-
-    Returns:
-      (f[B, S, D], tree of [L_moe, ...] or None for a dense model).
-    """
-    rope = attention.rotary(attention.positions(segments_BS), config)
-    sparse = config.sparse_layers
-    replay = None if replay_BSLk is None else jnp.moveaxis(replay_BSLk, 2, 0)
-
-    def attend(q, k, v):
-        return attention.causal(q, k, v, segments_BS, config.attention)
-
-    def visit(stack):
-        places = list(params.of_period(config, stack))
-        routed = [i in sparse for i in range(stack.start, stack.start + stack.period)]
-
-        def step(x_BSD, inputs):
-            stacked, replayed = inputs
-            summaries = []
-            for place, is_sparse in zip(places, routed, strict=True):
-                w = {name: stacked[name][at] for name, at in place.items()}
-                w = params.all_gather(w, specs, config)
-                experts = replayed[len(summaries)] if is_sparse and replayed is not None else None
-                x_BSD, routing = layer(w, config, x_BSD, rope, attend, experts)
-                if is_sparse:
-                    summaries.append(summarise(routing))
-            joined = jax.tree.map(lambda *x: jnp.stack(x), *summaries) if summaries else None
-            return x_BSD, joined
-
-        return recomputed(step, remat)
-
-    specs = params.layer_table(config)
-    x_BSD, collected = embed(weights, config, tokens_BS), []
-    for stack in params.layer_stacks(config):
-        names = dict.fromkeys(name for place in params.of_period(config, stack) for name in place)
-        stacked = {
-            name: params.by_period(weights["layers"][name], specs[name].layers, stack)
-            for name in names
-        }
-        has_router = "router" in names and replay is not None
-        replayed = params.by_period(replay, sparse, stack) if has_router else None
-        x_BSD, out = jax.lax.scan(visit(stack), x_BSD, (stacked, replayed))
-        if out is not None:
-            collected.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out))
-    routing = jax.tree.map(lambda *x: jnp.concatenate(x), *collected) if collected else None
-    return rms_norm(x_BSD, weights["final_norm"], config.rms_norm_eps), routing
 
 
 def hidden(
@@ -164,12 +101,60 @@ def hidden(
     segments_BS: jax.Array,
     *,
     remat: bool = False,
-) -> jax.Array:
-    """Final hidden states [B, S, D]; entry s has seen the tokens of its segment up to s.
+    replay_BSLk: jax.Array | None = None,
+    summarise: Callable[[Routing], Any] = lambda routing: routing.experts,
+) -> tuple[jax.Array, Any]:
+    """Final hidden states, and what ``summarise`` makes of each sparse layer's routing.
 
-    Layers are scanned; with ``remat`` the backward pass recomputes each layer from its input.
+    Args:
+      weights: the parameters; those of layers are scanned over.
+      config: the model's shape.
+      tokens_BS: i32[B, S].
+      segments_BS: i32[B, S], 0 at pads; entry s sees the tokens of its segment up to s.
+      remat: the backward pass recomputes each layer from its input.
+      replay_BSLk: experts to use in each sparse layer, −1 for the router's choice.
+      summarise: applied within the scan, so that what it drops is never stacked.
+
+    Returns:
+      (f[B, S, D], tree of [L_moe, ...] or None for a dense model).
     """
-    return hidden_routing(weights, config, tokens_BS, segments_BS, remat=remat)[0]
+    rope = attention.rotary(attention.positions(segments_BS), config)
+    specs = params.layer_table(config)
+    replay = None if replay_BSLk is None else jnp.moveaxis(replay_BSLk, 2, 0)
+
+    def attend(q, k, v):
+        return attention.causal(q, k, v, segments_BS, config.attention)
+
+    def period(places):  # a scan visits the layers of one period in each step
+        def step(x_BSD, inputs):
+            stacked, replayed = inputs
+            summaries = []
+            for place in places:
+                w = {name: stacked[name][at] for name, at in place.items()}
+                w = params.all_gather(w, specs, config)
+                replays = "router" in place and replayed is not None
+                experts = replayed[place["router"]] if replays else None
+                x_BSD, routing = layer(w, config, x_BSD, rope, attend, experts)
+                if routing is not None:
+                    summaries.append(summarise(routing))
+            return x_BSD, jax.tree.map(lambda *x: jnp.stack(x), *summaries) if summaries else None
+
+        return step
+
+    x_BSD, collected = embed(weights, config, tokens_BS), []
+    for stack in params.layer_stacks(config):
+        places = stack.places(specs)
+        # A dict and not a set: the order of the names is that of the program's operations.
+        names = dict.fromkeys(name for place in places for name in place)
+        stacked = {n: stack.part(weights["layers"][n], specs[n].layers) for n in names}
+        has_replay = "router" in names and replay is not None
+        replayed = stack.part(replay, config.sparse_layers) if has_replay else None
+        step = recomputed(period(places), remat)
+        x_BSD, summaries = jax.lax.scan(step, x_BSD, (stacked, replayed))
+        if summaries is not None:
+            collected.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), summaries))
+    routing = jax.tree.map(lambda *x: jnp.concatenate(x), *collected) if collected else None
+    return rms_norm(x_BSD, weights["final_norm"], config.rms_norm_eps), routing
 
 
 def logits_of(params: Any, config: ModelConfig, hidden_XD: jax.Array) -> jax.Array:
@@ -183,5 +168,5 @@ def logits(params: Any, config: ModelConfig, tokens_BS: jax.Array) -> jax.Array:
 
     Training never forms this array: see `head`.
     """
-    segments_BS = jnp.ones_like(tokens_BS)
-    return logits_of(params, config, hidden(params, config, tokens_BS, segments_BS))
+    hidden_BSD, _ = hidden(params, config, tokens_BS, jnp.ones_like(tokens_BS))
+    return logits_of(params, config, hidden_BSD)

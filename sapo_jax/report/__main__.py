@@ -31,7 +31,7 @@ def kind_of(path: epath.Path) -> ModuleType:
             return kind
     if not path.exists():
         raise ValueError(f"{path} does not exist")
-    run_of, sweep_of = ("/ or ".join(names) for names in (RUN, SWEEP))
+    run_of, sweep_of = (" or ".join(names) for names in (RUN, SWEEP))
     raise ValueError(
         f"nothing to show in {path}: a run leaves {run_of} there, a sweep {sweep_of}, and the "
         "gradient lab a file of its own, such as quickstart_0.json"

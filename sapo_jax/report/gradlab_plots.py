@@ -13,7 +13,6 @@ from sapo_jax.report import style
 from sapo_jax.report.style import COLOURS, Panel
 
 Found = Mapping[str, Any]
-Draw = Callable[[FigureBase, Found], None]
 
 # Curves that get a colour where all algorithms would be too many; the rest stay pale.
 COLOURED = {
@@ -80,9 +79,9 @@ def _draw_fidelity(figure: FigureBase, found: Found) -> None:
 
 
 def _forests(
-    entries: Callable[[Mapping], Sequence[Mapping]], label: Callable[[Mapping, int], str],
-    xlabel: str, colour: str,
-) -> Draw:  # fmt: skip
+    title: str, entries: Callable[[Mapping], Sequence[Mapping]],
+    label: Callable[[Mapping, int], str], xlabel: str, colour: str,
+) -> Panel:  # fmt: skip
     """For each algorithm but the ungated ones a point with its interval, from top to bottom."""
 
     def draw(figure: FigureBase, found: Found) -> None:
@@ -94,11 +93,11 @@ def _forests(
             style.intervals(ax, y, entries(gradients)[2:], colour)
             ax.set(title=_at(stage), xlabel=xlabel)
 
-    return draw
+    return Panel(title, draw, wide=True)
 
 
 def _by_kind(figure: FigureBase, found: Found, ylabel: str, draw: Callable) -> list[Axes]:
-    """An axes for each way to split tokens into groups; ``draw(ax, x, entries of the groups)``."""
+    """An axes for each way to split tokens into groups; ``draw(ax, x, split, chosen)``."""
     stage = next((s for s in reversed(found["stages"]) if "groups" in s), None)
     if stage is None:
         return []
@@ -169,7 +168,7 @@ def _draw_norms(figure: FigureBase, found: Found) -> None:
     style.legend(ax, columns=3)
 
 
-def _histograms(kind: str, xlabel: str) -> Draw:
+def _histograms(title: str, kind: str, xlabel: str) -> Panel:
     def draw(figure: FigureBase, found: Found) -> None:
         tokens = found["stages"][-1]["tokens"]
         shown = [n for n in SHOWN if n in tokens["algorithms"]]
@@ -184,10 +183,10 @@ def _histograms(kind: str, xlabel: str) -> Draw:
             style.label(axes, xlabel, "tokens")
             style.legend(axes[0])
 
-    return draw
+    return Panel(title, draw, wide=True)
 
 
-def _bars(values: Callable[[Mapping], Mapping[str, Any]], xlabel: str, scale="linear") -> Draw:
+def _bars(title: str, values: Callable[[Mapping], Mapping], xlabel: str, scale="linear") -> Panel:
     """A bar for each algorithm at the most stale stage; null leaves a gap."""
 
     def draw(figure: FigureBase, found: Found) -> None:
@@ -197,16 +196,11 @@ def _bars(values: Callable[[Mapping], Mapping[str, Any]], xlabel: str, scale="li
         ax.barh(style.lines(ax, list(named)), length, 0.62, color=[_colour(n) for n in named])
         ax.set(xlabel=f"{xlabel}, {_at(last)}", xscale=scale)
 
-    return draw
+    return Panel(title, draw)
 
 
-def _of_tokens(key: Callable[[Mapping], float]) -> Callable[[Mapping], dict[str, float]]:
-    return lambda stage: {name: key(a) for name, a in stage["tokens"]["algorithms"].items()}
-
-
-def _noise(stage: Mapping) -> dict[str, float | None]:
-    names, scales = (stage["gradients"][key] for key in ("names", "noise_scale"))
-    return dict(zip(names, scales, strict=True))
+def _of_tokens(value: Callable[[Mapping], float]) -> Callable[[Mapping], dict[str, float]]:
+    return lambda stage: {name: value(a) for name, a in stage["tokens"]["algorithms"].items()}
 
 
 def _draw_sequences(figure: FigureBase, found: Found) -> None:
@@ -252,25 +246,19 @@ def _draw_collateral(figure: FigureBase, found: Found) -> None:
 
 PLOTS = {
     "fidelity": Panel("Fidelity as the completions grow stale", _draw_fidelity, wide=True),
-    "difference": Panel(
+    "difference": _forests(
         "Fidelity minus that of the bare ratio",
-        _forests(
-            lambda g: [entry["difference"] for entry in g["fidelity"]["reward"]],
-            lambda g, i: g["names"][i],
-            "fidelity minus that of the bare ratio",
-            "blue",
-        ),
-        wide=True,
+        lambda g: [entry["difference"] for entry in g["fidelity"]["reward"]],
+        lambda g, i: g["names"][i],
+        "fidelity minus that of the bare ratio",
+        "blue",
     ),
-    "removed": Panel(
+    "removed": _forests(
         "Fidelity of what each algorithm removed",
-        _forests(
-            lambda g: g["removed"]["reward"],
-            lambda g, i: f"{g['names'][i]} ({g['removed']['mass'][i]:.2%})",
-            "fidelity of what was removed",
-            "orange",
-        ),
-        wide=True,
+        lambda g: g["removed"]["reward"],
+        lambda g, i: f"{g['names'][i]} ({g['removed']['mass'][i]:.2%})",
+        "fidelity of what was removed",
+        "orange",
     ),
     "groups": Panel("The gate's removal by groups of tokens", _draw_groups, wide=True),
     "share": Panel("Where the gate removes", _draw_share, wide=True),
@@ -279,16 +267,21 @@ PLOTS = {
         "Cosine with the ungated gradient, by part of the model", _draw_layers, wide=True
     ),
     "norms": Panel("Length of the gradient", _draw_norms),
-    "noise": Panel("Gradient noise scale", _bars(_noise, "problems", "log")),
-    "gates": Panel("Gate weights w", _histograms("w", "gate weight w"), wide=True),
-    "coefficients": Panel("Coefficients c = r·w", _histograms("c", "coefficient c"), wide=True),
-    "mass": Panel(
-        "Off-policy gradient mass",
-        _bars(_of_tokens(lambda a: a["mass_off_policy"]["0.05"]), "share of gradient mass"),
+    "noise": _bars(
+        "Gradient noise scale",
+        lambda s: dict(zip(*(s["gradients"][k] for k in ("names", "noise_scale")), strict=True)),
+        "problems",
+        "log",
     ),
-    "ess": Panel(
-        "Effective share of the samples",
-        _bars(_of_tokens(lambda a: a["ess"]), "effective share of c"),
+    "gates": _histograms("Gate weights w", "w", "gate weight w"),
+    "coefficients": _histograms("Coefficients c = r·w", "c", "coefficient c"),
+    "mass": _bars(
+        "Off-policy gradient mass",
+        _of_tokens(lambda a: a["mass_off_policy"]["0.05"]),
+        "share of gradient mass",
+    ),
+    "ess": _bars(
+        "Effective share of the samples", _of_tokens(lambda a: a["ess"]), "effective share of c"
     ),
     "sequences": Panel("Gates within a sequence", _draw_sequences),
     "negative": Panel("Push on tokens that were not drawn", _draw_negative),

@@ -43,22 +43,22 @@ def summary(records: Records) -> dict[str, Any]:
         ``loss_{first,last}``, means over the first and last ``window`` iterations.
     """
     window = min(max(round(len(records) / 10), 1), 10)
-    iterations = records[-1]["iteration"] if records else 0
-    result: dict[str, Any] = {"iterations": iterations, "window": window}
-    updates = plots.series(records, "update")[1]
-    result["updates"] = int(updates[-1]) if len(updates) else None
+    updates, speed = (plots.series(records, k)[1] for k in ("update", "time/tokens_per_second"))
     spent = sum(sum(plots.seconds(r).values()) for r in records)
-    result["minutes"] = spent / 60 if spent else None
-    speed = plots.series(records, "time/tokens_per_second")[1]
-    result["tokens_per_second"] = float(np.median(speed)) if len(speed) else None
-    evaluated = [r for r in records if is_number(r.get("eval/pass_at_1"))]
-    for when, index in (("first", 0), ("last", -1)):
+    result: dict[str, Any] = {
+        "iterations": records[-1]["iteration"] if records else 0,
+        "window": window,
+        "updates": int(updates[-1]) if len(updates) else None,
+        "minutes": spent / 60 if spent else None,
+        "tokens_per_second": float(np.median(speed)) if len(speed) else None,
+    }
+    evaluated = [r for r in records if is_number(r.get("eval/pass_at_1"))] or [{}]
+    for when, index, part in (("first", 0, slice(window)), ("last", -1, slice(-window, None))):
         for bound in ("", "_low", "_high"):
-            value = evaluated[index].get(f"eval/pass_at_1{bound}") if evaluated else None
+            value = evaluated[index].get(f"eval/pass_at_1{bound}")
             result[f"pass_at_1_{when}{bound}"] = value if is_number(value) else None
         for name, key in (("reward", "reward/mean"), ("loss", "policy/loss")):
-            y = plots.series(records, key)[1]
-            y = y[:window] if when == "first" else y[-window:]
+            y = plots.series(records, key)[1][part]
             result[f"{name}_{when}"] = float(y.mean()) if len(y) else None
     return result
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib
@@ -38,7 +38,9 @@ def _coloured(found: Found) -> list[tuple[Mapping[str, Any], Any]]:
     return list(zip(settings, colours, strict=False))
 
 
-def _curves(key: str, ylabel: str, *, scale: int = 1) -> Callable[[FigureBase, Found], None]:
+def _curves(title: str, key: str, ylabel: str, *, scale: int = 1) -> Panel:
+    """A metric's mean over the seeds of each setting, with its interval."""
+
     def draw(figure: FigureBase, found: Found) -> None:
         ax, count = figure.subplots(), len(found["settings"])
         for i, (entry, colour) in enumerate(_coloured(found)):
@@ -58,7 +60,7 @@ def _curves(key: str, ylabel: str, *, scale: int = 1) -> Callable[[FigureBase, F
         if ax.has_data():
             ax.legend(fontsize=7.5, ncols=1 + (count > 8))
 
-    return draw
+    return Panel(title, draw)
 
 
 def _by_setting(figure: FigureBase, found: Found, ylabel: str) -> Axes:
@@ -152,12 +154,10 @@ def _draw_collapse(figure: FigureBase, found: Found) -> None:
 
 
 PLOTS = {
-    "pass": Panel(
-        "Pass@1 on held-out problems", _curves("eval/pass_at_1", "Pass@1 (%)", scale=100)
-    ),
-    "reward": Panel("Reward of the sampled completions", _curves("reward/mean", "mean reward")),
-    "entropy": Panel("Entropy of the policy", _curves("policy/entropy", "nats per token")),
-    "length": Panel("Response length", _curves("length/mean", "tokens")),
+    "pass": _curves("Pass@1 on held-out problems", "eval/pass_at_1", "Pass@1 (%)", scale=100),
+    "reward": _curves("Reward of the sampled completions", "reward/mean", "mean reward"),
+    "entropy": _curves("Entropy of the policy", "policy/entropy", "nats per token"),
+    "length": _curves("Response length", "length/mean", "tokens"),
     "ends": Panel("Final Pass@1 of every run", _draw_ends),
     "differences": Panel("Difference to the first setting, seed by seed", _draw_differences),
     "heat": Panel("Final Pass@1 over the two axes of the sweep", _draw_heat, wide=True),

@@ -88,7 +88,7 @@ def _gumbel_max_split(key: jax.Array, logits_V: jax.Array, noise: jax.Array) -> 
     devices. What travels is the mass of each block, and one block.
     """
     part = logits_V.size
-    start = vocab.first(part)
+    start = vocab.offset(part)
     count = -(-part * collectives.axis_size("tensor") // BLOCK)
     own = part // BLOCK + 2  # blocks that a part can touch
     padded = jax.lax.dynamic_update_slice(
@@ -129,7 +129,7 @@ def draw(
     key = jax.random.fold_in(row_key, index)
     devices = collectives.axis_size("tensor")
     if truncate or devices == 1 or logits_V.size * devices <= BLOCK:
-        whole_V = vocab.whole(logits_V)
+        whole_V = vocab.all_gather(logits_V)
         token = _gumbel_max(key, _truncate(whole_V, c) if truncate else whole_V, c.noise)
     else:
         token = _gumbel_max_split(key, logits_V, c.noise)

@@ -46,7 +46,7 @@ def plain_loss(weights, batch, hp):
     """The loss with full logits and no micro-batches, as one would write it first."""
     from sapo_jax.model import transformer
 
-    hidden = transformer.hidden(weights, hp.static.model, batch.tokens, batch.segments)
+    hidden, _ = transformer.hidden(weights, hp.static.model, batch.tokens, batch.segments)
     logits = transformer.logits_of(weights, hp.static.model, hidden) / hp.temperature
     logp = jax.nn.log_softmax(logits[:, :-1])
     logp = jnp.take_along_axis(logp, batch.tokens[:, 1:, None], -1)[..., 0]
@@ -74,9 +74,7 @@ def test_update_is_adamw_by_hand(nano, batch):
         settings(config), weight_decay=0.1, max_grad_norm=0.01, warmup=4, schedule="linear", total=9
     )
     state = learner.init(jax.tree.map(jnp.copy, weights), hp)
-    decays = jax.tree.map(
-        lambda s: s.fan_in > 0, params.table(config), is_leaf=lambda s: isinstance(s, params.Spec)
-    )
+    decays = jax.tree.map(lambda s: s.fan_in > 0, params.table(config))
     factors = [0.25, 0.5, 0.75, 1.0, 1.0, 0.8, 0.6]
     mine = jax.device_put(weights)
     opt_state = None
