@@ -61,6 +61,7 @@ def together(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("together")
     (cohort,) = cohorts.make(base(), RUNS)
     bar, late, warm_up = Bar(), fakes.Compilations(), startup.warm_up
+    jax.clear_caches()  # of programs that other tests have compiled
 
     def counted(*arguments):
         warm_up(*arguments)
