@@ -52,10 +52,10 @@ def sequence_sum(
 
     A sequence is a row, or, where rows are packed, a segment of a row.
     """
-    kept_BT = keep(values_BT, mask_BT)
+    values_BT = keep(values_BT, mask_BT)
     if segments_BT is None:
-        return jnp.broadcast_to(jnp.sum(kept_BT, -1, keepdims=True), values_BT.shape)
-    return jnp.take_along_axis(_by_segment(kept_BT, segments_BT), segments_BT, -1)
+        return jnp.broadcast_to(jnp.sum(values_BT, -1, keepdims=True), values_BT.shape)
+    return jnp.take_along_axis(_by_segment(values_BT, segments_BT), segments_BT, -1)
 
 
 def sequence_mean(

@@ -40,7 +40,7 @@ def collision(weights: Any, batch: Batch, hp: learner.Hyperparameters) -> jax.Ar
 def _collision(weights, batch, hp):
     weights = params.all_gather(weights, params.table(hp.static.model), hp.static.model)
     replay = batch.routing if hp.static.routing_replay != "none" else None
-    hidden_BSD, _ = transformer.hidden_routing(
+    hidden_BSD, _ = transformer.hidden(
         weights, hp.static.model, batch.tokens, batch.segments, replay_BSLk=replay
     )
     hidden_TD = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])

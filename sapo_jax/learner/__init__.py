@@ -1,21 +1,23 @@
 """Updates: one optimizer step is one program for every value of the traced hyperparameters.
 
-state = init(params, hp)
-minibatches, metrics = make_minibatches(batch, rewards_B, kl_coef, bounds, …)
-state, record = learn(state, minibatches, hp)
+    state = init(params, hp)
+    minibatches, metrics = make_minibatches(batch, rewards_B, kl_coef, bounds, …)
+    state, record = learn(state, minibatches, hp)
 
-Hyperparameters   numbers, traced, and `Static`, which shapes programs          optimizer.py
-init, abstract    the state before the first iteration, and its shapes
-partition_specs   where the state lies on a mesh
-optimizer         AdamW behind clipping by global norm; `learning_rate`, SCHEDULES
-make_minibatches  advantages, KL in the reward, sampler corrections             minibatches.py
-split_rows        rows as minibatches; `select_rows`, some rows as one batch
-score             log π of a batch, by the programs of an update                step.py
-score_routing     the same, and the routing that R2 replays
-forward, gradient what score and update are made of; `map_rows`, by micro-batches
-update            one optimizer step: (state, batch, hp) → (state, metrics)
-learn             an iteration's updates, and their metrics as plain numbers: by
-                  `finish_iteration`, `record` and `end_iteration`
+The page of what this wing gives to others:
+
+    Hyperparameters   numbers, traced, and `Static`, which shapes programs          optimizer.py
+    init, abstract    the state before the first iteration, and its shapes
+    partition_specs   where the state lies on a mesh
+    learning_rate     of an update, by one of SCHEDULES
+    make_minibatches  advantages, KL in the reward, sampler corrections             minibatches.py
+    split_rows        rows as minibatches; `select_rows`, some rows as one batch
+    score             log π of a batch, by the programs of an update                step.py
+    score_routing     the same, and the routing that R2 replays
+    update            one optimizer step: (state, batch, hp) → (state, metrics)
+    forward, gradient what score and update are made of; `map_rows`, by micro-batches
+    learn             an iteration's updates, and their metrics as plain numbers: by
+                      `finish_iteration`, `record` and `end_iteration`
 """
 
 from sapo_jax.learner.minibatches import make_minibatches, select_rows, split_rows
@@ -26,7 +28,6 @@ from sapo_jax.learner.optimizer import (
     abstract,
     init,
     learning_rate,
-    optimizer,
     partition_specs,
 )
 from sapo_jax.learner.step import (
@@ -45,6 +46,5 @@ from sapo_jax.learner.step import (
 __all__ = [
     "SCHEDULES", "Hyperparameters", "Static", "abstract", "end_iteration", "finish_iteration",
     "forward", "gradient", "init", "learn", "learning_rate", "make_minibatches", "map_rows",
-    "optimizer", "partition_specs", "record", "score", "score_routing", "select_rows",
-    "split_rows", "update",
+    "partition_specs", "record", "score", "score_routing", "select_rows", "split_rows", "update",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sapo_jax import masked, objectives
-from sapo_jax.objectives import Objective
+from sapo_jax.objectives import Objective, Switch
 from sapo_jax.types import Batch, Histogram, Max
 
 # Bins of 0.01 with log r = 0, w = 0 and w = 1 in the middle of one, not on an edge.
@@ -25,7 +25,9 @@ def histogram(values: jnp.ndarray, mask: jnp.ndarray, edges: np.ndarray) -> Hist
     return Histogram(counts, jnp.asarray(edges))
 
 
-def token_terms(objective: Objective, logp_BS: jnp.ndarray, batch: Batch) -> dict[str, Any]:
+def token_terms(
+    objective: Objective | Switch, logp_BS: jnp.ndarray, batch: Batch
+) -> dict[str, Any]:
     """Mergeable statistics of a minibatch's tokens; logp_BS carries no gradient.
 
     The sampler's gap |log π_learner − log π_sampler| means what it says only before the first

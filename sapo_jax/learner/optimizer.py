@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from sapo_jax import model
 from sapo_jax.model.config import ModelConfig
-from sapo_jax.objectives import Objective
+from sapo_jax.objectives import Objective, Switch
 from sapo_jax.parallel import sharding
 from sapo_jax.types import TrainState
 
@@ -71,7 +71,7 @@ class Hyperparameters:
       router_aux_coef: weight of the load-balancing loss; None switches it off.
     """
 
-    objective: Objective
+    objective: Objective | Switch
     learning_rate: jax.Array | float
     weight_decay: jax.Array | float
     max_grad_norm: jax.Array | float

@@ -18,12 +18,7 @@ from jax.sharding import PartitionSpec
 
 from sapo_jax import masked, model, objectives
 from sapo_jax.learner import diagnostics
-from sapo_jax.learner.optimizer import (
-    Hyperparameters,
-    learning_rate,
-    optimizer,
-    partition_specs,
-)
+from sapo_jax.learner.optimizer import Hyperparameters, learning_rate, optimizer, partition_specs
 from sapo_jax.model import head, routing, transformer
 from sapo_jax.parallel import collectives, sharding
 from sapo_jax.types import Batch, Histogram, TrainState, Weighted, merge
@@ -43,7 +38,7 @@ def forward(
             raise ValueError(f"routing_replay={static.routing_replay!r}: the batch has no routing")
         replay = batch.routing
     params = model.params.all_gather(params, model.params.table(config), config)
-    hidden_BSD, summary = transformer.hidden_routing(
+    hidden_BSD, summary = transformer.hidden(
         params, config, batch.tokens, batch.segments, remat=static.remat, replay_BSLk=replay,
         summarise=lambda r: routing.summarise(r, batch.segments > 0, config),
     )  # fmt: skip
@@ -109,16 +104,10 @@ def _loss_terms(
 ) -> tuple[dict[str, Any], routing.Summary | None]:
     logp_BS, entropy_BS, summary = forward(params, batch, hp)
     terms = objectives.policy_terms(
-        hp.objective,
-        logp_BS,
-        batch.old_logp,
-        batch.advantages,
-        batch.mask,
-        ref_logp_BT=batch.ref_logp,
-        kl=hp.static.kl,
-        weights_BT=batch.weights,
-        segments_BT=batch.segments,
-    )
+        hp.objective, logp_BS, batch.old_logp, batch.advantages, batch.mask,
+        ref_logp_BT=batch.ref_logp, kl=hp.static.kl,
+        weights_BT=batch.weights, segments_BT=batch.segments,
+    )  # fmt: skip
     logp_BS, entropy_BS = jax.lax.stop_gradient((logp_BS, entropy_BS))
     terms["policy/entropy"] = masked.mean(entropy_BS, batch.mask)
     if summary is not None:

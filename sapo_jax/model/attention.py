@@ -95,11 +95,10 @@ def causal(
 def fused(q_BSHd, k_BSKd, v_BSKd, segments_BS, implementation: str = "cudnn") -> jax.Array:
     """As `causal`, by `jax.nn.dot_product_attention`; of each row one segment, then pads."""
     length_B = jnp.sum(segments_BS > 0, -1, dtype=jnp.int32)
-    lengths = {"query_seq_lengths": length_B, "key_value_seq_lengths": length_B}
-    arguments = (q_BSHd, k_BSKd, v_BSKd)
     return jax.nn.dot_product_attention(
-        *arguments, is_causal=True, implementation=implementation, **lengths
-    )
+        q_BSHd, k_BSKd, v_BSKd, is_causal=True, implementation=implementation,
+        query_seq_lengths=length_B, key_value_seq_lengths=length_B,
+    )  # fmt: skip
 
 
 def cached(

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.model import attention, moe, params, splash, vocab
+from sapo_jax.model import attention, moe, splash, vocab
 from sapo_jax.model.attention import dense, einsum
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.model.moe import Routing
-from sapo_jax.model.params import head_weight
+from sapo_jax.model.params import all_gather, head_weight, layer_stacks, layer_table
 from sapo_jax.parallel import collectives
 
 
@@ -94,8 +94,8 @@ def recomputed(step: Callable, remat: bool) -> Callable:
     return step
 
 
-def hidden_routing(
-    weights: Any,
+def hidden(
+    params: Any,
     config: ModelConfig,
     tokens_BS: jax.Array,
     segments_BS: jax.Array,
@@ -104,10 +104,14 @@ def hidden_routing(
     replay_BSLk: jax.Array | None = None,
     summarise: Callable[[Routing], Any] = lambda routing: routing.experts,
 ) -> tuple[jax.Array, Any]:
-    """`hidden`, and what ``summarise`` makes of each sparse layer's routing.
+    """Final hidden states, and what ``summarise`` makes of each sparse layer's routing.
 
     Args:
-      weights, config, tokens_BS, segments_BS, remat: see `hidden`.
+      params: the parameters; those of layers are scanned over.
+      config: the model's shape.
+      tokens_BS: i32[B, S].
+      segments_BS: i32[B, S], 0 at pads; entry s sees the tokens of its segment up to s.
+      remat: the backward pass recomputes each layer from its input.
       replay_BSLk: experts to use in each sparse layer, −1 for the router's choice.
       summarise: applied within the scan, so that what it drops is never stacked.
 
@@ -115,7 +119,7 @@ def hidden_routing(
       (f[B, S, D], tree of [L_moe, ...] or None for a dense model).
     """
     rope = attention.rotary(attention.positions(segments_BS), config)
-    specs = params.layer_table(config)
+    specs = layer_table(config)
     replay = None if replay_BSLk is None else jnp.moveaxis(replay_BSLk, 2, 0)
 
     def attend(q, k, v):
@@ -127,7 +131,7 @@ def hidden_routing(
             summaries = []
             for place in places:
                 w = {name: stacked[name][at] for name, at in place.items()}
-                w = params.all_gather(w, specs, config)
+                w = all_gather(w, specs, config)
                 replays = "router" in place and replayed is not None
                 experts = replayed[place["router"]] if replays else None
                 x_BSD, routing = layer(w, config, x_BSD, rope, attend, experts)
@@ -137,12 +141,12 @@ def hidden_routing(
 
         return step
 
-    x_BSD, collected = embed(weights, config, tokens_BS), []
-    for stack in params.layer_stacks(config):
+    x_BSD, collected = embed(params, config, tokens_BS), []
+    for stack in layer_stacks(config):
         places = stack.places(specs)
         # A dict and not a set: the order of the names is that of the program's operations.
         names = dict.fromkeys(name for place in places for name in place)
-        stacked = {n: stack.part(weights["layers"][n], specs[n].layers) for n in names}
+        stacked = {n: stack.part(params["layers"][n], specs[n].layers) for n in names}
         has_replay = "router" in names and replay is not None
         replayed = stack.part(replay, config.sparse_layers) if has_replay else None
         step = recomputed(period(places), remat)
@@ -150,22 +154,7 @@ def hidden_routing(
         if summaries is not None:
             collected.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), summaries))
     routing = jax.tree.map(lambda *x: jnp.concatenate(x), *collected) if collected else None
-    return rms_norm(x_BSD, weights["final_norm"], config.rms_norm_eps), routing
-
-
-def hidden(
-    weights: Any,
-    config: ModelConfig,
-    tokens_BS: jax.Array,
-    segments_BS: jax.Array,
-    *,
-    remat: bool = False,
-) -> jax.Array:
-    """Final hidden states [B, S, D]; entry s has seen the tokens of its segment up to s.
-
-    Layers are scanned; with ``remat`` the backward pass recomputes each layer from its input.
-    """
-    return hidden_routing(weights, config, tokens_BS, segments_BS, remat=remat)[0]
+    return rms_norm(x_BSD, params["final_norm"], config.rms_norm_eps), routing
 
 
 def logits_of(params: Any, config: ModelConfig, hidden_XD: jax.Array) -> jax.Array:
@@ -179,5 +168,5 @@ def logits(params: Any, config: ModelConfig, tokens_BS: jax.Array) -> jax.Array:
 
     Training never forms this array: see `head`.
     """
-    segments_BS = jnp.ones_like(tokens_BS)
-    return logits_of(params, config, hidden(params, config, tokens_BS, segments_BS))
+    hidden_BSD, _ = hidden(params, config, tokens_BS, jnp.ones_like(tokens_BS))
+    return logits_of(params, config, hidden_BSD)

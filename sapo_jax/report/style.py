@@ -119,13 +119,13 @@ def numbers(entries: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     return np.array([entry[key] for entry in entries], float)
 
 
-def legend(*axes: Axes, columns: int = 6, place: str = "right") -> None:
+def legend(*axes: Axes, columns: int = 6) -> None:
     """A legend above the first axes, where it hides no data; a single curve needs none."""
     entries = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
     if len(entries) > 1:
         columns = min(columns, 4) if _is_narrow(axes[0].figure) else columns
-        where = {"loc": f"lower {place}", "bbox_to_anchor": (float(place == "right"), 1)}
-        shape = {"ncols": columns, "handlelength": 1.6, "columnspacing": 1.2, "borderaxespad": 0.2}
+        where = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
+        shape = {"ncols": columns, "handlelength": 1.6, "columnspacing": 1.2}
         axes[0].legend(*zip(*entries, strict=True), **where, **shape)
 
 

@@ -2,7 +2,7 @@
 
     rollout = rollout(params, config, prompts, group_size=8, max_new_tokens=512, …)
 
-    rollout           samples G completions of each prompt; `check`, what it refuses   engine.py
+    rollout           samples G completions of each prompt                             engine.py
     ends              lengths of the completions, and how they ended
     Plan, make_plan   the shapes that a rollout's programs are compiled for            scheduler.py
     to_sampler        `SamplerParams`: the sampler's dtype and layout; `moved_bytes`   weights.py
@@ -11,11 +11,11 @@ Below: the device's programs (decode.py), their state and how it becomes rows (d
 the draw of a token (sampling.py).
 """
 
-from sapo_jax.sampler.engine import OnGroups, check, ends, rollout
+from sapo_jax.sampler.engine import OnGroups, ends, rollout
 from sapo_jax.sampler.scheduler import Plan, make_plan
 from sapo_jax.sampler.weights import SamplerParams, moved_bytes, to_sampler
 
 __all__ = [
-    "OnGroups", "Plan", "SamplerParams", "check", "ends", "make_plan", "moved_bytes", "rollout",
+    "OnGroups", "Plan", "SamplerParams", "ends", "make_plan", "moved_bytes", "rollout",
     "to_sampler",
 ]  # fmt: skip

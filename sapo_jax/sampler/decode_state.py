@@ -215,42 +215,32 @@ def _to_rollout(config, results, prompts, iteration) -> Rollout:
     results = jax.tree.map(lambda x: x[:-1], results)
     p, n = prompts.tokens.shape
     group, t = results.tokens.shape[1:]
-    s = n + t
-    offset_PGS = jnp.arange(s)[None, None, :] - prompts.length[:, None, None]
-    inside = (offset_PGS >= 0) & (offset_PGS < results.count[..., None])
+    offset_PGS = jnp.arange(n + t)[None, None, :] - prompts.length[:, None, None]
+    offset_PGS = jnp.broadcast_to(offset_PGS, (p, group, n + t))
+    in_prompt_PGS = offset_PGS < 0
+    mask_PGS = ~in_prompt_PGS & (offset_PGS < results.count[..., None])
 
-    def place(values_PGT, fill):
-        gathered = jnp.take_along_axis(
-            values_PGT, jnp.broadcast_to(jnp.clip(offset_PGS, 0, t - 1), (p, group, s)), -1
+    def rows(prompt, completion, pad):
+        """[P, N, ...] and [P, G, T, ...] at their places, [B, S, ...]."""
+        rest = completion.shape[3:]
+        index, mask, in_prompt = (
+            x.reshape(*x.shape, *(1 for _ in rest))
+            for x in (jnp.clip(offset_PGS, 0, t - 1), mask_PGS, in_prompt_PGS)
         )
-        return jnp.where(inside, gathered, fill)
+        own = jnp.take_along_axis(completion, index, 2)
+        own = jnp.where(mask, own, jnp.asarray(pad, own.dtype))
+        widths = ((0, 0), (0, t), *((0, 0) for _ in rest))
+        prompt = jnp.pad(prompt, widths, constant_values=pad)[:, None]
+        return jnp.where(in_prompt, prompt, own).reshape(p * group, n + t, *rest)
 
-    prompt_PS = jnp.pad(prompts.tokens, ((0, 0), (0, t)), constant_values=config.pad_token)
-    in_prompt = offset_PGS < 0
-    tokens = jnp.where(in_prompt, prompt_PS[:, None], place(results.tokens, config.pad_token))
-    rows = partial(jnp.reshape, shape=(p * group, s))
-    routing = results.routing and _row_routing(results.routing, offset_PGS, inside, in_prompt)
     return Rollout(
-        tokens=rows(tokens),
-        mask=rows(inside),
-        sampler_logp=rows(place(results.logp, 0.0)),
+        tokens=rows(prompts.tokens, results.tokens, config.pad_token),
+        mask=mask_PGS.reshape(p * group, -1),
+        sampler_logp=rows(jnp.zeros((p, n), jnp.float32), results.logp, 0),
         prompt_id=jnp.repeat(prompts.id, group),
         sample_index=jnp.tile(jnp.arange(group, dtype=jnp.int32), p),
         policy_step=jnp.full(p * group, iteration, jnp.int32),
         finished=results.finished.reshape(-1),
-        segments=rows((inside | in_prompt).astype(jnp.int32)),
-        routing=routing,
+        segments=(mask_PGS | in_prompt_PGS).astype(jnp.int32).reshape(p * group, -1),
+        routing=results.routing and rows(*results.routing, -1),
     )
-
-
-def _row_routing(routing, offset_PGS, inside_PGS, in_prompt_PGS) -> jax.Array:
-    """Routing of prompts and completions at their places in the rows, [B, S, L', k]."""
-    prompts, completions = routing
-    p, g, s = inside_PGS.shape
-    t, *choice = completions.shape[2:]
-    prompts = jnp.pad(prompts, ((0, 0), (0, t), (0, 0), (0, 0)), constant_values=-1)[:, None]
-    index = jnp.broadcast_to(jnp.clip(offset_PGS, 0, t - 1), (p, g, s))[..., None, None]
-    own = jnp.take_along_axis(completions, index, 2)
-    own = jnp.where(inside_PGS[..., None, None], own, jnp.asarray(-1, own.dtype))
-    in_prompt = jnp.broadcast_to(in_prompt_PGS, (p, g, s))[..., None, None]
-    return jnp.where(in_prompt, prompts, own).reshape(p * g, s, *choice)

@@ -8,6 +8,7 @@ cache grow to its next size (see `scheduler`).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -29,21 +30,8 @@ from sapo_jax.types import Prompts, Rollout
 OnGroups = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 
 
-def check(
-    prompts: Prompts,
-    config: ModelConfig,
-    *,
-    group_size: int,
-    max_new_tokens: int,
-    temperature: float,
-    domain: str,
-    truncate: bool,
-) -> None:
-    """Refuse what cannot be sampled, before anything is compiled.
-
-    Raises:
-      ValueError: naming the argument, its value and what is allowed.
-    """
+def _check(prompts, config, group_size, max_new_tokens, temperature, domain, truncate) -> None:
+    """Refuse what cannot be sampled, before anything is compiled."""
     chex.assert_rank(prompts.tokens, 2)
     chex.assert_shape([prompts.length, prompts.id], prompts.tokens.shape[:1])
     width = prompts.tokens.shape[1]
@@ -123,10 +111,7 @@ def rollout(
       ValueError: an argument out of its domain.
     """
     truncate = top_k is not None or top_p is not None
-    check(
-        prompts, config, group_size=group_size, max_new_tokens=max_new_tokens,
-        temperature=temperature, domain=domain, truncate=truncate,
-    )  # fmt: skip
+    _check(prompts, config, group_size, max_new_tokens, temperature, domain, truncate)
     p, width = prompts.tokens.shape
     mesh = sharding.mesh_of(params)
     plan = _checked(plan, p, max_new_tokens, mesh)
@@ -136,9 +121,9 @@ def rollout(
     base = sampling.base_key(np.uint32(seed), domain, np.int32(iteration))
     sizes = (plan.slots[0], plan.cache[0], p, width, group_size, max_new_tokens)
     state = decode_state.empty(config, decode_state.Shape(*sizes), mesh)
-    # Arrays of NumPy have no place.
+    # Programs are compiled apart for placed and unplaced arguments: the state lies from the start
+    # where the parameters do. (Arrays of NumPy have no place.)
     if mesh is None and getattr(params["final_norm"], "committed", False):
-        # Programs are compiled apart for placed and unplaced arguments: place them from the start.
         state = jax.device_put(state, params["final_norm"].sharding)
     static = {"truncate": truncate, "mesh": mesh}
     host = _Host(
@@ -149,7 +134,10 @@ def rollout(
         on_groups,
         mesh,
     )
-    host.compile_all(warm_up) if warm_up else host.run()
+    if warm_up:
+        host.compile_all(warm_up)
+    else:
+        host.run()
     return decode_state.to_rollout(config, host.state.results, prompts, np.int32(iteration), mesh)
 
 
@@ -191,7 +179,7 @@ class _Host:
     def shrink(self) -> None:
         """Go on with fewer slots: a decode step costs the same for an empty one."""
         while (slots_nQ := self.slots.shrink()) is not None:
-            self.state = decode_state.select_slots(self.state, self._place(slots_nQ), self.mesh)
+            self.state = self._select(slots_nQ)
 
     def grow(self) -> None:
         """Enlarge the cache when the clock has come to its end."""
@@ -222,23 +210,19 @@ class _Host:
 
     def compile_all(self, say: Callable[[str], None]) -> None:
         """Run every program once on empty slots: it compiles, and there is nothing to compute."""
-        plan, parts = self.slots.plan, len(self.slots.first_waiting)
+        plan, parts = self.slots.plan, len(self.slots.idle)
         zero, zeros_n = np.int32(0), np.zeros(parts, np.int32)
         self._completions(self.slots.prompt)
-        say(f"prefill of {plan.refill} prompts")
-        nothing = self.slots.fill(zeros_n)
-        self.state = self.prefill_program(self.state, *map(self._place, nothing))
-        for count, fewer in zip(plan.slots, (*plan.slots[1:], None), strict=True):
-            smaller = None
+        say(f"prefill of {plan.refill * parts} prompts")
+        self.state = self.prefill_program(self.state, *map(self._place, self.slots.fill(zeros_n)))
+        for count, fewer in itertools.pairwise((*plan.slots, 0)):
+            first_nQ, smaller = np.tile(np.arange(fewer), (parts, 1)), None
             for i, size in enumerate(plan.cache):
-                say(f"decoding of {count} groups with {size} tokens of cache")
+                say(f"decoding of {count * parts} groups with {size} tokens of cache")
                 if i:
                     self._grow_to(size)
                 if fewer:  # slots may become fewer at any size of the cache
-                    first_nQ = np.tile(np.arange(fewer // parts, dtype=np.int32), (parts, 1))
-                    selected = decode_state.select_slots(
-                        self.state, self._place(first_nQ), self.mesh
-                    )
+                    selected = self._select(first_nQ)
                     smaller = smaller or selected
                 self.state, _ = self.decode_program(self.state, zero, self._place(zeros_n), zero)
             self.state = smaller or self.state
@@ -251,14 +235,16 @@ class _Host:
         """An array of the parts of the rows, each part on its devices."""
         return sharding.place(x_n.astype(np.int32).ravel(), self.mesh)
 
+    def _select(self, slots_nQ: np.ndarray) -> DecodeState:
+        return decode_state.select_slots(self.state, self._place(slots_nQ), self.mesh)
+
     def _grow_to(self, size: int) -> None:
         larger = decode_state.grow_cache(self.state.completion_kv, size, self.mesh)
         self.state = self.state.replace(completion_kv=larger)
 
     def _completions(self, prompt_nQ: np.ndarray) -> tuple[jax.Array, ...]:
         """What has been sampled for some prompts of each part, still on the device."""
-        results, index = self.state.results, self._place(prompt_nQ)
-        return decode_state.completions(results, index, self.mesh)
+        return decode_state.completions(self.state.results, self._place(prompt_nQ), self.mesh)
 
 
 @jax.jit

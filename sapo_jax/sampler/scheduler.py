@@ -30,6 +30,10 @@ class Plan:
     cache: tuple[int, ...]
     refill: int
 
+    def of_part(self, parts: int) -> Plan:
+        """The share of one of the parts of the rows."""
+        return Plan(tuple(n // parts for n in self.slots), self.cache, self.refill // parts)
+
 
 def make_plan(
     prompts: int, max_new_tokens: int, *, slots: int = 0, shrink: int = 2, parts: int = 1
@@ -57,8 +61,7 @@ class Slots:
     """Which prompt is in which slot, for each of n parts of the rows; what the host decides by it.
 
     Attributes:
-      plan: the shapes to choose from.
-      prompts: of each part.
+      plan, prompts: the shapes to choose from, and the number of prompts, of each part.
       prompt: of the slot, by its place in its part; ``prompts`` for none.
       idle: all completions of the slot have ended, or it was never filled.
       first_waiting: the prompt that is filled next.
@@ -77,13 +80,12 @@ class Slots:
 
     @classmethod
     def empty(cls, plan: Plan, prompts: int, parts: int) -> Slots:
-        """All slots idle, all prompts waiting; ``prompts`` is their number in all parts."""
-        idle_nQ = np.ones((parts, plan.slots[0] // parts), bool)
-        own = prompts // parts
-        return cls(plan, own, np.full(idle_nQ.shape, own), idle_nQ, np.zeros(parts, int))
-
-    def _of_part(self, count: int) -> int:
-        return count // len(self.first_waiting)
+        """All slots idle, all prompts waiting; the plan's and their number is that of all parts."""
+        plan, prompts = plan.of_part(parts), prompts // parts
+        shape = (parts, plan.slots[0])
+        return cls(
+            plan, prompts, np.full(shape, prompts), np.ones(shape, bool), np.zeros(parts, int)
+        )
 
     def refill(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Slots and prompts of the next prefill, see `fill`; None where there is none.
@@ -91,7 +93,7 @@ class Slots:
         A prefill costs the same however few prompts it has: a part waits until it has a whole one,
         or all its slots are idle.
         """
-        free_n, refill = self.idle.sum(-1), self._of_part(self.plan.refill)
+        free_n, refill = self.idle.sum(-1), self.plan.refill
         ready_n = (free_n >= refill) | self.idle.all(-1)
         most_n = np.minimum(np.minimum(refill, self.prompts - self.first_waiting), free_n)
         count_n = np.where(ready_n, most_n, 0)
@@ -102,8 +104,7 @@ class Slots:
 
         Each is named by its place in its part; entries that fill nothing name one out of range.
         """
-        refill = self._of_part(self.plan.refill)
-        slot_nF = np.full((len(count_n), refill), self._of_part(self.plan.slots[0]), np.int32)
+        slot_nF = np.full((len(count_n), self.plan.refill), self.plan.slots[0], np.int32)
         prompt_nF = np.full(slot_nF.shape, self.prompts, np.int32)
         for n, count in enumerate(count_n):
             slots = np.flatnonzero(self.idle[n])[:count]
@@ -120,7 +121,7 @@ class Slots:
         """
         if (self.first_waiting < self.prompts).any() or self.level + 1 == len(self.plan.slots):
             return None
-        fewer = self._of_part(self.plan.slots[self.level + 1])
+        fewer = self.plan.slots[self.level + 1]
         if (~self.idle).sum(-1).max() > fewer:
             return None
         busy_first_nQ = np.argsort(self.idle, axis=-1, kind="stable")[:, :fewer]
@@ -149,14 +150,13 @@ class Slots:
         last, parts = self.size + 1 == len(self.plan.cache), len(self.first_waiting)
         until = np.iinfo(np.int32).max if last else self.plan.cache[self.size]
         waiting_n, idle_n = self.first_waiting < self.prompts, self.idle.sum(-1)
-        slots, *smaller = (self._of_part(count) for count in self.plan.slots[self.level :])
+        slots, fewer = (*self.plan.slots, 0)[self.level : self.level + 2]
         if waiting := int(waiting_n.sum()):
-            enough_n = np.where(waiting_n, self._of_part(self.plan.refill), slots + 1)
+            enough_n = np.where(waiting_n, self.plan.refill, slots + 1)
         else:
-            enough_n = np.full(parts, slots - (smaller[0] if smaller else 0))
+            enough_n = np.full(parts, slots - fewer)
         if reports:
-            step = max(1, self._of_part(self.plan.slots[0]) // REPORTS)
-            enough_n = np.minimum(enough_n, idle_n + step)
+            enough_n = np.minimum(enough_n, idle_n + max(1, self.plan.slots[0] // REPORTS))
         quorum = parts
         if waiting or reports:
             met = (idle_n >= enough_n).sum()
@@ -168,8 +168,7 @@ class Slots:
 
         With ``prompts`` for none, and of one size for all numbers of slots: one program reads them.
         """
-        fresh_nQ = np.full((len(idle_nQ), self._of_part(self.plan.slots[0])), self.prompts)
-        ended_nQ = idle_nQ & ~self.idle
-        fresh_nQ[:, : idle_nQ.shape[1]] = np.where(ended_nQ, self.prompt, self.prompts)
+        fresh_nQ = np.full((len(idle_nQ), self.plan.slots[0]), self.prompts)
+        fresh_nQ[:, : idle_nQ.shape[1]] = np.where(idle_nQ & ~self.idle, self.prompt, self.prompts)
         self.clock, self.idle = clock, idle_nQ
         return fresh_nQ

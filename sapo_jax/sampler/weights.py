@@ -56,14 +56,14 @@ def convert(
         is_router = getattr(path[-1], "key", None) == "router"
         return x if is_router else x.astype(config.compute_dtype)
 
-    def specs(tree):
+    def present(tree):
         return {name: tree[name] for name in learner_params}
 
     converted = jax.tree.map_with_path(cast, learner_params)
     # Stated before and after the move, so that what travels is cast already.
-    converted = sharding.constrain(converted, mesh, specs(params.partition_specs(config)))
+    converted = sharding.constrain(converted, mesh, present(params.partition_specs(config)))
     converted |= {"layers": params.unstack(converted["layers"], config)}
-    return SamplerParams(sharding.constrain(converted, mesh, specs(partition_specs(config))))
+    return SamplerParams(sharding.constrain(converted, mesh, present(partition_specs(config))))
 
 
 def unchanged(learner_params: dict[str, Any], config: ModelConfig) -> set[str]:
@@ -74,9 +74,8 @@ def unchanged(learner_params: dict[str, Any], config: ModelConfig) -> set[str]:
     def stays(name, value):
         if name == "layers" or value.dtype != dtype:
             return False
-        if mesh is None:
-            return True
-        return value.sharding.is_equivalent_to(sharding.named(mesh, specs[name]), value.ndim)
+        target = mesh and sharding.named(mesh, specs[name])
+        return mesh is None or value.sharding.is_equivalent_to(target, value.ndim)
 
     return {name for name, value in learner_params.items() if stays(name, value)}
 

@@ -16,14 +16,14 @@ import numpy as np
 from sapo_jax import learner, objectives
 from sapo_jax.learner import Hyperparameters
 from sapo_jax.model.config import ModelConfig
-from sapo_jax.objectives import Objective
+from sapo_jax.objectives import Objective, Switch
 from sapo_jax.sampler import SamplerParams, decode, decode_state, sampling, weights
 from sapo_jax.sampler.decode_state import DecodeState
 from sapo_jax.sweep.vectorize import over, pick, spread
 from sapo_jax.types import Batch, Prompts, Rollout, TrainState
 
 
-def as_one(named: Sequence[tuple[str, Objective]]) -> list[Objective]:
+def as_one(named: Sequence[tuple[str, Objective]]) -> list[Objective | Switch]:
     """The objectives of R runs in one form: as they are, or as choices of one switch.
 
     Args:

@@ -292,7 +292,7 @@ def test_sequence_gates_of_the_toy_batch():
 
 def test_collision_is_that_of_the_softmax(lab):
     batch = lab.frozen
-    hidden = transformer.hidden(lab.params, lab.hp.static.model, batch.tokens, batch.segments)
+    hidden, _ = transformer.hidden(lab.params, lab.hp.static.model, batch.tokens, batch.segments)
     logits = transformer.logits_of(lab.params, lab.hp.static.model, hidden) / lab.hp.temperature
     square = np.square(jax.nn.softmax(logits)).sum(-1)
     expected = np.where(batch.mask, np.pad(square[:, :-1], ((0, 0), (1, 0))), 0)

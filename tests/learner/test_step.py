@@ -46,7 +46,7 @@ def plain_loss(weights, batch, hp):
     """The loss with full logits and no micro-batches, as one would write it first."""
     from sapo_jax.model import transformer
 
-    hidden = transformer.hidden(weights, hp.static.model, batch.tokens, batch.segments)
+    hidden, _ = transformer.hidden(weights, hp.static.model, batch.tokens, batch.segments)
     logits = transformer.logits_of(weights, hp.static.model, hidden) / hp.temperature
     logp = jax.nn.log_softmax(logits[:, :-1])
     logp = jnp.take_along_axis(logp, batch.tokens[:, 1:, None], -1)[..., 0]

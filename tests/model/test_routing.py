@@ -211,7 +211,7 @@ def test_the_load_balancing_loss_in_an_update(policy, batch):
     plain, _ = update(weights, batch, settings(config, micro_batches=2, router_aux_coef=0.0))
     assert float(jnp.abs(plain["layers"]["router"] - first["layers"]["router"]).max()) > 1e-4
     _, (experts, probs) = jax.jit(
-        lambda w: transformer.hidden_routing(
+        lambda w: transformer.hidden(
             w, config, batch.tokens, batch.segments, summarise=lambda r: (r.experts, r.probs)
         )
     )(weights)

@@ -119,12 +119,12 @@ def test_packed_segments_do_not_see_each_other(nano, rng):
     first, second = rng.integers(2, 23, (1, 5)), rng.integers(2, 23, (1, 7))
     packed = np.concatenate([first, second], 1)
     segments = np.repeat([[1, 2]], [5, 7], axis=1)
-    together = transformer.hidden(weights, config, packed, segments)
+    together, _ = transformer.hidden(weights, config, packed, segments)
     np.testing.assert_array_equal(
         attention.positions(jnp.asarray(segments)), [[*range(5), *range(7)]]
     )
     for part, rows in ((first, together[:, :5]), (second, together[:, 5:])):
-        alone = transformer.hidden(weights, config, part, np.ones_like(part))
+        alone, _ = transformer.hidden(weights, config, part, np.ones_like(part))
         np.testing.assert_allclose(alone, rows, atol=2e-5)
 
 
@@ -134,7 +134,7 @@ def test_remat_changes_nothing(nano, rng):
 
     def total(w, remat):
         ones = jnp.ones_like(tokens)
-        return jnp.sum(transformer.hidden(w, config, tokens, ones, remat=remat) ** 2)
+        return jnp.sum(transformer.hidden(w, config, tokens, ones, remat=remat)[0] ** 2)
 
     plain, again = (jax.grad(total)(weights, remat) for remat in (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, again)

@@ -193,7 +193,7 @@ def near_expert(policy, rollout, row, at):
     """The smallest distance at the k-th place of a router, over layers and earlier tokens."""
     config, weights = policy
     tokens = jnp.asarray(rollout.tokens[row, :at])[None]
-    _, probs = transformer.hidden_routing(
+    _, probs = transformer.hidden(
         weights, config, tokens, jnp.ones_like(tokens), summarise=lambda r: r.probs
     )
     best, k = np.sort(np.asarray(probs), -1), config.num_experts_per_tok
