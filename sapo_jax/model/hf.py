@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from sapo_jax.model import hf_config, params
+from sapo_jax.model import hf_config
 from sapo_jax.model.config import ModelConfig
-from sapo_jax.model.params import Spec
+from sapo_jax.model.params import Spec, shardings, table
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16", "F64")
@@ -115,7 +115,7 @@ def _list(names: list[str]) -> str:
 
 def _check(reader: Reader, config: ModelConfig) -> None:
     """Compare names, shapes and dtypes with the table before anything is read."""
-    specs = jax.tree.leaves(params.table(config))
+    specs = jax.tree.leaves(table(config))
     expected = {name: _hf_shape(spec) for spec in specs for _, name in tensors(spec)}
     missing = [name for name in expected if name not in reader.where]
     extra = [
@@ -190,15 +190,15 @@ def load(
     """
     directory = pathlib.Path(directory)
     config = hf_config.read(directory, np.dtype(jax.numpy.dtype(dtype)).name)
-    specs, treedef = jax.tree.flatten(params.table(config))
-    shardings = [None] * len(specs)
+    specs, treedef = jax.tree.flatten(table(config))
+    places = [None] * len(specs)
     if mesh is not None:
-        shardings = jax.tree.leaves(params.shardings(config, mesh))
+        places = jax.tree.leaves(shardings(config, mesh))
     with Reader(directory) as reader:
         _check(reader, config)
         leaves = [
             _read(reader, spec, jax.numpy.dtype(dtype), sharding)
-            for spec, sharding in zip(specs, shardings, strict=True)
+            for spec, sharding in zip(specs, places, strict=True)
         ]
     return config, treedef.unflatten(leaves)
 
@@ -228,7 +228,7 @@ def _plan_files(specs: list[Spec], itemsize: int, limit: int) -> list[list[tuple
 def save(
     directory: str | pathlib.Path,
     config: ModelConfig,
-    weights: Any,
+    params: Any,
     *,
     files_from: str | pathlib.Path | None = None,
     shard_bytes: int = 4 * 2**30,
@@ -238,7 +238,7 @@ def save(
     Args:
       directory: made if need be; weights that lie there are replaced.
       config: the model's shape.
-      weights: the parameters, as the learner has them.
+      params: as the learner has them.
       files_from: directory whose tokenizer and generation files are carried along.
       shard_bytes: a file holds at most this much, or one tensor; one file's worth is on the host.
 
@@ -248,12 +248,12 @@ def save(
     from safetensors.numpy import save_file
 
     directory = pathlib.Path(directory)
-    specs, treedef = jax.tree.flatten(params.table(config))
-    if jax.tree.structure(weights) != treedef:
+    specs, treedef = jax.tree.flatten(table(config))
+    if jax.tree.structure(params) != treedef:
         raise ValueError("save: the parameters are not those that the config describes")
     if files_from is not None and not pathlib.Path(files_from).is_dir():
         raise ValueError(f"files_from={str(files_from)!r}: no such directory")
-    leaves = jax.tree.leaves(weights)
+    leaves = jax.tree.leaves(params)
     directory.mkdir(parents=True, exist_ok=True)
     for old in (*directory.glob("model*.safetensors"), *directory.glob(INDEX)):
         old.unlink()

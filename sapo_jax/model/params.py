@@ -242,19 +242,17 @@ def dimensions(config: ModelConfig) -> list[sharding.Dimension]:
 UNCAST = ("attn_norm", "mlp_norm", "final_norm", "router")
 
 
-def all_gather(weights: dict[str, Any], described: dict[str, Spec], config: ModelConfig) -> Any:
+def all_gather(params: dict[str, Any], specs: dict[str, Spec], config: ModelConfig) -> Any:
     """The parameters from their parts along `fsdp`, in the dtype in which they are used."""
 
     def whole(name, value):
-        axes = () if name == "layers" else described[name].axes  # those are gathered one by one
+        axes = () if name == "layers" else specs[name].axes  # those are gathered one by one
+        if "embed" not in axes:
+            return value
         dtype = value.dtype if name in UNCAST else config.compute_dtype
-        return (
-            collectives.all_gather_param(value, axes.index("embed"), dtype)
-            if "embed" in axes
-            else value
-        )
+        return collectives.all_gather_param(value, axes.index("embed"), dtype)
 
-    return {name: whole(name, value) for name, value in weights.items()}
+    return {name: whole(name, value) for name, value in params.items()}
 
 
 def psum_gradients(grads: Any, config: ModelConfig) -> Any:

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.model import attention, moe, params, splash, vocab
+from sapo_jax.model import attention, moe, splash, vocab
 from sapo_jax.model.attention import dense, einsum
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.model.moe import Routing
-from sapo_jax.model.params import head_weight
+from sapo_jax.model.params import all_gather, head_weight, layer_stacks, layer_table
 from sapo_jax.parallel import collectives
 
 
@@ -95,7 +95,7 @@ def recomputed(step: Callable, remat: bool) -> Callable:
 
 
 def hidden(
-    weights: Any,
+    params: Any,
     config: ModelConfig,
     tokens_BS: jax.Array,
     segments_BS: jax.Array,
@@ -107,7 +107,7 @@ def hidden(
     """Final hidden states, and what ``summarise`` makes of each sparse layer's routing.
 
     Args:
-      weights: the parameters; those of layers are scanned over.
+      params: the parameters; those of layers are scanned over.
       config: the model's shape.
       tokens_BS: i32[B, S].
       segments_BS: i32[B, S], 0 at pads; entry s sees the tokens of its segment up to s.
@@ -119,7 +119,7 @@ def hidden(
       (f[B, S, D], tree of [L_moe, ...] or None for a dense model).
     """
     rope = attention.rotary(attention.positions(segments_BS), config)
-    specs = params.layer_table(config)
+    specs = layer_table(config)
     replay = None if replay_BSLk is None else jnp.moveaxis(replay_BSLk, 2, 0)
 
     def attend(q, k, v):
@@ -131,7 +131,7 @@ def hidden(
             summaries = []
             for place in places:
                 w = {name: stacked[name][at] for name, at in place.items()}
-                w = params.all_gather(w, specs, config)
+                w = all_gather(w, specs, config)
                 replays = "router" in place and replayed is not None
                 experts = replayed[place["router"]] if replays else None
                 x_BSD, routing = layer(w, config, x_BSD, rope, attend, experts)
@@ -141,12 +141,12 @@ def hidden(
 
         return step
 
-    x_BSD, collected = embed(weights, config, tokens_BS), []
-    for stack in params.layer_stacks(config):
+    x_BSD, collected = embed(params, config, tokens_BS), []
+    for stack in layer_stacks(config):
         places = stack.places(specs)
         # A dict and not a set: the order of the names is that of the program's operations.
         names = dict.fromkeys(name for place in places for name in place)
-        stacked = {n: stack.part(weights["layers"][n], specs[n].layers) for n in names}
+        stacked = {n: stack.part(params["layers"][n], specs[n].layers) for n in names}
         has_replay = "router" in names and replay is not None
         replayed = stack.part(replay, config.sparse_layers) if has_replay else None
         step = recomputed(period(places), remat)
@@ -154,7 +154,7 @@ def hidden(
         if summaries is not None:
             collected.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), summaries))
     routing = jax.tree.map(lambda *x: jnp.concatenate(x), *collected) if collected else None
-    return rms_norm(x_BSD, weights["final_norm"], config.rms_norm_eps), routing
+    return rms_norm(x_BSD, params["final_norm"], config.rms_norm_eps), routing
 
 
 def logits_of(params: Any, config: ModelConfig, hidden_XD: jax.Array) -> jax.Array:
