@@ -6,6 +6,7 @@ axis R on every array, and at their end each its own, as a run alone.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +16,7 @@ import numpy as np
 from etils import epath
 
 from sapo_jax import learner, rewards
-from sapo_jax.model import hf
-from sapo_jax.model import params as parameters
+from sapo_jax.model import hf, params
 from sapo_jax.parallel import distributed
 from sapo_jax.training import build, evaluation
 from sapo_jax.training.checkpoint import Checkpoints, restore_params
@@ -53,20 +53,20 @@ def start(
         begin = weights(run) if run.config.init_from else random_parameters(run)
         return learner.init(jax.tree.map(jnp.copy, begin), run.hp)  # the reference stays
 
+    runs = [run for engine in engines for run in engine.runs]
+    streams = [open_stream(run, workers=run.config.data.workers) for run in runs]
     if latest is None:
         states = [engine.place(map(first, engine.runs)) for engine in engines]
     else:
         states, positions = _restore(engines, checkpoints, latest, alone)
-    bundles, rows = [], 0
+        for stream, position in zip(streams, positions, strict=True):
+            stream.position = position
+    bundles, rest = [], iter(streams)
     for engine, state in zip(engines, states, strict=True):
         referred = engine.runs[0].needs_reference
         reference = engine.place(map(weights, engine.runs)) if referred else None
-        streams = [open_stream(run, workers=run.config.data.workers) for run in engine.runs]
-        if latest is not None:
-            for r, stream in enumerate(streams, rows):
-                stream.position = positions[r]
-        rows += len(streams)
-        bundles.append(Bundle(engine, state, reference, tuple(streams)))
+        own = tuple(itertools.islice(rest, len(engine.runs)))
+        bundles.append(Bundle(engine, state, reference, own))
     return bundles, latest or 0
 
 
@@ -125,9 +125,9 @@ def random_parameters(run: Settings) -> Any:
     """Initial parameters, on a mesh each part where it belongs from the start."""
     shape, seed, mesh = run.model, run.config.seed, run.mesh
     if mesh is None:
-        return parameters.init(shape, seed)
-    places = parameters.shardings(shape, mesh)
-    return jax.jit(parameters.init, static_argnums=0, out_shardings=places)(shape, seed)
+        return params.init(shape, seed)
+    places = params.shardings(shape, mesh)
+    return jax.jit(params.init, static_argnums=0, out_shardings=places)(shape, seed)
 
 
 def _weights(run: Settings) -> Any:
