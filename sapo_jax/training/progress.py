@@ -104,9 +104,8 @@ class Progress:
 
     def skip(self, count: int) -> None:
         """Iterations were done before this start; they count for nothing in the speed."""
-        self._bar.initial += count
-        self._bar.last_print_n += count
-        self._bar.n += count
+        for name in ("initial", "n", "last_print_n"):  # not all of them in a bar that is not shown
+            setattr(self._bar, name, getattr(self._bar, name, 0) + count)
 
 
 def mean_of(records: Sequence[dict]) -> dict[str, float]:
