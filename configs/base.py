@@ -133,7 +133,7 @@ def get_config() -> ConfigDict:
     c.eval.top_k = config_dict.placeholder(int)  # keep the k likeliest tokens; None: all
     c.eval.top_p = config_dict.placeholder(float)  # keep the least set of this probability
 
-    # Population: how the runs of a sweep share the hardware, see sapo_jax.sweep.vectorize.
+    # Population: how the runs of a sweep share the hardware, see sapo_jax.sweep.population.
     c.population = ConfigDict()
     c.population.method = "auto"  # map (in turn), vmap (all at once), devices (split over them)
 

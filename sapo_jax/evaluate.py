@@ -72,18 +72,18 @@ def _evaluate_set(
     batch = min(given.batch, len(examples))
     bar = tqdm(total=len(examples), desc=text, unit="prompt", dynamic_ncols=True)
 
-    def sample(prompts, **kw):
+    def sample(prompts, on_groups):
         rows = sampler.rollout(
             params, config, prompts, group_size=given.samples, max_new_tokens=room,
             temperature=given.temperature, top_k=given.top_k, top_p=given.top_p,
-            seed=given.seed, iteration=0, domain="eval", **kw,
+            seed=given.seed, iteration=0, domain="eval", on_groups=on_groups[0],
         )  # fmt: skip
         bar.update(min(batch, bar.total - bar.n))
-        return rows
+        return [sampler.ends(rows)[0]]
 
     with bar, rewards.Scorer(task, workers=given.workers) as scorer:
         controls = {"samples": given.samples, "width": width, "batch": batch}
-        metrics = evaluate(sample, scorer, examples, tokenizer, **controls)
+        (metrics,) = evaluate(sample, scorer, examples, tokenizer, **controls)
     return {"eval/prompts": len(examples), **metrics}
 
 

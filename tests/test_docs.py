@@ -42,6 +42,25 @@ def test_links_lead_somewhere():
                 assert not anchor or anchor in anchors(target), f"{page} links to {link}"
 
 
+def test_the_tree_of_the_readme_is_that_of_the_package():
+    """It names every file once, under its folder, with what it is for."""
+    root = generate.OUT.parent
+    text = (root / "README.md").read_text()
+    assert text.count("\n") <= 200
+    listed, folders = [], []
+    for line in re.search(r"```\n(sapo_jax/\n.*?)```", text, re.DOTALL)[1].splitlines():
+        indent, names, meaning = re.fullmatch(r"( *)((?:\S+(?:\.py|/) ?)+) *(.*)", line).groups()
+        folders = folders[: len(indent) // 2]
+        if names.strip().endswith("/"):
+            folders.append(names.strip())
+        else:
+            assert meaning, line
+            listed += ["".join(folders) + name for name in names.split()]
+    package = (root / "sapo_jax").rglob("*.py")
+    files = [str(p.relative_to(root)) for p in package if not p.name.startswith("__")]
+    assert sorted(name for name in listed if name.startswith("sapo_jax/")) == sorted(files)
+
+
 def test_every_preset_says_how_implementations_differ():
     assert set(DIFFERENCES) == set(OBJECTIVES)
 

@@ -9,7 +9,7 @@ from sapo_jax import evaluate, rewards, tasks
 from sapo_jax.data import encode
 from sapo_jax.data.tokenizer import CharTokenizer
 from sapo_jax.training import evaluation
-from sapo_jax.types import LENGTH, STOP, Rollout
+from sapo_jax.types import LENGTH, STOP
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 5])
@@ -61,11 +61,11 @@ def test_evaluation_counts_every_prompt_once():
             finished[i] = LENGTH if texts[i // 2] == cut else STOP
         index = np.array([2, 0, 3, 1])  # in any order
         by_group = (x.reshape(4, 2, *x.shape[1:])[index] for x in (tokens, mask.sum(-1), finished))
-        on_groups(index, *by_group)
-        return Rollout(tokens, mask, None, None, None, None, finished, None)
+        on_groups[0](index, *by_group)
+        return [mask.sum(-1)]
 
     with rewards.Scorer(task) as scorer:
-        metrics = evaluation.evaluate(
+        (metrics,) = evaluation.evaluate(
             sample, scorer, examples, tokenizer, samples=2, width=task.max_prompt_chars, batch=4
         )
     assert metrics["eval/pass_at_1"] == pytest.approx(5 / 7)

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import learner, train
+from sapo_jax import learner, rewards, train
 from sapo_jax.model import params
 from sapo_jax.training import checkpoint, provenance, settings, startup
 from sapo_jax.training.lease import Lease
@@ -185,16 +185,15 @@ def test_what_is_rejected_moves_nothing(tmp_path):
     Overlong shaping over the whole length gives rewards that differ.
     """
     run(tmp_path / "start", iterations=1, **{"eval.every": 0})
-    fields = {
+    of_reward = [f"reward.{part}" for part in rewards.PARTS[1:]]
+    fields = dict.fromkeys(of_reward, 1.0) | {
         "learner.old_logp": "recompute", "reward.kl_coef": 0.1, "batch.oversample": 2,
-        "reward.overlong": 1.0, "reward.buffer": 6, "reward.max_length": 6,
-        "reward.format": 1.0, "reward.repetition": 1.0,
+        "reward.buffer": 6, "reward.max_length": 6,
         "correction.name": "geometric", "correction.low": 2.0, "correction.high": 3.0,
         "init_from": str(tmp_path / "start"), "iterations": 1, "eval.every": 0,
     }  # fmt: skip
     run(tmp_path / "run", **fields)
     record = read_metrics(tmp_path / "run")[0]
-    of_reward = ("reward.format", "reward.overlong", "reward.repetition")
     others = ("objective.kl_coef or reward.kl_coef", "batch.oversample", "correction.name")
     check(record, "", "source=rollout", *of_reward, *others)
     assert record["correction/cut"] == 1

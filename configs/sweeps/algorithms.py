@@ -4,8 +4,8 @@ Claim     None: the table and its paired differences are the result.
 Command   python -m sapo_jax.sweep --config=configs/sweeps/algorithms.py \
               --workdir=runs/sweeps/algorithms
           (after `make train`, whose cold start all runs share)
-Time      56 runs; one executable holds all objectives, of which a traced index chooses. About
-          2 hours on 2 CPU cores, from what a run of configs/sweeps/temperature.py takes.
+Time      56 runs; on a CPU each objective compiles an update of its own. About 2 hours on 2 CPU
+          cores, from what a run of configs/sweeps/temperature.py takes.
 Result    Not run yet. The quickstart alone, 3 seeds: SAPO 0.940, GRPO 0.963, GSPO 0.939
           (experiments/quickstart).
 """

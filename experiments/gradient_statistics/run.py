@@ -25,6 +25,7 @@ from sapo_jax.data import encode
 from sapo_jax.parallel import sharding
 from sapo_jax.report.gradlab import write
 from sapo_jax.training import checkpoint, experience, provenance, settings, startup
+from sapo_jax.training.engine import Streamed
 from sapo_jax.training.progress import Clock
 from sapo_jax.training.workdir import read_config
 from sapo_jax.types import Batch
@@ -123,19 +124,17 @@ def examine(
     c = checked.config
     prompts, group_size = c.batch.prompts, c.batch.group_size
     with checkpoint.Checkpoints(pathlib.Path(workdir) / "checkpoints") as checkpoints:
-        state, stream, reference = startup.start(checked, checkpoints)
-    iteration, position = int(state.iteration) + 1, stream.position
+        (bundle,), done = startup.start([Streamed(checked)], checkpoints)
+    state, (stream,), iteration = bundle.state, bundle.streams, done + 1
+    position = stream.position
     examples = stream.take(prompts)
     stream.position = position
     with rewards.Scorer(checked.task, checked.recipe, workers=c.reward.workers) as scorer:
 
         def rollouts(count: int) -> list[tuple[Batch, ...]]:
-            start = (checked, state.params, reference, stream)
-            each = (
-                experience.from_rollout(*start, iteration + i, Clock(), scorer)
-                for i in range(count)
-            )
-            return [got.minibatches for got in each]
+            collect = experience.from_rollout
+            each = (collect(bundle, iteration + i, Clock(), scorer) for i in range(count))
+            return [finish().minibatches for finish in each]
 
         first, *others = rollouts(1 + -(-max(updates) // c.batch.minibatches))
         frozen, queue = concatenate(first), [batch for parts in others for batch in parts]

@@ -23,7 +23,6 @@ from sapo_jax import train
 from sapo_jax.axes import axis, product
 from sapo_jax.report import sweep
 from sapo_jax.sweep import cohorts, schedule
-from sapo_jax.sweep import train as cohort_run
 from sapo_jax.training import workdir
 from sapo_jax.training.progress import Progress
 
@@ -123,7 +122,8 @@ def methods() -> dict[str, float]:
         seeds = axis("seed", *range(_METHODS.value))
         (cohort,) = cohorts.make(config(**fields), seeds)
         place = RUNS / method
-        cohort_run.run(cohort, place, Progress(4 * _METHODS.value, 0, method))
+        with Progress(4 * _METHODS.value, method) as bar:
+            schedule.run_cohort(cohort, place, bar)
         records = workdir.read_metrics(place / cohort.names[0])
         found[method] = statistics.median(r["time/iteration"] for r in records)
     return found

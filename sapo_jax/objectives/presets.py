@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -79,6 +80,13 @@ class Switch:
     names: tuple[str, ...] = struct.field(pytree_node=False)
     members: tuple[Objective, ...]
     index: jax.Array | int = 0
+    aggregation: str | None = struct.field(pytree_node=False, default=None)  # of all members
+
+    def __post_init__(self):
+        if self.aggregation is not None:
+            own = {"aggregation": self.aggregation}
+            members = tuple(dataclasses.replace(m, **own) for m in self.members)
+            object.__setattr__(self, "members", members)
 
     @property
     def hyperparameters(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ SMOOTHED = 40  # curves this long are drawn with their running mean
 PHASES = {  # of an iteration, in their order
     "rollout": "blue",
     "score": "amber",
+    "logp": "soft",
     "update": "orange",
     "eval": "green",
     "checkpoint": "purple",
@@ -47,13 +48,13 @@ def counts_of(record: Mapping[str, Any], key: str) -> tuple[np.ndarray, np.ndarr
 
 
 def seconds(record: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of each phase; ``other`` is what is left of rollout, score and update together."""
+    """Seconds of each phase; ``other`` is what is left of what lies in an iteration."""
     spent = {phase: record.get(f"time/{phase}") for phase in PHASES}
     spent = {phase: float(s) if is_number(s) else 0.0 for phase, s in spent.items()}
     if is_number(exposed := record.get("time/score_exposed")):
         spent["score"] = float(exposed)  # the rest of it overlapped with other phases
     loop = record.get("time/iteration")  # without evaluation and checkpoint
-    inside = spent["rollout"] + spent["score"] + spent["update"]
+    inside = sum(spent[phase] for phase in ("rollout", "score", "logp", "update"))
     return spent | {"other": max(loop - inside, 0.0) if is_number(loop) else 0.0}
 
 

@@ -16,8 +16,7 @@ from ml_collections import ConfigDict
 
 from sapo_jax.axes import Overrides
 from sapo_jax.cli import flat, nearest
-from sapo_jax.learner import Hyperparameters
-from sapo_jax.sweep import population, vectorize
+from sapo_jax.sweep.population import choose
 from sapo_jax.training import settings
 from sapo_jax.training.checks import require
 from sapo_jax.training.settings import Settings
@@ -39,14 +38,12 @@ class Cohort:
       names: of the runs' directories.
       overrides: what each run changes in the base config.
       runs: their settings.
-      hp: their hyperparameters as arrays [R].
-      method: see `stacked`.
+      method: see `population.choose`.
     """
 
     names: tuple[str, ...]
     overrides: tuple[Mapping[str, Any], ...]
     runs: tuple[Settings, ...]
-    hp: Hyperparameters
     method: str
 
     @property
@@ -109,17 +106,9 @@ def static(run: Settings) -> str:
     return json.dumps([fields, run.needs_reference], sort_keys=True)
 
 
-def _objective_name(run: Settings) -> str:
-    name, own = run.config.objective.name, run.config.objective.aggregation
-    return name if own is None else f"{name}/{own}"
-
-
 def _cohort(listed: Sequence[tuple[str, Mapping[str, Any], Settings]]) -> Cohort:
-    names, overrides, members = zip(*listed, strict=True)
-    objectives = population.as_one([(_objective_name(run), run.hp.objective) for run in members])
-    hp = [run.hp.replace(objective=o) for run, o in zip(members, objectives, strict=True)]
-    method = vectorize.choose(members[0].config.population.method, len(members))
-    return Cohort(names, overrides, members, vectorize.values(hp), method)
+    names, overrides, runs = zip(*listed, strict=True)
+    return Cohort(names, overrides, runs, choose(runs[0].config.population.method, len(runs)))
 
 
 def make(base: ConfigDict, sweep: Overrides, *, most: int = 0) -> list[Cohort]:

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
+from sapo_jax import train
 from sapo_jax.parallel import sharding
-from sapo_jax.sweep import train
 from sapo_jax.sweep.cohorts import Cohort
+from sapo_jax.sweep.population import Population
+from sapo_jax.training.engine import Streamed
 from sapo_jax.training.files import read_json, write_json
 from sapo_jax.training.progress import Progress
 
@@ -65,6 +67,19 @@ def _how(part: Cohort) -> str:
     return f"devices ({used} of {all_of_them}, as many as divide the runs)"
 
 
+def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> bool:
+    """Train, or go on training, the runs of a cohort in the directories ``<workdir>/<name>``.
+
+    These hold what a run alone leaves, its last checkpoint included: any of them can be evaluated,
+    exported, or be what another run starts from. See `train.run_all`.
+    """
+    if cohort.method == "map":
+        engines = [Streamed(run) for run in cohort.runs]
+    else:
+        engines = [Population(cohort.runs, cohort.method)]
+    return train.run_all(engines, workdir, [workdir / name for name in cohort.names], bar)
+
+
 def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int] = (0, 1)) -> bool:
     """Train what is left of a sweep; killed at any moment, the same call goes on with it.
 
@@ -87,16 +102,15 @@ def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int
     mine = list(zip(parts, places, strict=True))[index::count]
     sizes = [len(part.runs) * part.lead.config.iterations for part, _ in mine]
     done = [_is_done(*each) for each in mine]
-    steps = sum(size for size, ended in zip(sizes, done, strict=True) if ended)
-    bar = Progress(sum(sizes), steps, workdir.name)
-    for (part, place), ended in zip(mine, done, strict=True):
-        if ended:
-            continue
-        bar.line(f"{place.name}: {len(part.runs)} runs, by {_how(part)}")
-        start = time.time()
-        if not train.run(part, place, bar):
-            break
-        record = {"iterations": part.lead.config.iterations, "method": part.method}
-        write_json(place / DONE, record | {"seconds": time.time() - start})
-    bar.close()
+    with Progress(sum(sizes), workdir.name) as bar:
+        bar.skip(sum(size for size, ended in zip(sizes, done, strict=True) if ended))
+        for (part, place), ended in zip(mine, done, strict=True):
+            if ended:
+                continue
+            bar.line(f"{place.name}: {len(part.runs)} runs, by {_how(part)}")
+            start = time.time()
+            if not run_cohort(part, place, bar):
+                break
+            record = {"iterations": part.lead.config.iterations, "method": part.method}
+            write_json(place / DONE, record | {"seconds": time.time() - start})
     return all(_is_done(*each) for each in zip(parts, places, strict=True))

@@ -1,4 +1,4 @@
-"""From the fields of a config to objects; what the library refuses names the field."""
+"""From the fields of a config to objects; a ValueError that names the field refuses the rest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Task
 from sapo_jax.training.checks import choice, require
-from sapo_jax.training.config import Config
 
 OLD_LOGP = ("sampler", "recompute")
 NO_REFERENCE = "0 without config.init_from, whose policy is the reference"
@@ -36,12 +35,8 @@ def _of(field: str) -> Iterator[None]:
         raise ValueError(f"config.{field}: {error}") from None
 
 
-def make_tasks(c: Config) -> tuple[dict[str, Task], dict[str, float]]:
-    """The tasks by name, with their shares of a batch.
-
-    Raises:
-      ValueError: a task is unknown, refuses its options, has no data, or a share does not fit.
-    """
+def make_tasks(c: Any) -> tuple[dict[str, Task], dict[str, float]]:
+    """The tasks by name, with their shares of a batch."""
     entries = c.tasks or {c.task["name"]: c.task | {"share": 1.0}}
     made, shares = {}, {}
     for key, entry in entries.items():
@@ -68,13 +63,9 @@ def make_tasks(c: Config) -> tuple[dict[str, Task], dict[str, float]]:
     return made, shares
 
 
-def make_tokenizer(c: Config, made: Mapping[str, Task]) -> Tokenizer:
-    """The tokenizer of the directory that the config names, or one of the tasks' characters.
-
-    Raises:
-      ValueError: the directory has none that can be used.
-    """
-    options = dataclasses.asdict(c.tokenizer)
+def make_tokenizer(c: Any, made: Mapping[str, Task]) -> Tokenizer:
+    """The tokenizer of the directory that the config names, or one of the tasks' characters."""
+    options = dict(vars(c.tokenizer))
     directory = options.pop("directory")
     for field in ("system", "template_options"):
         alone = "empty without config.tokenizer.directory"
@@ -91,18 +82,14 @@ def is_hf(directory: str) -> bool:
     return (path / "config.json").exists() and not (path / "checkpoints").exists()
 
 
-def make_model(c: Config, tokenizer: Tokenizer) -> model.ModelConfig:
+def make_model(c: Any, tokenizer: Tokenizer) -> model.ModelConfig:
     """The policy's shape: that of a preset, with the fields that the config gives, or of a
     Hugging Face directory.
-
-    Raises:
-      ValueError: an unknown preset, a field out of range, or a vocabulary that is not the
-        tokenizer's.
     """
-    preset = c.model.preset
-    fields = {key: value for key, value in c.model.shape.items() if value is not None}
+    fields = {key: value for key, value in vars(c.model).items() if value is not None}
+    preset = fields.pop("preset")
     chosen = {
-        "attention": c.model.attention,
+        "attention": fields.pop("attention"),
         "param_dtype": c.dtype.params,
         "compute_dtype": c.dtype.compute,
         "cache_dtype": c.dtype.cache,
@@ -129,13 +116,9 @@ def make_model(c: Config, tokenizer: Tokenizer) -> model.ModelConfig:
 
 
 def lengths(
-    c: Config, made: Mapping[str, Task], tokenizer: Tokenizer, shape: model.ModelConfig
+    c: Any, made: Mapping[str, Task], tokenizer: Tokenizer, shape: model.ModelConfig
 ) -> tuple[int, int, Fits | None]:
-    """Tokens of room for a prompt and for a completion, and the filter of what has none.
-
-    Raises:
-      ValueError: no bound is known, or the policy's context is too short.
-    """
+    """Tokens of room for a prompt and for a completion, and the filter of what has none."""
     width, room = c.data.max_prompt_tokens, c.sampler.max_new_tokens
     supervised, bounded = c.source == "demonstrations", False
     if isinstance(tokenizer, CharTokenizer):
@@ -156,18 +139,15 @@ def lengths(
     return width, room, keep
 
 
-def make_objective(c: Config) -> objectives.Objective:
-    """The objective with its hyperparameters.
-
-    Raises:
-      ValueError: it is unknown, lacks a hyperparameter, or needs a reference that is not there.
-    """
-    name, aggregation = c.objective.name, c.objective.aggregation
+def make_objective(c: Any) -> objectives.Objective:
+    """The objective with its hyperparameters."""
+    fields = dict(vars(c.objective))
+    name, aggregation, kl = (fields.pop(key) for key in ("name", "aggregation", "kl"))
     if c.source == "demonstrations":
         only = "'reinforce' for source='demonstrations': likelihood is REINFORCE with advantage 1"
         require(name == "reinforce", "objective.name", name, only)
-    choice("objective.kl", c.objective.kl, KL_ESTIMATORS)
-    given = {key: value for key, value in c.objective.hyperparameters.items() if value is not None}
+    choice("objective.kl", kl, KL_ESTIMATORS)
+    given = {key: value for key, value in fields.items() if value is not None}
     with _of("objective"):
         objective = objectives.resolve(name, **given)
         if aggregation is not None:
@@ -177,12 +157,8 @@ def make_objective(c: Config) -> objectives.Objective:
     return objective
 
 
-def make_mesh(c: Config, shape: model.ModelConfig, devices: Sequence[Any] | None) -> Mesh | None:
-    """The mesh; None on one device.
-
-    Raises:
-      ValueError: it does not fit the devices, or what it is to divide.
-    """
+def make_mesh(c: Any, shape: model.ModelConfig, devices: Sequence[Any] | None) -> Mesh | None:
+    """The mesh; None on one device."""
     alone = devices is None and jax.process_count() == 1
     if alone and all(size == 1 for size in c.mesh.values()):
         return None
@@ -200,75 +176,54 @@ def make_mesh(c: Config, shape: model.ModelConfig, devices: Sequence[Any] | None
 
 
 def make_hyperparameters(
-    c: Config, shape: model.ModelConfig, objective: objectives.Objective, mesh: Mesh | None
+    c: Any, shape: model.ModelConfig, objective: objectives.Objective, mesh: Mesh | None
 ) -> learner.Hyperparameters:
-    """What an update is told.
-
-    Raises:
-      ValueError: fields of the learner that do not go together.
-    """
-    options = c.learner
-    choice("learner.schedule", options.schedule, learner.SCHEDULES)
-    choice("learner.old_logp", options.old_logp, OLD_LOGP)
-    replay = options.routing_replay
+    """What an update is told."""
+    options = dict(vars(c.learner))
+    old_logp, replay = options.pop("old_logp"), options["routing_replay"]
+    choice("learner.schedule", options["schedule"], learner.SCHEDULES)
+    choice("learner.old_logp", old_logp, OLD_LOGP)
     choice("learner.routing_replay", replay, routing.REPLAY)
     sparse = "'none' for a model without experts"
     require(replay == "none" or shape.num_experts > 0, "learner.routing_replay", replay, sparse)
-    recompute = replay != "R2" or options.old_logp == "recompute"
+    recompute = replay != "R2" or old_logp == "recompute"
     only = "'recompute' with learner.routing_replay='R2', which records the old policy's routing"
-    require(recompute, "learner.old_logp", options.old_logp, only)
+    require(recompute, "learner.old_logp", old_logp, only)
     updates = c.iterations * c.batch.minibatches
     return learner.Hyperparameters(
         objective=objective,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm,
         temperature=c.sampler.temperature,
         model=shape,
         micro_batches=c.batch.micro_batches,
-        head_chunk=options.head_chunk,
-        remat=options.remat,
         kl=c.objective.kl,
-        schedule=options.schedule,
-        warmup=options.warmup,
-        total=0 if options.schedule == "constant" else updates,
-        b1=options.b1,
-        b2=options.b2,
-        eps=options.eps,
-        routing_replay=replay,
-        router_aux_coef=options.router_aux_coef or None,
+        total=0 if options["schedule"] == "constant" else updates,
+        router_aux_coef=options.pop("router_aux_coef") or None,
         mesh=mesh,
+        **options,
     )
 
 
-def make_bounds(c: Config) -> dict[str, float]:
-    """Bounds of the sampler correction; π_old has to come from the learner.
-
-    Raises:
-      ValueError: bounds that it lacks or that hold nothing, or π_old is the sampler's.
-    """
-    name, source = c.correction.name, c.learner.old_logp
+def make_bounds(c: Any) -> dict[str, float]:
+    """Bounds of the sampler correction; π_old has to come from the learner."""
+    fields, source = dict(vars(c.correction)), c.learner.old_logp
+    name = fields.pop("name")
     if name == "none":
-        given = {key: value for key, value in c.correction.bounds.items() if value is not None}
+        given = {key: value for key, value in fields.items() if value is not None}
         require(not given, "correction", given, "empty with correction.name='none'")
         return {}
     choice("correction.name", name, ("none", *corrections.CORRECTIONS))
     only = f"'recompute' with correction.name={name!r}: the sampler's own ratio to itself is 1"
     require(source == "recompute" and c.source == "rollout", "learner.old_logp", source, only)
     with _of("correction"):
-        return corrections.bounds_of(name, **c.correction.bounds)
+        return corrections.bounds_of(name, **fields)
 
 
-def make_recipe(c: Config, room: int) -> Recipe:
-    """The parts of the reward.
-
-    Raises:
-      ValueError: a field is out of its range, or a KL term has no reference.
-    """
-    choice("reward.kl", c.reward.kl, KL_ESTIMATORS)
-    has_reference = c.reward.kl_coef == 0 or c.init_from != ""
-    require(has_reference, "reward.kl_coef", c.reward.kl_coef, NO_REFERENCE)
-    fields = c.reward.recipe
+def make_recipe(c: Any, room: int) -> Recipe:
+    """The parts of the reward."""
+    fields = dict(vars(c.reward))
+    kl_coef, kl, _ = (fields.pop(name) for name in ("kl_coef", "kl", "workers"))
+    choice("reward.kl", kl, KL_ESTIMATORS)
+    require(kl_coef == 0 or c.init_from != "", "reward.kl_coef", kl_coef, NO_REFERENCE)
     try:
         return Recipe(**{**fields, "max_length": fields["max_length"] or room})
     except ValueError as error:  # it names the field

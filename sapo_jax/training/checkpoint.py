@@ -45,14 +45,14 @@ class Checkpoints:
         """Start saving a pytree of arrays; on return the caller may donate its buffers.
 
         Args:
-            iteration: number of finished iterations, above that of every checkpoint so far.
-            state: what to save.
-            meta: JSON-able dict (data position, config fingerprint), handed back by `restore`.
-            score: held-out score of this state, higher is better.
+          iteration: number of finished iterations, above that of every checkpoint so far.
+          state: what to save.
+          meta: JSON-able dict, such as the data position, handed back by `restore`.
+          score: held-out score of this state, higher is better.
 
         Raises:
-            ValueError: the iteration is not new, ``meta`` or ``score`` changes in JSON, or the
-                previous save cannot be read back.
+          ValueError: the iteration is not new, ``meta`` or ``score`` changes in JSON, or the
+            previous save cannot be read back.
         """
         given = {"format": FORMAT, "score": None if score is None else float(score), "meta": meta}
         record = json.loads(json.dumps(given, default=str))  # `meta` may change during the save
@@ -80,7 +80,7 @@ class Checkpoints:
         """Return when the last save is committed, read back, and its predecessors are pruned.
 
         Raises:
-            ValueError: what was committed reads back differently; nothing was deleted.
+          ValueError: what was committed reads back differently; nothing was deleted.
         """
         saving, self._saving = self._saving, None
         if saving is not None:
@@ -98,16 +98,16 @@ class Checkpoints:
         """Read a checkpoint back, bit for bit.
 
         Args:
-            iteration: one of the committed, for instance ``latest()``.
-            abstract_state: pytree of `jax.ShapeDtypeStruct`; without a sharding, leaves go to the
-                default device.
+          iteration: one of the committed, for instance ``latest()``.
+          abstract_state: pytree of `jax.ShapeDtypeStruct`; without a sharding, leaves go to the
+            default device.
 
         Returns:
-            The state, of the same pytree type, and the ``meta`` of its save.
+          The state, of the same pytree type, and the ``meta`` of its save.
 
         Raises:
-            ValueError: there is no such checkpoint, it is damaged or another program's, or a
-                name, shape or dtype is not the wanted one.
+          ValueError: there is no such checkpoint, it is damaged or another program's, or a name,
+            shape or dtype is not the wanted one.
         """
         path = self.directory / str(iteration)
         if iteration not in (committed := self._committed()):

@@ -5,20 +5,18 @@ from __future__ import annotations
 import collections
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
 
 import numpy as np
 
-from sapo_jax import rewards, sampler
+from sapo_jax import rewards
 from sapo_jax.data import encode
-from sapo_jax.data import stream as streams
+from sapo_jax.data.stream import slots
 from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.tasks.base import Example
 from sapo_jax.training import bootstrap
-from sapo_jax.training.experience import sample
+from sapo_jax.training.engine import Bundle
 from sapo_jax.training.settings import Settings
-from sapo_jax.types import Rollout
+from sapo_jax.types import Prompts
 
 
 def pass_at_k(correct_P: np.ndarray, samples: int, k: int) -> np.ndarray:
@@ -59,7 +57,7 @@ def summarise(correct_PN: np.ndarray) -> dict[str, float]:
 
 
 def evaluate(
-    sample: Callable[..., Rollout],
+    sample: Callable[[Prompts, list[rewards.Groups]], list[np.ndarray]],
     scorer: rewards.Scorer,
     examples: Sequence[Example],
     tokenizer: Tokenizer,
@@ -68,84 +66,82 @@ def evaluate(
     width: int,
     batch: int,
     names: Sequence[str] = (),
-) -> dict[str, float]:
-    """Metrics of a policy on held-out examples.
+    policies: int = 1,
+) -> list[dict[str, float]]:
+    """Metrics of policies on held-out examples.
 
     Args:
-      sample: ``sample(prompts, on_groups=…)`` draws ``samples`` completions of each of ``batch``
-        prompts, as `sampler.rollout` does.
+      sample: ``sample(prompts, on_groups)`` draws ``samples`` completions of each of ``batch``
+        prompts by each policy, calls the policy's ``on_groups`` as `sampler.rollout` does, and
+        returns the lengths i[B] of each.
       scorer: judges while the next are drawn; correct is what has an accuracy of 1.
       examples: the evaluation set; the last batch is filled up with its own examples.
-      tokenizer: of the policy.
+      tokenizer: of the policies.
       samples: completions per prompt.
       width: tokens of room for a prompt.
       batch: prompts sampled at a time.
       names: of the tasks that ``Example.task`` counts, for metrics of each of them.
+      policies: how many.
 
     Returns:
-      ``eval/pass_at_1``, ``eval/pass_at_<samples>``, each with ``_low`` and ``_high``, and
-      ``eval/length_mean``; with names, ``eval/<name>/pass_at_1`` and so on too.
+      Of each policy ``eval/pass_at_1``, ``eval/pass_at_<samples>``, each with ``_low`` and
+      ``_high``, and ``eval/length_mean``; with names, ``eval/<name>/pass_at_1`` and so on too.
     """
-    judged, lengths = [], []
+    drawn = []
     for start in range(0, len(examples), batch):
         real = list(examples[start : start + batch])
         filled = (real * batch)[:batch]
-        groups = rewards.Groups(scorer, filled, tokenizer)
-        rows = sample(encode.encode_prompts(filled, tokenizer, width), on_groups=groups)
-        judged.append((groups, len(real)))
-        lengths.append(sampler.ends(rows)[0].reshape(batch, samples)[: len(real)])
-    correct_PN = np.array(
-        [
-            verdict.parts["accuracy"] == 1
-            for groups, real in judged
-            for verdict in groups.wait()[: real * samples]
-        ]
-    ).reshape(-1, samples)
-    metrics = summarise(correct_PN)
+        groups = [rewards.Groups(scorer, filled, tokenizer) for _ in range(policies)]
+        lengths = sample(encode.encode_prompts(filled, tokenizer, width), groups)
+        drawn.append((len(real) * samples, groups, lengths))
     task_P = np.array([example.task for example in examples])
-    for k, name in enumerate(names):
-        if (task_P == k).any():
-            own = summarise(correct_PN[task_P == k])
-            metrics |= {key.replace("eval/", f"eval/{name}/"): x for key, x in own.items()}
-    return metrics | {"eval/length_mean": float(np.concatenate(lengths).mean())}
+
+    def of_policy(r):
+        verdicts = [v for rows, groups, _ in drawn for v in groups[r].wait()[:rows]]
+        length_B = np.concatenate([lengths[r][:rows] for rows, _, lengths in drawn])
+        correct_B = np.array([verdict.parts["accuracy"] == 1 for verdict in verdicts])
+        correct_PN = correct_B.reshape(-1, samples)
+        metrics = summarise(correct_PN)
+        for k, name in enumerate(names):
+            if (task_P == k).any():
+                own = summarise(correct_PN[task_P == k])
+                metrics |= {key.replace("eval/", f"eval/{name}/"): x for key, x in own.items()}
+        return metrics | {"eval/length_mean": float(length_B.mean())}
+
+    return [of_policy(r) for r in range(policies)]
 
 
 def held_out(
-    settings: Settings,
-    params: Any,
-    scorer: rewards.Scorer,
-    warm_up: Callable[[str], None] | None = None,
-) -> dict[str, float]:
-    """Metrics on the fixed evaluation set; the same noise at every iteration."""
-    weights = sampler.to_sampler(params, settings.model)
-    draw = partial(sample, settings, weights, iteration=0, domain="eval", warm_up=warm_up)
-    count = settings.config.eval.prompts
-    count = min(settings.eval_batch, count) if warm_up else count
-    return evaluated(settings, draw, scorer, test_set(settings, count))
+    bundle: Bundle, scorer: rewards.Scorer, warm_up: Callable[[str], None] | None = None
+) -> list[dict[str, float]]:
+    """Metrics of each run on the fixed evaluation set; the same noise at every iteration."""
+    engine, run = bundle.engine, bundle.engine.runs[0]
+    weights, count = engine.to_sampler(bundle.state.params), run.config.eval.prompts
+
+    def sample(prompts, on_groups):
+        every, controls = [prompts] * len(on_groups), {"iteration": 0, "domain": "eval"}
+        _, ends = engine.rollout(weights, every, on_groups, warm_up=warm_up, **controls)
+        return [length_B for length_B, _ in ends]
+
+    return evaluate(
+        sample,
+        scorer,
+        test_set(run, min(run.eval_batch, count) if warm_up else count),
+        run.tokenizer,
+        samples=run.config.eval.samples,
+        width=run.width,
+        batch=run.eval_batch,
+        names=tuple(run.tasks) if len(run.tasks) > 1 else (),
+        policies=len(engine.runs),
+    )
 
 
-def test_set(settings: Settings, count: int) -> list[Example]:
+def test_set(run: Settings, count: int) -> list[Example]:
     """The first ``count`` examples of the evaluation set, in the tasks' shares."""
-    parts = collections.Counter(streams.slots(settings.shares, count))
-    sources = list(settings.sources("test").values())
+    parts = collections.Counter(slots(run.shares, count))
+    sources = list(run.sources("test").values())
     return [
         example
         for k in sorted(parts)
-        for example in encode.held_out(sources[k], parts[k], keep=settings.keep, task=k)
+        for example in encode.held_out(sources[k], parts[k], keep=run.keep, task=k)
     ]
-
-
-def evaluated(
-    settings: Settings, draw: Callable[..., Rollout], scorer: rewards.Scorer, chosen: list[Example]
-) -> dict[str, float]:
-    """Metrics of what ``draw`` writes to the chosen examples, see `evaluate`."""
-    return evaluate(
-        draw,
-        scorer,
-        chosen,
-        settings.tokenizer,
-        samples=settings.config.eval.samples,
-        width=settings.width,
-        batch=settings.eval_batch,
-        names=tuple(settings.tasks) if len(settings.tasks) > 1 else (),
-    )

@@ -63,7 +63,7 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "histogram/gate_neg": ("the same for A < 0",),
         "time/iteration": ("from drawing prompts through the last update", "s"),
         "time/rollout": ("sampling; with source=demonstrations, reading", "s"),
-        "time/update": ("updates", "s"),
+        "time/update": ("optimizer updates, alone", "s"),
         "time/tokens_per_second": ("completion tokens ÷ time/iteration", "tokens/s"),
     },
     "source=rollout": {
@@ -78,6 +78,7 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "length/max": ("length of the longest completion", "tokens"),
         "length/truncated": ("share of completions that ran out of room", "share", "near 0"),
         "sampler/weights_moved_bytes": ("parameters sent between devices to sample", "bytes"),
+        "time/logp": ("making minibatches: scoring log π_old and log π_ref, advantages", "s"),
         "time/to_sampler": ("moving parameters to the sampler", "s"),
         "time/score": ("judging, added up over threads", "s"),
         "time/score_exposed": ("waiting for verdicts", "s", "near 0"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
-from etils import epath
+import numpy as np
 
 WALL = ("time/iteration", "time/eval", "time/checkpoint")  # disjoint; their sum is the run's time
 
@@ -46,39 +48,32 @@ class Clock:
         return {f"time/{phase}": value for phase, value in seconds.items()}
 
 
-class Profile:
-    """Traces some iterations with the JAX profiler.
+class Progress:
+    """A bar over iterations with the numbers that matter, and lines above it; a context manager.
 
     Args:
-      directory: where the traces go.
-      first: iteration to trace.
-      count: of iterations; 0: none.
+      total: iterations, of all runs together.
+      description: what stands before the bar.
     """
 
-    def __init__(self, directory: epath.Path, first: int, count: int):
-        self._directory, self._traced = directory, range(first, first + count)
+    def __init__(self, total: int, description: str):
+        self._total, self._description, self._pass_at_1 = total, description, None
 
-    @contextlib.contextmanager
-    def __call__(self, iteration: int) -> Iterator[None]:
-        """Trace what happens inside the context, if it is the iteration's turn."""
-        if iteration not in self._traced:
-            yield
-            return
-        with jax.profiler.trace(str(self._directory)):
-            yield
-
-
-class Progress:
-    """A bar over the iterations of a run with the numbers that matter, and lines above it."""
-
-    def __init__(self, total: int, done: int, description: str):
+    @functools.cached_property
+    def _bar(self) -> Any:
         from tqdm import tqdm
 
-        self._bar = tqdm(
-            total=total, initial=done, desc=description, unit="it", dynamic_ncols=True,
+        return tqdm(
+            total=self._total, desc=self._description, unit="it", dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10, disable=jax.process_index() > 0,
         )  # fmt: skip
-        self._pass_at_1: float | None = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if "_bar" in vars(self):
+            self._bar.close()
 
     def line(self, text: str) -> None:
         """Print a line above the bar."""
@@ -107,9 +102,17 @@ class Progress:
         """One more iteration is done, or several."""
         self._bar.update(count)
 
-    def close(self) -> None:
-        """Leave the bar as it stands."""
-        self._bar.close()
+    def skip(self, count: int) -> None:
+        """Iterations were done before this start; they count for nothing in the speed."""
+        for name in ("initial", "n", "last_print_n"):  # not all of them in a bar that is not shown
+            setattr(self._bar, name, getattr(self._bar, name, 0) + count)
+
+
+def mean_of(records: Sequence[dict]) -> dict[str, float]:
+    """What the bar shows, as means over runs."""
+    keys = ("reward/mean", "policy/loss", "eval/pass_at_1", "length/mean", "time/tokens_per_second")
+    known = [key for key in keys if all(key in record for record in records)]
+    return {key: float(np.mean([record[key] for record in records])) for key in known}
 
 
 def reached(records: list[dict]) -> str:

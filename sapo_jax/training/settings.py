@@ -21,7 +21,6 @@ from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.training import build
 from sapo_jax.training.checks import choice, require
-from sapo_jax.training.config import Config, read
 
 SOURCES = ("rollout", "demonstrations")
 POPULATION_METHODS = ("auto", "map", "vmap", "devices")
@@ -30,6 +29,7 @@ MAY_DIFFER = {
     "log.samples", "log.samples_every", "data.workers", "reward.workers", "distributed.timeout",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",  # but for the last bits
 }  # fmt: skip
+OPEN = {"task", "tasks", "mesh", "template_options"}  # sections read by the names in them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Settings:
 
     Attributes:
       plain: the config as a dictionary, as the run directory stores it.
-      config: the same, typed.
+      config: the same as frozen dataclasses: ``config.batch.prompts``.
       tasks: what the prompts are of, by name.
       shares: of each task in a batch.
       keep: whether an example has room; None where all have.
@@ -51,7 +51,7 @@ class Settings:
     """
 
     plain: dict[str, Any]
-    config: Config
+    config: Any
     tasks: Mapping[str, Task]
     shares: Mapping[str, float]
     recipe: Recipe
@@ -76,6 +76,16 @@ class Settings:
     def sources(self, split: str) -> dict[str, Sequence[Example]]:
         """The examples of each task."""
         return {name: task.examples(split) for name, task in self.tasks.items()}
+
+    def sampling(self, domain: str = "train") -> dict[str, Any]:
+        """The config's arguments of `sampler.rollout`; for "eval", those of the evaluation."""
+        c, common = self.config, {"max_new_tokens": self.max_new_tokens, "seed": self.config.seed}
+        if domain == "train":
+            sizes = {"group_size": c.batch.group_size, "plan": self.plan}
+            return common | sizes | {"temperature": c.sampler.temperature}
+        sizes = {"group_size": c.eval.samples, "plan": self.eval_plan}
+        top = {"top_k": c.eval.top_k, "top_p": c.eval.top_p}
+        return common | sizes | top | {"temperature": c.eval.temperature}
 
     @property
     def supervised(self) -> bool:
@@ -104,13 +114,22 @@ class Settings:
         return self.rows * self.config.batch.oversample
 
 
-def _bounded(c: Config, bound: float, *fields: str) -> None:
+def frozen(values: Mapping[str, Any], name: str = "Config") -> Any:
+    """A config's dictionary as a tree of frozen dataclasses; what is OPEN stays a dictionary."""
+    fields = {
+        key: frozen(value, key) if isinstance(value, dict) and key not in OPEN else value
+        for key, value in values.items()
+    }
+    return dataclasses.make_dataclass(name, fields, frozen=True)(**fields)
+
+
+def _bounded(c: Any, bound: float, *fields: str) -> None:
     for field in fields:
         value = operator.attrgetter(field)(c)
         require(value >= bound and math.isfinite(value), field, value, f"at least {bound}")
 
 
-def _check_numbers(c: Config) -> None:
+def _check_numbers(c: Any) -> None:
     _bounded(
         c, 1, "iterations", "batch.prompts", "batch.group_size", "batch.minibatches",
         "batch.micro_batches", "batch.oversample", "eval.prompts", "eval.samples",
@@ -134,7 +153,7 @@ def _check_numbers(c: Config) -> None:
     require(top_p is None or 0 < top_p <= 1, "eval.top_p", top_p, "in (0, 1], or None")
 
 
-def _check_batch(c: Config) -> None:
+def _check_batch(c: Any) -> None:
     batch, slots = c.batch, c.sampler.slots
     whole = f"a multiple of batch.minibatches={batch.minibatches}: a group stays in one minibatch"
     require(batch.prompts % batch.minibatches == 0, "batch.prompts", batch.prompts, whole)
@@ -163,7 +182,7 @@ def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> 
       ValueError: naming the field, its value and what is allowed.
     """
     plain = json.loads(config.to_json_best_effort())
-    c = read(plain)
+    c = frozen(plain)
     choice("source", c.source, SOURCES)
     choice("advantages", c.advantages, tuple(advantages.ESTIMATORS))
     choice("population.method", c.population.method, POPULATION_METHODS)

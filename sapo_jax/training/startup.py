@@ -1,7 +1,12 @@
-"""What a run starts from: its state, data and reference policy, and its compiled programs."""
+"""Where runs start and stop: their first state or that of a checkpoint, compiled programs, saves.
+
+A run alone has a checkpoint of its state. The runs of a cohort have one together, with a leading
+axis R on every array, and at their end each its own, as a run alone.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,59 +16,126 @@ import numpy as np
 from etils import epath
 
 from sapo_jax import learner, rewards
-from sapo_jax.data import stream as streams
-from sapo_jax.model import hf
-from sapo_jax.model import params as parameters
+from sapo_jax.model import hf, params
 from sapo_jax.parallel import distributed
-from sapo_jax.training import build, checkpoint, evaluation, experience
-from sapo_jax.training import workdir as rundir
+from sapo_jax.training import build, evaluation
+from sapo_jax.training.checkpoint import Checkpoints, restore_params
+from sapo_jax.training.engine import Bundle, Streamed, pick, stack
+from sapo_jax.training.experience import SOURCES, open_stream
 from sapo_jax.training.progress import Clock
 from sapo_jax.training.settings import Settings
+from sapo_jax.training.workdir import read_config, read_metrics
 from sapo_jax.types import TrainState
 
 
 def start(
-    settings: Settings, checkpoints: checkpoint.Checkpoints
-) -> tuple[TrainState, streams.Stream, Any]:
-    """State, data stream and reference policy: of the newest checkpoint, or of a new run."""
-    c, latest = settings.config, distributed.broadcast_from_first(checkpoints.latest())
-    wanted = learner.abstract(settings.hp)
-    to_reference = settings.needs_reference
-    weights = None
-    if c.init_from and (latest is None or to_reference):
-        weights = _place(settings, _weights(settings, wanted.params))
-    stream = experience.open_stream(settings, workers=c.data.workers)
+    engines: Sequence[Any], checkpoints: Checkpoints, *, alone: bool = True
+) -> tuple[list[Bundle], int]:
+    """The engines' runs as they stand, and how many iterations they have done.
+
+    Args:
+      engines: of one run, or of all runs of a cohort.
+      checkpoints: of these runs; the newest one decides.
+      alone: whether they are of one run by itself.
+
+    Raises:
+      ValueError: what is needed cannot be restored.
+    """
+    latest = distributed.broadcast_from_first(checkpoints.latest())
+    given: dict[str, Any] = {}  # read and placed once for all runs that start from it
+
+    def weights(run):
+        if run.config.init_from not in given:
+            given[run.config.init_from] = Streamed(run).place([_weights(run)])
+        return given[run.config.init_from]
+
+    def first(run):
+        begin = weights(run) if run.config.init_from else random_parameters(run)
+        return learner.init(jax.tree.map(jnp.copy, begin), run.hp)  # the reference stays
+
+    runs = [run for engine in engines for run in engine.runs]
+    streams = [open_stream(run, workers=run.config.data.workers) for run in runs]
     if latest is None:
-        start = random_parameters(settings) if weights is None else weights
-        state = learner.init(jax.tree.map(jnp.copy, start), settings.hp)
+        states = [engine.place(map(first, engine.runs)) for engine in engines]
     else:
-        state, meta = checkpoints.restore(latest, wanted)
-        stream.position = meta["position"]
-    reference = weights if to_reference else None
-    return _place(settings, state), stream, reference
+        states, positions = _restore(engines, checkpoints, latest, alone)
+        for stream, position in zip(streams, positions, strict=True):
+            stream.position = position
+    bundles, rest = [], iter(streams)
+    for engine, state in zip(engines, states, strict=True):
+        referred = engine.runs[0].needs_reference
+        reference = engine.place(map(weights, engine.runs)) if referred else None
+        own = tuple(itertools.islice(rest, len(engine.runs)))
+        bundles.append(Bundle(engine, state, reference, own))
+    return bundles, latest or 0
 
 
-def random_parameters(settings: Settings) -> Any:
+def _restore(
+    engines: Sequence[Any], checkpoints: Checkpoints, iteration: int, alone: bool
+) -> tuple[list[TrainState], list[dict]]:
+    """The states of the engines, and the positions of all streams."""
+    wanted = learner.abstract(engines[0].runs[0].hp)
+    if alone:
+        state, meta = checkpoints.restore(iteration, wanted)
+        return [engines[0].place([state])], [meta["position"]]
+    count, where = sum(len(engine.runs) for engine in engines), engines[0].where
+    wanted = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=where), wanted
+    )
+    state, meta = checkpoints.restore(iteration, wanted)
+    state = jax.device_get(state)
+    each = (pick(state, r) for r in range(count))
+    states = [engine.place([next(each) for _ in engine.runs]) for engine in engines]
+    return states, meta["positions"]
+
+
+def save(
+    checkpoints: Checkpoints,
+    iteration: int,
+    bundles: Sequence[Bundle],
+    *,
+    alone: bool,
+    score: float | None = None,
+) -> None:
+    """Start saving what `start` restores; ``score`` is of a run alone."""
+    positions = [stream.position for bundle in bundles for stream in bundle.streams]
+    if alone:
+        checkpoints.save(iteration, bundles[0].state, {"position": positions[0]}, score=score)
+    else:
+        checkpoints.save(iteration, stack(each_state(bundles)), {"positions": positions})
+
+
+def each_state(bundles: Sequence[Bundle]) -> list[TrainState]:
+    """The state of each run, on the host."""
+    return [state for b in bundles for state in b.engine.to_host(b.state)]
+
+
+def keep_last(bundles: Sequence[Bundle], places: Sequence[epath.Path]) -> None:
+    """The last checkpoint of each run of a cohort, in its directory, as a run alone leaves it."""
+    streams = [stream for bundle in bundles for stream in bundle.streams]
+    for state, stream, place in zip(each_state(bundles), streams, places, strict=True):
+        with Checkpoints(place / "checkpoints") as own:
+            iteration = int(state.iteration)
+            if own.latest() != iteration:
+                score = read_metrics(place)[-1].get("eval/pass_at_1")
+                own.save(iteration, state, {"position": stream.position}, score=score)
+
+
+def random_parameters(run: Settings) -> Any:
     """Initial parameters, on a mesh each part where it belongs from the start."""
-    shape, seed, mesh = settings.model, settings.config.seed, settings.mesh
+    shape, seed, mesh = run.model, run.config.seed, run.mesh
     if mesh is None:
-        return parameters.init(shape, seed)
-    places = parameters.shardings(shape, mesh)
-    return jax.jit(parameters.init, static_argnums=0, out_shardings=places)(shape, seed)
+        return params.init(shape, seed)
+    places = params.shardings(shape, mesh)
+    return jax.jit(params.init, static_argnums=0, out_shardings=places)(shape, seed)
 
 
-def _place(settings: Settings, tree: Any) -> Any:
-    """The tree on one device; on a mesh it lies there already."""
-    return jax.device_put(tree, jax.devices()[0]) if settings.mesh is None else tree
-
-
-def _weights(settings: Settings, abstract: Any) -> Any:
+def _weights(run: Settings) -> Any:
     """The parameters that ``init_from`` names: of a Hugging Face directory, or of a run."""
-    c = settings.config
-    source = epath.Path(c.init_from).expanduser()
-    if build.is_hf(c.init_from):
-        return hf.load(source, dtype=c.dtype.params, mesh=settings.mesh)[1]
-    return checkpoint.restore_params(source / "checkpoints", abstract)
+    source = epath.Path(run.config.init_from).expanduser()
+    if build.is_hf(run.config.init_from):
+        return hf.load(source, dtype=run.config.dtype.params, mesh=run.mesh)[1]
+    return restore_params(source / "checkpoints", learner.abstract(run.hp).params)
 
 
 def check_shared(workdir: epath.Path, config: dict) -> None:
@@ -73,7 +145,7 @@ def check_shared(workdir: epath.Path, config: dict) -> None:
       RuntimeError: naming them.
     """
     distributed.any_process(False)  # stored before any of them looks
-    strange = distributed.all_gather(np.array(rundir.read_config(workdir) != config))
+    strange = distributed.all_gather(np.array(read_config(workdir) != config))
     if strange.any():
         raise RuntimeError(
             f"processes {np.flatnonzero(strange).tolist()} have another config than process 0 "
@@ -82,23 +154,21 @@ def check_shared(workdir: epath.Path, config: dict) -> None:
         )
 
 
-def warm_up(
-    settings: Settings,
-    state: TrainState,
-    reference: Any,
-    scorer: rewards.Scorer,
-    notes: Sequence[Callable[[str], None]],
-) -> None:
-    """Compile every program by one iteration and one evaluation on completions of length 0."""
+def warm_up(bundles: Sequence[Bundle], scorer: rewards.Scorer, note: Callable[[str], None]) -> None:
+    """Compile every program by one iteration and one evaluation on completions of length 0.
 
-    def note(text):
-        for each in notes:
-            each(f"compiling: {text}")
+    Runs whose hyperparameters differ in values only share theirs.
+    """
+    kinds = {jax.tree.structure(bundle.engine.hp): bundle for bundle in reversed(bundles)}
+    for bundle in kinds.values():
+        engine, config = bundle.engine, bundle.engine.runs[0].config
+        fresh = bundle._replace(streams=tuple(map(open_stream, engine.runs)))
 
-    examples = experience.open_stream(settings)
-    collect = experience.SOURCES[settings.config.source]
-    got = collect(settings, state.params, reference, examples, 0, Clock(), scorer, note)
-    note("update")
-    learner.learn(jax.tree.map(jnp.copy, state), got.minibatches, settings.hp)
-    if settings.config.eval.every:
-        evaluation.held_out(settings, state.params, scorer, note)
+        def say(text):
+            note(f"compiling: {text}")
+
+        got = SOURCES[config.source](fresh, 0, Clock(), scorer, say)()
+        say("update")
+        engine.learn(jax.tree.map(jnp.copy, bundle.state), got.minibatches)
+        if config.eval.every:
+            evaluation.held_out(bundle, scorer, say)

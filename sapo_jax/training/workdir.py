@@ -38,7 +38,7 @@ def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset
     """Refuse to go on with a run under another config than it was started with.
 
     Raises:
-        ValueError: a dotted key that is not in ``may_differ`` has another value than is stored.
+      ValueError: a dotted key that is not in ``may_differ`` has another value than is stored.
     """
     stored = read_config(workdir)
     if stored is None:
@@ -121,7 +121,7 @@ def read_metrics(workdir: epath.PathLike) -> list[dict]:
     """All records in order; a last line that was cut off in a copy is ignored.
 
     Raises:
-        ValueError: any other line is broken.
+      ValueError: any other line is broken.
     """
     parts = _numbered(normal(workdir) / "metrics", "part")
     return [r for n, p in parts.items() for r in _read_lines(p, may_be_cut=n == max(parts))]

@@ -80,6 +80,8 @@ def test_hyperparameters_of_all_members_are_reached():
     assert dapo.hyperparameters["eps_high"] == 0.3
     assert dapo.hyperparameters["eps_low"] == 0.05
     assert sapo == OBJECTIVES["sapo"]
+    mean = dataclasses.replace(chosen, aggregation="token_mean")
+    assert [member.aggregation for member in mean.members] == ["token_mean"] * 3
 
 
 def test_members_may_be_variants_of_one_preset(arrays):

@@ -14,6 +14,7 @@ from sapo_jax.parallel import sharding
 from sapo_jax.sampler import Plan, decode, decode_state, sampling
 from sapo_jax.sampler.weights import partition_specs
 from sapo_jax.training import checkpoint, settings, startup
+from sapo_jax.training.engine import Streamed
 from sapo_jax.types import Batch
 from tests import fakes, tiny_config
 
@@ -315,9 +316,9 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     for mesh in ({"data": 2, "fsdp": 4}, {"data": -1}, {}):
         checked = resolved(**mesh)
         with checkpoint.Checkpoints(tmp_path / "checkpoints") as checkpoints:
-            state, _, _ = startup.start(checked, checkpoints)
-        assert int(state.iteration) == 1
-        _, terms = learner.update(state, sharding.place(batch, checked.mesh), checked.hp)
+            (bundle,), _ = startup.start([Streamed(checked)], checkpoints)
+        assert int(bundle.state.iteration) == 1
+        _, terms = learner.update(bundle.state, sharding.place(batch, checked.mesh), checked.hp)
         loss, metrics = finish(terms)
         numbers = {k: v for k, v in metrics.items() if not k.startswith("histogram")}
         results.append(jax.device_get({"loss": loss, **numbers}))

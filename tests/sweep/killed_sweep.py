@@ -6,14 +6,15 @@ import sys
 
 import jax
 
-from sapo_jax.sweep import cohorts, population, schedule
+from sapo_jax.learner import step
+from sapo_jax.sweep import cohorts, schedule
 from tests import tiny_sweep
 
 
 def main(workdir: str, number: int) -> None:
     """Run, and die in the update."""
     jax.config.update("jax_platforms", "cpu")
-    update, calls = population.update, [0]
+    update, calls = step.update, [0]
 
     def counted(*arguments, **options):
         out = update(*arguments, **options)
@@ -23,7 +24,7 @@ def main(workdir: str, number: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return out
 
-    population.update = counted
+    step.update = counted
     parts = cohorts.make(tiny_sweep.get_config(), tiny_sweep.get_sweep(), most=3)
     schedule.run(parts, workdir)
 

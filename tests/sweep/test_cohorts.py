@@ -6,6 +6,7 @@ import pytest
 from sapo_jax import learner
 from sapo_jax.axes import axis, product, zip_
 from sapo_jax.sweep import cohorts
+from sapo_jax.sweep.population import hyperparameters
 from tests import tiny_config
 
 
@@ -31,7 +32,7 @@ def test_what_is_traced_shares_and_what_is_not_separates():
         "batch.group_size=2,seed=0,objective.tau_neg=1.0,learner.learning_rate=0.001,"
         "sampler.temperature=0.8"
     )
-    hp = small.hp
+    hp = hyperparameters(small.runs)
     np.testing.assert_allclose(hp.temperature, [1.0, 0.8] * 8)
     np.testing.assert_allclose(hp.learning_rate[:4], [1e-3, 1e-3, 1e-2, 1e-2])
     np.testing.assert_allclose(hp.objective.hyperparameters["tau_neg"][:8], [1.0] * 4 + [2.0] * 4)
@@ -46,7 +47,7 @@ def test_objectives_become_a_switch():
         axis("objective.tau_pos", None, None, None, 2.0),
     )
     (cohort,) = cohorts.make(base(), sweep)
-    held = cohort.hp.objective.hyperparameters
+    held = hyperparameters(cohort.runs).objective.hyperparameters
     np.testing.assert_array_equal(held["index"], [0, 1, 2, 0])
     assert held["index"].dtype == np.int32
     assert held["sapo.tau_pos"][3] == 2
@@ -71,8 +72,9 @@ def test_large_cohorts_are_cut_evenly():
 def test_hyperparameters_share_one_form():
     """What jit sees is the same for every cut of a cohort: arrays, and the same static fields."""
     a, b = cohorts.make(base(), axis("learner.learning_rate", 1e-3, 2e-3, 3e-3, 4e-3), most=2)
-    assert isinstance(a.hp, learner.Hyperparameters)
-    same = [x.dtype == y.dtype == np.float32 for x, y in zip(*_leaves(a.hp, b.hp), strict=True)]
+    both = [hyperparameters(cohort.runs) for cohort in (a, b)]
+    assert isinstance(both[0], learner.Hyperparameters)
+    same = [x.dtype == y.dtype == np.float32 for x, y in zip(*_leaves(*both), strict=True)]
     assert all(same)
 
 

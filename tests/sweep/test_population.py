@@ -1,23 +1,24 @@
 """Populations: a run among others is the run alone, nothing compiles twice, resume, grouping."""
 
 import json
+import threading
 
 import jax
 import numpy as np
 import pytest
 
-from sapo_jax import axes, learner, objectives, rewards, sampler, train
+from sapo_jax import axes, learner, objectives, rewards, train
+from sapo_jax.learner import step
 from sapo_jax.model import params
 from sapo_jax.sampler import sampling
-from sapo_jax.sweep import cohorts, population, schedule, vectorize
-from sapo_jax.sweep import experience as joint
-from sapo_jax.sweep import train as cohort_run
-from sapo_jax.sweep.vectorize import pick, stack
-from sapo_jax.training import experience
-from sapo_jax.training import workdir as rundir
+from sapo_jax.sweep import cohorts, rollouts, schedule
+from sapo_jax.sweep.population import Population, hyperparameters, to_sampler, vmapped
+from sapo_jax.training import experience, startup
+from sapo_jax.training.engine import Bundle, Streamed, pick, stack
 from sapo_jax.training.lease import Lease
 from sapo_jax.training.progress import Clock
-from sapo_jax.types import Rollout
+from sapo_jax.training.workdir import read_metrics
+from sapo_jax.types import Rollout, TrainState
 from tests import fakes, tiny_sweep
 from tests.sampler.test_engine import G, N, P, T, peaked, perturbed_logits, roll
 from tests.test_train import digest, final_state, records
@@ -45,6 +46,8 @@ class Bar:
     def step(self, count):
         self.steps += count
 
+    skip = step
+
     def note(self, text):
         self.notes.append(text)
 
@@ -57,15 +60,16 @@ def together(tmp_path_factory):
     """A population of three for 10 iterations; what it compiled, and what after its start."""
     workdir = tmp_path_factory.mktemp("together")
     (cohort,) = cohorts.make(base(), RUNS)
-    bar, late, warm_up = Bar(), fakes.Compilations(), cohort_run._warm_up
+    bar, late, warm_up = Bar(), fakes.Compilations(), startup.warm_up
+    jax.clear_caches()  # of programs that other tests have compiled
 
     def counted(*arguments):
         warm_up(*arguments)
         late.__enter__()
 
     with pytest.MonkeyPatch.context() as patch, fakes.Compilations() as compiled:
-        patch.setattr(cohort_run, "_warm_up", counted)
-        assert cohort_run.run(cohort, workdir, bar)
+        patch.setattr(startup, "warm_up", counted)
+        assert schedule.run_cohort(cohort, workdir, bar)
         late.__exit__()
     return workdir, cohort, bar, compiled, late
 
@@ -81,8 +85,8 @@ def alone(together, tmp_path_factory):
 def test_a_run_of_a_map_is_bitwise_the_run_alone(together, alone):
     """Over 10 iterations, through both sizes of the cache: metrics, samples, last checkpoint.
 
-    A fusion across the loop over the runs, the noise or data order of another run, a learning rate
-    that all share: each shows in the first update at the latest.
+    The noise or data order of another run, a learning rate that all share, rows that another run's
+    verdicts judge: each shows in the first update at the latest.
     """
     workdir, cohort, *_ = together
     assert cohort.method == "map"
@@ -90,7 +94,7 @@ def test_a_run_of_a_map_is_bitwise_the_run_alone(together, alone):
     found, expected = records(among), records(alone)
     assert len(found) == 11
     assert found == expected
-    every = [[set(r) for r in rundir.read_metrics(place)] for place in (among, alone)]
+    every = [[set(r) for r in read_metrics(place)] for place in (among, alone)]
     assert every[0] == every[1]  # phases that are timed, too
     assert all(r["grad/norm"] > 0 and r["length/max"] > 20 for r in found[1:])
     assert digest(among) == digest(alone)
@@ -105,7 +109,8 @@ def test_a_run_of_a_map_is_bitwise_the_run_alone(together, alone):
 def test_each_program_compiles_once(together):
     """For all runs, iterations and evaluations, and nothing compiles after the start."""
     *_, compiled, late = together
-    for program in ("_convert", "rollout", "split", "learn_from", "update", "_finish"):
+    learner_s = ("split_rows", "select_rows", "make_minibatches", "update", "finish_iteration")
+    for program in ("convert", "batch_of", *learner_s):
         assert compiled.names[program] == 1, compiled.names
     assert late.count == 0
 
@@ -113,22 +118,22 @@ def test_each_program_compiles_once(together):
 def test_every_run_has_its_own_values(together):
     """Runs of other seeds and learning rates differ, from the first iteration on."""
     workdir, cohort, bar, *_ = together
-    first = [rundir.read_metrics(workdir / name)[1] for name in cohort.names]
+    first = [read_metrics(workdir / name)[1] for name in cohort.names]
     assert len({r["policy/loss"] for r in first}) == 3
     rates = [r["learning_rate"] for r in first]
     np.testing.assert_allclose(rates, [0.8e-4, 1e-4, 1.2e-4], rtol=1e-6)
     assert bar.steps == 30
-    means = [r["reward/mean"] for r in (rundir.read_metrics(workdir / n)[-1] for n in cohort.names)]
+    means = [r["reward/mean"] for r in (read_metrics(workdir / n)[-1] for n in cohort.names)]
     assert bar.shown[-1]["reward/mean"] == pytest.approx(np.mean(means))
 
 
 def test_a_population_goes_on_where_it_stopped(together, tmp_path):
     """5 iterations, then again for 10: one checkpoint holds parameters and positions of all."""
     (short,) = cohorts.make(base(iterations=5), RUNS)
-    assert cohort_run.run(short, tmp_path, Bar())
+    assert schedule.run_cohort(short, tmp_path, Bar())
     whole, cohort, *_ = together
     bar = Bar()
-    assert cohort_run.run(cohort, tmp_path, bar)
+    assert schedule.run_cohort(cohort, tmp_path, bar)
     assert bar.steps == 30
     for name in cohort.names:
         assert records(tmp_path / name) == records(whole / name)
@@ -140,7 +145,7 @@ def test_a_directory_of_another_population_is_refused(together):
     workdir, cohort, *_ = together
     (other,) = cohorts.make(base(**{"advantages": "mean"}), RUNS)
     with pytest.raises(ValueError, match="advantages: stored 'group', given 'mean'"):
-        cohort_run.run(other, workdir, Bar())
+        schedule.run_cohort(other, workdir, Bar())
     assert other.names == cohort.names
 
 
@@ -148,7 +153,7 @@ def rows_of(checked, seed):
     """A rollout of random completions of the next prompts, as the sampler would return it."""
     rng = np.random.default_rng(seed)
     stream = experience.open_stream(checked)
-    asked = experience.ask(checked, stream, rewards.Scorer(checked.task))
+    asked = experience.next_query(checked, stream, rewards.Scorer(checked.task))
     b, s = checked.sampled, checked.width + checked.max_new_tokens
     group_size = checked.config.batch.group_size
     length_B1 = np.repeat(asked.prompts.length, group_size)[:, None]
@@ -168,60 +173,100 @@ def rows_of(checked, seed):
     )
 
 
-def test_dynamic_sampling_is_that_of_the_run_alone(monkeypatch):
+@pytest.fixture
+def given(monkeypatch):
+    """Two runs whose engines sample what they are given; the runs, and whether each has sampled."""
+    fields = {"batch.oversample": 2, "batch.prompts": 6}
+    (cohort,) = cohorts.make(base(**fields), axes.axis("seed", 3, 4))
+    drawn = [rows_of(checked, seed) for seed, checked in enumerate(cohort.runs)]
+    sampled = [threading.Event() for _ in drawn]
+
+    def rollout(self, weights, prompts, on_groups, **_):
+        index = [cohort.runs.index(run) for run in self.runs]
+        rows = [drawn[i] for i in index]
+        for groups, own in zip(on_groups, rows, strict=True):
+            rollouts.report(groups, own, 4)
+        for i in index:
+            sampled[i].set()
+        return jax.device_put(self.join(rows)), [(x.mask.sum(-1), x.finished) for x in rows]
+
+    for kind in (Population, Streamed):
+        monkeypatch.setattr(kind, "to_sampler", lambda *_: None)
+        monkeypatch.setattr(kind, "rollout", rollout)
+    return cohort, sampled
+
+
+def bundle_of(engine):
+    streams = tuple(map(experience.open_stream, engine.runs))
+    return Bundle(engine, TrainState(None, None, None, None), None, streams)
+
+
+def test_dynamic_sampling_is_that_of_the_run_alone(given):
     """Twice the prompts are drawn; of each run, its own first informative groups are kept.
 
     Rows chosen by another run's rewards, or masks that are not carried along, would show.
     """
-    fields = {"batch.oversample": 2, "batch.prompts": 6}
-    (cohort,) = cohorts.make(base(**fields), axes.axis("seed", 3, 4))
-    given = [rows_of(checked, seed) for seed, checked in enumerate(cohort.runs)]
-    streams = [experience.open_stream(checked) for checked in cohort.runs]
-    for module in (population, sampler):
-        monkeypatch.setattr(module, "to_sampler", lambda *a, **k: None)
-    monkeypatch.setattr(population, "rollout", lambda *a, **k: jax.device_put(stack(given)))
-    live_R = np.ones(2, bool)
+    cohort, _ = given
     with rewards.Scorer(cohort.lead.task, cohort.lead.recipe) as scorer:
-        got = joint.from_rollout(cohort, live_R, None, None, streams, 1, Clock(), scorer)
+        both = bundle_of(Population(cohort.runs, "vmap"))
+        got = experience.from_rollout(both, 1, Clock(), scorer)()
         for r, checked in enumerate(cohort.runs):
-            stream = experience.open_stream(checked)
-
-            def rollout(*arguments, r=r, on_groups, **options):
-                joint.hand_over(on_groups, given[r], 4)
-                return jax.device_put(given[r])
-
-            monkeypatch.setattr(sampler, "rollout", rollout)
-            own = experience.from_rollout(checked, None, None, stream, 1, Clock(), scorer)
-            assert got.metrics[r] == own.metrics
-            assert got.samples[r] == own.samples
+            own = experience.from_rollout(bundle_of(Streamed(checked)), 1, Clock(), scorer)()
+            assert got.metrics[r] == own.metrics[0]
+            assert got.samples[r] == own.samples[0]
             for among, alone in zip(got.minibatches, own.minibatches, strict=True):
                 jax.tree.map(np.testing.assert_array_equal, pick(among, r), alone)
-    assert own.metrics["advantage/kept_groups"] == 1
-    assert own.metrics["advantage/zero_groups"] == 3 / 12
+    assert own.metrics[0]["advantage/kept_groups"] == 1
+    assert own.metrics[0]["advantage/zero_groups"] == 3 / 12
+
+
+def test_the_next_run_is_sampled_while_rows_are_judged(given, monkeypatch):
+    """The verdicts on the first run wait for it; a loop that waits for them first would stand."""
+    (cohort, (_, second)), judge = given, rewards.judge
+
+    def waits(*arguments):
+        assert second.wait(60)
+        return judge(*arguments)
+
+    monkeypatch.setattr(rewards, "judge", waits)
+    monkeypatch.setattr(Streamed, "learn", lambda _, state, minibatches: (state, [{}]))
+    with rewards.Scorer(cohort.lead.task, cohort.lead.recipe) as scorer:
+        bundles = [bundle_of(Streamed(checked)) for checked in cohort.runs]
+        _, found, _ = train._iterate(bundles, 1, Clock(), scorer)
+    assert [r["iteration"] for r in found] == [1, 1]
+
+
+def arguments_of(policies, seed, live_R=(True, True)):
+    """What `rollouts.rollout` takes, for one policy or two."""
+    config, weights = policies
+    return (
+        np.array(live_R), to_sampler(stack(weights), config), config,
+        stack([fakes.prompts(P, N)] * len(weights)),
+        rollouts.base_keys(np.full(len(weights), seed, np.uint32), "train", np.int32(3)),
+        stack([sampling.controls(1.0)] * len(weights)), np.int32(3),
+    )  # fmt: skip
 
 
 def test_vmap_samples_the_same_up_to_near_ties(peaked):
-    """Two policies at once, through three sizes of the cache: rows leave at near-ties only."""
+    """Two policies at once, through three sizes of the cache: rows leave at near-ties only.
+
+    The warm-up samples runs that are not live: they end with their first token.
+    """
     config, weights = peaked
     policies = [weights, fakes.perturbed(weights, 0.01, seed=2)]
-    prompts, live_R = fakes.prompts(P, N), np.ones(2, bool)
-    fast = population.to_sampler(live_R, stack(policies), config, method="vmap")
-    among = jax.device_get(
-        population.rollout(
-            live_R, fast, config, stack([prompts] * 2),
-            population.base_keys(np.array([11, 11], np.uint32), "train", np.int32(3)),
-            stack([sampling.controls(1.0)] * 2), np.int32(3), group_size=G, max_new_tokens=T,
-            cache=(3, 9, T), truncate=False, method="vmap",
-        )
-    )  # fmt: skip
+    static = {"group_size": G, "max_new_tokens": T, "cache": (3, 9, T), "truncate": False}
+    among = jax.device_get(rollouts.rollout(*arguments_of((config, policies), 11), **static))
+    dead = rollouts.rollout(*arguments_of((config, policies), 11, (True, False)), **static)
+    np.testing.assert_array_equal(dead.mask[0], among.mask[0])
+    assert dead.mask[1].sum(-1).max() == 1
     for r, policy in enumerate(policies):
-        alone, other = roll((config, policy), prompts), pick(among, r)
+        alone, other = roll((config, policy), fakes.prompts(P, N)), pick(among, r)
         differs = np.flatnonzero((other.tokens != alone.tokens).any(-1))
         assert len(differs) <= 0.01 * len(other.tokens)
         for row in differs:
             at = int(np.argmax(other.tokens[row] != alone.tokens[row]))
-            sample = (alone.prompt_id[row], alone.sample_index[row])
-            best = perturbed_logits((config, policy), alone.tokens[row], prompts, sample, at, 1.0)
+            drawn = (fakes.prompts(P, N), (alone.prompt_id[row], alone.sample_index[row]))
+            best = perturbed_logits((config, policy), alone.tokens[row], *drawn, at, 1.0)
             assert best[-1] - best[-2] < 1e-3
         same = np.setdiff1d(np.arange(len(other.tokens)), differs)
         np.testing.assert_array_equal(other.mask[same], alone.mask[same])
@@ -232,15 +277,9 @@ def test_vmap_samples_the_same_up_to_near_ties(peaked):
 def test_vmap_of_decoding_selects_no_caches(peaked):
     """A loop whose predicate has the axis R would copy every cache at each step by a select."""
     config, weights = peaked
-    live_R = np.ones(2, bool)
-    both = population.to_sampler(live_R, stack([weights, weights]), config, method="vmap")
-    arguments = (
-        live_R, both, config, stack([fakes.prompts(P, N)] * 2),
-        population.base_keys(np.zeros(2, np.uint32), "train", np.int32(1)),
-        stack([sampling.controls(1.0)] * 2), np.int32(1),
-    )  # fmt: skip
     static = {"group_size": G, "max_new_tokens": T, "cache": (T,), "truncate": False}
-    text = population.rollout.trace(*arguments, **static, method="vmap").lower().as_text()
+    arguments = arguments_of((config, [weights, weights]), 0)
+    text = rollouts.rollout.trace(*arguments, **static).lower().as_text()
     cache = f"2x{P}x{G}x{config.num_key_value_heads}x{T}x{config.head_dim}xf32"
     assert cache in text
     selected = [line for line in text.splitlines() if "stablehlo.select" in line and cache in line]
@@ -259,9 +298,8 @@ def test_the_first_update_under_vmap(together):
         batch = jax.tree.map(lambda x: x[:16], experience.batch_of(rollout))
         advantages = np.random.default_rng(3).standard_normal(16).astype(np.float32)
         batches.append(batch.replace(advantages=advantages))
-    live_R = np.ones(3, bool)
-    arguments = (live_R, stack(states), stack(batches), cohort.hp)
-    after, metrics = jax.device_get(population.update(*arguments, method="vmap"))
+    arguments = (stack(states), stack(batches), hyperparameters(cohort.runs))
+    after, metrics = jax.device_get(vmapped(learner.update, None, (0,))(*arguments))
     for r, (state, batch, checked) in enumerate(zip(states, batches, cohort.runs, strict=True)):
         start = jax.device_get(state.params)
         wanted, own = jax.device_get(learner.update(state, batch, checked.hp))
@@ -279,40 +317,66 @@ def test_a_switch_gives_each_run_its_own_objective(rng):
     """Loss and gradient of each run are those of its own objective."""
     logp, old = (-rng.random((4, 6)).astype(np.float32) for _ in range(2))
     advantages, mask = rng.standard_normal(4).astype(np.float32), rng.random((4, 6)) < 0.8
-    named = [
-        ("sapo", objectives.resolve("sapo", tau_neg=3.0)),
-        ("gspo", objectives.resolve("gspo")),
-        ("dr_grpo", objectives.resolve("dr_grpo", max_length=6)),
-        ("sapo", objectives.resolve("sapo", tau_pos=0.5)),
-    ]
-    all_R = vectorize.values(population.as_one(named))
+    runs = axes.zip_(
+        axes.axis("objective.name", "sapo", "gspo", "dr_grpo", "sapo"),
+        axes.axis("objective.tau_neg", 3.0, None, None, None),
+        axes.axis("objective.tau_pos", None, None, None, 0.5),
+        axes.axis("objective.max_length", None, None, 6.0, None),
+    )
+    (cohort,) = cohorts.make(base(), runs)
 
     def loss(logp, objective):
         return objectives.policy_loss(objective, logp, old, advantages, mask)[0]
 
     one = jax.value_and_grad(loss)
-    found = vectorize.over("map", np.ones(4, bool), lambda o: one(logp, o), all_R)
-    for r, (_, objective) in enumerate(named):
+    all_R = hyperparameters(cohort.runs).objective
+    found = jax.jit(jax.vmap(one, (None, 0)))(logp, all_R)
+    for r, checked in enumerate(cohort.runs):
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7),
             pick(found, r),
-            one(logp, objective),
+            one(logp, checked.hp.objective),
         )
 
 
-def test_runs_that_are_not_live_cost_nothing_and_give_zeros():
-    """The warm-up compiles on them: a run that was computed would show by its calls."""
-    calls = []
+def test_a_population_by_vmap_goes_on_where_it_stopped(tmp_path):
+    """A cohort of two objectives, whole and in two parts: bit for bit, and nothing compiles late.
 
-    def function(x):
-        jax.debug.callback(lambda _: calls.append(1), x)
-        return x + 1
+    Both runs learn, each by its own objective and in its own directory.
+    """
+    fields = {"population.method": "vmap", "model.num_hidden_layers": 1, "checkpoint.every": 1}
+    times = {"eval.every": 1, "batch.minibatches": 1, "sampler.max_new_tokens": 24}
+    runs = axes.product(axes.axis("objective.name", "sapo", "grpo"), axes.axis("seed", 3))
+    late, warm_up = fakes.Compilations(), startup.warm_up
 
-    live_R = np.array([True, False, True])
-    found = vectorize.over("map", live_R, function, np.arange(3.0))
-    jax.effects_barrier()
-    np.testing.assert_array_equal(found, [1, 0, 3])
-    assert len(calls) == 2
+    def counted(*arguments):
+        warm_up(*arguments)
+        late.__enter__()
+
+    def trained(iterations, place):
+        (cohort,) = cohorts.make(base(**fields, **times, iterations=iterations), runs)
+        assert schedule.run_cohort(cohort, place, Bar())
+        return cohort
+
+    trained(1, tmp_path / "parts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(startup, "warm_up", counted)
+        cohort = trained(2, tmp_path / "parts")
+    late.__exit__()
+    assert late.count == 0
+    trained(2, tmp_path / "whole")
+    for name, checked in zip(cohort.names, cohort.runs, strict=True):
+        places = [tmp_path / whole / name for whole in ("parts", "whole")]
+        found, expected = map(records, places)
+        assert found == expected
+        assert [r["iteration"] for r in found] == [0, 1, 2]
+        assert all(r["grad/norm"] > 0 for r in found[1:])
+        (state, meta), (wanted, wanted_meta) = (final_state(place, checked) for place in places)
+        jax.tree.map(np.testing.assert_array_equal, state, wanted)
+        assert meta == wanted_meta
+    sapo, grpo = (records(tmp_path / "whole" / name)[1] for name in cohort.names)
+    assert sapo["reward/mean"] == grpo["reward/mean"]
+    assert sapo["policy/loss"] != grpo["policy/loss"]
 
 
 @pytest.mark.slow
@@ -354,11 +418,11 @@ def kill(patch, module, name, calls):
 
 
 KILLS = [
-    (population, "update", 3),  # in the first iteration, before any checkpoint
-    (population, "update", 9),  # in iteration 4, after the checkpoint of iteration 2
-    (rundir, "read_metrics", 2),  # between the last checkpoints of the first cohort's runs
+    (step, "update", 3),  # in the first iteration, before any checkpoint
+    (step, "update", 23),  # of the second run in iteration 4, after the checkpoint of iteration 2
+    (startup, "read_metrics", 2),  # between the last checkpoints of the first cohort's runs
     (train, "report", 3),
-    (rundir, "write_samples", 5),  # in the second cohort
+    (train, "write_samples", 5),  # in the second cohort
 ]
 
 

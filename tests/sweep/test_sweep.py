@@ -20,7 +20,7 @@ ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu"}
 def test_sigkill_loses_and_repeats_no_run(tmp_path):
     """Killed in each cohort, then completed by the command: as the command without any kill."""
     killed = [sys.executable, "-m", "tests.sweep.killed_sweep", str(tmp_path / "killed")]
-    for number in (7, 12):  # of 8 updates a cohort, after 2 for the warm-up
+    for number in (17, 25):  # of 24 updates a cohort, after 2 for the warm-up
         done = subprocess.run([*killed, str(number)], env=ENVIRONMENT, check=False)
         assert done.returncode == -signal.SIGKILL
     for name in ("killed", "whole"):

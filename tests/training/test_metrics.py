@@ -8,13 +8,13 @@ from sapo_jax.training.metrics import METRICS
 
 CHECKED = {
     "": "test_train", "source=rollout": "test_train", "eval.every": "test_train",
-    "checkpoint.every": "test_train", "reward.format": "test_train",
-    "reward.overlong": "test_train", "reward.repetition": "test_train",
-    "objective.kl_coef or reward.kl_coef": "test_train", "batch.oversample": "test_train",
+    "checkpoint.every": "test_train", "batch.oversample": "test_train",
+    "objective.kl_coef or reward.kl_coef": "test_train",
     "correction.name": "test_train", "tasks": "test_build", "an evaluation, tasks": "test_build",
     "a model with experts": "test_routing", "a model with experts, source=rollout": "test_routing",
     "learner.router_aux_coef": "test_routing", "an evaluation": "test_export",
     "sapo_jax.evaluate": "test_export",
+    **dict.fromkeys((f"reward.{part}" for part in rewards.PARTS[1:]), "test_train"),
 }  # fmt: skip
 
 

@@ -1,0 +1,121 @@
+"""Rollouts of R runs as one program."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from sapo_jax import rewards
+from sapo_jax.model.config import ModelConfig
+from sapo_jax.parallel import sharding
+from sapo_jax.sampler import SamplerParams, decode, decode_state, sampling
+from sapo_jax.sampler.decode_state import DecodeState
+from sapo_jax.types import Prompts, Rollout
+
+BY_RUN = PartitionSpec("run")
+
+
+@partial(jax.jit, static_argnames="domain")
+def base_keys(seed_R: jax.Array, domain: str, iteration: jax.Array) -> jax.Array:
+    """`sampling.base_key` of R runs."""
+    return jax.vmap(lambda seed: sampling.base_key(seed, domain, iteration))(seed_R)
+
+
+def report(groups: rewards.Groups, rows: Rollout, group_size: int) -> None:
+    """Have all completions of a rollout on the host judged."""
+    tokens_BS, count_B = rows.tokens, rows.mask.sum(-1)
+    start_B = rows.mask.argmax(-1)
+    index_BT = start_B[:, None] + np.arange(max(1, count_B.max()))
+    index_BT = np.minimum(index_BT, tokens_BS.shape[1] - 1)
+    completions_BT = np.take_along_axis(tokens_BS, index_BT, 1)
+    columns = (completions_BT, count_B, rows.finished)
+    grouped = [x.reshape(-1, group_size, *x.shape[1:]) for x in columns]
+    groups(np.arange(len(grouped[0])), *grouped)
+
+
+# A decoding state with an axis R on everything but the clock, which all runs share.
+RUNS = DecodeState(**{**dict.fromkeys(DecodeState.__dataclass_fields__, 0), "clock": None})
+
+
+def decode_runs(params, config, controls, state, until, *, truncate) -> DecodeState:
+    """`decode.decode` for R runs at once, to the end of them all.
+
+    The predicate is reduced over the runs: under `jax.vmap` a loop whose predicate has their axis
+    would select, at each step, between the old and the new of everything, caches included. The
+    steps of a run that has finished change none of its results.
+    """
+
+    def advance(params, controls, state):
+        return decode.step(params, config, controls, truncate, state)
+
+    step = jax.vmap(advance, in_axes=(0, 0, RUNS), out_axes=RUNS)
+    return jax.lax.while_loop(
+        lambda s: (s.clock < until) & ~jnp.all(s.done), lambda s: step(params, controls, s), state
+    )
+
+
+@partial(
+    jax.jit,
+    static_argnames=("config", "group_size", "max_new_tokens", "cache", "truncate", "mesh"),
+)
+def rollout(
+    live_R: jax.Array,
+    params: SamplerParams,
+    config: ModelConfig,
+    prompts: Prompts,
+    base_R: jax.Array,
+    controls: sampling.Controls,
+    iteration: jax.Array,
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    cache: tuple[int, ...],
+    truncate: bool,
+    mesh: Mesh | None = None,
+) -> Rollout:
+    """`sampler.rollout` of R runs, as one program: all prompts at once, no slot is refilled.
+
+    Args:
+      live_R: bool[R]; other runs end with their first token.
+      params, config, prompts: as there, of R runs.
+      base_R: key[R], from `base_keys`.
+      controls: from `sampling.controls`, of R runs.
+      iteration: i32[], of the policies.
+      group_size, max_new_tokens: as there.
+      cache: sizes of the completion cache, ascending (see `sampler.Plan`).
+      truncate: whether top_k and top_p apply.
+      mesh: over which the runs are split.
+
+    Returns:
+      Rollout with a leading axis R.
+    """
+    p, width = prompts.tokens.shape[1:]
+    every, none = jnp.arange(p, dtype=jnp.int32), np.iinfo(np.int32).max
+
+    shape = decode_state.Shape(p, cache[0], p, width, group_size, max_new_tokens)
+
+    def start(params, prompts, base, controls):
+        state = decode_state.empty(config, shape)
+        arguments = (params, config, prompts, base, controls, state, every, every)
+        return decode.prefill(*arguments, truncate=truncate)
+
+    def end(state, prompts):
+        return decode_state.to_rollout(config, state.results, prompts, iteration)
+
+    def all_of(live_R, params, prompts, base_R, controls):
+        state = jax.vmap(start, out_axes=RUNS)(params, prompts, base_R, controls)
+        state = state.replace(done=state.done | ~live_R[:, None, None])
+        for i, size in enumerate(cache):
+            if i:
+                grow = jax.vmap(partial(decode_state.grow_cache, size=size))
+                state = state.replace(completion_kv=grow(state.completion_kv))
+            until = size if size < cache[-1] else none
+            state = decode_runs(params, config, controls, state, until, truncate=truncate)
+        return jax.vmap(end, in_axes=(RUNS, 0))(state, prompts)
+
+    split = sharding.shard_map(all_of, mesh, BY_RUN, BY_RUN)
+    return split(live_R, params, prompts, base_R, controls)

@@ -1,0 +1,120 @@
+"""What computes runs, and runs as they stand. Here: one run, streamed; R at once: `Population`.
+
+The loop, the experience and the evaluation are written once, over lists with an entry for each run
+of an engine. What they put on the device goes by an engine's few methods; its trees hold one run,
+or R with a leading axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sapo_jax import learner, sampler
+from sapo_jax.data.stream import Stream
+from sapo_jax.parallel import sharding
+from sapo_jax.training.settings import Settings
+from sapo_jax.types import Batch, Prompts, Rollout, TrainState
+
+Ends = tuple[np.ndarray, np.ndarray]  # length i[B] of completions, and finished i[B]
+
+
+class Bundle(NamedTuple):
+    """Runs that are computed together, as they stand.
+
+    Attributes:
+      engine: `Streamed`, or `sweep.population.Population`.
+      state: of the engine's runs.
+      reference: parameters of their reference policies; None where no KL penalty needs them.
+      streams: the training examples of each run.
+    """
+
+    engine: Any
+    state: TrainState
+    reference: Any
+    streams: tuple[Stream, ...]
+
+
+class Streamed:
+    """One run on its device or mesh: its groups are judged while others are decoded.
+
+    It calls the functions of one run as they are. Several such engines with settings that differ in
+    traced values share every program, and each run among them is the run alone, bit for bit.
+    """
+
+    where = None  # restored arrays with a leading axis go to the default device
+
+    def __init__(self, run: Settings):
+        self.runs, self.hp = (run,), run.hp
+
+    def join(self, trees: Iterable[Any]) -> Any:
+        """Trees of the runs, on the host, as one for `call`."""
+        (tree,) = trees
+        return tree
+
+    def to_host(self, tree: Any) -> list[Any]:
+        """A tree of the engine as one on the host for each run."""
+        return [sharding.to_host(tree)]
+
+    def place(self, trees: Iterable[Any]) -> Any:
+        """Trees of the runs as one on the device; on a mesh they lie there already."""
+        (run,) = self.runs
+        tree = self.join(trees)
+        return jax.device_put(tree, jax.devices()[0]) if run.mesh is None else tree
+
+    def call(self, function: Callable, *trees: Any, **static: Any) -> Any:
+        """A jitted function of one run, of the engine's runs."""
+        return function(*trees, **static)
+
+    def to_sampler(self, params: Any) -> Any:
+        """See `sampler.to_sampler`."""
+        return sampler.to_sampler(params, self.runs[0].model)
+
+    def rollout(
+        self,
+        weights: Any,
+        prompts: Sequence[Prompts],
+        on_groups: Sequence[sampler.OnGroups],
+        *,
+        iteration: int,
+        domain: str = "train",
+        warm_up: Callable[[str], None] | None = None,
+    ) -> tuple[Rollout, list[Ends]]:
+        """See `sampler.rollout`; prompts, ``on_groups`` and ends are of each run."""
+        (run,) = self.runs
+        rollout = sampler.rollout(
+            weights,
+            run.model,
+            self.join(prompts),
+            iteration=iteration,
+            domain=domain,
+            on_groups=self.join(on_groups),
+            warm_up=warm_up,
+            **run.sampling(domain),
+        )
+        return rollout, [sampler.ends(rollout)]
+
+    def learn(
+        self, state: TrainState, minibatches: tuple[Batch, ...]
+    ) -> tuple[TrainState, list[dict[str, Any]]]:
+        """See `learner.learn`; a record for each run."""
+        state, record = learner.learn(state, minibatches, self.hp)
+        return state, [record]
+
+
+def stack(trees: Iterable[Any]) -> Any:
+    """Trees of R runs as one on the host with a leading axis R; numbers become f32 or i32."""
+
+    def join(*leaves):
+        stacked = np.stack(leaves)
+        return stacked.astype(jax.dtypes.canonicalize_dtype(stacked.dtype), copy=False)
+
+    return jax.tree.map(join, *trees)
+
+
+def pick(tree: Any, run: int) -> Any:
+    """One run of a tree with a leading axis R."""
+    return jax.tree.map(lambda x: x[run, ...], tree)
