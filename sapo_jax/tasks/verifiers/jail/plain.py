@@ -155,7 +155,7 @@ def fence(setup):
         return path if kind(path) is text else "/"
 
     def own(path):  # links and folders cannot be made, so a name without / is what it seems
-        name = path[size:] if path.startswith(folder) else path
+        name = path[size:] if path.startswith(folder) else path.removeprefix("./")
         return "/" not in name and name not in ("", ".", "..")
 
     def library(path):
@@ -166,15 +166,13 @@ def fence(setup):
             raise refused(event + " is refused")
         if event == "open" and kind(arguments[0]) is not number:
             path, mode, flags = exact(arguments[0]), arguments[1], arguments[2]
-            named = (
-                path in (place, ".") and mode is not None
-            )  # by an opener: open() takes no folder
+            opener = path in (place, ".") and mode is not None  # gets a folder; open() refuses one
             reads = not flags & writing and library(path)
-            if not (own(path) or named or reads or path in devices):
+            if not (own(path) or opener or reads or path in devices):
                 raise refused("open is refused outside the work folder")
         elif event in ("os.listdir", "os.scandir"):
-            path = arguments[0]
-            if path is not None and path != "." and not library(exact(path)):
+            path = "." if arguments[0] is None else exact(arguments[0])
+            if not (path in (place, ".") or library(path)):
                 raise refused(event + " is refused outside the work folder")
         elif event in ("os.remove", "os.rename", "os.truncate"):
             for path in arguments[: 2 if event == "os.rename" else 1]:
