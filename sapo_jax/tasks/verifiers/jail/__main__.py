@@ -57,7 +57,7 @@ def limit(setup):
     ):  # fmt: skip
         which = getattr(resource, "RLIMIT_" + name)
         hard = resource.getrlimit(which)[1]
-        value = hard if value is None else value if hard < 0 else min(value, hard)
+        value = hard if value is None or 0 <= hard < value else value
         resource.setrlimit(which, (value, value))
 
 
@@ -73,6 +73,8 @@ def execute(setup, test, lock, files):
     sys.modules[module.__name__], scope, sys.argv = module, module.__dict__, ["program.py"]
     builtins.exit = builtins.quit = sys.exit
     exec(PRELUDE, scope)
+    if "Solution" not in program:
+        scope.pop(function, None)  # else the prelude's gcd would solve the problem of that name
     limit(setup)
     lock.confine(setup)
     exec(compile(program, "program.py", "exec"), scope)

@@ -103,7 +103,10 @@ def build(paths):
 
 def deny():
     """A filter of system calls; None where there is nothing to make one."""
-    if not seccompy or not seccompy.supported():
+    try:
+        if not seccompy or not seccompy.supported():
+            return None
+    except OSError:
         return None
     found = seccompy.Filter()
     for family in FAMILIES:
