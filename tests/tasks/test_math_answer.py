@@ -235,8 +235,8 @@ def test_random_answers_never_raise():
     rng = random.Random(0)
     pieces = [*r"0123456789+-*/=^_{}()[],.:;|!'<>xyzfeimn% $", "or", "and", r"\{", r"\}", r"\\"]
     commands = (
-        "frac sqrt{ text{ overline{ mathbb{R} begin{pmatrix} pi cup le ne in pm infty binom sin log "
-        "ln neg angle"
+        "frac sqrt{ text{ overline{ mathbb{R} begin{pmatrix} pi cup le ne in pm infty binom sin "
+        "log ln neg angle"
     )
     pieces += [rf"\{command}" for command in commands.split()]
     golds = (

@@ -184,10 +184,7 @@ def _values(gold: str, answer: str, budget: Budget) -> bool:
 
 def _letter(answer: Answer) -> str:
     """The letter that an answer is, or ""."""
-    text = answer.text.strip("() ")
-    text = text.upper() if answer.kind == "words" else text
-    return (
-        text
-        if answer.kind in ("value", "words", "choice") and re.fullmatch("[A-Za-z]", text)
-        else ""
-    )
+    if answer.kind not in ("value", "words", "choice"):
+        return ""
+    letter = re.fullmatch(r"\(?([A-Za-z])\)?", answer.text)
+    return "" if not letter else letter[1].upper() if answer.kind == "words" else letter[1]

@@ -123,8 +123,9 @@ class Numbers:
 
     def count(self, of: Callable[..., int], *arguments: Any) -> Fraction:
         """A factorial or binomial coefficient."""
-        if not all(isinstance(n, Fraction) and n in range(5001) for n in arguments):
-            raise UnreadableError("what cannot be counted")
+        for n in arguments:
+            if not isinstance(n, Fraction) or n.denominator > 1 or not 0 <= n <= 5000:
+                raise UnreadableError("what cannot be counted")
         self._budget.spend(max(arguments) / 100)
         return self._checked(Fraction(of(*map(int, arguments))))
 

@@ -31,7 +31,7 @@ _CALL = rf"{VARIABLE}(?:\^\{{-1\}})?\({_NESTED}*\)"
 _NAME = re.compile(  # of one thing: x, f(2), E[X], \angle ABC, AB, |AB|, [ABC], \cos\theta, words
     rf"{VARIABLE}|{_CALL}|(?:P|E|Var|\\mathbb\{{E\}})\[{_NESTED}*\]|"
     r"m?\\(?:angle|triangle) ?\{?[A-Z]{1,3}\}?|[A-Z]{2,4}|\|[A-Z]{1,2}\||\[[A-Z]{3,5}\]|"
-    r"\\overline\{[A-Z]{2}\}|\\frac\{[A-Z]{2}\}\{[A-Z]{2}\}|\\frac\{d\w?\}\{d\w\}|"
+    r"\\(?:overline|bar|hat|vec)\{\w{1,2}\}|\\frac\{[A-Z]{2}\}\{[A-Z]{2}\}|\\frac\{d\w?\}\{d\w\}|"
     rf"\\(?:sin|cos|tan|max|min) ?{VARIABLE}|\\(?:text|mathrm)\{{[A-Za-z ]+\}}"
 )
 _PRODUCT = re.compile(r"([a-ei-or-zA-EI-OR-Z])\(.*(?:\1|[a-z][+-]|[+-][a-z]).*\)")  # x(x-1), a(b+c)

@@ -38,6 +38,7 @@ _COMMANDS = {
     for command in commands.split()
 }  # fmt: skip
 _WORDS = re.compile(r"(?<![A-Za-z\\{])(sqrt|pi|ln|log|sin|cos|tan)(?![A-Za-z])")  # 2sqrt(3)
+_PROGRAMMED = ("**", "^"), ("<=", r"\le "), (">=", r"\ge "), (r"\not=", r"\ne "), (r"\!", "")
 _SPACING = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad\b|~|\s+")
 TEXT = r"\\(?:text(?:bf|it|rm|sf|normal)?|mathrm|operatorname|mbox)\s*\{((?:[^{}\\]|\^\{-?\d\})*)\}"
 _ARRAY = re.compile(r"[\[(]\\begin\{array\}\{[lcr]+\}(.*)\\end\{array\}[\])]")
@@ -90,13 +91,7 @@ def clean(text: str) -> str | None:
     text = re.sub(r"\^\s*\{\s*\^?\\circ\s*\}", r"^\\circ ", text)
     text = re.sub(r"\^\s*(?:\{\s*('+)\s*\}|('))", r"\1\2", text)
     text = re.sub(r"_\s*\{\s*(\w)\s*\}", r"_\1", text)
-    for old, new in (
-        ("**", "^"),
-        ("<=", r"\le "),
-        (">=", r"\ge "),
-        (r"\not=", r"\ne "),
-        (r"\!", ""),
-    ):
+    for old, new in _PROGRAMMED:
         text = text.replace(old, new)
     text = re.sub(r"(?<!\\)\\[()\[\]]", "", text)
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:  # mathematics, no currency
