@@ -120,6 +120,8 @@ class Checkpoints:
         return _load(path, abstract_state), record["meta"]
 
     def _finish(self, path: epath.Path, response: Any, record: dict, leaves: Leaves) -> None:
+        # Commit, read back, and only then delete: at any moment a checkpoint that can be read lies
+        # there. Scores are those of the directory, so a kill before the deletion loses no best one.
         try:
             response.result()
         except Exception as error:
