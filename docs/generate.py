@@ -66,6 +66,9 @@ a right one that is refused only costs time: when in doubt, an answer is refused
 All of it is a small grammar, and arithmetic within a budget of work: no answer hangs it, runs as
 code, or fills the memory.
 
+The labels and the judge have the same authors: expect some errors of both sorts on other answers.
+Wrong answers are tried with the reference and the answer exchanged, too.
+
 | kind | right answers | of them refused | wrong answers | of them paid |
 |---|---|---|---|---|
 """

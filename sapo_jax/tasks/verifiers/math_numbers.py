@@ -33,11 +33,7 @@ class Budget:
         self._left = float(BUDGET)
 
     def spend(self, work: float) -> None:
-        """Take work from what is left.
-
-        Raises:
-          UnreadableError: nothing is left.
-        """
+        """Take work from what is left; ``UnreadableError`` says that nothing is."""
         self._left -= work
         if self._left < 0:
             raise UnreadableError("too much work")
@@ -142,10 +138,6 @@ class Numbers:
     def sign(self, x: Any) -> int:
         """Of a real number, and 0 for 0 and complex ones."""
         return 0 if isinstance(x, self.mp.mpc) else (x > 0) - (x < 0)
-
-    def compare(self, x: Any, y: Any) -> int:
-        """-1, 0 or 1, as a real number is less, equal, or more."""
-        return 0 if self.close(x, y) else self.sign(self._inexact(x) - self._inexact(y))
 
     def fingerprint(self, x: Any) -> str:
         """Text that is the same for the same numbers."""

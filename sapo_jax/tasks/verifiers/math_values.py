@@ -1,7 +1,7 @@
 r"""Whether expressions have the same value.
 
 Those with variables are the same if they agree, wherever the first is real, at a fixed set of
-rational points.
+rational points. `UnreadableError` says that one has no value, or that no precision decides.
 """
 
 from __future__ import annotations
@@ -36,11 +36,7 @@ class Point(NamedTuple):
 
 
 def equal(gold: str, answer: str, budget: Budget) -> bool:
-    """Whether two expressions are the same wherever the first is real.
-
-    Raises:
-      UnreadableError: one has no value, or no precision decides.
-    """
+    """Whether two expressions are the same wherever the first is real."""
 
     def agree(numbers: Numbers, points: list[Point]) -> bool:
         real = [p for p in points if p.real]
@@ -50,11 +46,7 @@ def equal(gold: str, answer: str, budget: Budget) -> bool:
 
 
 def proportional(gold: str, answer: str, budget: Budget, *, positive: bool = False) -> bool:
-    """Whether expressions with variables differ by a constant factor, not 0, perhaps positive.
-
-    Raises:
-      UnreadableError: as ``equal``.
-    """
+    """Whether expressions with variables differ by a constant factor, not 0, perhaps positive."""
 
     def agree(numbers: Numbers, points: list[Point]) -> bool:
         (g, a), *others = (p.values for p in points)
@@ -69,16 +61,13 @@ def proportional(gold: str, answer: str, budget: Budget, *, positive: bool = Fal
 
 
 def order(left: str, right: str, budget: Budget) -> int:
-    """-1, 0 or 1, as a real number without variables is less, equal, or more than another.
-
-    Raises:
-      UnreadableError: as ``equal``, or one is no such number.
-    """
+    """-1, 0 or 1, as a real number without variables is less, equal, or more than another."""
 
     def compare(numbers: Numbers, points: list[Point]) -> int:
+        x, y = points[0].values
         if len(points) > 1 or not points[0].real:
             raise UnreadableError("no number")
-        return numbers.compare(*points[0].values)
+        return 0 if numbers.close(x, y) else numbers.sign(numbers.add(x, -y))
 
     return _decide((left, right), budget, compare)
 
