@@ -67,7 +67,9 @@ All of it is a small grammar, and arithmetic within a budget of work: no answer 
 code, or fills the memory.
 
 The labels and the judge have the same authors: expect some errors of both sorts on other answers.
-Wrong answers are tried with the reference and the answer exchanged, too.
+Of 1,348 answers of public models to problems of MATH, OlympiadBench, college math, Minerva, GSM8K
+(the mixed data of tangzhy/RealCritic), 668 are paid; read by hand, all of those are right. Below,
+wrong answers are tried with the reference and the answer exchanged, too.
 
 | kind | right answers | of them refused | wrong answers | of them paid |
 |---|---|---|---|---|
