@@ -1,4 +1,4 @@
-"""Write docs/algorithms/ from the presets, and docs/metrics.md: python -m docs.generate."""
+"""Write docs/algorithms/ from the presets, metrics.md and judging.md: python -m docs.generate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from docs.differences import DIFFERENCES
 from sapo_jax import corrections, objectives
 from sapo_jax.objectives import OBJECTIVES, Objective
 from sapo_jax.objectives.aggregations import AGGREGATIONS
+from sapo_jax.tasks.verifiers.math_equal import same
 from sapo_jax.training.metrics import METRICS
+from tests.oracles import judged
 
 OUT = pathlib.Path(__file__).parent
 CURVE = tuple(np.round(np.linspace(0.02, 4, 200), 4).tolist())
@@ -41,6 +43,36 @@ Numerators and denominators are added up over micro-batches, devices and minibat
 once; `minibatch` has the numbers of each update. A number that is not finite is `null`. Times are
 of the wall clock; in a sweep, a run's share of its cohort's. "In a healthy run" is what the runs of
 this repository show: something to compare with first, no law.
+"""
+JUDGING_TEXT = r"""# How answers in mathematics are judged
+
+Written by `python -m docs.generate` from `tests/oracles/math_answers.txt`; a test asserts that it
+is up to date. `math_answer`, and `prepared` with `verifier="boxed"`, compare what is in the last
+`\boxed{}` of a completion with the reference. A wrong answer that is paid teaches something wrong,
+a right one that is refused only costs time: when in doubt, an answer is refused.
+
+1. Both are brought to one notation (`\dfrac`, `²`, `√`, `−`, spaces, `$`). What is then the same
+   text is right. Nothing of more than 300 characters, or with other symbols, is an answer;
+   references that nothing can meet are refused, with their lines, when the data are read.
+2. Each is read as what it is: a number, an expression, words, a list, a set, a point, a part of
+   the real line, an equation, an inequality, a choice. A name (`x =`, `\angle ABC =`) or a unit
+   that only one side has is passed over, another one is an error. A bare letter is a variable.
+3. Like is compared with like. A literal number must be answered by a literal number of the same
+   exact value: the question boxed again (`17*23`) earns nothing, nor does a rounded value, nor an
+   equation that is still to be solved. Rational numbers are exact; all others have 60, 400 or 3200
+   digits, and what those do not decide is refused. Expressions with variables must agree at fixed
+   rational points.
+
+All of it is a small grammar, and arithmetic within a budget of work: no answer hangs it, runs as
+code, or fills the memory.
+
+The labels and the judge have the same authors: expect some errors of both sorts on other answers.
+Of 1,348 answers of public models to problems of MATH, OlympiadBench, college math, Minerva, GSM8K
+(the mixed data of tangzhy/RealCritic), 668 are paid; read by hand, all of those are right. Below,
+wrong answers are tried with the reference and the answer exchanged, too.
+
+| kind | right answers | of them refused | wrong answers | of them paid |
+|---|---|---|---|---|
 """
 METRICS_GROUPS = {
     "": "The record", "reward": "Rewards", "eval": "Evaluation", "length": "Lengths",
@@ -214,11 +246,37 @@ def metrics() -> str:
     return "\n".join(lines)
 
 
+def judging() -> str:
+    """The labelled answers counted by kind, and the right ones that are refused."""
+    counts: dict[str, list[int]] = {}
+    missed = []
+    for kind, verdict, gold, answer in judged.pairs():
+        row = counts.setdefault(kind, [0, 0, 0, 0])
+        right, found = verdict in ("right", "missed"), same(gold, answer)
+        row[0 if right else 2] += 1
+        row[1 if right else 3] += right != found
+        if verdict == "wrong":  # in both directions
+            row[2] += 1
+            row[3] += same(answer, gold)
+        if right and not found:
+            missed.append(
+                f"| `{gold}` | `{answer}` |".replace("||", "|").replace("|a-b|", "\\|a-b\\|")
+            )
+    rows = [
+        *counts.items(),
+        ("**all**", [sum(column) for column in zip(*counts.values(), strict=True)]),
+    ]
+    table = [f"| {kind} | {' | '.join(map(str, row))} |" for kind, row in rows]
+    head = ["", "Refused, though right:", "", "| reference | answer |", "|---|---|"]
+    return JUDGING_TEXT + "\n".join([*table, *head, *missed]) + "\n"
+
+
 def files() -> dict[str, str]:
     """Every generated file by its path in docs/."""
     pages = {f"algorithms/{name}.md": page(name) for name in OBJECTIVES}
     plots = {f"algorithms/{name}.svg": plot(name) for name in OBJECTIVES}
-    return {"algorithms/README.md": index(), **pages, **plots, "metrics.md": metrics()}
+    tables = {"metrics.md": metrics(), "judging.md": judging()}
+    return {"algorithms/README.md": index(), **pages, **plots, **tables}
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from sapo_jax.cli.flags import Flags
 EXTRAS = {  # of the package, with the modules that they bring
     "plots": ("jinja2", "markupsafe", "matplotlib", "tensorboardX"),
     "data": ("importlib_resources", "tensorflow_datasets", "tokenizers"),
-    "tasks": ("math_verify", "reasoning_gym"),
+    "tasks": ("mpmath", "reasoning_gym"),
 }
 
 

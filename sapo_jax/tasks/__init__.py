@@ -29,7 +29,7 @@ A task of your own is a frozen dataclass whose fields are its options, with the 
             return make_example(f"{word}<", word[::-1], word[::-1])
 
 and a line in TASKS. `chain_sum` is one like it; `jsonl.FileTask` reads problems from files; a
-verifier that may hang or crash runs by `verifiers.forks`, a program by `verifiers.sandbox`.
+program is run by `verifiers.sandbox`.
 """
 
 from __future__ import annotations

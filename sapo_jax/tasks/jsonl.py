@@ -58,6 +58,12 @@ def read(
     return rows
 
 
+def some(complaints: list[str]) -> str:
+    """The first complaints of many, in one line."""
+    more = f"; and {len(complaints) - 3} more" if len(complaints) > 3 else ""
+    return "; ".join(complaints[:3]) + more
+
+
 def _check(row: Any, fields: Fields) -> None:
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, got {type(row).__name__}")
@@ -103,12 +109,14 @@ class FileTask:
         return {"train": self.train, "test": self.test}
 
     def _read(self, path: str) -> list[tuple[Example, Any]]:
-        rows = []
+        rows, bad = [], []
         for line, row in read(path, self._fields):
             try:
                 rows.append(self._parse(row, f"{path}#{line}"))
             except ValueError as error:
-                raise ValueError(f"{path}, line {line}: {error}") from None
+                bad.append(f"line {line}: {error}")
+        if bad:
+            raise ValueError(f"{path}, {some(bad)}")
         return rows
 
     @functools.cached_property

@@ -2,38 +2,36 @@ r"""Mathematics with a final answer in ``\boxed{}``, problems from JSON lines (A
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sapo_jax.tasks.base import Example, check_option, make_example
 from sapo_jax.tasks.jsonl import FileTask
-from sapo_jax.tasks.verifiers.forks import Forks
 from sapo_jax.tasks.verifiers.math_equal import same
-from sapo_jax.tasks.verifiers.math_text import last_boxed
+from sapo_jax.tasks.verifiers.math_text import MAX_ANSWER_CHARS, last_boxed
 
 TEMPLATE = "{problem}\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
-class Boxed(Forks):
-    r"""Judges the last ``\boxed{}`` of a completion, in processes where symbols are compared.
+def boxed(completion: str, answer: str) -> float:
+    r"""1.0 iff the last ``\boxed{}`` holds the answer; see ``math_equal.same``."""
+    found = last_boxed(completion)
+    return float(bool(found) and same(answer, found))
 
-    Args:
-      workers: processes.
+
+def reference(text: str) -> str:
+    """The answer in a field of a dataset: of GSM8K's, what stands behind "####".
+
+    Raises:
+      ValueError: no completion can meet it.
     """
-
-    def __init__(self, workers: int = 1):
-        super().__init__(
-            "sapo_jax.tasks.verifiers.math_equal:compare", workers=workers, seconds=0.9
+    answer = text.rpartition("####")[2].strip()
+    if not boxed(rf"\boxed{{{answer}}}", answer):
+        raise ValueError(
+            f"no completion can meet the answer {answer!r:.60}: it must be mathematics or words in "
+            f"at most {MAX_ANSWER_CHARS} characters of ASCII or common symbols, its braces balanced"
         )
-
-    def __call__(self, completion: str, answer: str) -> float:
-        """1.0 iff it agrees with the answer; see ``math_equal.same``."""
-        found = last_boxed(completion)
-        return float(bool(found) and same(answer, found, self.call))
-
-    def __reduce__(self):  # a copy in a process that reads data starts its own
-        return Boxed, (self.workers,)
+    return answer
 
 
 @dataclass(frozen=True)
@@ -43,9 +41,9 @@ class MathAnswer(FileTask):
     Args:
       train, test, completion_chars: see ``FileTask``.
       problem_field: field with the problem, a string.
-      answer_field: field with the answer, a string or number; for GSM8K, the text after "####".
+      answer_field: field with the answer, a string or number; see ``reference``.
       template: the prompt; ``{problem}`` stands for the problem.
-      workers: processes for symbolic comparison.
+      workers: of no effect; answers were once compared in processes.
 
     Raises:
       ValueError: an option is out of its range.
@@ -71,22 +69,10 @@ class MathAnswer(FileTask):
 
     def _parse(self, row: dict[str, Any], key: str) -> tuple[Example, None]:
         del key
-        answer = str(row[self.answer_field]).rpartition("####")[2].strip()
+        answer = reference(str(row[self.answer_field]))
         prompt = self.template.replace("{problem}", row[self.problem_field])
         return make_example(prompt, answer, ""), None
 
     def verify(self, example: Example, completion: str) -> float:
         r"""1.0 iff the last ``\boxed{}`` holds the answer; see ``math_equal.same``."""
-        return self._judge(completion, example.answer)
-
-    @functools.cached_property
-    def _judge(self) -> Boxed:
-        return Boxed(self.workers)
-
-    def start(self) -> None:
-        """Start the processes for symbolic comparison, so that no row waits for their imports."""
-        self._judge.start()
-
-    def close(self) -> None:
-        """End the processes; a later comparison starts new ones."""
-        self._judge.close()
+        return boxed(completion, example.answer)

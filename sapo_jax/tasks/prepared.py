@@ -10,10 +10,14 @@ from fractions import Fraction
 from typing import ClassVar
 
 from sapo_jax.tasks.base import Example, make_example
-from sapo_jax.tasks.math_answer import Boxed
+from sapo_jax.tasks.jsonl import some
+from sapo_jax.tasks.math_answer import boxed, reference
 from sapo_jax.tasks.records import HOW, Records, locate
 
-_NUMBER = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?|-?\d+(?:\.\d+)?", re.ASCII)
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\d.])\.\d+)"
+_NUMBER = re.compile(rf"({_DIGITS})(?:\s?/\s?({_DIGITS}))?", re.ASCII)
+_MINUS = re.compile(r"(^|.)(?:(\s*)[-−–‐‑‒])(\s?)[$€£]?\s?$", re.DOTALL)
+_MULTIPLE = re.compile(r"\s?(?:[kKM]|bn|dozen|hundred|thousand|[mb]illion)(?![A-Za-z])|\s?\^")
 MAX_DIGITS = 64
 
 
@@ -25,20 +29,37 @@ def exact(completion: str, answer: str) -> float:
 def last_number(completion: str, answer: str) -> float:
     """1.0 iff the last number of the completion equals the last of the answer, as ``1,000``=1000.0.
 
-    Numbers of more than ``MAX_DIGITS`` characters equal nothing.
+    Numbers of more than ``MAX_DIGITS`` characters equal nothing, nor does what is more than a
+    number: ``5k``, ``2^5``.
     """
-    found = [_NUMBER.findall(text)[-1:] for text in (completion, answer)]
-    if not all(found) or any(len(number) > MAX_DIGITS for (number,) in found):
-        return 0.0
-    mine, reference = (Fraction(number.replace(",", "")) for (number,) in found)
-    return float(mine == reference)
+    mine, reference = _last(completion), _last(answer)
+    return float(mine is not None and mine == reference)
 
 
-# What makes the judge (completion, answer) -> score of a run.
-VERIFIERS: dict[str, Callable[[], Callable[[str, str], float]]] = {
-    "exact": lambda: exact,
-    "last_number": lambda: last_number,
-    "boxed": Boxed,
+def _last(text: str) -> Fraction | None:
+    """The last number of a text, with its sign, if that is all that it is."""
+    *_, match = (None, *_NUMBER.finditer(text))
+    if not match or len(match[0]) > MAX_DIGITS or _MULTIPLE.match(text, match.end()):
+        return None
+    above, below = (Fraction((part or "1").replace(",", "")) for part in match.groups())
+    before = text[max(0, match.start() - 8) : match.start()]
+    if before.endswith(("^", "_", "^{")) or not below:
+        return None
+    minus = _MINUS.search(before)
+    if not minus:
+        return above / below
+    left, apart, loose = minus.groups()
+    if loose:  # 10 - 5, and the dash of a list, are no signs
+        negative = left in tuple("=:(,<>≈")
+    else:
+        negative = bool(apart) or not re.match(r"[\w)\]}%]", left)
+    return -above / below if negative else above / below
+
+
+VERIFIERS: dict[str, Callable[[str, str], float]] = {  # of (completion, answer)
+    "exact": exact,
+    "last_number": last_number,
+    "boxed": boxed,
 }
 
 
@@ -53,14 +74,28 @@ class PreparedExamples(Sequence[Example]):
                 f"{task.directory} has no field {missing}; it has {', '.join(self._records[0])}"
             )
 
+    def check(self) -> None:
+        """Refuse answers that no completion can meet."""
+        task, bad = self._task, []
+        for index in range(len(self) if task.verifier != "exact" else 0):
+            try:
+                answer = self[index].answer
+                if task.verifier == "last_number" and not last_number(answer, answer):
+                    raise ValueError(f"the answer {answer!r:.60} ends in no number")
+            except ValueError as error:
+                bad.append(f"record {index}: {error}")
+        if bad:
+            raise ValueError(f"{task.directory}, {some(bad)}")
+
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
         task, record = self._task, self._records[index]
+        answer = record[task.answer]
         return make_example(
             task.template.replace("{}", record[task.prompt]),
-            record[task.answer],
+            reference(answer) if task.verifier == "boxed" else answer,
             record.get(task.demonstration, ""),
         )
 
@@ -102,6 +137,11 @@ class Prepared:
             raise ValueError(f"template {self.template!r} must contain {{}}, the dataset's prompt")
 
     @functools.cached_property
+    def _checked(self) -> set[str]:
+        """The splits whose answers can be met."""
+        return set()
+
+    @functools.cached_property
     def _texts(self) -> tuple[set[str], int, int]:
         """Characters of both splits, and the longest prompt and demonstration; reads them all."""
         splits = [self.examples(split) for split in ("train", "test")]
@@ -128,23 +168,15 @@ class Prepared:
         """The examples of ``"train"`` or ``"test"``; see ``Task.examples``."""
         if split not in ("train", "test"):
             raise ValueError(f"unknown split {split!r}; allowed: train, test")
-        return PreparedExamples(self, getattr(self, split))
+        examples = PreparedExamples(self, getattr(self, split))
+        if split not in self._checked:
+            examples.check()
+            self._checked.add(split)
+        return examples
 
     def verify(self, example: Example, completion: str) -> float:
         """The verdict of the verifier."""
-        return self._judge(completion, example.answer)
-
-    @functools.cached_property
-    def _judge(self) -> Callable[[str, str], float]:
-        return VERIFIERS[self.verifier]()
-
-    def start(self) -> None:
-        """Start the verifier's processes, if it has any."""
-        getattr(self._judge, "start", lambda: None)()
-
-    def close(self) -> None:
-        """End them."""
-        getattr(self._judge, "close", lambda: None)()
+        return VERIFIERS[self.verifier](completion, example.answer)
 
 
 @dataclass(frozen=True)

@@ -1,29 +1,26 @@
-r"""Math answers: labelled right and wrong ones, hostile ones, and processes that survive them.
+r"""Math answers: labelled right and wrong ones, hostile ones, and references that nothing can meet.
 
-``oracles/math_answers.txt`` holds the labels: no wrong answer is accepted. Right answers that are
-refused, all of them deliberate, are its "missed" rows: numbers that are not worked out (3+4,
-2^{-1}, \sqrt{49}, 14/2 behind a chain of equations), numbers in words, converted units, sets in
-builder notation, and points written as equations.
+``oracles/math_answers.txt`` holds the labels, by kind. No wrong answer is accepted. The right ones
+that are refused, all known, are its "missed" rows; docs/judging.md counts them.
 """
 
 from __future__ import annotations
 
-import os
-import pathlib
+import json
 import random
-import signal
 import threading
 import time
+from fractions import Fraction
 
 import pytest
 
-from sapo_jax import rewards, types
-from sapo_jax.tasks import make
+from sapo_jax import datasets
+from sapo_jax.tasks import make, prepared
 from sapo_jax.tasks.base import make_example
-from sapo_jax.tasks.verifiers import math_equal, math_text
-from sapo_jax.tasks.verifiers.forks import Forks
+from sapo_jax.tasks.verifiers import math_equal, math_text, math_values
+from sapo_jax.tasks.verifiers.math_numbers import Budget, UnreadableError
+from tests.oracles import judged
 
-LABELS = pathlib.Path(__file__).parents[1] / "oracles" / "math_answers.txt"
 BOUND = 1.5  # seconds in which any answer is judged
 
 
@@ -40,39 +37,60 @@ def in_time(seconds, bound=BOUND):
 
 
 @pytest.fixture(scope="module")
-def forks():
-    """Comparisons with more time than in a run, so that a busy machine changes no verdict."""
-    with Forks("sapo_jax.tasks.verifiers.math_equal:compare", seconds=5) as forks:
-        yield forks
-
-
-@pytest.fixture(scope="module")
 def task():
-    task = make("math_answer")
-    task.start()
-    yield task
-    task.close()
+    return make("math_answer")
 
 
-def labelled():
-    for line in LABELS.read_text().splitlines():
-        if not line.startswith("#"):
-            kind, gold, *found = line.split(" ;; ")
-            yield from ((kind, gold, answer) for answer in found)
+@pytest.mark.parametrize("kind", dict.fromkeys(kind for kind, *_ in judged.pairs()))
+def test_labelled_answers(kind):
+    bad = []
+    for _, verdict, gold, answer in (row for row in judged.pairs() if row[0] == kind):
+        assert math_equal.same(gold, gold)
+        if math_equal.same(gold, answer) != (verdict == "right"):
+            bad.append((verdict, gold, answer))
+        if verdict == "wrong" and math_equal.same(answer, gold):
+            bad.append(("wrong, exchanged", answer, gold))
+    assert not bad
 
 
-def test_labelled_answers(forks):
-    rows = list(labelled())
-    wrong = [
-        (kind, gold, answer)
-        for kind, gold, answer in rows
-        if math_equal.same(gold, answer, forks.call) != (kind == "right")
-    ]
-    assert not wrong
-    kinds = [kind for kind, _, _ in rows]
-    assert kinds.count("right") >= 240
-    assert kinds.count("wrong") >= 300
-    assert kinds.count("missed") <= 20
+def test_the_labels_are_many():
+    verdicts = [verdict for _, verdict, *_ in judged.pairs()]
+    assert verdicts.count("right") >= 900
+    assert verdicts.count("wrong") >= 1300
+    assert verdicts.count("missed") <= 20
+
+
+@pytest.mark.parametrize(
+    "value", [r"\sqrt{2}", r"\pi", r"e^{-100}", r"\sin 1", r"2^{1000}\sqrt{3}"]
+)
+@pytest.mark.parametrize("digits", [9, 17, 40, 90, 200])
+def test_no_difference_is_too_small(value, digits):
+    """Differences below the digits that are computed at first were once nothing."""
+    tiny = f"10^{{-{digits}}}"
+    for other in (rf"{value}\cdot(1+{tiny})", rf"{value}\cdot\sqrt{{1-{tiny}}}"):
+        assert not math_values.equal(value, other, Budget())
+        assert math_values.equal(other, f"({other})", Budget())
+        assert math_values.equal(other, rf"\frac{{2}}{{1}}\cdot\frac12\cdot {other}", Budget())
+
+
+def test_random_numbers_are_compared_exactly():
+    rng = random.Random(0)
+    for _ in range(200):
+        a, b = (Fraction(rng.randrange(-30, 30), rng.randrange(1, 9)) for _ in range(2))
+        texts = [rf"\frac{{{x.numerator}}}{{{x.denominator}}}" for x in (a, b)]
+        sums = (f"{texts[0]}+{texts[1]}", f"{a + b}"), (f"({texts[0]})({texts[1]})", f"{a * b}")
+        for text, value in sums:
+            assert math_values.equal(text, value, Budget())
+            assert not math_values.equal(text, f"{value}+10^{{-500}}", Budget())
+        assert math_values.order(*texts, Budget()) == (a > b) - (a < b)
+
+
+@pytest.mark.parametrize(
+    "text", ["1/0", "0^0", "2 3", "x^2^3", r"\sin x/2", "x/2y", r"\text{m}", "", "(", "3_5", "n!!"]
+)
+def test_ambiguous_and_meaningless_expressions_have_no_value(text):
+    with pytest.raises(UnreadableError):
+        math_values.equal(text, text, Budget())
 
 
 @pytest.mark.parametrize(
@@ -193,103 +211,69 @@ def hostile_answers():
 
 
 def test_hostile_answers(task, tmp_path, monkeypatch):
-    """Each is wrong, judged in time, and leaves the processes alive."""
+    """Each is wrong, and judged in time."""
     monkeypatch.chdir(tmp_path)
-    golds = ["7", r"2\sqrt{3}", "[0,1)", "x^2+2x+1", r"\{1,2\}", r"\text{no}"]
+    golds = ["7", r"2\sqrt{3}", r"\{1,2\}", "x^2+2x+1", "[0,1]", r"\text{no}", "n!", "x=1,y=2"]
     hostile = list(hostile_answers())
     assert len(hostile) >= 100
-    late = 0
+    late = []
     for i, answer in enumerate(hostile):
-        example = make_example("p", golds[i % len(golds)], "")
-        seconds = []
-        while not seconds or (not in_time(seconds[-1]) and len(seconds) < 4):
-            start = time.perf_counter()
-            verdict = task.verify(example, rf"\boxed{{{answer}}}")
-            seconds.append(time.perf_counter() - start)
-            assert verdict == 0.0, (example.answer, answer[:80])
-        late += not in_time(min(seconds))
+        for gold in (golds[i % len(golds)], golds[(i + 3) % len(golds)]):
+            example = make_example("p", gold, "")
+            seconds = []
+            while not seconds or (not in_time(seconds[-1]) and len(seconds) < 4):
+                start = time.perf_counter()
+                verdict = task.verify(example, rf"\boxed{{{answer}}}")
+                seconds.append(time.perf_counter() - start)
+                assert verdict == 0.0, (gold, answer[:80])
+            late += [answer[:80]] if not in_time(min(seconds)) else []
     assert not late
     assert not list(tmp_path.iterdir())
-    assert task.verify(make_example("p", r"2\sqrt{3}", ""), r"\boxed{\sqrt{12}}") == 1.0
 
 
-def test_random_answers_never_raise(task):
+def test_random_answers_never_raise():
     rng = random.Random(0)
-    pieces = [*r"0123456789+-*/=^_{}()[],.xyz% $", r"\frac", r"\sqrt", r"\text{", r"\pi", r"\cup"]
-    for _ in range(3000):
-        answer = "".join(rng.choices(pieces, k=rng.randrange(12)))
-        for gold in ("7", r"\text{no}"):  # those that need no process
-            task.verify(make_example("p", gold, ""), rf"\boxed{{{answer}}}")
+    pieces = [*r"0123456789+-*/=^_{}()[],.:;|!'<>xyzfeimn% $", "or", "and", r"\{", r"\}", r"\\"]
+    commands = (
+        "frac sqrt{ text{ overline{ mathbb{R} begin{pmatrix} pi cup le ne in pm infty binom sin "
+        "log ln neg angle"
+    )
+    pieces += [rf"\{command}" for command in commands.split()]
+    golds = (
+        "7",
+        r"\text{no}",
+        r"2\sqrt{3}",
+        "x+1",
+        "1,2",
+        "(1,2)",
+        "x>3",
+        "x=1,y=2",
+        "x+y=5",
+        "3:4",
+    )
+    for _ in range(5000):
+        answer = "".join(rng.choices(pieces, k=rng.randrange(20)))
+        for gold in (rng.choice(golds), answer):
+            math_equal.same(gold, answer)
+            math_equal.same(answer, gold)
 
 
-def kill(server):
-    os.kill(server._process.pid, signal.SIGKILL)
-    while server.alive:
-        time.sleep(0.01)
+def test_threads_give_the_same_verdicts():
+    """mpmath's precision is a state that threads would share."""
+    rows = [row for row in judged.pairs() if row[0] in ("Tiny and huge numbers", "Expressions")]
+    wrong = []
 
+    def judge(start):
+        for _, verdict, gold, answer in rows[start::4] + rows[:60]:
+            if math_equal.same(gold, answer) != (verdict == "right"):
+                wrong.append((gold, answer))
 
-def test_a_killed_server_is_replaced():
-    """The death of a server changes no verdict: another one judges."""
-    with Forks("operator:add", seconds=5) as forks:
-        assert forks.call("a", "b") == "ab"
-        for _ in range(2):
-            (server,) = forks._servers
-            kill(server)
-            assert forks.call("a", "b") == "ab"
-
-
-@pytest.mark.parametrize(
-    ("function", "arguments"),
-    [
-        ("time:sleep", (60,)),
-        ("os:abort", ()),
-        ("os:_exit", (3,)),
-        ("os:close", (1,)),
-        ("builtins:eval", ("[0] * 10**10",)),
-        ("builtins:eval", ("9**9**9",)),
-        ("builtins:eval", ("print('1') or 1/0",)),
-        ("builtins:eval", ("'x' * 10**8",)),
-        ("builtins:eval", ("object()",)),
-    ],
-)
-def test_calls_that_hang_crash_or_say_too_much_give_nothing_in_time(function, arguments):
-    with Forks(function, seconds=0.3, wall=0.6, memory_mb=512) as forks:
-        forks.start()
-        before = {server._process.pid for server in forks._servers}
-        start = time.perf_counter()
-        assert forks.call(*arguments) is None
-        assert in_time(time.perf_counter() - start)
-        assert {s._process.pid for s in forks._servers if s.alive} == before
-
-
-def test_servers_work_side_by_side_for_many_threads():
-    with Forks("time:sleep", workers=4, wall=0.4) as forks:
-        forks.start()
-        start = time.perf_counter()
-        threads = [threading.Thread(target=forks.call, args=(9,)) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert in_time(time.perf_counter() - start, 2.0)  # 8 · 0.4 s one after the other
-
-
-def test_a_function_that_cannot_be_imported_says_so():
-    with (
-        Forks("no_such_module:f") as forks,
-        pytest.raises(RuntimeError, match="import no_such_mod"),
-    ):
-        forks.call("x")
-
-
-def test_a_scorer_survives_the_death_of_the_processes(task):
-    example = make_example("p", r"2\sqrt{3}", "")
-    row = rewards.Row(example, r"\boxed{\sqrt{12}}", types.STOP, 5)
-    with rewards.Scorer(make("math_answer"), workers=2) as scorer:
-        assert [f.result().parts["accuracy"] for f in scorer.submit([row] * 4)] == [1, 1, 1, 1]
-        for server in list(scorer.task._judge._servers):
-            kill(server)
-        assert [f.result().parts["accuracy"] for f in scorer.submit([row] * 4)] == [1, 1, 1, 1]
+    threads = [threading.Thread(target=judge, args=(start,)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def write(path, *lines):
@@ -330,6 +314,63 @@ def test_broken_files_are_refused_with_the_line(tmp_path, lines, message):
     task = make("math_answer", train=write(tmp_path / "x.jsonl", *lines))
     with pytest.raises(ValueError, match=message):
         task.examples("train")
+
+
+UNMEETABLE = ("答案", "9" * 301, r"\frac{1}{2", "7}", "", "  ", "a\u200bb", "x\x07", "naïve", "№ 5")
+
+
+@pytest.mark.parametrize("answer", UNMEETABLE)
+def test_references_that_nothing_can_meet_are_refused_with_the_line(tmp_path, answer):
+    """Their problems would be lost: no completion is ever right."""
+    rows = [{"problem": "p", "answer": a} for a in ("7", answer, "8", f"so\n#### {answer}")]
+    path = write(tmp_path / "x.jsonl", *map(json.dumps, rows))
+    with pytest.raises(
+        ValueError, match=r"line 2: no completion can meet .*; line 4: no completion"
+    ):
+        make("math_answer", train=path).examples("train")
+
+
+def test_many_complaints_are_counted(tmp_path):
+    rows = [json.dumps({"problem": "p", "answer": "答"})] * 9
+    with pytest.raises(ValueError, match=r"line 1: .*; line 2: .*; line 3: .*; and 6 more$"):
+        make("math_answer", train=write(tmp_path / "x.jsonl", *rows)).examples("train")
+
+
+@pytest.fixture
+def worked(tmp_path):
+    """A prepared dataset with answers as GSM8K has them."""
+    rows = [
+        {"prompt": "p", "answer": a} for a in ("3+3=6\n#### 6", "so 1,006\n#### 1,006", r"\frac12")
+    ]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return datasets.prepare_jsonl({"train": path, "test": path}, tmp_path / "out")
+
+
+def test_boxed_references_of_prepared_data_are_cut(worked):
+    task = prepared.Prepared(str(worked), verifier="boxed")
+    assert [e.answer for e in task.examples("train")] == ["6", "1,006", r"\frac12"]
+    verdicts = [task.verify(e, r"so \boxed{1006}") for e in task.examples("train")]
+    assert verdicts == [0.0, 1.0, 0.0]
+    assert prepared.Prepared(str(worked)).examples("train")[0].answer == "3+3=6\n#### 6"
+
+
+@pytest.mark.parametrize(
+    ("verifier", "answer", "message"),
+    [
+        ("boxed", "so it is\n#### 答案", "record 1: no completion can meet the answer '答案'"),
+        ("last_number", "none", "record 1: the answer 'none' ends in no number"),
+        ("last_number", "5k", "record 1: the answer '5k' ends in no number"),
+    ],
+)
+def test_prepared_references_that_nothing_can_meet_are_refused(tmp_path, verifier, answer, message):
+    path = tmp_path / "x.jsonl"
+    rows = [{"prompt": "p", "answer": a} for a in ("1", answer)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = datasets.prepare_jsonl({"train": path, "test": path}, tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        prepared.Prepared(str(out), verifier=verifier).examples("train")
+    assert len(prepared.Prepared(str(out)).examples("train")) == 2
 
 
 def test_missing_and_binary_files_are_refused(tmp_path):

@@ -112,6 +112,13 @@ VERDICTS = [
     ("so 1,072.", "1,072", 1), ("1072.0", "1,072", 1), ("10,72", "1072", 0), ("-5", "5", 0),
     ("it is 7, not 8", "7", 0), ("", "7", 0), ("none", "7", 0), ("0.50", "0.5", 1),
     ("9" * 100_000, "7", 0), ("٣", "3", 0), ("$18", "18", 1), ("7" * 64, "7" * 64, 1),
+    ("The answer is −5.", "5", 0), ("The answer is −5.", "-5", 1), ("x=–5", "-5", 1),
+    ("The answer is -5.", "−5", 1), ("it is .5", "5", 0), ("it is .5", "0.5", 1),
+    ("-.5", "-1/2", 1),
+    ("-$5", "-5", 1), ("$-5", "-5", 1), ("−$1,000.50", "-1000.5", 1), ("10-5", "5", 1),
+    ("10 - 5 = 5", "5", 1), ("pages 3–5", "5", 1), ("- 5 apples", "5", 1), ("= - 5", "-5", 1),
+    ("1/2", "2", 0), ("so 18/2", "9", 1), ("5k", "5", 0), ("5 million", "5", 0), ("2^5", "5", 0),
+    ("x_5", "5", 0), ("5/0", "5", 0), ("It is 5!", "5", 1), ("5%", "5", 1), ("(-5)", "-5", 1),
 ]  # fmt: skip
 
 
@@ -121,7 +128,6 @@ def test_last_number(completion, answer, verdict):
 
 
 def test_boxed_answers_are_compared_as_mathematics(dataset):
-    """The judge has processes; a copy in a process that reads data gets its own."""
     task = prepared.Prepared(str(dataset), verifier="boxed")
     example = task.examples("test")[3]
     with rewards.Scorer(task):

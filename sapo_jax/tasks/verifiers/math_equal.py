@@ -1,167 +1,190 @@
-"""Whether two mathematical answers are the same: exact numbers, then words, then symbols."""
+r"""Whether two mathematical answers are the same: each is read as what it is, and compared as that.
+
+What cannot be read is right only where it is the reference itself, up to notation: when in doubt,
+an answer is refused.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable
+from dataclasses import replace
 
-from sapo_jax.tasks.verifiers import math_text
-
-_NAME = re.compile(r"\s*(?:[A-Za-z]|\\[a-z]{2,})(?:_\{?\w+\}?)?(?:\([A-Za-z]\))?\s*")
-_RELATION = re.compile(r"\\(?:leq?|geq?|lt|gt)(?:slant)?(?![A-Za-z])|[<>]")
-_COMMAND = re.compile(r"\\[A-Za-z]+")
-_UNFINISHED = re.compile(
-    r"\\(?:int|iint|oint|sum|prod|lim|binom|gcd|lcm|max|min|sup|inf|det|mod|bmod|pmod)"
-    r"(?![A-Za-z])|!|\\frac\s*\{?\s*(?:d|\\partial)|\\prime|'"
+from sapo_jax.tasks.verifiers.math_numbers import Budget, UnreadableError
+from sapo_jax.tasks.verifiers.math_read import (
+    THOUSANDS,
+    Answer,
+    asks_for_sum,
+    read,
+    region,
+    squeezed,
 )
-_AND = re.compile(r"\s*,?\s*(?:\\text\{\s*and\s*\}|(?<![A-Za-z\\])and(?![A-Za-z]))\s*")
-_NEGATED = re.compile(r"\\(?:neq?|not|notin|approx|sim|dots|ldots|cdots)(?![A-Za-z])|\.\.|!=")
-
-_WARM_UP = (
-    ("[0,1)", "(0,1]"), (r"0\le x<1", "[0,1)"), ("x>3", r"(3,\infty)"), ("1,2", "2,3"),
-    (r"\{1,2\}", r"\{2,1\}"), (r"(-\infty,3)\cup[4,5]", r"(3,4)"), ("(1,2,3)", "(3,2,1)"),
-    (r"\sqrt{8}", r"3\sqrt{2}"), (r"\frac{\pi}{6}", r"\frac{\sqrt{3}}{2}+1"), ("x=1", "y=2x+3"),
-    ("(x+1)^2", "x^2+2x+2"), (r"\frac{1}{x+1}", "(x-1)^{-1}"), (r"\log_2 3", r"\frac{\ln 3}{2}"),
-    ("3+4i", "3-4i"), (r"2^{10}\cdot 3^5", r"6^{15}"), (r"(\frac{1}{2},\sqrt{3})", r"(1,\pi)"),
-    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&x\\3&4\end{pmatrix}"),
-)  # fmt: skip
+from sapo_jax.tasks.verifiers.math_text import clean, number, repeating
+from sapo_jax.tasks.verifiers.math_units import PERCENT, split_unit
+from sapo_jax.tasks.verifiers.math_values import equal, order, proportional
 
 
-def same(gold: str, answer: str, symbolic: Callable[[str, str], bool | None]) -> bool:
+def same(gold: str, answer: str) -> bool:
     """Whether an answer is right.
 
     - A literal number must be answered by a literal number of the same exact value: the question
-      boxed again (``17*23``) earns nothing, nor does a rounded value. With a percent sign on one
-      side only, both its readings pass (10% is 10, or 0.1).
-    - A missing unit passes, another unit fails.
-    - Words are compared as words.
-    - All else is compared symbolically.
+      boxed again (``17*23``) earns nothing, nor does a rounded value.
+    - A missing unit or name (``x =``) passes, another fails. With a percent sign on one side only,
+      both its readings pass (10% is 10, or 0.1), but 0.5 is not 0.5%.
+    - Words are compared as words, all else by value; see ``math_values.equal``.
 
     Args:
       gold: the reference answer.
       answer: what was in the box.
-      symbolic: compares two LaTeX expressions; None where it could not.
     """
-    left, right = math_text.clean(gold), math_text.clean(answer)
-    if left is None or right is None:
+    left, right = clean(gold), clean(answer)
+    if not left or not right:
         return False
-    if left == right:
+    if squeezed(left) == squeezed(right):
         return True
-    left, right = _same_side(left, right)
-    (left, unit), (right, other) = math_text.split_unit(left), math_text.split_unit(right)
-    left, percent = _percent(left, unit)
-    right, other_percent = _percent(right, other)
-    if not percent and not other_percent and unit and other and unit != other:
+    budget = Budget()
+    try:
+        return _same(read(left, budget), read(right, budget), budget)
+    except (UnreadableError, ArithmeticError, RecursionError):
         return False
-    values = math_text.number(left), math_text.number(right)
-    if values[0] is not None:
-        if values[1] is None:
+
+
+def _same(gold: Answer, answer: Answer, budget: Budget) -> bool:
+    kinds = {gold.kind, answer.kind}
+    if "equation" in kinds:
+        return _equations(gold, answer, budget)
+    if "choice" in kinds:
+        return _choices(gold, answer, budget)
+    if gold.name and answer.name and gold.name != answer.name:
+        return False
+    if "named" in kinds:
+        return _named(gold, answer, budget)
+    if "words" in kinds:
+        letters = _letter(gold), _letter(answer)
+        if len(kinds) == 1:
+            return gold.text == answer.text
+        return bool(letters[0]) and letters[0].lower() == letters[1].lower()
+    if "region" in kinds:
+        return _regions(gold, answer, budget)
+    if kinds <= {"list", "set"} or kinds == {"set", "value"}:
+        several = ({"value": (a,)}.get(a.kind, a.items) for a in (gold, answer))
+        return _unordered(*several, budget)
+    if len(kinds) > 1 or (gold.kind != "value" and gold.text != answer.text):
+        return False
+    if gold.kind == "tuple":
+        return _ordered(gold.items, answer.items, budget)
+    if gold.kind == "inequality":
+        both = (f"({left})-({right})" for left, right in (gold.items, answer.items))
+        return proportional(*both, budget, positive=gold.text != r"\ne")
+    return _values(gold.text, answer.text, budget)
+
+
+def _ordered(golds: tuple, answers: tuple, budget: Budget) -> bool:
+    pairs = zip(golds, answers, strict=False)
+    return len(golds) == len(answers) and all(_same(g, a, budget) for g, a in pairs)
+
+
+def _unordered(golds: tuple, answers: tuple, budget: Budget) -> bool:
+    left = list(answers)
+    for gold in golds:
+        for i, answer in enumerate(left):
+            if _may_be(gold, answer, budget):
+                del left[i]
+                break
+    return len(golds) == len(answers) and not left
+
+
+def _may_be(gold: Answer, answer: Answer, budget: Budget) -> bool:
+    try:
+        return _same(gold, answer, budget)
+    except UnreadableError:
+        return False
+
+
+def _equations(gold: Answer, answer: Answer, budget: Budget) -> bool:
+    if gold.kind != "equation":  # m+n=113 is 113, but an equation to be solved is no solution
+        left, right = answer.items
+        stated = asks_for_sum(left) and not gold.name and number(right) != 0
+        return stated and _same(gold, read(right, budget), budget)
+    left, right = gold.items
+    if answer.kind == "equation":
+        other, value = answer.items
+    elif answer.name:
+        if answer.kind != "value":
             return False
-        exact = [v / 100 if p else v for v, p in zip(values, (percent, other_percent), strict=True)]
-        return exact[0] == exact[1] or (percent != other_percent and values[0] == values[1])
-    if math_text.is_words(left) or math_text.is_words(right):
-        return math_text.letters(left) == math_text.letters(right)
-    left, right = _AND.sub(",", left), _AND.sub(",", right)
-    if percent != other_percent or not comparable(left, right):
+        other, value = answer.name, answer.text
+    else:  # not the 4 of x^2+y^2=4
+        stated = asks_for_sum(left) and not re.search(r"[xyz^]", left)
+        return stated and _same(read(right, budget), answer, budget)
+    if squeezed(left) == squeezed(other):
+        return _same(read(right, budget), read(value, budget), budget)
+    return proportional(f"({left})-({right})", f"({other})-({value})", budget)
+
+
+def _choices(gold: Answer, answer: Answer, budget: Budget) -> bool:
+    letters = _letter(gold), _letter(answer)
+    if all(letters) and letters[0] != letters[1]:
         return False
-    return symbolic(math_text.exact_decimals(left), math_text.exact_decimals(right)) is True
+    values = [a.items[0] if a.kind == "choice" else a for a in (gold, answer)]
+    bare = [a for a in (gold, answer) if a.kind != "choice" and _letter(a)]
+    return bool(bare) or _same(*values, budget)
 
 
-def comparable(gold: str, answer: str) -> bool:
-    """Whether an answer has a form that may be compared with the reference's by symbols.
-
-    Refused are forms that math-verify takes for more than they say: unsolved equations and
-    inequalities, chains of equations, unfinished sums and limits, lists of another length.
-    """
-    if _NEGATED.search(answer) or (_UNFINISHED.search(answer) and not _UNFINISHED.search(gold)):
-        return False
-    if answer.count("=") > gold.count("=") or answer.count("=") > 1 + answer.count(","):
-        return False
-    relations = bool(_RELATION.search(gold)), bool(_RELATION.search(answer))
-    if relations[0] != relations[1]:
-        interval, relation = (answer, gold) if relations[0] else (gold, answer)
-        return interval.startswith(("(", "[")) and _solved(relation)
-    if _is_tuple(gold) != _is_tuple(answer):
-        return False
-    return r"\pm" in gold + answer or _items(gold) == _items(answer)
-
-
-def compare(gold: str, answer: str) -> bool:
-    """Symbolic equality by math-verify; may hang or crash, so call it through `verifiers.forks`."""
-    import math_verify
-
-    config = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
-    parsed = [
-        math_verify.parse(
-            rf"\boxed{{{text}}}",
-            extraction_config=config,
-            fallback_mode="no_fallback",
-            parsing_timeout=None,
+def _named(gold: Answer, answer: Answer, budget: Budget) -> bool:
+    if gold.kind == answer.kind:
+        golds, answers = (sorted(a.items, key=lambda item: item.name) for a in (gold, answer))
+        return [i.name for i in golds] == [i.name for i in answers] and _ordered(
+            tuple(golds), tuple(answers), budget
         )
-        for text in (gold, answer)
-    ]
-    if not all(parsed):
+    named, other = (gold, answer) if gold.kind == "named" else (answer, gold)
+    if other.name or other.text not in ("", "()") or other.kind not in ("list", "set", "tuple"):
         return False
-    return math_verify.verify(
-        *parsed,
-        float_rounding=30,
-        numeric_precision=40,
-        allow_set_relation_comp=True,
-        timeout_seconds=None,
-    )
+    names = [item.name.replace("\\", "~") for item in named.items]  # Greek behind Latin
+    golds, answers = (tuple(replace(i, name="") for i in a.items) for a in (gold, answer))
+    if other is gold and gold.kind != "tuple" and len({n.partition("_")[0] for n in names}) == 1:
+        return _unordered(golds, answers, budget)  # x_1 = 1, x_2 = 2
+    return other.kind != "set" and names == sorted(names) and _ordered(golds, answers, budget)
 
 
-def warm_up() -> None:
-    """Fill the caches of the parser and of sympy, once per server, for all of its children."""
-    for pair in _WARM_UP:
-        compare(*pair)
-
-
-def _same_side(gold: str, answer: str) -> tuple[str, str]:
-    """Drop ``x =`` or ``x in`` where only one side has it, or where both have the same."""
-    sides = []
-    for text, other in ((gold, answer), (answer, gold)):
-        name, mark, value = re.sub(r"\\in(?![A-Za-z])", "=", text, count=1).partition("=")
-        own = mark and _NAME.fullmatch(name) and "=" not in value and value.strip()
-        alone = not re.search(r"=|\\in(?![A-Za-z])", other)
-        both = other.replace(" ", "").startswith(f"{name.replace(' ', '')}=")
-        sides.append(value.strip() if own and (alone or both) else text)
-    return sides[0], sides[1]
-
-
-def _percent(text: str, unit: str) -> tuple[str, bool]:
-    if text.endswith("%"):
-        return text[:-1].rstrip("\\ "), True
-    return text, unit == "%"
-
-
-def _items(text: str) -> int:
-    """Entries of a list: commas outside all brackets, or inside the outermost pair."""
-    depths, depth = [], 0
-    for c in text:
-        depth += (c in "([{") - (c in ")]}")
-        if c == ",":
-            depths.append(depth)
-    return depths.count(min(depths)) + 1 if depths else 1
-
-
-def _is_tuple(text: str) -> bool:
-    """Whether one pair of brackets encloses a list: a point, or an interval."""
-    if not text.startswith(("(", "[")) or not text.endswith((")", "]")) or "," not in text:
+def _regions(gold: Answer, answer: Answer, budget: Budget) -> bool:
+    regions = region(gold), region(answer)
+    if None in regions:
         return False
-    depth = 0
-    for c in text[:-1]:
-        depth += (c in "([{") - (c in ")]}")
-        if depth == 0:
-            return False
-    return True
-
-
-def _solved(answer: str) -> bool:
-    """Whether exactly one part between relation signs is a name, and the others have none."""
-    if "," in answer or " or " in answer or " and " in answer:
+    ends = [set(r.ends) for r in regions]
+    if all(number(end) is not None for end in ends[0]) and None in map(number, ends[1]):
         return False
-    parts = _RELATION.split(answer)
-    names = [bool(_NAME.fullmatch(part)) for part in parts]
-    free = [not re.search("[A-Za-z]", _COMMAND.sub("", part)) for part in parts]
-    return names.count(True) == 1 and all(n or f for n, f in zip(names, free, strict=True))
+    compare = functools.partial(order, budget=budget)
+    rank, last, before = {r"-\infty": -1e9, r"\infty": 1e9, r"+\infty": 1e9}, 0, ""
+    for end in sorted(ends[0] | ends[1], key=functools.cmp_to_key(compare)):
+        last += bool(before) and compare(before, end) != 0
+        rank[end], before = last, end
+    places = (place / 2 for place in range(-1, 2 * last + 2))
+    return all(len({r.contains(place, rank) for r in regions}) == 1 for place in places)
+
+
+def _values(gold: str, answer: str, budget: Budget) -> bool:
+    left, unit = split_unit(gold, spaced=True)
+    right, other = split_unit(answer, expected=unit)
+    if other and not unit:
+        left, unit = split_unit(gold, spaced=True, expected=other)
+    if unit and other and unit != other:
+        return False
+    values = number(left), number(right)
+    if values[0] is None:
+        left, right = (
+            THOUSANDS.sub(lambda m: m[0].replace(",", ""), repeating(t)) for t in (left, right)
+        )
+        return (unit == PERCENT) == (other == PERCENT) and equal(left, right, budget)
+    if values[1] is None:
+        return False
+    exact = [v / 100 if u == PERCENT else v for v, u in zip(values, (unit, other), strict=True)]
+    loose = unit == PERCENT or (other == PERCENT and abs(values[0]) >= 1)
+    return exact[0] == exact[1] or (loose and values[0] == values[1])
+
+
+def _letter(answer: Answer) -> str:
+    """The letter that an answer is, or ""."""
+    if answer.kind not in ("value", "words", "choice"):
+        return ""
+    letter = re.fullmatch(r"\(?([A-Za-z])\)?", answer.text)
+    return "" if not letter else letter[1].upper() if answer.kind == "words" else letter[1]

@@ -1,57 +1,56 @@
-r"""Mathematical answers as text: the last ``\boxed{}``, its normal form, and exact numbers."""
+r"""Mathematical answers as text: the last ``\boxed{}``, one notation, literal numbers, words."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 
 MAX_ANSWER_CHARS = 300
-_UNICODE = str.maketrans(
-    {
-        "−": "-", "–": "-", "×": r"\times ", "·": r"\cdot ", "÷": "/", "π": r"\pi ",
-        "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "°": r"^\circ ", "∪": r"\cup ",
-        "±": r"\pm ", "\u00a0": " ", "\u202f": " ", "\u2009": " ",
-    }
-)  # fmt: skip
-_SPACING = re.compile(r"(?<!\\)\\[,;:! ]|\\q?quad\b|~")
-_IGNORED = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![A-Za-z])")
-_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|operatorname|mbox)\s*\{([^{}\\]*)\}")
+_SYMBOLS = {
+    "-": "−–‒‐‑", " ": "\u00a0\u202f\u2009\u2002\u2003", "/": "∕⁄", "*": "∗", ":": "∶", "'": "′’",
+    "''": "″", r"\times ": "×", r"\cdot ": "·⋅∙", r"\div ": "÷", r"\pm ": "±", r"\mp ": "∓",
+    r"\le ": "≤⩽", r"\ge ": "≥⩾", r"\ne ": "≠", r"\infty ": "∞", r"^\circ ": "°º", r"\in ": "∈",
+    r"\cup ": "∪", r"\cap ": "∩", r"\setminus ": "∖", r"\emptyset ": "∅", r"\angle ": "∠",
+    r"\triangle ": "△", r"\langle ": "⟨", r"\rangle ": "⟩", r"\lfloor ": "⌊", r"\rfloor ": "⌋",
+    r"\lceil ": "⌈", r"\rceil ": "⌉", r"\mathbb{R}": "ℝ", r"\mathbb{Z}": "ℤ", r"\mathbb{N}": "ℕ",
+    r"\mathbb{Q}": "ℚ", r"\mathbb{C}": "ℂ", r"\text{euro}": "€", r"\text{gbp}": "£",
+    r"\lambda ": "λ", r"\Lambda ": "Λ", r"\sqrt[3]": "∛",
+}  # fmt: skip
+_UNICODE = {ord(c): latex for latex, characters in _SYMBOLS.items() for c in characters}
+for _c in "αβγδεζηθικμνξπρστυφχψωΓΔΘΞΠΣΥΦΨΩ":
+    _name = unicodedata.name(_c).rpartition(" ")[2]
+    _UNICODE[ord(_c)] = f"\\{_name.capitalize() if _c.isupper() else _name.lower()} "
+for _c in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅐⅛⅜⅝⅞⅑⅒":
+    _UNICODE[ord(_c)] = r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", _c).split("⁄"))
+_RAISED, _LOWERED = "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "₀₁₂₃₄₅₆₇₈₉₊₋ₙ"
+_LINE = str.maketrans(_RAISED + _LOWERED, 2 * "0123456789+-n")
+_COMMANDS = {
+    command: latex
+    for latex, commands in {
+        "": "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits",
+        r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", r"\le ": "leq leqslant leqq",
+        r"\ge ": "geq geqslant geqq", r"\ne ": "neq", "<": "lt", ">": "gt", "'": "prime",
+        "|": "lvert rvert vert mid", r"\emptyset ": "varnothing", r"\setminus ": "backslash",
+        r"\phi ": "varphi", r"\epsilon ": "varepsilon", r"\theta ": "vartheta",
+        r"^\circ ": "degree degrees textdegree",
+    }.items()
+    for command in commands.split()
+}  # fmt: skip
+_WORDS = re.compile(r"(?<![A-Za-z\\{])(sqrt|pi|ln|log|sin|cos|tan)(?![A-Za-z])")  # 2sqrt(3)
+_PROGRAMMED = ("**", "^"), ("<=", r"\le "), (">=", r"\ge "), (r"\not=", r"\ne "), (r"\!", "")
+_SPACING = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad\b|~|\s+")
+TEXT = r"\\(?:text(?:bf|it|rm|sf|normal)?|mathrm|operatorname|mbox)\s*\{((?:[^{}\\]|\^\{-?\d\})*)\}"
+_ARRAY = re.compile(r"[\[(]\\begin\{array\}\{[lcr]+\}(.*)\\end\{array\}[\])]")
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d*)?|\.\d+)"
 _GROUPS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\{,\}| )\d{3})+(?![\d.])")
-_PLAIN = re.compile(rf"([+-]?)({_DECIMAL})(?:[eE]([+-]?\d{{1,3}}))?")
-_TIMES = re.compile(rf"([+-]?)({_DECIMAL})(?:\\times|\\cdot|\*)10\^\{{?([+-]?\d{{1,3}})\}}?")
-_SLASH = re.compile(rf"([+-]?)([+-]?{_DECIMAL})/([+-]?{_DECIMAL})")
-_FRAC = re.compile(
-    rf"([+-]?)(\d*)\\frac(?:\{{([+-]?{_DECIMAL})\}}|(\d))(?:\{{([+-]?{_DECIMAL})\}}|(\d))"
-)
-_UNIT = re.compile(r"(?<=[\d})])\s*(\^\{?\\circ\}?|(?<=\s)[A-Za-z]{2,}(?:\^\{?[23]\}?)?)$")
-_TEXT_UNIT = re.compile(rf"{_TEXT.pattern}\s*(\^\{{?[23]\}}?)?$")
-_NO_UNIT = {
-    "or", "and", "not", "is", "if", "to", "mod", "base", "pi",
-    "hundred", "thousand", "million", "billion", "trillion", "dozen",
-}  # fmt: skip
-_ALIASES = {
-    alias: unit
-    for unit, aliases in {
-        "deg": r"^\circ ^{\circ} degree",
-        "cm": "centimeter centimetre",
-        "m": "meter metre",
-        "km": "kilometer kilometre",
-        "mm": "millimeter millimetre",
-        "in": "inch inche",
-        "ft": "foot feet",
-        "kg": "kilogram",
-        "g": "gram",
-        "l": "liter litre",
-        "h": "hour hr",
-        "min": "minute",
-        "s": "second sec",
-        "$": "dollar usd",
-        "%": "percent",
-    }.items()
-    for alias in aliases.split()
-}
+_PLAIN = re.compile(rf"({_DECIMAL})(?:[eE]([+-]?\d{{1,3}}))?")
+_TIMES = re.compile(rf"({_DECIMAL})(?:\\times|\\cdot|\*)10\^\{{?([+-]?\d{{1,3}})\}}?")
+_SLASH = re.compile(rf"(?:(\d+) )?([+-]?{_DECIMAL})/([+-]?{_DECIMAL})")
+_ARGUMENT = rf"(?:\{{([+-]?{_DECIMAL})\}}|(\d))"
+_FRAC = re.compile(rf"(\d*)\\frac{_ARGUMENT}{_ARGUMENT}")
+_REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))")
 
 
 def last_boxed(text: str) -> str | None:
@@ -79,86 +78,77 @@ def last_boxed(text: str) -> str | None:
 
 
 def clean(text: str) -> str | None:
-    """Normal form of an answer's notation; None for no answer (too long, odd characters)."""
-    text = text.translate(_UNICODE).strip()
-    if not text or len(text) > MAX_ANSWER_CHARS or not text.isascii() or "\x7f" in text:
+    """One notation for what can be written in many; None for no answer: too long, or odd."""
+    if len(text) > MAX_ANSWER_CHARS:
         return None
-    if any(c < " " and c not in "\n\t" for c in text):
+    text = re.sub(f"[{_RAISED}]+", lambda m: f"^{{{m[0].translate(_LINE)}}}", text)
+    text = re.sub(f"[{_LOWERED}]+", lambda m: f"_{{{m[0].translate(_LINE)}}}", text)
+    text = re.sub(r"√\s*(\d+|[A-Za-z]|)", lambda m: r"\sqrt" + (m[1] and f"{{{m[1]}}}"), text)
+    text = text.translate(_UNICODE)
+    if not all(c.isascii() and (c.isprintable() or c in "\n\t") for c in text):
         return None
-    text = _SPACING.sub(" ", _IGNORED.sub("", re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)))
-    text = re.sub(r"\s+", " ", text).strip().rstrip(".,;").strip()
-    for opening, closing in ((r"\(", r"\)"), (r"\[", r"\]"), ("$$", "$$"), ("$", "$")):
-        if len(text) > 1 and text.startswith(opening) and text.endswith(closing):
-            text = text[len(opening) : -len(closing)].strip()
-    if (wrapped := _TEXT.fullmatch(text)) and re.search(r"\d", wrapped[1]):
-        text = wrapped[1].strip()
-    text = re.sub(r"\\degrees?(?![A-Za-z])", r"^\\circ", text)
-    text = _GROUPS.sub(lambda m: re.sub(r"\{,\}| ", "", m[0]), text.replace(" {,}", "{,}"))
-    return text or None
+    text = re.sub(r"\\([A-Za-z]+)", lambda m: _COMMANDS.get(m[1], m[0]), text)
+    text = re.sub(r"\^\s*\{\s*\^?\\circ\s*\}", r"^\\circ ", text)
+    text = re.sub(r"\^\s*(?:\{\s*('+)\s*\}|('))", r"\1\2", text)
+    text = re.sub(r"_\s*\{\s*(\w)\s*\}", r"_\1", text)
+    for old, new in _PROGRAMMED:
+        text = text.replace(old, new)
+    text = re.sub(r"(?<!\\)\\[()\[\]]", "", text)
+    if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:  # mathematics, no currency
+        text = re.sub(r"(?<!\\)\$", "", text)
+    text = re.sub(r"\\(?:mathrm|operatorname)\{([ei])\}", r"\1", _SPACING.sub(" ", text))
+    text = _ARRAY.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", _WORDS.sub(r"\\\1 ", text))
+    text = re.sub(" +", " ", text).strip().rstrip(".,;").strip()
+    wrapped = re.fullmatch(rf"{TEXT}|\\(?:mathbf|boldsymbol|bm)\{{([^{{}}]*)\}}", text)
+    if wrapped and re.search(r"[\d,]", inner := wrapped[1] or wrapped[2] or ""):
+        text = inner.strip()
+    return _GROUPS.sub(lambda m: re.sub(r"\{,\}| ", "", m[0]), text.replace(" {,}", "{,}")) or None
 
 
-def split_unit(text: str) -> tuple[str, str]:
-    """A cleaned answer without its trailing unit (or leading currency), and the unit's name."""
-    if text.startswith((r"\$", "$")):
-        return text.lstrip("\\").removeprefix("$").strip(), "$"
-    match = _TEXT_UNIT.search(text) or _UNIT.search(text)
-    if not match or not match.start():
-        return text, ""
-    words = match[1].lower().replace(".", " ").split()
-    if not words or len(words) > 3 or not _NO_UNIT.isdisjoint(words):
-        return text, ""
-    power = (match[2] if match.re is _TEXT_UNIT else "") or ""
-    name, mark, exponent = (" ".join(words) + power).partition("^") if words else ("", "", "")
-    name = name.strip() if name else mark + exponent
-    singular = name if len(name) < 3 else name.removesuffix("s")
-    unit = _ALIASES.get(singular, singular)
-    if name != mark + exponent and exponent:
-        unit += "^" + exponent.strip("{}")
-    return text[: match.start()].strip(), unit
-
-
-def letters(text: str) -> str | None:
-    r"""The lower-case words of an answer of letters alone, ``\text{}`` and brackets removed."""
-    plain = _TEXT.sub(r"\1", text).strip(" ()")
-    return " ".join(plain.lower().split()) if re.fullmatch("[A-Za-z][A-Za-z' -]*", plain) else None
-
-
-def is_words(text: str) -> bool:
-    r"""Whether an answer is words (``no``, ``\text{B}``, ``(B)``), and no bare variable."""
-    return letters(text) is not None and len(text) > 1
+def words(text: str) -> str | None:
+    r"""An answer in words (``no``, ``\text{B}``), in lower case; None for one in symbols."""
+    text = text.strip("() ")
+    wrapped = re.fullmatch(TEXT, text)
+    plain = (wrapped[1] if wrapped else text).strip(" ().")
+    if not re.fullmatch("[A-Za-z][A-Za-z' -]*", plain):
+        return None
+    bare = not wrapped and not re.search("[A-Za-z]{3}", plain) and plain.lower() != "no"
+    return None if bare else " ".join(plain.lower().split())  # xy is a product
 
 
 def number(text: str) -> Fraction | None:
     """Exact value of a literal number; None for anything that must be computed first.
 
-    Literals are integers, decimals (with thousands separators, or an exponent), fractions of
-    them, and mixed numbers.
+    Literals are integers, decimals (with thousands separators, an exponent, or repeating digits),
+    fractions of them, and mixed numbers.
     """
-    text = text.replace(" ", "")
+    text = re.sub(r"(?<![\d,]) | (?!\d)", "", repeating(text))
+    sign = -1 if text.startswith("-") else 1
+    text = text.removeprefix("-" if sign < 0 else "+")
+    whole: str | None = ""
     if match := _PLAIN.fullmatch(text) or _TIMES.fullmatch(text):
-        sign, digits, exponent = match.groups()
-        value = _decimal(digits) * Fraction(10) ** int(exponent or 0)
+        value: Fraction | None = _decimal(match[1]) * Fraction(10) ** int(match[2] or 0)
     elif match := _SLASH.fullmatch(text):
-        sign, above, below = match.groups()
-        value = _ratio(above, below)
+        whole, value = match[1], _ratio(match[2], match[3])
     elif match := _FRAC.fullmatch(text):
-        sign, whole, above, above_1, below, below_1 = match.groups()
-        value = _ratio(above or above_1, below or below_1)
-        if whole and value is not None:
-            value = value + int(whole) if 0 <= value < 1 else None
+        whole, value = match[1], _ratio(match[2] or match[3], match[4] or match[5])
     else:
         return None
-    return None if value is None else -value if sign == "-" else value
+    if whole and value is not None:
+        value = value + int(whole) if 0 <= value < 1 else None
+    return None if value is None else sign * value
 
 
-def exact_decimals(text: str) -> str:
-    """The text with decimals as fractions, so that nothing is compared after rounding."""
+def repeating(text: str) -> str:
+    r"""The text with fractions for decimals that repeat, as ``0.\overline{3}``."""
 
     def fraction(match: re.Match) -> str:
-        value = _decimal(match[0])
-        return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+        whole, fixed, period = match[1] or "0", match[2], match[3] or match[4]
+        value = int(whole + fixed) + Fraction(int(period), 10 ** len(period) - 1)
+        above, below = (value / 10 ** len(fixed)).as_integer_ratio()
+        return rf"\frac{{{above}}}{{{below}}}"
 
-    return re.sub(r"(?<![\d.])(?:\d+\.\d+|\.\d+)(?![\d.])", fraction, text)
+    return _REPEATING.sub(fraction, text)
 
 
 def _decimal(digits: str) -> Fraction:
