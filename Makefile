@@ -40,7 +40,7 @@ $(VENV)/docs: requirements-docs.txt $(VENV)/ready
 	touch $@
 
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow

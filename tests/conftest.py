@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/tests")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+# The programs of tests are small and many: LLVM's optimisations take longer than they save.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import numpy as np
@@ -25,3 +27,18 @@ def nano():
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
+
+
+# What starts late runs on while the other workers have nothing left: the longest files come first.
+FIRST = (
+    "parallel/test_sharding", "sweep/test_population", "test_train", "sampler/test_engine",
+    "learner/test_step", "gradlab/test_lab", "parallel/test_processes",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    def rank(item):
+        name = item.nodeid.removeprefix("tests/").partition(".py")[0]
+        return FIRST.index(name) if name in FIRST else len(FIRST)
+
+    items.sort(key=rank)

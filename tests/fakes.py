@@ -61,7 +61,7 @@ class Compilations:
 
 def on_eight_devices(file, *options):
     """Run a file of tests in a process whose CPU counts as eight devices."""
-    flags = "--xla_force_host_platform_device_count=8"
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", file, *options]
     root = pathlib.Path(__file__).parents[1]
