@@ -140,7 +140,7 @@ class Checkpoints:
         return {i: _read(self.directory / str(i))[0]["score"] for i in self._committed()}
 
     def _prune(self) -> None:
-        for iteration in set(self._scores) - {max(self._scores), _best(self._scores)}:
+        for iteration in sorted(set(self._scores) - {max(self._scores), _best(self._scores)}):
             if jax.process_index() == 0:
                 _delete(self.directory / str(iteration))
             del self._scores[iteration]

@@ -27,7 +27,7 @@ def enter(setup, paths):
     if root:
         drop_user(setup)
     os.stat(os.__file__)  # must still be readable
-    for name in set(allowed.NATIVE.split()).intersection(sys.builtin_module_names):
+    for name in sorted(set(allowed.NATIVE.split()).intersection(sys.builtin_module_names)):
         importlib.import_module(name)  # later, there is no way to
     setup["paths"] = paths
     setup["layers"] = [layer for layer in LAYERS if works(setup, layer)]
