@@ -7,6 +7,7 @@ import fcntl
 import math
 import os
 import secrets
+import signal
 import socket
 import threading
 import time
@@ -80,6 +81,8 @@ class Lease:
             try:
                 if self._read().get("token", self._mine["token"]) != self._mine["token"]:
                     logging.error("Another process took the lease of %s: stopping.", self._workdir)
+                    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+                        os._exit(1)  # in the background of a script, no interrupt would arrive
                     _thread.interrupt_main()
                     return
                 self._write()

@@ -107,6 +107,7 @@ def test_remote_leases_go_by_the_heartbeat(tmp_path, monkeypatch):
 def test_a_run_that_lost_its_lease_stops(tmp_path, monkeypatch):
     """Guards against a suspended run that wakes up and writes beside its successor."""
     monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.01)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def be_robbed():
         with Lease(tmp_path):
@@ -114,9 +115,31 @@ def test_a_run_that_lost_its_lease_stops(tmp_path, monkeypatch):
                 (tmp_path / "lease.json").write_text(json.dumps({"token": "another"}))
                 time.sleep(0.05)
 
-    with pytest.raises(KeyboardInterrupt):
-        be_robbed()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            be_robbed()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert json.loads((tmp_path / "lease.json").read_text()) == {"token": "another"}
+
+
+def test_a_run_in_the_background_that_lost_its_lease_stops(tmp_path):
+    """Scripts start background jobs with SIGINT ignored: an interrupt of itself changes nothing."""
+    code = f"""
+        import pathlib, signal, time
+        from sapo_jax.training import lease
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        lease.HEARTBEAT_SECONDS = 0.01
+        with lease.Lease({str(tmp_path)!r}):
+            for _ in range(200):
+                pathlib.Path({str(tmp_path)!r}, "lease.json").write_text('{{"token": "another"}}')
+                time.sleep(0.05)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 1
+    assert "Another process took the lease" in done.stderr
 
 
 def test_config_is_stored_sorted_and_whole(tmp_path, monkeypatch):
