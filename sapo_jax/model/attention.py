@@ -106,7 +106,7 @@ def cached(
     prompt: tuple[jax.Array, jax.Array],
     completion: tuple[jax.Array, jax.Array],
     prompt_visible_PN: jax.Array,
-    completion_visible_PC: jax.Array,
+    completion_visible_PGC: jax.Array,
 ) -> jax.Array:
     """Attention of one new token a row to its group's prompt and its own completion, [P, G, H, d].
 
@@ -115,7 +115,7 @@ def cached(
       prompt: keys and values [P, K, N, d], held once for the group.
       completion: keys and values [P, G, K, C, d].
       prompt_visible_PN: positions that hold a prompt token.
-      completion_visible_PC: positions that hold a completion token of the present group.
+      completion_visible_PGC: places that hold a token of the row's present completion.
     """
     p, g, h, d = q_PGHd.shape
     kv, n = prompt[0].shape[1:3]
@@ -130,8 +130,9 @@ def cached(
         ],
         -1,
     ) / jnp.sqrt(d)
-    visible = jnp.concatenate([prompt_visible_PN, completion_visible_PC], -1)
-    weights = _softmax(scores, visible[:, None, None, None]).astype(dtype)
+    prompt_visible_PGN = jnp.broadcast_to(prompt_visible_PN[:, None], (p, g, n))
+    visible = jnp.concatenate([prompt_visible_PGN, completion_visible_PGC], -1)
+    weights = _softmax(scores, visible[:, :, None, None]).astype(dtype)
     mixed = einsum("pgkqn,pknd->pgkqd", weights[..., :n], values)
     mixed = mixed + einsum("pgkqc,pgkcd->pgkqd", weights[..., n:], own_values)
     return mixed.reshape(p, g, h, d)

@@ -1,8 +1,9 @@
 """The state of a rollout on the device: slots, caches, and results that become rows.
 
-A slot holds one prompt and its G completions. The prompt's keys and values are stored once; each
-row has its own for the completion, at the clock (the number of decode steps so far) modulo
-``max_new_tokens``: one contiguous write a step serves slots that started at different times.
+A slot holds one prompt, whose keys and values are stored once, and W ≤ G rows. The completions of
+the prompt flow through the rows: a row whose completion has ended takes the next one. Each row has
+keys and values of its own, at the clock (the number of decode steps so far) modulo
+``max_new_tokens``: one contiguous write a step serves rows that started at different times.
 
 On a mesh, each part of the rows has slots and prompts of its own, numbered from 0.
 """
@@ -21,6 +22,7 @@ from jax.sharding import Mesh, PartitionSpec
 from sapo_jax.model import moe
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import collectives, sharding
+from sapo_jax.sampler.scheduler import Moves
 from sapo_jax.types import LENGTH, STOP, Prompts, Rollout
 
 WHOLE, ROWS = PartitionSpec(), sharding.spec("rows")
@@ -30,7 +32,8 @@ WHOLE, ROWS = PartitionSpec(), sharding.spec("rows")
 class Shape:
     """Sizes of a state, those of all parts of the rows together."""
 
-    slots: int  # Q, groups in flight
+    slots: int  # Q, prompts in flight
+    rows: int  # W, of a slot
     cache: int  # C, completion tokens that have room in the cache
     prompts: int  # P, of the whole rollout
     width: int  # N, tokens of room for a prompt
@@ -40,12 +43,10 @@ class Shape:
 
 @struct.dataclass
 class Results:
-    """What has been sampled, by prompt; the last entry takes what empty slots write."""
+    """What has been sampled, by prompt; the last entry takes what idle rows write."""
 
-    tokens: jax.Array  # i32[P + 1, G, T]
+    tokens: jax.Array  # i32[P + 1, G, T], −1 where none is
     logp: jax.Array  # f32[P + 1, G, T]
-    count: jax.Array  # i32[P + 1, G], tokens of the completion
-    finished: jax.Array  # i32[P + 1, G], STOP or LENGTH
     routing: Any = (
         None  # MoE: experts of prompts [P + 1, N, L', k], completions [P + 1, G, T, L', k]
     )
@@ -53,17 +54,22 @@ class Results:
 
 @struct.dataclass
 class DecodeState:
-    """The state of the decode loop; Q slots, G rows each."""
+    """The state of the decode loop; Q slots, W rows each."""
 
     clock: jax.Array  # i32[], decode steps done
     prompt_kv: Any  # per layer (keys, values) [Q, K, N, d]
-    completion_kv: Any  # per layer (keys, values) [Q, G, K, C, d]
+    completion_kv: Any  # per layer (keys, values) [Q, W, K, C, d]
     prompt: jax.Array  # i32[Q], index of the slot's prompt; P where the slot is empty
     length: jax.Array  # i32[Q], tokens of the prompt
-    start: jax.Array  # i32[Q], clock at which the slot was filled
-    token: jax.Array  # i32[Q, G], last token drawn, not in the cache yet
-    done: jax.Array  # bool[Q, G]
-    keys: jax.Array  # key[Q, G]
+    keys: jax.Array  # key[Q, G], of the prompt's completions
+    token: jax.Array  # i32[Q, G], their first tokens
+    order: jax.Array  # i32[Q, G], in which rows take them; those that ended at once come last
+    first: jax.Array  # i32[Q], of those that wait, as a place in the order
+    end: jax.Array  # i32[Q], behind the last of them
+    live: jax.Array  # bool[Q, W], whether the row has a completion under way
+    sample: jax.Array  # i32[Q, W], which one
+    start: jax.Array  # i32[Q, W], clock at which its first token is fed
+    last: jax.Array  # i32[Q, W], last token drawn, not in the cache yet
     results: Results
 
 
@@ -86,30 +92,36 @@ def empty(config: ModelConfig, shape: Shape, mesh: Mesh | None = None) -> Decode
 
 
 def _empty(config: ModelConfig, shape: Shape) -> DecodeState:
-    q, g, p, t = shape.slots, shape.group_size, shape.prompts, shape.max_new_tokens
+    q, w, g, p = shape.slots, shape.rows, shape.group_size, shape.prompts
     kv, d = config.num_key_value_heads // collectives.axis_size("tensor"), config.head_dim
+    completions = (p + 1, g, shape.max_new_tokens)
 
     def pair(*sizes):
         return tuple(jnp.zeros(sizes, config.cache_dtype) for _ in range(2))
 
+    def integers(*sizes):
+        return jnp.zeros(sizes, jnp.int32)
+
     layers = range(config.num_hidden_layers)
-    key = jax.random.key(0, impl="threefry2x32")
     return DecodeState(
         clock=jnp.int32(0),
         prompt_kv=[pair(q, kv, shape.width, d) for _ in layers],
-        completion_kv=[pair(q, g, kv, shape.cache, d) for _ in layers],
+        completion_kv=[pair(q, w, kv, shape.cache, d) for _ in layers],
         prompt=jnp.full(q, p, jnp.int32),
         length=jnp.ones(q, jnp.int32),
-        start=jnp.zeros(q, jnp.int32),
-        token=jnp.zeros((q, g), jnp.int32),
-        done=jnp.ones((q, g), bool),
-        keys=jnp.broadcast_to(key, (q, g)),
+        keys=jax.random.wrap_key_data(jnp.zeros((q, g, 2), jnp.uint32), impl="threefry2x32"),
+        token=integers(q, g),
+        order=integers(q, g),
+        first=integers(q),
+        end=integers(q),
+        live=jnp.zeros((q, w), bool),
+        sample=integers(q, w),
+        start=integers(q, w),
+        last=integers(q, w),
         results=Results(
-            tokens=jnp.full((p + 1, g, t), config.pad_token, jnp.int32),
-            logp=jnp.zeros((p + 1, g, t), jnp.float32),
-            count=jnp.zeros((p + 1, g), jnp.int32),
-            finished=jnp.zeros((p + 1, g), jnp.int32),
-            routing=_no_routing(config, (p + 1, shape.width), (p + 1, g, t)),
+            tokens=jnp.full(completions, -1, jnp.int32),
+            logp=jnp.zeros(completions, jnp.float32),
+            routing=_no_routing(config, (p + 1, shape.width), completions),
         ),
     )
 
@@ -124,45 +136,77 @@ def _no_routing(config: ModelConfig, *shapes: tuple[int, ...]) -> Any:
 
 @partial(jax.jit, static_argnames=("size", "mesh"))
 def grow_cache(completion_kv: Any, size: int, mesh: Mesh | None = None) -> Any:
-    """Enlarge the completion cache."""
+    """Enlarge the completion cache, or that of a layer."""
     larger = jax.tree.map(
         lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, size - x.shape[3]), (0, 0))), completion_kv
     )
-    return sharding.constrain(larger, mesh, partition_specs().completion_kv)
+    return sharding.constrain(larger, mesh, sharding.spec("rows", None, "kv_heads"))
+
+
+@partial(jax.jit, static_argnames=("size", "mesh"))
+def move_cache(
+    prompt_kv: Any, completion_kv: Any, moves: Moves, size: int, mesh: Mesh | None = None
+) -> tuple[Any, Any]:
+    """The caches of a layer for other slots and rows, with a completion cache of this size."""
+
+    def local(prompt_kv, completion_kv, moves):
+        def rows(x):
+            x = x.reshape(-1, *x.shape[2:])[moves.row]
+            return jnp.pad(x, ((0, 0),) * 3 + ((0, size - x.shape[3]), (0, 0)))
+
+        chosen = jax.tree.map(lambda x: x[moves.slot], prompt_kv)
+        return chosen, jax.tree.map(rows, completion_kv)
+
+    specs = (sharding.spec("rows", "kv_heads"), sharding.spec("rows", None, "kv_heads"))
+    move = sharding.shard_map(local, mesh, (*specs, ROWS), specs)
+    return move(prompt_kv, completion_kv, moves)
 
 
 @partial(jax.jit, static_argnames="mesh")
-def select_slots(state: DecodeState, slots: jax.Array, mesh: Mesh | None = None) -> DecodeState:
-    """Some of the slots, named by their place in their part of the rows."""
+def move_rows(state: DecodeState, moves: Moves, mesh: Mesh | None = None) -> DecodeState:
+    """Other slots and rows of a state without caches and results; see `scheduler.Moves`."""
 
-    def local(state, slots):
-        own = state.replace(clock=None, results=None)  # all that has an axis Q
-        chosen = jax.tree.map(lambda x: x[slots], own)
-        return chosen.replace(clock=state.clock, results=state.results)
+    def local(state, moves):
+        def of(names, index, axes):
+            trees = {name: getattr(state, name) for name in names}
+            return {n: x.reshape(-1, *x.shape[axes:])[index] for n, x in trees.items()}
 
-    specs = partition_specs()
-    return sharding.shard_map(local, mesh, (specs, ROWS), specs)(state, slots)
+        return take(
+            state.replace(
+                **of(("prompt", "length", "keys", "token"), moves.slot, 1),
+                **of(("sample", "start", "last"), moves.row, 2),
+                order=moves.order,
+                first=jnp.zeros_like(moves.waiting),
+                end=moves.waiting,
+                live=moves.live,
+            )
+        )
+
+    specs = partition_specs().replace(prompt_kv=None, completion_kv=None, results=None)
+    return sharding.shard_map(local, mesh, (specs, ROWS), specs)(state, moves)
 
 
-def write_tokens(
-    results: Results, config: ModelConfig, prompt_Q, index_Q, token_QG, logp_QG, live_QG
-) -> tuple[Results, jax.Array]:
-    """Write the tokens of live rows at their index of the completion; and which rows ended."""
-    stops_QG = jnp.isin(token_QG, jnp.asarray(config.stop_tokens))
-    last_Q1 = (index_Q == results.tokens.shape[-1] - 1)[:, None]
-    at = (prompt_Q[:, None], jnp.arange(token_QG.shape[1])[None, :])
-    at_token = (*at, index_Q[:, None])
+def take(state: DecodeState) -> DecodeState:
+    """Let the rows without a completion take those that wait in their slot, from this clock on.
 
-    def put(buffer, index, new):
-        return buffer.at[index].set(jnp.where(live_QG, new, buffer[index]))
-
-    results = results.replace(
-        tokens=put(results.tokens, at_token, token_QG),
-        logp=put(results.logp, at_token, logp_QG),
-        count=put(results.count, at, index_Q[:, None] + 1),
-        finished=put(results.finished, at, jnp.where(stops_QG, STOP, LENGTH)),
+    Its first token was drawn in the prefill, and the keys of its prompt are there.
+    """
+    place_QW = state.first[:, None] + jnp.cumsum(~state.live, -1) - 1
+    takes_QW = ~state.live & (place_QW < state.end[:, None])
+    last_place = state.order.shape[1] - 1
+    next_QW = jnp.take_along_axis(state.order, jnp.clip(place_QW, 0, last_place), 1)
+    return state.replace(
+        live=state.live | takes_QW,
+        first=state.first + jnp.sum(takes_QW, -1),
+        sample=jnp.where(takes_QW, next_QW, state.sample),
+        start=jnp.where(takes_QW, state.clock, state.start),
+        last=jnp.where(takes_QW, jnp.take_along_axis(state.token, next_QW, 1), state.last),
     )
-    return results, stops_QG | last_Q1
+
+
+def ends(config: ModelConfig, token_X: jax.Array, index_X: jax.Array, limit: int) -> jax.Array:
+    """Whether a completion ends with the token at its index."""
+    return jnp.isin(token_X, jnp.asarray(config.stop_tokens)) | (index_X == limit - 1)
 
 
 def write_prompt_routing(results: Results, routings: list, prompt_F: jax.Array) -> Results:
@@ -174,14 +218,23 @@ def write_prompt_routing(results: Results, routings: list, prompt_F: jax.Array) 
     return results.replace(routing=(prompts.at[prompt_F].set(experts, mode="drop"), completions))
 
 
-def write_routing(results: Results, routings: list, prompt_Q, index_Q, live_QG) -> Results:
-    """Record what the tokens just fed were routed to, at their place in the completion."""
-    if results.routing is None:
-        return results
-    prompts, completions = results.routing
-    at = (prompt_Q[:, None], jnp.arange(live_QG.shape[1])[None, :], index_Q[:, None])
-    new = jnp.where(live_QG[..., None, None], _experts(routings), completions[at])
-    return results.replace(routing=(prompts, completions.at[at].set(new.astype(completions.dtype))))
+def write(state: DecodeState, index_QW, token_QW, logp_QW, routings: list) -> Results:
+    """Note what live rows have drawn, for the place behind ``index_QW``, and what they were fed.
+
+    Tokens and log-probabilities of the completion's next token; the experts of the one just fed.
+    """
+    results = state.results
+    nowhere, limit = results.tokens.shape[0] - 1, results.tokens.shape[2]
+    prompt_QW = jnp.where(state.live, state.prompt[:, None], nowhere)
+    index_QW = jnp.minimum(index_QW, limit - 2)  # of idle rows it goes on
+    at, after = ((prompt_QW, state.sample, index_QW + i) for i in (0, 1))
+    if results.routing is not None:
+        prompts, completions = results.routing
+        experts = _experts(routings).astype(completions.dtype)
+        results = results.replace(routing=(prompts, completions.at[at].set(experts)))
+    return results.replace(
+        tokens=results.tokens.at[after].set(token_QW), logp=results.logp.at[after].set(logp_QW)
+    )
 
 
 def _experts(routings: list) -> jax.Array:
@@ -189,17 +242,24 @@ def _experts(routings: list) -> jax.Array:
     return jnp.stack([r.experts for r in routings if r is not None], -2)
 
 
-@partial(jax.jit, static_argnames="mesh")
+def _finished(config: ModelConfig, tokens_XT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens with pads, their count, and STOP or LENGTH."""
+    drawn_XT = tokens_XT >= 0
+    stopped_X = jnp.any(jnp.isin(tokens_XT, jnp.asarray(config.stop_tokens)), -1)
+    tokens_XT = jnp.where(drawn_XT, tokens_XT, config.pad_token)
+    return tokens_XT, jnp.sum(drawn_XT, -1), jnp.where(stopped_X, STOP, LENGTH)
+
+
+@partial(jax.jit, static_argnames=("config", "mesh"))
 def completions(
-    results: Results, prompt_Q: jax.Array, mesh: Mesh | None = None
+    config: ModelConfig, results: Results, prompt_Q: jax.Array, mesh: Mesh | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Tokens, count and finished of some prompts, by their place in their part of the rows."""
 
-    def local(arrays, prompt_Q):
-        return jax.tree.map(lambda x: x[prompt_Q], arrays)
+    def local(tokens, prompt_Q):
+        return _finished(config, tokens[prompt_Q])
 
-    arrays = (results.tokens, results.count, results.finished)
-    return sharding.shard_map(local, mesh, ROWS, ROWS)(arrays, prompt_Q)
+    return sharding.shard_map(local, mesh, ROWS, ROWS)(results.tokens, prompt_Q)
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
@@ -213,12 +273,13 @@ def to_rollout(
 
 def _to_rollout(config, results, prompts, iteration) -> Rollout:
     results = jax.tree.map(lambda x: x[:-1], results)
+    tokens_PGT, count_PG, finished_PG = _finished(config, results.tokens)
     p, n = prompts.tokens.shape
-    group, t = results.tokens.shape[1:]
+    group, t = tokens_PGT.shape[1:]
     offset_PGS = jnp.arange(n + t)[None, None, :] - prompts.length[:, None, None]
     offset_PGS = jnp.broadcast_to(offset_PGS, (p, group, n + t))
     in_prompt_PGS = offset_PGS < 0
-    mask_PGS = ~in_prompt_PGS & (offset_PGS < results.count[..., None])
+    mask_PGS = ~in_prompt_PGS & (offset_PGS < count_PG[..., None])
 
     def rows(prompt, completion, pad):
         """[P, N, ...] and [P, G, T, ...] at their places, [B, S, ...]."""
@@ -234,13 +295,13 @@ def _to_rollout(config, results, prompts, iteration) -> Rollout:
         return jnp.where(in_prompt, prompt, own).reshape(p * group, n + t, *rest)
 
     return Rollout(
-        tokens=rows(prompts.tokens, results.tokens, config.pad_token),
+        tokens=rows(prompts.tokens, tokens_PGT, config.pad_token),
         mask=mask_PGS.reshape(p * group, -1),
         sampler_logp=rows(jnp.zeros((p, n), jnp.float32), results.logp, 0),
         prompt_id=jnp.repeat(prompts.id, group),
         sample_index=jnp.tile(jnp.arange(group, dtype=jnp.int32), p),
         policy_step=jnp.full(p * group, iteration, jnp.int32),
-        finished=results.finished.reshape(-1),
+        finished=finished_PG.reshape(-1),
         segments=(mask_PGS | in_prompt_PGS).astype(jnp.int32).reshape(p * group, -1),
         routing=results.routing and rows(*results.routing, -1),
     )

@@ -1,14 +1,13 @@
-"""Rollouts: prefill once per prompt, decode groups in slots on the device, refill, shrink.
+"""Rollouts: prefill once per prompt, let completions flow through rows on the device, compact.
 
 Decoding runs on the device (see `decode`). The host takes part only between segments of its loop:
-to refill slots whose group has finished, to drop empty ones when no prompt waits, and to let the
-cache grow to its next size (see `scheduler`).
+to refill slots whose completions have all ended, to go on with fewer rows when no prompt waits, and
+to let the cache grow to its next size (see `scheduler`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,7 +22,8 @@ from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
 from sapo_jax.sampler import decode, decode_state, sampling
 from sapo_jax.sampler.decode_state import DecodeState
-from sapo_jax.sampler.scheduler import Plan, Slots, make_plan
+from sapo_jax.sampler.plan import Plan, make_plan
+from sapo_jax.sampler.scheduler import Moves, Slots
 from sapo_jax.sampler.weights import to_sampler
 from sapo_jax.types import Prompts, Rollout
 
@@ -51,12 +51,14 @@ def _check(prompts, config, group_size, max_new_tokens, temperature, domain, tru
         )
 
 
-def _checked(plan: Plan | None, prompts: int, max_new_tokens: int, mesh: Mesh | None) -> Plan:
+def _checked(
+    plan: Plan | None, prompts: int, group_size: int, max_new_tokens: int, mesh: Mesh | None
+) -> Plan:
     """The plan, or one of its own, if prompts and plan divide among the parts of the rows."""
     parts = sharding.parts(mesh)
     if mesh is not None:
         sharding.check(mesh, [sharding.Dimension("prompts", "rows", prompts)])
-    plan = plan or make_plan(prompts, max_new_tokens, parts=parts)
+    plan = plan or make_plan(prompts, max_new_tokens, group_size=group_size, parts=parts)
     divided = all(n % parts == 0 for n in (*plan.slots, plan.refill))
     if plan.cache[-1] != max_new_tokens or plan.slots[0] > prompts or not divided:
         raise ValueError(
@@ -80,6 +82,7 @@ def rollout(
     top_p: float | None = None,
     plan: Plan | None = None,
     on_groups: OnGroups | None = None,
+    on_end: Callable[[int], None] | None = None,
     warm_up: Callable[[str], None] | None = None,
 ) -> Rollout:
     """Sample G completions of each prompt.
@@ -97,10 +100,11 @@ def rollout(
       top_k: keep the k likeliest tokens; for evaluation only, since the learner's log π is that of
         the whole softmax.
       top_p: keep the smallest set of tokens of at least this probability; for evaluation only.
-      plan: shapes to compile for; by default all prompts at once.
+      plan: shapes to compile for; by default `make_plan`'s, all prompts at once.
       on_groups: called with the completions of some prompts as soon as they are finished, while the
         others are decoded: (index i32[g], tokens i32[g, G, T], count i32[g, G], finished
         i32[g, G]), NumPy arrays; each prompt comes once. With warm_up, all come at the end.
+      on_end: called with the number of rows that the decode steps have computed, used or not.
       warm_up: compile every program of the plan instead of sampling, and call this with a line
         about each; the result is a rollout without completions.
 
@@ -114,12 +118,13 @@ def rollout(
     _check(prompts, config, group_size, max_new_tokens, temperature, domain, truncate)
     p, width = prompts.tokens.shape
     mesh = sharding.mesh_of(params)
-    plan = _checked(plan, p, max_new_tokens, mesh)
+    plan = _checked(plan, p, group_size, max_new_tokens, mesh)
     prompts = sharding.place(prompts, mesh)
     controls = sampling.controls(temperature, top_k, top_p)
     params = to_sampler(params, config)
     base = sampling.base_key(np.uint32(seed), domain, np.int32(iteration))
-    sizes = (plan.slots[0], plan.cache[0], p, width, group_size, max_new_tokens)
+    parts, rows = sharding.parts(mesh), plan.of_part(1, group_size).rows[0]
+    sizes = (plan.slots[0], rows, plan.cache[0], p, width, group_size, max_new_tokens)
     state = decode_state.empty(config, decode_state.Shape(*sizes), mesh)
     # Programs are compiled apart for placed and unplaced arguments: the state lies from the start
     # where the parameters do. (Arrays of NumPy have no place.)
@@ -128,9 +133,10 @@ def rollout(
     static = {"truncate": truncate, "mesh": mesh}
     host = _Host(
         state,
-        Slots.empty(plan, p, sharding.parts(mesh)),
+        Slots.empty(plan, p, parts, group_size),
         partial(decode.prefill, params, config, prompts, base, controls, **static),
         partial(decode.decode, params, config, controls, **static),
+        partial(decode_state.completions, config, mesh=mesh),
         on_groups,
         mesh,
     )
@@ -138,6 +144,8 @@ def rollout(
         host.compile_all(warm_up)
     else:
         host.run()
+        if on_end:
+            on_end(host.slots.computed)
     return decode_state.to_rollout(config, host.state.results, prompts, np.int32(iteration), mesh)
 
 
@@ -148,7 +156,8 @@ class _Host:
     Attributes:
       state: on the device; each program takes it and gives the next.
       slots: which prompt is where.
-      prefill_program, decode_program: what is left of `decode.prefill` and `decode.decode`.
+      prefill_program, decode_program, completions_program: what is left of `decode.prefill`,
+        `decode.decode` and `decode_state.completions`.
       fresh: prompts that had finished when the host last looked, and their completions, which may
         still be on the device.
     """
@@ -157,6 +166,7 @@ class _Host:
     slots: Slots
     prefill_program: Callable[..., DecodeState]
     decode_program: Callable[..., tuple[DecodeState, jax.Array]]
+    completions_program: Callable[..., tuple[jax.Array, ...]]
     on_groups: OnGroups | None
     mesh: Mesh | None
     fresh: tuple[np.ndarray, Any] | None = None
@@ -177,9 +187,9 @@ class _Host:
             self.state = self.prefill_program(self.state, *map(self._place, entries))
 
     def shrink(self) -> None:
-        """Go on with fewer slots: a decode step costs the same for an empty one."""
-        while (slots_nQ := self.slots.shrink()) is not None:
-            self.state = self._select(slots_nQ)
+        """Go on with fewer rows: a decode step costs the same for an idle one."""
+        while (moves := self.slots.shrink()) is not None:
+            self._move(moves)
 
     def grow(self) -> None:
         """Enlarge the cache when the clock has come to its end."""
@@ -188,12 +198,13 @@ class _Host:
 
     def decode(self) -> None:
         """Decode until there is something to do, and report what had finished before."""
-        until, enough_n, quorum = self.slots.stop(reports=self.on_groups is not None)
-        self.state, idle = self.decode_program(self.state, until, self._place(enough_n), quorum)
+        until, limits_n2, quorum = self.slots.stop(reports=self.on_groups is not None)
+        self.state, table = self.decode_program(self.state, until, self._place(limits_n2), quorum)
         # Before the host waits for the device: completions are judged while others are decoded.
         self.report()
-        clock, idle = jax.device_get((self.state.clock, idle))
-        fresh_nQ = self.slots.advance(int(clock), np.array(idle).reshape(len(enough_n), -1))
+        clock, table = jax.device_get((self.state.clock, table))
+        table_nQX = table.reshape(len(limits_n2), -1, table.shape[-1])
+        fresh_nQ = self.slots.advance(int(clock), table_nQX)
         if self.on_groups:
             self.fresh = fresh_nQ, self._completions(fresh_nQ)
 
@@ -210,41 +221,62 @@ class _Host:
 
     def compile_all(self, say: Callable[[str], None]) -> None:
         """Run every program once on empty slots: it compiles, and there is nothing to compute."""
-        plan, parts = self.slots.plan, len(self.slots.idle)
-        zero, zeros_n = np.int32(0), np.zeros(parts, np.int32)
+        plan, (parts, _) = self.slots.plan, self.slots.prompt.shape
+        zero, zeros_n2 = np.int32(0), np.zeros((parts, 2), np.int32)
         self._completions(self.slots.prompt)
         say(f"prefill of {plan.refill * parts} prompts")
-        self.state = self.prefill_program(self.state, *map(self._place, self.slots.fill(zeros_n)))
-        for count, fewer in itertools.pairwise((*plan.slots, 0)):
-            first_nQ, smaller = np.tile(np.arange(fewer), (parts, 1)), None
-            for i, size in enumerate(plan.cache):
-                say(f"decoding of {count * parts} groups with {size} tokens of cache")
-                if i:
+        entries = self.slots.fill(zeros_n2[:, 0])
+        self.state = self.prefill_program(self.state, *map(self._place, entries))
+        last, levels = plan.cache[-1], len(plan.slots)
+        for level, (count, rows) in enumerate(zip(plan.slots, plan.rows, strict=True)):
+            for size in plan.cache if level == 0 else (last,):
+                say(f"decoding of {count * parts} × {rows} rows with {size} tokens of cache")
+                if level == 0 and size > plan.cache[0]:
                     self._grow_to(size)
-                if fewer:  # slots may become fewer at any size of the cache
-                    selected = self._select(first_nQ)
-                    smaller = smaller or selected
-                self.state, _ = self.decode_program(self.state, zero, self._place(zeros_n), zero)
-            self.state = smaller or self.state
+                arguments = self.state, zero, self._place(zeros_n2), zero
+                self.state, _ = self.decode_program(*arguments)
+                if level + 1 < levels and size < last:
+                    moves = Moves(*map(np.stack, zip(*self.slots.packed(), strict=True)))
+                    self._move_layer(self.state.prompt_kv[0], self.state.completion_kv[0], moves)
+            if level + 1 < levels:
+                self._move(self.slots.move(self.slots.packed()))
         if self.on_groups:
             every_nP = np.tile(np.arange(self.slots.prompts), (parts, 1))
             self.fresh = every_nP, self._completions(every_nP)
             self.report()
 
-    def _place(self, x_n: np.ndarray) -> Any:
+    def _place(self, x_nX: np.ndarray) -> Any:
         """An array of the parts of the rows, each part on its devices."""
-        return sharding.place(x_n.astype(np.int32).ravel(), self.mesh)
+        flat = x_nX.reshape(-1, *x_nX.shape[2:])
+        return sharding.place(flat if flat.dtype == bool else flat.astype(np.int32), self.mesh)
 
-    def _select(self, slots_nQ: np.ndarray) -> DecodeState:
-        return decode_state.select_slots(self.state, self._place(slots_nQ), self.mesh)
+    def _move(self, moves: Moves) -> None:
+        """Let the state have other slots and rows."""
+        state, self.state = self.state, None
+        layers, results = list(zip(state.prompt_kv, state.completion_kv, strict=True)), state.results
+        state, moved = state.replace(prompt_kv=None, completion_kv=None, results=None), []
+        while layers:  # one by one: there is no room for all of the old ones and the new ones
+            moved.append(self._move_layer(*layers.pop(0), moves))
+        prompt_kv, completion_kv = map(list, zip(*moved, strict=True))
+        state = decode_state.move_rows(state, jax.tree.map(self._place, moves), self.mesh)
+        self.state = state.replace(
+            prompt_kv=prompt_kv, completion_kv=completion_kv, results=results
+        )
+
+    def _move_layer(self, prompt_kv: Any, completion_kv: Any, moves: Moves) -> Any:
+        size, placed = self.slots.plan.cache[-1], jax.tree.map(self._place, moves)
+        return decode_state.move_cache(prompt_kv, completion_kv, placed, size, self.mesh)
 
     def _grow_to(self, size: int) -> None:
-        larger = decode_state.grow_cache(self.state.completion_kv, size, self.mesh)
+        layers, self.state = self.state.completion_kv, self.state.replace(completion_kv=None)
+        larger = []
+        while layers:
+            larger.append(decode_state.grow_cache(layers.pop(0), size, self.mesh))
         self.state = self.state.replace(completion_kv=larger)
 
     def _completions(self, prompt_nQ: np.ndarray) -> tuple[jax.Array, ...]:
         """What has been sampled for some prompts of each part, still on the device."""
-        return decode_state.completions(self.state.results, self._place(prompt_nQ), self.mesh)
+        return self.completions_program(self.state.results, self._place(prompt_nQ))
 
 
 @jax.jit
