@@ -55,7 +55,7 @@ def _fill_slots(config, truncate, params, prompts, base, controls, state, slot_F
 
     # Pads stand after the prompt, where causal attention never looks: one segment will do.
     segments_FN = jnp.ones_like(tokens_FN)
-    rope = attention.rotary(attention.positions(segments_FN), config)
+    rope = jax.tree.map(lambda x: x[: tokens_FN.shape[1]], state.rope)
     x = transformer.embed(params, config, tokens_FN)
     prompt_kv, routings = [], []
     for layer, cache in zip(params["layers"], state.prompt_kv, strict=True):
@@ -101,7 +101,8 @@ def step(params, config, controls, truncate, state: DecodeState) -> DecodeState:
     n, c = state.prompt_kv[0][0].shape[2], state.completion_kv[0][0].shape[3]
     t = state.results.tokens.shape[-1]
     index_QW = state.clock - state.start  # of the token that is fed, in its completion
-    rope = attention.rotary(state.length[:, None] + index_QW, config)
+    position_QW = state.length[:, None] + index_QW
+    rope = jax.tree.map(lambda x: x[position_QW], state.rope)
     # All rows write at one place of the cache, whenever they started; no completion is longer than
     # T, so nothing is overwritten that is still read. Entries older than the row's first token are
     # of the completion before, and are not visible. While C < T, the clock is below C.

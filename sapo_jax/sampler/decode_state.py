@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
-from sapo_jax.model import moe
+from sapo_jax.model import attention, moe
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import collectives, sharding
 from sapo_jax.sampler.scheduler import Moves
@@ -57,6 +57,7 @@ class DecodeState:
     """The state of the decode loop; Q slots, W rows each."""
 
     clock: jax.Array  # i32[], decode steps done
+    rope: tuple[jax.Array, jax.Array]  # of `attention.rotary` at positions 0 … N + T − 1
     prompt_kv: Any  # per layer (keys, values) [Q, K, N, d]
     completion_kv: Any  # per layer (keys, values) [Q, W, K, C, d]
     prompt: jax.Array  # i32[Q], index of the slot's prompt; P where the slot is empty
@@ -80,7 +81,7 @@ def partition_specs() -> DecodeState:
         "prompt_kv": sharding.spec("rows", "kv_heads"),
         "completion_kv": sharding.spec("rows", None, "kv_heads"),
     }
-    return DecodeState(**by_row | {"clock": WHOLE} | caches)
+    return DecodeState(**by_row | {"clock": WHOLE, "rope": WHOLE} | caches)
 
 
 @partial(jax.jit, static_argnames=("config", "shape", "mesh"))
@@ -105,6 +106,7 @@ def _empty(config: ModelConfig, shape: Shape) -> DecodeState:
     layers = range(config.num_hidden_layers)
     return DecodeState(
         clock=jnp.int32(0),
+        rope=attention.rotary(jnp.arange(shape.width + shape.max_new_tokens), config),
         prompt_kv=[pair(q, kv, shape.width, d) for _ in layers],
         completion_kv=[pair(q, w, kv, shape.cache, d) for _ in layers],
         prompt=jnp.full(q, p, jnp.int32),
@@ -191,8 +193,11 @@ def take(state: DecodeState) -> DecodeState:
 
     Its first token was drawn in the prefill, and the keys of its prompt are there.
     """
-    place_QW = state.first[:, None] + jnp.cumsum(~state.live, -1) - 1
-    takes_QW = ~state.live & (place_QW < state.end[:, None])
+    rows = jnp.arange(state.live.shape[1])
+    free_QW = ~state.live
+    before_QW = jnp.sum(free_QW[:, None] & (rows < rows[:, None]), -1)  # compiles faster than cumsum
+    place_QW = state.first[:, None] + before_QW
+    takes_QW = free_QW & (place_QW < state.end[:, None])
     last_place = state.order.shape[1] - 1
     next_QW = jnp.take_along_axis(state.order, jnp.clip(place_QW, 0, last_place), 1)
     return state.replace(

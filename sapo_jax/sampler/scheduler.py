@@ -38,7 +38,7 @@ class View(NamedTuple):
     @classmethod
     def of(cls, table_nQX: np.ndarray, rows: int) -> View:
         """From the columns of a table."""
-        live, first, end, order = np.split(table_nQX, [rows, rows + 1, rows + 2], -1)
+        live, first, end, order = np.split(table_nQX.copy(), [rows, rows + 1, rows + 2], -1)
         return cls(live.astype(bool), first[..., 0], end[..., 0], order)
 
     def taken(self) -> View:

@@ -139,6 +139,7 @@ class Population:
         """All prompts at once; their groups are reported when the last run is sampled."""
         each, first = [run.sampling(domain) for run in self.runs], self.runs[0].sampling(domain)
         top = {name: first.get(name) for name in ("top_k", "top_p")}
+        plan = first["plan"].of_part(1, first["group_size"])
         seed_R = np.array([own["seed"] for own in each], np.uint32)
         if warm_up:
             warm_up("sampling")
@@ -152,7 +153,8 @@ class Population:
             np.int32(iteration),
             group_size=first["group_size"],
             max_new_tokens=first["max_new_tokens"],
-            cache=first["plan"].cache,
+            rows=plan.rows[0],
+            cache=plan.cache,
             truncate=any(value is not None for value in top.values()),
             mesh=self.mesh,
         )

@@ -28,6 +28,7 @@ MAY_DIFFER = {
     "iterations", "profile_steps", "compilation_cache", "checkpoint.every",
     "log.samples", "log.samples_every", "data.workers", "reward.workers", "distributed.timeout",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",  # but for the last bits
+    "sampler.shrink",  # gone; older runs have it
 }  # fmt: skip
 OPEN = {"task", "tasks", "mesh", "template_options"}  # sections read by the names in them
 
@@ -136,7 +137,7 @@ def _check_numbers(c: Any) -> None:
         "checkpoint.every", "learner.head_chunk", "log.samples_every", "reward.workers",
     )  # fmt: skip
     _bounded(
-        c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "sampler.shrink", "eval.every",
+        c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "eval.every",
         "eval.temperature", "learner.warmup", "learner.weight_decay", "log.samples",
         "profile_steps", "learner.learning_rate", "data.max_prompt_tokens", "data.workers",
         "distributed.timeout", "reward.kl_coef",
@@ -195,7 +196,7 @@ def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> 
     width, room, keep = build.lengths(c, made, tokenizer, shape)
     mesh = build.make_mesh(c, shape, devices)
     parts = sharding.parts(mesh)
-    options = {"slots": c.sampler.slots, "shrink": c.sampler.shrink, "parts": parts}
+    options = {"slots": c.sampler.slots, "parts": parts}
     plan = partial(sampler.make_plan, max_new_tokens=room, **options)
     # The last batch of an evaluation is filled up, and so is one that the mesh does not divide.
     eval_batch = -(-min(c.batch.prompts, c.eval.prompts) // parts) * parts
@@ -212,8 +213,8 @@ def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> 
         width=width,
         max_new_tokens=room,
         bounds=build.make_bounds(c),
-        plan=plan(c.batch.prompts * c.batch.oversample),
-        eval_plan=plan(eval_batch),
+        plan=plan(c.batch.prompts * c.batch.oversample, group_size=c.batch.group_size),
+        eval_plan=plan(eval_batch, group_size=c.eval.samples),
         eval_batch=eval_batch,
         mesh=mesh,
     )
