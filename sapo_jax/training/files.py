@@ -45,6 +45,6 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 def read_json(path: epath.PathLike) -> Any:
     """What JSON a file holds; None where there is no file."""
     try:
-        return json.loads(normal(path).read_text())
+        return json.loads(normal(path).read_bytes())
     except FileNotFoundError:
         return None
