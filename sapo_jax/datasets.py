@@ -172,11 +172,16 @@ def write(builder: Any) -> epath.Path:
     """Run a TFDS builder, once; returns the directory that ``source`` reads.
 
     Raises:
-      ValueError: the dataset is there already, or what was written is empty.
+      ValueError: the dataset is there already, or something else is in its place, or what was
+        written is empty.
     """
     directory = epath.Path(builder.data_dir)
     if directory.exists():
         raise ValueError(f"{directory} exists already: delete it, or choose another directory")
+    above = directory.parent
+    strange = [p.name for p in above.iterdir() if p.name[0].isalpha()] if above.is_dir() else []
+    if strange or (not above.is_dir() and above.exists()):
+        raise ValueError(f"{above} is no dataset's, it holds {strange[:3]}: choose another --out")
     builder.download_and_prepare()
     for split in builder.info.splits:
         Records(directory, split)
