@@ -11,6 +11,8 @@ from etils import epath
 
 from sapo_jax import cli, model, rewards, sampler, tasks
 from sapo_jax.data import encode, hf_tokenizer, stream
+from sapo_jax.training import files
+from sapo_jax.training.checks import LARGEST, MOST
 from sapo_jax.training.evaluation import evaluate
 
 FLAGS = cli.Flags("evaluate", __doc__)
@@ -25,7 +27,7 @@ FLAGS.integer("max_prompt_tokens", 512, "Longer prompts are left out.", 1)
 FLAGS.integer("max_new_tokens", 1024, "Room for a completion.", 1)
 FLAGS.integer("batch", 8, "Prompts that are sampled at a time.", 1)
 FLAGS.integer("seed", 0, "Of the sampling noise.", 0)
-FLAGS.integer("workers", 1, "Rows judged at a time, while the device works.", 1)
+FLAGS.integer("workers", 1, "Rows judged at a time.", 1, upper_bound=MOST["reward.workers"])
 FLAGS.enum("dtype", "float32", ["float32", "bfloat16"], "Of everything.")
 FLAGS.boolean("chat", True, "Prompts by the directory's chat template.")
 FLAGS.string("system", "", "System message of each prompt.")
@@ -70,6 +72,10 @@ def _evaluate_set(
     if not examples:
         raise ValueError(f"--task={text}: no prompt fits --max_prompt_tokens={width}")
     batch = min(given.batch, len(examples))
+    most = LARGEST // (batch * (width + room))
+    if given.samples > most:
+        rows = f"at most {most} with {batch} prompts at a time and rows of {width + room} tokens"
+        raise ValueError(f"--samples={given.samples}: must be {rows}")
     bar = tqdm(total=len(examples), desc=text, unit="prompt", dynamic_ncols=True)
 
     def sample(prompts, on_groups):
@@ -97,8 +103,15 @@ def _line(text: str, metrics: dict, samples: int) -> str:
     )
 
 
+def is_result(content: bytes) -> bool:
+    """Whether a file is what ``--out`` writes."""
+    return content.startswith(b'{\n "settings": {')
+
+
 def main(given: cli.Flags) -> None:
     """Evaluate a model directory on the sets that the flags name."""
+    if given.out:
+        files.check_file(given.out, "--out=", is_result, "an earlier result")
     cli.use_cache(given.compilation_cache)
     config, params = model.hf.load(epath.Path(given.hf).expanduser(), dtype=given.dtype)
     chat = {"chat": given.chat, "system": given.system}
@@ -112,7 +125,7 @@ def main(given: cli.Flags) -> None:
         print(_line(text, found[text], given.samples), flush=True)
     if given.out:
         results = {"settings": {name: given[name].value for name in RECORDED}, "sets": found}
-        epath.Path(given.out).write_text(json.dumps(results, indent=1))
+        files.write_text(files.normal(given.out), json.dumps(results, indent=1))
         print(f"written: {given.out}")
 
 
