@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from typing import Any
+
+from sapo_jax.cli import nearest
 
 
 def require(condition: bool, field: str, value: Any, allowed: str) -> None:
@@ -24,6 +25,5 @@ def choice(field: str, value: str, allowed: Collection[str]) -> None:
       ValueError: it is not.
     """
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, 1, 0)
-        hint = f"; the nearest is {near[0]!r}" if near else ""
+        hint = f"; the nearest is {nearest(value, allowed)!r}"
         raise ValueError(f"config.{field}={value!r}: must be one of {', '.join(allowed)}{hint}")
