@@ -113,13 +113,15 @@ def run_all(
 
 
 def report(workdir: epath.Path) -> None:
-    """Write the report, where this machine can draw."""
+    """Write the report, where this machine can draw; the run is complete without it."""
     try:
         from sapo_jax.report.run import write
 
         write(workdir)
     except ImportError as error:
         logging.warning("No report: %s", cli.missing(error))
+    except Exception as error:
+        logging.warning("No report of %s: %s: %s", workdir, type(error).__name__, error)
 
 
 def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], bool]:

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import secrets
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from etils import epath
 
-from sapo_jax.cli import flat, missing
+from sapo_jax.cli import flat
 from sapo_jax.tasks import jsonl
 from sapo_jax.training.files import normal, read_json, write_json, write_text
+from sapo_jax.training.tracker import Tracker
 
 PART_LINES = 100
 
@@ -69,7 +67,7 @@ class Metrics:
         Where nothing was restored, -1 cuts the record of an evaluation before training as well.
         """
         self._directory = normal(workdir) / "metrics"
-        self._part, self._lines, self._events = 0, [], None
+        self._part, self._lines, self._tracker = 0, [], None
         if jax.process_index() > 0:
             return
         parts = _numbered(self._directory, "part")
@@ -81,7 +79,7 @@ class Metrics:
             elif (text := "".join(map(_line, rest))).encode() != path.read_bytes():
                 write_text(path, text)
         self._part = max(_numbered(self._directory, "part"), default=-1) + 1
-        self._events = _tensorboard(normal(workdir) / "tensorboard", first_iteration + 1)
+        self._tracker = Tracker(normal(workdir) / "tensorboard", first_iteration + 1)
 
     def write(self, record: dict) -> None:
         """Add one record of numbers, lists and dicts; non-finite numbers become null."""
@@ -92,29 +90,19 @@ class Metrics:
             self._part, self._lines = self._part + 1, []
         self._lines.append(_line(record))
         write_text(self._directory / f"part-{self._part:05d}.jsonl", "".join(self._lines))
-        for key, value in record.items() if self._events else ():
-            if isinstance(value, (int, float)):
-                self._events.add_scalar(key, value, record["iteration"])
-            elif key.startswith("histogram/") and None not in value["edges"]:
-                self._write_histogram(key, record["iteration"], **value)
+        if self._tracker:
+            self._tracker.write(record)
 
     def close(self) -> None:
         """Flush the TensorBoard events; the JSON lines are already there."""
-        if self._events:
-            self._events.close()
+        if self._tracker:
+            self._tracker.close()
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _write_histogram(self, key: str, step: int, edges: list, counts: list) -> None:
-        middles = np.add(edges[1:], edges[:-1]) / 2
-        moments = sum(counts), np.dot(counts, middles), np.dot(counts, middles**2)
-        self._events.add_histogram_raw(
-            key, edges[0], edges[-1], *moments, edges[1:], counts, global_step=step
-        )
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict]:
@@ -145,20 +133,6 @@ def cut_samples(workdir: epath.PathLike, after_iteration: int) -> None:
     for iteration, path in _numbered(normal(workdir) / "samples", "iteration").items():
         if iteration > after_iteration and jax.process_index() == 0:
             path.unlink()
-
-
-def _tensorboard(directory: epath.Path, purge_step: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-
-        # By default two writers of one second write the same file.
-        name = f".{secrets.token_hex(4)}"
-        return SummaryWriter(
-            os.fspath(directory), purge_step=purge_step, flush_secs=10, filename_suffix=name
-        )
-    except ImportError as error:
-        logging.warning("No TensorBoard events are written: %s", missing(error))
-        return None
 
 
 def _plain(x: Any) -> Any:

@@ -194,7 +194,7 @@ def write_records(workdir, first, last):
 
 @pytest.fixture
 def no_tensorboard(monkeypatch):
-    monkeypatch.setattr(workdir, "_tensorboard", lambda *_: None)
+    monkeypatch.setattr(workdir, "Tracker", lambda *_: None)
 
 
 def test_records_are_json_and_exact(tmp_path, no_tensorboard):
@@ -250,7 +250,7 @@ WRITER = """
     import sys
     from sapo_jax.training import workdir
 
-    workdir._tensorboard = lambda *_: None
+    workdir.Tracker = lambda *_: None
     metrics = workdir.Metrics(sys.argv[1], first_iteration=int(sys.argv[2]))
     for iteration in range(int(sys.argv[2]) + 1, 100_000):
         metrics.write({"iteration": iteration, "noise": [iteration] * 300})
