@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from etils import epath
-from ml_collections import ConfigDict
 
 from sapo_jax import cli
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.tokenizer import CharTokenizer
 from sapo_jax.model import hf, params
 from sapo_jax.training import checkpoint, settings
-from sapo_jax.training.workdir import read_config
+from sapo_jax.training.workdir import config_of_run
 
 FLAGS = cli.Flags("export", __doc__)
 FLAGS.string("workdir", "", "Run directory.", required=True)
@@ -33,10 +32,7 @@ def export(workdir: epath.PathLike, out: epath.PathLike, *, which: str = "latest
       ValueError: ``workdir`` is no run, or has no such checkpoint.
     """
     workdir, out = epath.Path(workdir).expanduser(), epath.Path(out).expanduser()
-    stored = read_config(workdir)
-    if stored is None:
-        raise ValueError(f"{workdir} has no config.json: name the --workdir of a run")
-    checked = settings.from_config(ConfigDict(stored))
+    checked = settings.from_config(config_of_run(workdir))
     wanted = params.abstract(checked.model)
     weights = checkpoint.restore_params(workdir / "checkpoints", wanted, which=which)
     characters = isinstance(checked.tokenizer, CharTokenizer)

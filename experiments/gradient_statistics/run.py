@@ -17,9 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict
 
-from configs import base
 from sapo_jax import gradlab, learner, objectives, rewards, sampler
 from sapo_jax.data import encode
 from sapo_jax.parallel import sharding
@@ -27,7 +25,7 @@ from sapo_jax.report.gradlab import write
 from sapo_jax.training import checkpoint, experience, provenance, settings, startup
 from sapo_jax.training.engine import Streamed
 from sapo_jax.training.progress import Clock
-from sapo_jax.training.workdir import read_config
+from sapo_jax.training.workdir import config_of_run
 from sapo_jax.types import Batch
 
 HERE = pathlib.Path(__file__).parent
@@ -49,9 +47,8 @@ _SUMMARISE = flags.DEFINE_list("summarise", [], "Names to put into one table; ru
 
 def load(workdir: str, learning_rate: float | None = None) -> settings.Settings:
     """The settings of a run, without dynamic sampling, perhaps with another learning rate."""
-    config = base.get_config()
+    config = config_of_run(workdir)
     with config.unlocked():
-        config.update(ConfigDict(read_config(workdir)))
         config.batch.oversample = 1
         config.learner.learning_rate = learning_rate or config.learner.learning_rate
     return settings.from_config(config)
@@ -209,7 +206,7 @@ def main(argv: list[str]) -> None:
     if _WORKDIR.value is None or _FRESH.value < 16:
         raise app.UsageError(f"--workdir is needed, and --fresh={_FRESH.value} at least 16")
     updates = sorted({int(u) for u in _UPDATES.value})
-    algorithms = {name: objectives.OBJECTIVES[name] for name in _OBJECTIVES.value}
+    algorithms = {name: objectives.named(name) for name in _OBJECTIVES.value}
     checked = load(_WORKDIR.value, _RATE.value)
     found = examine(checked, _WORKDIR.value, algorithms, updates, _FRESH.value, _FOCUS.value)
     path = out / f"{_NAME.value}.json"

@@ -50,7 +50,9 @@ def from_config(name: str, function: str = "get_config") -> Any:
         path = shipped[name]
     with line_of(path):
         if "configs" not in sys.modules:  # so that any config can import the shipped ones
-            import_file("configs", CONFIGS / "__init__.py", [str(CONFIGS), os.path.abspath("configs")])
+            import_file(
+                "configs", CONFIGS / "__init__.py", [str(CONFIGS), os.path.abspath("configs")]
+            )
         module = import_file("config_file", path)
     if not hasattr(module, function):
         raise ValueError(f"{path}: must have a function {function}()")

@@ -18,7 +18,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sapo_jax.cli.configs import PACKAGE, import_file, line_of
@@ -49,6 +49,12 @@ def path_of(reference: str) -> pathlib.Path:
 def fingerprint(reference: str) -> str:
     """SHA-256 of the file that a reference names."""
     return hashlib.sha256(path_of(reference).read_bytes()).hexdigest()
+
+
+def fingerprints(names: Iterable[Any]) -> list[list[str]]:
+    """Path and fingerprint of each file that names refer to, as JSON holds them."""
+    files = {name.partition(":")[0]: fingerprint(name) for name in names if is_reference(name)}
+    return [[path, sha256] for path, sha256 in sorted(files.items())]
 
 
 def load(reference: str) -> Any:
@@ -158,7 +164,9 @@ def answer() -> None:
             json.dumps(found[call])
         except Exception as error:
             found[call] = {"error": _shown(error)}
-    os.write(out, json.dumps({call: found[call] for call in [*calls, *(found.keys() - calls)]}).encode())
+    os.write(
+        out, json.dumps({call: found[call] for call in [*calls, *(found.keys() - calls)]}).encode()
+    )
     os._exit(0)
 
 

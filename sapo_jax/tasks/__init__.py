@@ -28,9 +28,9 @@ A task of your own is a frozen dataclass whose fields are its options, with the 
             word = "".join("abcde"[i] for i in draw(key, [5] * self.length))
             return make_example(f"{word}<", word[::-1], word[::-1])
 
-In a file of yours it is ``make("my.py:Reverse", length=3)``, in a config
-``c.task.name = "my.py:Reverse"``; `register` gives it a name in this process. `chain_sum` is one like
-it; `jsonl.FileTask` reads problems from files; a program is run by `verifiers.sandbox`.
+and a line in TASKS, or `register`, or neither: of a file of yours it is ``make("my.py:Reverse",
+length=3)``, and in a config ``c.task.name = "my.py:Reverse"``. `chain_sum` is one like it;
+`jsonl.FileTask` reads problems from files; a program is run by `verifiers.sandbox`.
 """
 
 from __future__ import annotations
@@ -100,13 +100,18 @@ def make(name: str, **options: Any) -> Task:
         )
     if not callable(kind):
         raise ValueError(f"task {name!r} is {kind!r}: must be the task's class")
-    known = list(inspect.signature(kind).parameters)
-    for option in options:
-        if option not in known:
-            near = f"; the nearest is {cli.nearest(option, known)!r}" if known else ""
-            has = ", ".join(known) or "none"
-            raise ValueError(f"task {name!r} has no option {option!r}; it has {has}{near}")
-    task = kind(**options)
+    known = inspect.signature(kind).parameters
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        near = f"; the nearest is {cli.nearest(unknown[0], known)!r}" if known else ""
+        has = ", ".join(known) or "none"
+        raise ValueError(f"task {name!r} has no option {unknown}; it has {has}{near}")
+    try:
+        task = kind(**options)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"task {name!r} with the options {options}: {error}") from error
+    for option, value in options.items():
+        own.check_type(name, option, value, known[option].annotation)
     if name not in SHIPPED:
         own.check(name, task, options)
     return task

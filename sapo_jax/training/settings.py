@@ -13,7 +13,7 @@ from typing import Any
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sapo_jax import advantages, learner, model, sampler, tasks
+from sapo_jax import advantages, cli, learner, model, sampler, tasks
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.parallel import sharding
@@ -37,7 +37,8 @@ class Settings:
     """A checked config, with the objects that its fields describe.
 
     Attributes:
-      plain: the config as a dictionary, as the run directory stores it.
+      plain: the config as a dictionary, as the run directory stores it; with ``files``, the paths
+        and fingerprints of files that it names code of.
       config: the same as frozen dataclasses: ``config.batch.prompts``.
       tasks: what the prompts are of, by name.
       shares: of each task in a batch.
@@ -182,6 +183,7 @@ def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> 
       ValueError: naming the field, its value and what is allowed.
     """
     plain = json.loads(config.to_json_best_effort())
+    plain.pop("files", None)  # of a stored config
     c = frozen(plain)
     choice("source", c.source, SOURCES)
     choice("advantages", c.advantages, tuple(advantages.ESTIMATORS))
@@ -194,13 +196,16 @@ def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> 
     shape = build.make_model(c, tokenizer)
     width, room, keep = build.lengths(c, made, tokenizer, shape)
     mesh = build.make_mesh(c, shape, devices)
+    files = cli.own.fingerprints(
+        [c.objective.name, c.reward.function, *(task["name"] for task in build.entries(c).values())]
+    )
     parts = sharding.parts(mesh)
     options = {"slots": c.sampler.slots, "shrink": c.sampler.shrink, "parts": parts}
     plan = partial(sampler.make_plan, max_new_tokens=room, **options)
     # The last batch of an evaluation is filled up, and so is one that the mesh does not divide.
     eval_batch = -(-min(c.batch.prompts, c.eval.prompts) // parts) * parts
     return Settings(
-        plain=plain,
+        plain=plain | ({"files": files} if files else {}),
         config=c,
         tasks=made,
         shares=shares,

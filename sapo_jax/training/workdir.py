@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from sapo_jax.cli import flat
 from sapo_jax.tasks import jsonl
@@ -32,6 +33,21 @@ def read_config(workdir: epath.PathLike) -> dict | None:
     return read_json(normal(workdir) / "config.json")
 
 
+def config_of_run(workdir: epath.PathLike) -> ConfigDict:
+    """The stored config for `settings.from_config`; fields that are newer have their defaults.
+
+    Raises:
+      ValueError: there is none.
+    """
+    stored = read_config(workdir)
+    if stored is None:
+        raise ValueError(f"{workdir} has no config.json: name the --workdir of a run")
+    config = from_config("base")
+    with config.unlocked():
+        config.update(ConfigDict(stored))
+    return config
+
+
 def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset[str]) -> None:
     """Refuse to go on with a run under another config than it was started with.
 
@@ -42,9 +58,15 @@ def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset
     if stored is None:
         return
     old, new = flat(stored), flat(json.loads(json.dumps(config)))
-    differences = []
+    defaults = flat(from_config("base").to_dict())  # of fields that are newer than the run
+    files = dict(old.pop("files", [])), dict(new.pop("files", []))
+    differences = [
+        f"{path} has changed: SHA-256 {files[0][path][:12]} then, {now[:12]} now"
+        for path, now in files[1].items()
+        if files[0].get(path, now) != now
+    ]
     for key in sorted((old.keys() | new.keys()) - may_differ):
-        before, now = old.get(key, "(absent)"), new.get(key, "(absent)")
+        before, now = old.get(key, defaults.get(key, "(absent)")), new.get(key, "(absent)")
         if before != now:
             differences.append(f"{key}: stored {before!r}, given {now!r}")
     if differences:
