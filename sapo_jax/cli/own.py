@@ -11,6 +11,7 @@ import datetime
 import functools
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -130,17 +131,23 @@ def _agree(what: str, given: str, fingerprints: tuple[str, ...]) -> dict:
     if not all(texts):
         raise ValueError(f"{what}: ends the process that calls it")
     first, *others = map(json.loads, texts)
-    for other in others:
-        for call in first:
-            if "error" in (found := first[call] | other.get(call, {})):
-                raise ValueError(f"{what}: {call} raises {found['error']}")
-            if first[call] != other.get(call):
-                values = " and ".join(json.dumps(x[call]["value"])[:80] for x in (first, other))
-                raise ValueError(
-                    f"{what}: {call} is not the same in every process: {values}; it must not "
-                    "depend on hash(), the order of a set, chance, the clock, or earlier calls"
-                )
+    for call, other in [(call, other) for other in others for call in first]:
+        if "error" in (found := first[call] | other.get(call, {})):
+            raise ValueError(f"{what}: {call} raises {found['error']}")
+        one, two = first[call]["value"], found["value"]
+        if call not in other or one != two:
+            raise ValueError(
+                f"{what}: {call} is not the same in every process: {_different(one, two)}; it must "
+                "not depend on hash(), the order of a set, chance, the clock, or earlier calls"
+            )
     return {call: found["value"] for call, found in first.items()}
+
+
+def _different(one: Any, two: Any) -> str:
+    texts = json.dumps(one), json.dumps(two)
+    equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))
+    start = max(0, len(list(equal)) - 30)
+    return " and ".join("…" * (start > 0) + text[start : start + 80] for text in texts)
 
 
 def answer() -> None:

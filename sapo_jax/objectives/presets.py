@@ -183,7 +183,7 @@ def named(name: str) -> Objective:
     token's ratio, averaged as GRPO does, without hyperparameters.
 
     Raises:
-      ValueError: an unknown name; of a file, what is no objective, or not the same in every process.
+      ValueError: an unknown name; of a file, what is no objective, or differs between processes.
     """
     if cli.own.is_reference(name):
         objective = _objective(name, cli.own.load(name))
@@ -286,6 +286,7 @@ def resolve(objective: str | Objective | Switch, **hyperparameters) -> Objective
         if isinstance(value, jax.core.Tracer):
             continue
         array = np.asarray(value)
-        if array.dtype.kind not in "iuf" or not np.all(check(array)):
+        number = jnp.issubdtype(array.dtype, np.number) and array.dtype.kind != "c"
+        if not number or not np.all(check(array)):
             raise ValueError(f"{name}: {key}={value} must be {text}")
     return objective.with_hyperparameters(values)

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from sapo_jax.cli import flat
+from sapo_jax.cli import flat, from_config
 from sapo_jax.tasks import jsonl
 from sapo_jax.training.files import normal, read_json, write_json, write_text
 from sapo_jax.training.tracker import Tracker
