@@ -11,6 +11,7 @@ from etils import epath
 
 from sapo_jax import cli, model, rewards, sampler, tasks
 from sapo_jax.data import encode, hf_tokenizer, stream
+from sapo_jax.training.checks import LARGEST, MOST
 from sapo_jax.training.evaluation import evaluate
 
 FLAGS = cli.Flags("evaluate", __doc__)
@@ -26,7 +27,7 @@ FLAGS.integer("max_prompt_tokens", 512, "Longer prompts are left out.", 1)
 FLAGS.integer("max_new_tokens", 1024, "Room for a completion.", 1)
 FLAGS.integer("batch", 8, "Prompts that are sampled at a time.", 1)
 FLAGS.integer("seed", 0, "Of the sampling noise.", 0)
-FLAGS.integer("workers", 1, "Rows judged at a time, while the device works.", 1)
+FLAGS.integer("workers", 1, "Rows judged at a time.", 1, upper_bound=MOST["reward.workers"])
 FLAGS.enum("dtype", "float32", ["float32", "bfloat16"], "Of everything.")
 FLAGS.boolean("chat", True, "Prompts by the directory's chat template.")
 FLAGS.string("system", "", "System message of each prompt.")
@@ -71,6 +72,10 @@ def _evaluate_set(
     if not examples:
         raise ValueError(f"--task={text}: no prompt fits --max_prompt_tokens={width}")
     batch, recipe = min(given.batch, len(examples)), rewards.Recipe(function=given.reward)
+    most = LARGEST // (batch * (width + room))
+    if given.samples > most:
+        rows = f"at most {most} with {batch} prompts at a time and rows of {width + room} tokens"
+        raise ValueError(f"--samples={given.samples}: must be {rows}")
     bar = tqdm(total=len(examples), desc=text, unit="prompt", dynamic_ncols=True)
 
     def sample(prompts, on_groups):

@@ -26,6 +26,7 @@ COMMANDS = {  # the module of each, and what it does
 }
 WRONG = {  # what Python says of a value, and what the value must be
     "invalid literal for int": "must be a whole number",
+    "Exceeds the limit": "must be a smaller number",
     "could not convert string to float": "must be a number",
     "Non-boolean argument": "must be true or false",
 }
@@ -58,7 +59,7 @@ class Flags(flags.FlagValues):
     # Each is called as absl's: (name, default, help, …).
     boolean = partialmethod(_define, flags.DEFINE_boolean)
     enum = partialmethod(_define, flags.DEFINE_enum)
-    integer = partialmethod(_define, flags.DEFINE_integer)
+    integer = partialmethod(_define, flags.DEFINE_integer, upper_bound=2**31 - 1)
     number = partialmethod(_define, flags.DEFINE_float)
     string = partialmethod(_define, flags.DEFINE_string)
     strings = partialmethod(_define, flags.DEFINE_multi_string)

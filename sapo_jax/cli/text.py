@@ -39,7 +39,7 @@ def flat(config: Mapping[str, Any], prefix: str = "", *, sections: bool = False)
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """The name that is most like another, two letters that changed places aside."""
-    name = str(name).lower()
+    name = str(name)[:100].lower()
     likes = [name, *(name[:i] + name[i : i + 2][::-1] + name[i + 2 :] for i in range(len(name)))]
 
     def likeness(other: str) -> float:

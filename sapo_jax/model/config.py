@@ -11,6 +11,7 @@ from sapo_jax.model.rope import check_scaling
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "xla", "splash", "cudnn")
 MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2", "llama")
+LARGEST = {"num_hidden_layers": 4096, "num_experts": 2**16}  # each is named; others: 32 bits
 MAY_BE_ZERO = ("pad_token", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
@@ -79,8 +80,11 @@ class ModelConfig:
     def _check_fields(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and field.name not in MAY_BE_ZERO and value < 1:
-                raise ValueError(f"model.{field.name}={value}: must be at least 1")
+            if field.type == "int":
+                least, most = field.name not in MAY_BE_ZERO, LARGEST.get(field.name, 2**31 - 1)
+                if not least <= value <= most:
+                    bound = f"at least {least:d}" if value < least else f"at most {most}"
+                    raise ValueError(f"model.{field.name}={value}: must be {bound}")
             if field.name.endswith("_dtype") and value not in DTYPES:
                 raise ValueError(
                     f"model.{field.name}={value!r}: must be one of {', '.join(DTYPES)}"

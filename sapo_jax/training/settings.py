@@ -20,7 +20,7 @@ from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.training import build
-from sapo_jax.training.checks import choice, require
+from sapo_jax.training.checks import LARGEST, check_sizes, choice, require
 
 SOURCES = ("rollout", "demonstrations")
 POPULATION_METHODS = ("auto", "map", "vmap", "devices")
@@ -140,7 +140,7 @@ def _check_numbers(c: Any) -> None:
         c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "sampler.shrink", "eval.every",
         "eval.temperature", "learner.warmup", "learner.weight_decay", "log.samples",
         "profile_steps", "learner.learning_rate", "data.max_prompt_tokens", "data.workers",
-        "distributed.timeout", "reward.kl_coef",
+        "distributed.timeout", "reward.kl_coef", "reward.max_length", "reward.buffer",
     )  # fmt: skip
     for field in ("sampler.temperature", "learner.max_grad_norm", "learner.eps"):
         value = operator.attrgetter(field)(c)
@@ -148,7 +148,8 @@ def _check_numbers(c: Any) -> None:
     for field in ("learner.b1", "learner.b2"):
         value = operator.attrgetter(field)(c)
         require(0 <= value < 1, field, value, "in [0, 1)")
-    require(c.seed < 2**32, "seed", c.seed, "below 2**32")
+    updates = f"at most {LARGEST // c.batch.minibatches}: updates are counted in 32 bits"
+    require(c.iterations * c.batch.minibatches <= LARGEST, "iterations", c.iterations, updates)
     top_k, top_p = c.eval.top_k, c.eval.top_p
     require(top_k is None or top_k >= 1, "eval.top_k", top_k, "at least 1, or None")
     require(top_p is None or 0 < top_p <= 1, "eval.top_p", top_p, "in (0, 1], or None")
@@ -172,6 +173,20 @@ def _check_batch(c: Any) -> None:
     require(slots <= batch.prompts, "sampler.slots", slots, most)
 
 
+def _check_tokens(c: Any, width: int, room: int, eval_batch: int) -> None:
+    """Refuse rows whose tokens 32 bits do not count, of an iteration or of the evaluation."""
+    sizes = {f"batch.{n}": getattr(c.batch, n) for n in ("prompts", "oversample", "group_size")}
+    largest, rows = max(sizes, key=sizes.get), math.prod(sizes.values())
+    of_eval = ("eval.samples", c.eval.samples, eval_batch)
+    for field, count, others in ((largest, sizes[largest], rows // sizes[largest]), of_eval):
+        most = LARGEST // (others * (width + room))
+        tokens = f"at most {most}, for {others} times as many rows of {width + room} tokens"
+        require(count <= most, field, count, tokens)
+    minibatch = max(2**16, rows // c.batch.minibatches * (width + room))
+    chunk, all_of_them = c.learner.head_chunk, f"at most {minibatch}, as many as there can be"
+    require(chunk <= minibatch, "learner.head_chunk", chunk, all_of_them)
+
+
 def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> Settings:
     """Check a config and build what it describes; compiles nothing.
 
@@ -182,6 +197,7 @@ def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> 
     Raises:
       ValueError: naming the field, its value and what is allowed.
     """
+    check_sizes(config)
     plain = json.loads(config.to_json_best_effort())
     plain.pop("files", None)  # of a stored config
     c = frozen(plain)
@@ -204,6 +220,7 @@ def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> 
     plan = partial(sampler.make_plan, max_new_tokens=room, **options)
     # The last batch of an evaluation is filled up, and so is one that the mesh does not divide.
     eval_batch = -(-min(c.batch.prompts, c.eval.prompts) // parts) * parts
+    _check_tokens(c, width, room, eval_batch)
     return Settings(
         plain=plain | ({"files": files} if files else {}),
         config=c,
