@@ -9,7 +9,6 @@ from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.tokenizer import CharTokenizer
 from sapo_jax.model import hf, params
 from sapo_jax.training import checkpoint, settings
-from sapo_jax.training.workdir import config_of_run
 
 FLAGS = cli.Flags("export", __doc__)
 FLAGS.string("workdir", "", "Run directory.", required=True)
@@ -32,7 +31,7 @@ def export(workdir: epath.PathLike, out: epath.PathLike, *, which: str = "latest
       ValueError: ``workdir`` is no run, or has no such checkpoint.
     """
     workdir, out = epath.Path(workdir).expanduser(), epath.Path(out).expanduser()
-    checked = settings.from_config(config_of_run(workdir))
+    checked = settings.of_run(workdir)
     wanted = params.abstract(checked.model)
     weights = checkpoint.restore_params(workdir / "checkpoints", wanted, which=which)
     characters = isinstance(checked.tokenizer, CharTokenizer)

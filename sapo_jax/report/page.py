@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 import matplotlib
+from absl import logging
 from etils import epath
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
@@ -89,13 +90,21 @@ def svg(slug: str, figure: Figure, title: str) -> Markup:
 
 
 def plots(panels: Mapping[str, Panel], *data: Any) -> dict[str, Plot | None]:
-    """Every panel as it stands in the page; None where there is nothing to draw."""
+    """Every panel as it stands in the page; None where there is nothing to draw, or it fails."""
+
+    def draw(slug: str, panel: Panel) -> Plot | None:
+        if not (figure := style.figure_of(panel, *data)):
+            return None
+        phone = style.figure_of(panel, *data, width=style.NARROW) if panel.wide else None
+        phone = phone and svg(f"{slug}-phone", phone, panel.title)
+        return Plot(panel.title, svg(slug, figure, panel.title), phone)
+
     drawn: dict[str, Plot | None] = dict.fromkeys(panels)
     for slug, panel in panels.items():
-        if figure := style.figure_of(panel, *data):
-            phone = style.figure_of(panel, *data, width=style.NARROW) if panel.wide else None
-            phone = phone and svg(f"{slug}-phone", phone, panel.title)
-            drawn[slug] = Plot(panel.title, svg(slug, figure, panel.title), phone)
+        try:
+            drawn[slug] = draw(slug, panel)
+        except Exception as error:  # a page is worth more than any of its plots
+            logging.warning("No plot %r: %s: %s", panel.title, type(error).__name__, error)
     return drawn
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -21,6 +22,7 @@ from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.training import build
 from sapo_jax.training.checks import LARGEST, check_sizes, choice, require
+from sapo_jax.training.workdir import read_config
 
 SOURCES = ("rollout", "demonstrations")
 POPULATION_METHODS = ("auto", "map", "vmap", "devices")
@@ -29,6 +31,7 @@ MAY_DIFFER = {
     "log.samples", "log.samples_every", "data.workers", "reward.workers", "distributed.timeout",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",  # but for the last bits
 }  # fmt: skip
+ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "tensor", "expert")}
 OPEN = {"task", "tasks", "mesh", "template_options"}  # sections read by the names in them
 
 
@@ -171,6 +174,22 @@ def _check_batch(c: Any) -> None:
     require(alone, "batch.oversample", batch.oversample, only)
     most = f"at most batch.prompts={batch.prompts}"
     require(slots <= batch.prompts, "sampler.slots", slots, most)
+
+
+def of_run(workdir: epath.PathLike, changes: Mapping[str, Any] = ONE_DEVICE) -> Settings:
+    """The settings that a run was started with, but for ``changes`` of dotted fields.
+
+    Raises:
+      ValueError: there is no run.
+    """
+    stored = read_config(workdir)
+    if stored is None:
+        raise ValueError(f"{workdir} has no config.json: name the --workdir of a run")
+    config = cli.from_config("base")  # with the fields that the run is older than
+    with config.unlocked():
+        config.update(ConfigDict(stored))
+        config.update_from_flattened_dict(changes)
+    return from_config(config)
 
 
 def _check_tokens(c: Any, width: int, room: int, eval_batch: int) -> None:

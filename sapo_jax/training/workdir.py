@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from ml_collections import ConfigDict
 
 from sapo_jax.cli import flat, from_config
 from sapo_jax.tasks import jsonl
@@ -31,21 +30,6 @@ def write_config(workdir: epath.PathLike, config: dict) -> None:
 def read_config(workdir: epath.PathLike) -> dict | None:
     """The stored config, or None before the first start."""
     return read_json(normal(workdir) / "config.json")
-
-
-def config_of_run(workdir: epath.PathLike) -> ConfigDict:
-    """The stored config for `settings.from_config`; fields that are newer have their defaults.
-
-    Raises:
-      ValueError: there is none.
-    """
-    stored = read_config(workdir)
-    if stored is None:
-        raise ValueError(f"{workdir} has no config.json: name the --workdir of a run")
-    config = from_config("base")
-    with config.unlocked():
-        config.update(ConfigDict(stored))
-    return config
 
 
 def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset[str]) -> None:

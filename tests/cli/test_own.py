@@ -279,7 +279,7 @@ def test_a_run_remembers_the_files(mine):
     check([start, end], *often, *own)
     assert end["reward/mean"] == pytest.approx(end["reward/function"], rel=1e-6)
     assert end["reward/function"] < -0.4 > start["eval/reward_function"]
-    assert settings.from_config(workdir.config_of_run("run")).plain == checked.plain
+    assert settings.of_run("run").plain == checked.plain
     train.run(settings.from_config(config(**fields)), "run")  # complete, and the files are the same
     (mine / "my.py").write_text(MINE.replace("-0.5", "-0.25"))
     with pytest.raises(ValueError, match=r"my.py has changed: SHA-256 .* then, .* now"):
@@ -293,7 +293,7 @@ def test_fields_newer_than_a_run_have_their_defaults(mine):
     del older["reward"]["function"], older["population"]
     workdir.write_config("run", older)
     workdir.check_config("run", checked.plain, may_differ=checked.may_differ)
-    assert settings.from_config(workdir.config_of_run("run")).plain == checked.plain
+    assert settings.of_run("run").plain == checked.plain
     other = checked.plain | {"population": {"method": "vmap"}}
     with pytest.raises(ValueError, match=r"population.method: stored 'auto', given 'vmap'"):
         workdir.check_config("run", other, may_differ=checked.may_differ)
