@@ -11,6 +11,7 @@ from etils import epath
 
 from sapo_jax import cli, model, rewards, sampler, tasks
 from sapo_jax.data import encode, hf_tokenizer, stream
+from sapo_jax.training import files
 from sapo_jax.training.checks import LARGEST, MOST
 from sapo_jax.training.evaluation import evaluate
 
@@ -104,8 +105,15 @@ def _line(text: str, metrics: dict, samples: int) -> str:
     )
 
 
+def is_result(content: bytes) -> bool:
+    """Whether a file is what ``--out`` writes."""
+    return content.startswith(b'{\n "settings": {')
+
+
 def main(given: cli.Flags) -> None:
     """Evaluate a model directory on the sets that the flags name."""
+    if given.out:
+        files.check_file(given.out, "--out=", is_result, "an earlier result")
     cli.use_cache(given.compilation_cache)
     config, params = model.hf.load(epath.Path(given.hf).expanduser(), dtype=given.dtype)
     chat = {"chat": given.chat, "system": given.system}
@@ -119,7 +127,7 @@ def main(given: cli.Flags) -> None:
         print(_line(text, found[text], given.samples), flush=True)
     if given.out:
         results = {"settings": {name: given[name].value for name in RECORDED}, "sets": found}
-        epath.Path(given.out).write_text(json.dumps(results, indent=1))
+        files.write_text(files.normal(given.out), json.dumps(results, indent=1))
         print(f"written: {given.out}")
 
 

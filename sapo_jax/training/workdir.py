@@ -16,7 +16,7 @@ from etils import epath
 
 from sapo_jax.cli import flat, from_config
 from sapo_jax.tasks import jsonl
-from sapo_jax.training.files import normal, read_json, write_json, write_text
+from sapo_jax.training.files import check_directory, normal, read_json, write_json, write_text
 from sapo_jax.training.tracker import Tracker
 
 PART_LINES = 100
@@ -30,6 +30,17 @@ def write_config(workdir: epath.PathLike, config: dict) -> None:
 def read_config(workdir: epath.PathLike) -> dict | None:
     """The stored config, or None before the first start."""
     return read_json(normal(workdir) / "config.json")
+
+
+def is_run(workdir: epath.PathLike) -> bool:
+    """Whether a directory is of a run: its config.json is none of Hugging Face, say."""
+    config = read_config(workdir)
+    return isinstance(config, dict) and {"iterations", "learner", "sampler"} <= set(config)
+
+
+def check_workdir(workdir: epath.PathLike) -> None:
+    """Refuse a directory that holds files and is of no run."""
+    check_directory(workdir, "--workdir=", is_run, "a run's, with its config.json")
 
 
 def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset[str]) -> None:

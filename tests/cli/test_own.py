@@ -259,41 +259,44 @@ def test_registered_names(monkeypatch):
         objectives.OBJECTIVES.update(held)
 
 
-def config(**fields):
+def config(folder, **fields):
     c = tiny_config.get_config()
     with c.unlocked():
-        c.update_from_flattened_dict({"iterations": 1, "task.name": "my.py:Sums", **fields})
-    return c
+        fields = {"iterations": 1, "task.name": f"{folder}/my.py:Sums", **fields}
+        c.update_from_flattened_dict(fields)
+    return settings.from_config(c)
 
 
-def test_a_run_remembers_the_files(mine):
+def test_a_run_remembers_the_files(tmp_path):
     """And does not go on where one of them has changed."""
-    fields = {"reward.function": "my.py:shorter"}
-    both = settings.from_config(config(**fields, **{"objective.name": "mine.py:my_objective"}))
-    assert dict(both.plain["files"]).keys() == {"my.py", "mine.py"}
-    checked = settings.from_config(config(**fields))
-    train.run(checked, "run")
-    start, end = workdir.read_metrics("run")
-    own = "reward.function", "an evaluation, reward.function"
-    often = "", "source=rollout", "an evaluation", "eval.every"
-    check([start, end], *often, *own)
+    own, gate = tmp_path / "my.py", tmp_path / "mine.py"
+    own.write_text(MINE)
+    gate.write_text(OBJECTIVES)
+    fields = {"reward.function": f"{own}:shorter"}
+    both = config(tmp_path, **fields, **{"objective.name": f"{gate}:my_objective"})
+    assert dict(both.plain["files"]).keys() == {str(own), str(gate)}
+    checked, run = config(tmp_path, **fields), tmp_path / "run"
+    train.run(checked, run)
+    start, end = workdir.read_metrics(run)
+    conditions = "reward.function", "an evaluation, reward.function"
+    check([start, end], "", "source=rollout", "an evaluation", "eval.every", *conditions)
     assert end["reward/mean"] == pytest.approx(end["reward/function"], rel=1e-6)
     assert end["reward/function"] < -0.4 > start["eval/reward_function"]
-    assert settings.of_run("run").plain == checked.plain
-    train.run(settings.from_config(config(**fields)), "run")  # complete, and the files are the same
-    (mine / "my.py").write_text(MINE.replace("-0.5", "-0.25"))
+    assert settings.of_run(run).plain == checked.plain
+    train.run(config(tmp_path, **fields), run)  # complete, and the files are the same
+    own.write_text(MINE.replace("-0.5", "-0.25"))
     with pytest.raises(ValueError, match=r"my.py has changed: SHA-256 .* then, .* now"):
-        train.run(settings.from_config(config(**fields)), "run")
+        train.run(config(tmp_path, **fields), run)
 
 
-def test_fields_newer_than_a_run_have_their_defaults(mine):
+def test_fields_newer_than_a_run_have_their_defaults(tmp_path):
     """A directory of before goes on, or is exported, though it lacks fields of today."""
-    checked = settings.from_config(config(**{"task.name": "chain_sum"}))
+    checked = config(tmp_path, **{"task.name": "chain_sum"})
     older = {key: dict(x) if isinstance(x, dict) else x for key, x in checked.plain.items()}
     del older["reward"]["function"], older["population"]
-    workdir.write_config("run", older)
-    workdir.check_config("run", checked.plain, may_differ=checked.may_differ)
-    assert settings.of_run("run").plain == checked.plain
+    workdir.write_config(tmp_path, older)
+    workdir.check_config(tmp_path, checked.plain, may_differ=checked.may_differ)
+    assert settings.of_run(tmp_path).plain == checked.plain
     other = checked.plain | {"population": {"method": "vmap"}}
     with pytest.raises(ValueError, match=r"population.method: stored 'auto', given 'vmap'"):
-        workdir.check_config("run", other, may_differ=checked.may_differ)
+        workdir.check_config(tmp_path, other, may_differ=checked.may_differ)
