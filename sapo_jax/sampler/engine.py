@@ -253,7 +253,10 @@ class _Host:
     def _move(self, moves: Moves) -> None:
         """Let the state have other slots and rows."""
         state, self.state = self.state, None
-        layers, results = list(zip(state.prompt_kv, state.completion_kv, strict=True)), state.results
+        layers, results = (
+            list(zip(state.prompt_kv, state.completion_kv, strict=True)),
+            state.results,
+        )
         state, moved = state.replace(prompt_kv=None, completion_kv=None, results=None), []
         while layers:  # one by one: there is no room for all of the old ones and the new ones
             moved.append(self._move_layer(*layers.pop(0), moves))

@@ -54,7 +54,7 @@ def make_plan(
 
         prompts × G      8 × 8   32 × 8   32 × 16   64 × 8   256 × 8, 32 slots
         slots × rows     8 × 8   32 × 4   32 × 4    64 × 2   128 × 2
-        rows / token     1.37    1.25     1.15      1.18     1.20
+        rows / token     1.37    1.24     1.13      1.16     1.16
 
     Args:
       prompts: P.

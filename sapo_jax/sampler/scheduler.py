@@ -79,7 +79,8 @@ def pack(prompt: np.ndarray, view: View, slots: int, rows: int) -> Moves | None:
         np.zeros(slots, np.int32), np.zeros((slots, view.order.shape[1]), np.int32),
         np.zeros(slots, np.int32), np.zeros((slots, rows), np.int32), np.zeros((slots, rows), bool),
     )  # fmt: skip
-    for at, (p, i) in enumerate((p, i) for p in count for i in range(count[p])):
+    places = [(p, i) for p, n in count.items() for i in range(n)]
+    for at, (p, i) in enumerate(places):
         own, queue = (found[p][i :: count[p]] for found in (under_way, waiting))
         moves.slot[at], moves.waiting[at] = source[p], len(queue)
         moves.order[at, : len(queue)] = queue

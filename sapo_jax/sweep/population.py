@@ -144,7 +144,7 @@ class Population:
         seed_R = np.array([own["seed"] for own in each], np.uint32)
         if warm_up:
             warm_up("sampling")
-        found = rollouts.rollout(
+        found, steps_R = rollouts.rollout(
             np.full(len(self.runs), warm_up is None),
             weights,
             self.runs[0].model,
@@ -162,7 +162,9 @@ class Population:
         every = self.to_host(found)
         for groups, rows in zip(on_groups, every, strict=True):
             rollouts.report(groups, rows, first["group_size"])
-        return found, [(rows.mask.sum(-1), rows.finished) for rows in every]
+        computed_R = np.asarray(steps_R) * plan.slots[0] * plan.rows[0]
+        pairs = zip(every, computed_R.tolist(), strict=True)
+        return found, [Ends(rows.mask.sum(-1), rows.finished, n) for rows, n in pairs]
 
     def learn(
         self, state: TrainState, minibatches: tuple[Batch, ...]

@@ -79,7 +79,7 @@ def rollout(
     cache: tuple[int, ...],
     truncate: bool,
     mesh: Mesh | None = None,
-) -> Rollout:
+) -> tuple[Rollout, jax.Array]:
     """`sampler.rollout` of R runs, as one program: all prompts at once, no slot is refilled.
 
     Args:
@@ -95,7 +95,7 @@ def rollout(
       mesh: over which the runs are split.
 
     Returns:
-      Rollout with a leading axis R.
+      (Rollout with a leading axis R, i32[R] decode steps).
     """
     p, width = prompts.tokens.shape[1:]
     every, none = jnp.arange(p, dtype=jnp.int32), np.iinfo(np.int32).max
@@ -120,7 +120,8 @@ def rollout(
                 state = state.replace(completion_kv=grow(state.completion_kv))
             until = size if size < cache[-1] else none
             state = decode_runs(params, config, controls, state, until, truncate=truncate)
-        return jax.vmap(rows_of, in_axes=(RUNS, 0))(state, prompts)
+        rows = jax.vmap(rows_of, in_axes=(RUNS, 0))(state, prompts)
+        return rows, jnp.broadcast_to(state.clock, live_R.shape)
 
     split = sharding.shard_map(all_of, mesh, BY_RUN, BY_RUN)
     return split(live_R, params, prompts, base_R, controls)

@@ -124,7 +124,7 @@ def held_out(
     def sample(prompts, on_groups):
         every, controls = [prompts] * len(on_groups), {"iteration": 0, "domain": "eval"}
         _, ends = engine.rollout(weights, every, on_groups, warm_up=warm_up, **controls)
-        return [length_B for length_B, _ in ends]
+        return [own.length for own in ends]
 
     return evaluate(
         sample,

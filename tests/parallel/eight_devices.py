@@ -234,7 +234,9 @@ def test_slots_shrink_and_caches_grow_in_every_part(policies, references):
             assert prompt not in seen
             seen[prompt] = rows
 
-    got = roll(policies["dense"], mesh, plan=Plan((4, 2, 2), (3, T), 2, (2, 2, 1)), on_groups=on_groups)
+    got = roll(
+        policies["dense"], mesh, plan=Plan((4, 2, 2), (3, T), 2, (2, 2, 1)), on_groups=on_groups
+    )
     np.testing.assert_array_equal(got.tokens, references["dense"].tokens)
     assert sorted(seen) == list(range(P))
     for row in range(P * G):

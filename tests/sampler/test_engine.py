@@ -80,9 +80,9 @@ def test_rows_are_left_aligned_and_gap_free(peaked):
 
 LAYOUTS = {
     "one slot at a time": Plan((1,), (T,), 1),
-    "three slots, refilled singly": Plan((3,), (T,), 1),
-    "five slots, refilled by twos, shrinking": Plan((5, 2, 1), (4, 12, T), 2),
-    "all slots, small caches": Plan((12, 6, 3), (3, 9, T), 12),
+    "three slots of two rows, refilled singly": Plan((3,), (T,), 1, (2,)),
+    "five slots, refilled by twos, shrinking": Plan((5, 4, 2), (4, 12, T), 2, (3, 2, 1)),
+    "all slots of one row, small caches": Plan((12, 6, 3), (3, 9, T), 12, (1, 1, 1)),
 }
 
 
@@ -110,7 +110,7 @@ def test_layouts_agree_up_to_near_ties(peaked):
     shuffled = Prompts(*(np.asarray(x)[order] for x in jax.tree.leaves(prompts)))
     back = (np.argsort(order)[:, None] * G + np.arange(G)).ravel()
     results = {name: roll(peaked, prompts, plan=plan) for name, plan in LAYOUTS.items()}
-    again = roll(peaked, shuffled, plan=LAYOUTS["three slots, refilled singly"])
+    again = roll(peaked, shuffled, plan=LAYOUTS["three slots of two rows, refilled singly"])
     results["another order"] = jax.tree.map(lambda x: x[back], again)
     for name, other in results.items():
         differs = np.flatnonzero((other.tokens != reference.tokens).any(-1))
@@ -152,6 +152,13 @@ def test_groups_are_reported_as_they_finish(peaked, name):
             rollout.tokens[rows], rollout.mask[rows], tokens_GT, count_G, strict=True
         ):
             np.testing.assert_array_equal(tokens_S[mask_S], tokens_T[:count])
+
+
+def test_what_the_decode_steps_computed_is_counted(peaked):
+    """Rows flow without the host: of one slot of one row, each completion takes its tokens."""
+    prompts, computed = fakes.prompts(P, N), []
+    rollout = roll(peaked, prompts, plan=Plan((1,), (T,), 1, (1,)), on_end=computed.append)
+    assert computed == [rollout.mask.sum() - P * G]  # the first tokens are the prefill's
 
 
 def test_same_program_is_bitwise_repeatable(peaked):
@@ -217,11 +224,11 @@ def test_warm_up_compiles_everything(peaked):
     from tests.fakes import Compilations
 
     prompts = fakes.prompts(10, N + 1, seed=2)
-    plan = Plan((5, 2, 1), (4, 12, T), 2)
+    plan = Plan((5, 8, 2), (4, 12, T), 2, (4, 1, 1))
     lines = []
     empty = roll(peaked, prompts, plan=plan, warm_up=lines.append)
     assert not empty.mask.any()
-    assert len(lines) == 1 + 3 * 3
+    assert len(lines) == 1 + 3 + 2
     with Compilations() as compilations:
         for iteration in range(3):
             assert roll(peaked, prompts, plan=plan, iteration=iteration).mask.any()
