@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 
+from sapo_jax.cli import nearest
 from sapo_jax.model.rope import check_scaling
 
 DTYPES = ("float32", "bfloat16")
@@ -184,8 +184,8 @@ def make(preset: str, **overrides) -> ModelConfig:
       ValueError: an unknown preset, or a field out of its domain.
     """
     if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, 1, 0)[0]
         raise ValueError(
-            f"model.preset={preset!r}: must be one of {', '.join(PRESETS)}; the nearest is {near!r}"
+            f"model.preset={preset!r}: must be one of {', '.join(PRESETS)}; the nearest is "
+            f"{nearest(preset, PRESETS)!r}"
         )
     return ModelConfig(**{**PRESETS[preset], **overrides})

@@ -17,7 +17,7 @@ UNGATED = 2  # algorithms that stand first: what the others are compared with
 
 
 def _read(path: epath.PathLike) -> Mapping[str, Any]:
-    found = json.loads(epath.Path(path).read_text())
+    found = json.loads(epath.Path(path).read_bytes())
     if "stages" not in found:
         raise ValueError(f"{path} is no result of the gradient lab: it has no 'stages'")
     return found

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from sapo_jax.report import style
 from sapo_jax.report.style import Panel
+from sapo_jax.training.files import check_file
 
 LIMIT = 4000  # characters of a prompt or completion that are shown
 SIGNS = {"\n": "↵", "\t": "⇥"}
@@ -108,6 +109,11 @@ def plots(panels: Mapping[str, Panel], *data: Any) -> dict[str, Plot | None]:
     return drawn
 
 
+def is_page(content: bytes) -> bool:
+    """Whether a file is a page of ours, of any version: their content policy is the same."""
+    return b"default-src 'none'" in content
+
+
 def write(path: epath.Path, template: str, **values: Any) -> epath.Path:
     """Write a page; the same values give the same bytes.
 
@@ -117,6 +123,7 @@ def write(path: epath.Path, template: str, **values: Any) -> epath.Path:
         **values: What the template shows: ``name``, ``chips``, ``tiles``, ``warning``, ``starts``
             (see `training.provenance`), ``plots`` and what its body asks for.
     """
+    check_file(path, "", is_page, "a report")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sapo_jax.report"),
         extensions=["jinja2.ext.do"],

@@ -83,6 +83,10 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "time/score": ("judging, added up over threads", "s"),
         "time/score_exposed": ("waiting for verdicts", "s", "near 0"),
     },
+    "reward.function": {"reward/function": ("mean of the reward function", "", "rises")},
+    "an evaluation, reward.function": {
+        "eval/reward_function": ("its mean over held-out completions", "", "rises")
+    },
     "reward.format": {
         "reward/format": ("share with a thought in its tags, then an answer", "share", "to 1")
     },
