@@ -1,4 +1,4 @@
-"""What a minibatch shows about the gate: histograms by the sign of the advantage, sampler gap."""
+"""What a minibatch shows: histograms by the sign of the advantage, sampler gap, lost numbers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,16 @@ LOG_RATIO_EDGES = np.concatenate([-_FAR[::-1], _FAR]).astype(np.float32)
 GATE_EDGES = np.concatenate(
     [[-1e-6, 1e-6], np.linspace(0.1, 0.8, 8), 1 - _NEAR[::-1], 1 + _NEAR, [1.2, 1.4, 1.6]]
 ).astype(np.float32)
+
+# What has to be finite for an update to be made, in the order in which it comes about.
+STATIONS = ("reward", "old_logp", "ref_logp", "correction", "logits", "loss", "gradient")
+
+
+def nonfinite(logp_BS: jnp.ndarray, batch: Batch) -> Max:
+    """1 for each of the STATIONS up to the logits that is not finite where it counts, else 0."""
+    inputs = (batch.advantages[:, None], batch.old_logp, batch.ref_logp, batch.weights, logp_BS)
+    bad = [x is not None and jnp.any(batch.mask & ~jnp.isfinite(x)) for x in inputs]
+    return Max(jnp.stack(bad).astype(jnp.float32))
 
 
 def histogram(values: jnp.ndarray, mask: jnp.ndarray, edges: np.ndarray) -> Histogram:
