@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +49,13 @@ class Edge(NamedTuple):
         """Say what is going on."""
         self.watchdog.beat(text)
         self.bar.note(text)
+
+    def each(self, bundles: Sequence[Bundle], doing: str) -> Iterator[Bundle]:
+        """The bundles; where there are several, say at which of them the work is."""
+        for number, bundle in enumerate(bundles, 1):
+            if len(bundles) > 1:
+                self.note(f"{doing} run {number} of {len(bundles)}")
+            yield bundle
 
 
 def run(settings: Settings, workdir: epath.PathLike) -> epath.Path | None:
@@ -131,7 +138,9 @@ def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], bool]:
     """The iterations that are left; the runs as they stand, and whether all were done."""
     runs = [run for engine in engines for run in engine.runs]
     c, total = runs[0].config, runs[0].config.iterations
-    bundles, done = startup.start(engines, edge.checkpoints, alone=edge.alone)
+    clock = Clock(edge.watchdog.beat)
+    with clock("startup"):
+        bundles, done = startup.start(engines, edge.checkpoints, alone=edge.alone)
     for one, place in zip(runs, edge.places, strict=True):
         write_config(place, one.plain)
         startup.check_shared(place, one.plain)
@@ -143,23 +152,23 @@ def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], bool]:
         logs = [stack.enter_context(Metrics(p, first_iteration=done or -1)) for p in edge.places]
         for place in edge.places:
             provenance.write(place)
-        clock = Clock(edge.watchdog.beat)
         traced = range(done + 3, done + 3 + c.profile_steps)
-        startup.warm_up(bundles, edge.scorer, edge.note)
-        if done == 0 and c.eval.every:
-            start = {"iteration": 0, "update": 0}
-            _write(edge, logs, [start | found for found in _evaluate(bundles, edge.scorer)])
+        with clock("startup"):
+            startup.warm_up(bundles, edge.scorer, edge.note)
+            if done == 0 and c.eval.every:
+                start = {"iteration": 0, "update": 0}
+                _write(edge, logs, [start | found for found in _evaluate(bundles, edge)])
         for iteration in range(done + 1, total + 1):
             clock.iteration = iteration
             trace = contextlib.nullcontext()
             if iteration in traced:
                 trace = jax.profiler.trace(str(edge.workdir / "profile"))
             with trace, clock("iteration"):
-                bundles, records, samples = _iterate(bundles, iteration, clock, edge.scorer)
+                bundles, records, samples = _iterate(bundles, iteration, clock, edge)
             last = iteration == total
             if c.eval.every and (last or iteration % c.eval.every == 0):
                 with clock("eval"):
-                    found = _evaluate(bundles, edge.scorer)
+                    found = _evaluate(bundles, edge)
                 records = [a | b for a, b in zip(records, found, strict=True)]
             # A run's share of the time: added up over the runs, it is the time that passed.
             spent = {key: seconds / len(runs) for key, seconds in clock.lap().items()}
@@ -182,25 +191,28 @@ def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], bool]:
                     startup.save(
                         edge.checkpoints, iteration, bundles, alone=edge.alone, score=score
                     )
-            edge.bar.step(len(runs))
+            edge.bar.step(len(bundles[-1].engine.runs))
             if stop:
                 break
     return bundles, iteration == total
 
 
 def _iterate(
-    bundles: Sequence[Bundle], iteration: int, clock: Clock, scorer: rewards.Scorer
+    bundles: Sequence[Bundle], iteration: int, clock: Clock, edge: Edge
 ) -> tuple[list[Bundle], list[dict[str, Any]], list[list[dict]]]:
     """One iteration of all runs: the runs after it, and of each run a record and samples."""
     collect = SOURCES[bundles[0].engine.runs[0].config.source]
     # Threads judge the rows of a bundle while the device goes on with those behind it: all of them
     # sample before the first one waits for verdicts.
-    started = [collect(bundle, iteration, clock, scorer) for bundle in bundles]
+    sampling = edge.each(bundles, f"iteration {iteration}: sampling")
+    started = [collect(bundle, iteration, clock, edge.scorer) for bundle in sampling]
     after, records, samples = [], [], []
     for bundle, finish in zip(bundles, started, strict=True):
         got = finish()
         with clock("update"):
             state, learnt = bundle.engine.learn(bundle.state, got.minibatches)
+        if after:  # the last run's step is the loop's, with the numbers of all
+            edge.bar.step(len(bundle.engine.runs))
         after.append(bundle._replace(state=state))
         samples += got.samples
         count = {"iteration": iteration}
@@ -208,8 +220,9 @@ def _iterate(
     return after, records, samples
 
 
-def _evaluate(bundles: Sequence[Bundle], scorer: rewards.Scorer) -> list[dict[str, float]]:
-    return [found for bundle in bundles for found in evaluation.held_out(bundle, scorer)]
+def _evaluate(bundles: Sequence[Bundle], edge: Edge) -> list[dict[str, float]]:
+    each = edge.each(bundles, "evaluating")
+    return [found for bundle in each for found in evaluation.held_out(bundle, edge.scorer)]
 
 
 def _write(edge: Edge, logs: Sequence[Metrics], records: Sequence[dict[str, Any]]) -> None:

@@ -21,7 +21,8 @@ Curve = tuple[str, str, str]  # metric key, colour, label
 
 POINTS = 800  # longer curves are binned: the eye sees no difference and the page stays small
 SMOOTHED = 40  # curves this long are drawn with their running mean
-PHASES = {  # of an iteration, in their order
+PHASES = {  # of a run, in their order
+    "startup": "ink",
     "rollout": "blue",
     "score": "amber",
     "logp": "soft",
@@ -231,7 +232,7 @@ def _draw_gate(figure: FigureBase, records: Records, config: Config) -> None:
 
 
 def _draw_phases(figure: FigureBase, records: Records, config: Config) -> None:
-    spent = [seconds(r) for r in records]
+    spent = [seconds(r) | {"startup": 0.0} for r in records]  # as long as many iterations
     if not any(sum(s.values()) for s in spent):
         return
     ax = _axes(figure, records, "seconds per iteration")
