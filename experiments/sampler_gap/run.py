@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import tempfile
 from typing import Any
 
@@ -26,6 +27,7 @@ FLAGS = cli.Flags("experiments.sampler_gap.run", __doc__)
 FLAGS.config_file()
 FLAGS.integer("rollouts", 1, "Batches of prompts to sample.", 1)
 FLAGS.string("out", "", "JSON file; by default it is printed.")
+HERE = pathlib.Path(__file__).parent
 PARTS = 8  # bins of as many tokens each
 
 
@@ -83,15 +85,15 @@ def measure(run: Settings, rollouts: int) -> dict[str, Any]:
     found = {key: np.concatenate([one[key] for one in each]) for key in each[0]}
     return {
         "config": run.config.name,
-        "model": run.config.model.preset,
-        "init_from": run.config.init_from,
+        "model": epath.Path(run.config.model.preset).name,
+        "init_from": epath.Path(run.config.init_from).name,
         "compute": run.config.dtype.compute,
         "device": jax.devices()[0].device_kind,
         "largest_logit": float(found["logit"].max()),
         "all": _summary(found["gap"]),
         "by_position": binned(found["gap"], found["position"]),
         "by_logp": binned(found["gap"], found["logp"]),
-        "provenance": provenance.provenance(),
+        "versions": provenance.provenance()["versions"],
     }
 
 
