@@ -77,7 +77,7 @@ def _how(part: Cohort) -> str:
     return f"devices ({used} of {all_of_them}, as many as divide the runs)"
 
 
-def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> bool:
+def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> None:
     """Train, or go on training, the runs of a cohort in the directories ``<workdir>/<name>``.
 
     These hold what a run alone leaves, its last checkpoint included: any of them can be evaluated,
@@ -87,7 +87,7 @@ def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> bool:
         engines = [Streamed(run) for run in cohort.runs]
     else:
         engines = [Population(cohort.runs, cohort.method)]
-    return train.run_all(engines, workdir, [workdir / name for name in cohort.names], bar)
+    train.run_all(engines, workdir, [workdir / name for name in cohort.names], bar)
 
 
 def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int] = (0, 1)) -> bool:
@@ -118,8 +118,7 @@ def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int
                 continue
             bar.line(f"{place.name}: {len(part.runs)} runs, by {_how(part)}")
             start = time.time()
-            if not run_cohort(part, place, bar):
-                break
+            run_cohort(part, place, bar)
             record = {"iterations": part.lead.config.iterations, "method": part.method}
             write_json(place / DONE, record | {"seconds": time.time() - start})
     return all(_is_done(*each) for each in zip(parts, places, strict=True))
