@@ -17,7 +17,8 @@ from sapo_jax.training.evaluation import evaluate
 
 FLAGS = cli.Flags("evaluate", __doc__)
 FLAGS.string("hf", "", "Hugging Face directory of the policy.", required=True)
-FLAGS.strings("task", [], "NAME,option=value,… of a set.", required=True)
+FLAGS.strings("task", [], "NAME,option=value,… of a set; NAME may be my.py:MyTask.", required=True)
+FLAGS.string("reward", "", "my.py:name, a reward function whose mean is reported, too.")
 FLAGS.integer("prompts", 512, "At most this many prompts of the test split.", 1)
 FLAGS.integer("samples", 16, "Completions per prompt.", 1)
 FLAGS.number("temperature", 1.0, "Of sampling; 0 is greedy.", 0.0)
@@ -34,7 +35,7 @@ FLAGS.string("system", "", "System message of each prompt.")
 FLAGS.string("compilation_cache", ".cache/xla", "Compiled programs, reused later; empty: none.")
 FLAGS.string("out", "", "JSON file for the results.")
 RECORDED = (  # in the results
-    "hf", "prompts", "samples", "temperature", "top_k", "top_p", "max_prompt_tokens",
+    "hf", "reward", "prompts", "samples", "temperature", "top_k", "top_p", "max_prompt_tokens",
     "max_new_tokens", "seed", "dtype", "chat", "system",
 )  # fmt: skip
 
@@ -71,7 +72,7 @@ def _evaluate_set(
     examples = list(encode.distinct(task.examples("test"), given.prompts, keep=fits))
     if not examples:
         raise ValueError(f"--task={text}: no prompt fits --max_prompt_tokens={width}")
-    batch = min(given.batch, len(examples))
+    batch, recipe = min(given.batch, len(examples)), rewards.Recipe(function=given.reward)
     most = LARGEST // (batch * (width + room))
     if given.samples > most:
         rows = f"at most {most} with {batch} prompts at a time and rows of {width + room} tokens"
@@ -87,7 +88,7 @@ def _evaluate_set(
         bar.update(min(batch, bar.total - bar.n))
         return [sampler.ends(rows)[0]]
 
-    with bar, rewards.Scorer(task, workers=given.workers) as scorer:
+    with bar, rewards.Scorer(task, recipe, workers=given.workers) as scorer:
         controls = {"samples": given.samples, "width": width, "batch": batch}
         (metrics,) = evaluate(sample, scorer, examples, tokenizer, **controls)
     return {"eval/prompts": len(examples), **metrics}
@@ -100,6 +101,7 @@ def _line(text: str, metrics: dict, samples: int) -> str:
         f"mean of {samples} samples of {metrics['eval/prompts']} prompts), "
         f"Pass@{samples} {metrics[f'eval/pass_at_{samples}']:.4f}, "
         f"length {metrics['eval/length_mean']:.1f}"
+        + (f", reward {metrics[own]:.4f}" if (own := "eval/reward_function") in metrics else "")
     )
 
 

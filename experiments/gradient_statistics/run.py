@@ -116,17 +116,11 @@ def measure(
 
 
 def algorithms_of(names: Sequence[str]) -> dict[str, objectives.Objective]:
-    """Presets by name; an unknown one, or one that lacks a number, is refused."""
-    known = objectives.OBJECTIVES
-    for name in names:
-        if name not in known:
-            near = cli.nearest(name, known)
-            raise ValueError(f"--objectives: {name!r} is no preset; the nearest is {near!r}")
-        try:
-            objectives.resolve(name)
-        except ValueError as error:
-            raise ValueError(f"--objectives: {error}") from None
-    return {name: known[name] for name in names}
+    """Objectives by name; an unknown one, or one that lacks a number, is refused."""
+    try:
+        return {name: objectives.resolve(name) for name in names}
+    except ValueError as error:
+        raise ValueError(f"--objectives: {error}") from None
 
 
 def examine(

@@ -40,7 +40,8 @@ class Settings:
     """A checked config, with the objects that its fields describe.
 
     Attributes:
-      plain: the config as a dictionary, as the run directory stores it.
+      plain: the config as a dictionary, as the run directory stores it; with ``files``, the paths
+        and fingerprints of files that it names code of.
       config: the same as frozen dataclasses: ``config.batch.prompts``.
       tasks: what the prompts are of, by name.
       shares: of each task in a batch.
@@ -218,6 +219,7 @@ def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> 
     """
     check_sizes(config)
     plain = json.loads(config.to_json_best_effort())
+    plain.pop("files", None)  # of a stored config
     c = frozen(plain)
     choice("source", c.source, SOURCES)
     choice("advantages", c.advantages, tuple(advantages.ESTIMATORS))
@@ -230,6 +232,9 @@ def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> 
     shape = build.make_model(c, tokenizer)
     width, room, keep = build.lengths(c, made, tokenizer, shape)
     mesh = build.make_mesh(c, shape, devices)
+    files = cli.own.fingerprints(
+        [c.objective.name, c.reward.function, *(task["name"] for task in build.entries(c).values())]
+    )
     parts = sharding.parts(mesh)
     options = {"slots": c.sampler.slots, "shrink": c.sampler.shrink, "parts": parts}
     plan = partial(sampler.make_plan, max_new_tokens=room, **options)
@@ -237,7 +242,7 @@ def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> 
     eval_batch = -(-min(c.batch.prompts, c.eval.prompts) // parts) * parts
     _check_tokens(c, width, room, eval_batch)
     return Settings(
-        plain=plain,
+        plain=plain | ({"files": files} if files else {}),
         config=c,
         tasks=made,
         shares=shares,

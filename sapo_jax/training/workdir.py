@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from sapo_jax.cli import flat
+from sapo_jax.cli import flat, from_config
 from sapo_jax.tasks import jsonl
 from sapo_jax.training.files import check_directory, normal, read_json, write_json, write_text
 from sapo_jax.training.tracker import Tracker
@@ -53,9 +53,15 @@ def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset
     if stored is None:
         return
     old, new = flat(stored), flat(json.loads(json.dumps(config)))
-    differences = []
+    defaults = flat(from_config("base").to_dict())  # of fields that are newer than the run
+    files = dict(old.pop("files", [])), dict(new.pop("files", []))
+    differences = [
+        f"{path} has changed: SHA-256 {files[0][path][:12]} then, {now[:12]} now"
+        for path, now in files[1].items()
+        if files[0].get(path, now) != now
+    ]
     for key in sorted((old.keys() | new.keys()) - may_differ):
-        before, now = old.get(key, "(absent)"), new.get(key, "(absent)")
+        before, now = old.get(key, defaults.get(key, "(absent)")), new.get(key, "(absent)")
         if before != now:
             differences.append(f"{key}: stored {before!r}, given {now!r}")
     if differences:

@@ -22,7 +22,7 @@ def flags(tmp_path):
 
 
 REFUSED = [
-    ({"objectives": ["grop"]}, "--objectives: 'grop' is no preset; the nearest is 'grpo'"),
+    ({"objectives": ["grop"]}, "--objectives: objective='grop': .*; the nearest is 'grpo'"),
     ({"objectives": ["sapo", "dr_grpo"]}, "--objectives: dr_grpo needs .*'max_length'"),
     ({"objectives": []}, "--focus=: must be among --objectives, which are nothing"),
     ({"updates": ["1", "x"]}, "--updates=1,x: must be whole numbers from 0 on"),
