@@ -26,6 +26,7 @@ from sapo_jax.training.workdir import (
     check_config,
     check_workdir,
     cut_samples,
+    remove_temporary,
     write_config,
     write_samples,
 )
@@ -136,10 +137,12 @@ def _loop(engines: Sequence[Any], edge: Edge) -> list[Bundle]:
     bundles, done = startup.start(engines, edge.checkpoints, alone=edge.alone)
     stop = edge.stop
     stop.begin(done, bundles)
+    edge.checkpoints.tidy(done)
     for one, place in zip(runs, edge.places, strict=True):
         write_config(place, one.plain)
         startup.check_shared(place, one.plain)
         cut_samples(place, done)
+        remove_temporary(place)
     edge.bar.skip(len(runs) * done)
     if done >= total:
         return bundles
