@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 
@@ -36,8 +37,10 @@ def manifest_of(parts: Sequence[Cohort]) -> dict:
 
 
 def is_sweep(workdir: epath.Path) -> bool:
-    """Whether a directory is of a sweep."""
+    """Whether a directory is of a sweep: by its manifest, or since it holds cohorts alone."""
     stored = read_json(workdir / MANIFEST)
+    if stored is None:
+        return all(re.fullmatch(r"cohort-\d+", path.name) for path in workdir.iterdir())
     runs = stored.get("runs") if isinstance(stored, dict) else None
     known = isinstance(runs, list) and all(isinstance(run, dict) for run in runs)
     return known and all("directory" in run for run in runs)
