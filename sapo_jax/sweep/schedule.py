@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 
@@ -38,8 +39,10 @@ def manifest_of(parts: Sequence[Cohort]) -> dict:
 
 
 def is_sweep(workdir: epath.Path) -> bool:
-    """Whether a directory is of a sweep."""
+    """Whether a directory is of a sweep: by its manifest, or since it holds cohorts alone."""
     stored = read_json(workdir / MANIFEST)
+    if stored is None:
+        return all(re.fullmatch(r"cohort-\d+", path.name) for path in workdir.iterdir())
     runs = stored.get("runs") if isinstance(stored, dict) else None
     known = isinstance(runs, list) and all(isinstance(run, dict) for run in runs)
     return known and all("directory" in run for run in runs)
@@ -88,11 +91,11 @@ def _lost(part: Cohort, place: epath.Path) -> list[tuple[Settings, epath.Path]]:
     return [one for one in each if not _is_whole(*one)]
 
 
-def _repeat(run: Settings, place: epath.Path, bar: Progress) -> bool:
-    """Train a run again, alone, whose directory was deleted; returns whether it is complete."""
+def _repeat(run: Settings, place: epath.Path, bar: Progress) -> None:
+    """Train a run again, alone, whose directory was deleted."""
     if (place / "checkpoints" / str(run.config.iterations)).exists():
         (place / "checkpoints").rmtree()  # it would end at once, without what was lost
-    return train.run_all([Streamed(run)], place, [place], bar)
+    train.run_all([Streamed(run)], place, [place], bar)
 
 
 def _how(part: Cohort) -> str:
@@ -102,7 +105,7 @@ def _how(part: Cohort) -> str:
     return f"devices ({used} of {all_of_them}, as many as divide the runs)"
 
 
-def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> bool:
+def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> None:
     """Train, or go on training, the runs of a cohort in the directories ``<workdir>/<name>``.
 
     These hold what a run alone leaves, its last checkpoint included: any of them can be evaluated,
@@ -112,7 +115,7 @@ def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> bool:
         engines = [Streamed(run) for run in cohort.runs]
     else:
         engines = [Population(cohort.runs, cohort.method)]
-    return train.run_all(engines, workdir, [workdir / name for name in cohort.names], bar)
+    train.run_all(engines, workdir, [workdir / name for name in cohort.names], bar)
 
 
 def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int] = (0, 1)) -> bool:
@@ -137,26 +140,22 @@ def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int
     iterations = sum(len(part.runs) * part.lead.config.iterations for part, _ in mine)
     with Progress(iterations, workdir.name) as bar:
         for part, place in mine:
-            if not _finish(part, place, bar):
-                break
+            _finish(part, place, bar)
     every = zip(parts, places, strict=True)
     return all(_is_done(*each) and not _lost(*each) for each in every)
 
 
-def _finish(part: Cohort, place: epath.Path, bar: Progress) -> bool:
-    """Train what is left of a cohort; returns whether it is complete."""
+def _finish(part: Cohort, place: epath.Path, bar: Progress) -> None:
+    """Train what is left of a cohort."""
     ended, iterations = _is_done(part, place), part.lead.config.iterations
     if not ended:
         bar.line(f"{place.name}: {len(part.runs)} runs, by {_how(part)}")
         start = time.time()
-        if not run_cohort(part, place, bar):
-            return False
+        run_cohort(part, place, bar)
         record = {"iterations": iterations, "method": part.method}
         write_json(place / DONE, record | {"seconds": time.time() - start})
     lost = _lost(part, place)
     bar.skip((len(part.runs) - len(lost)) * iterations * ended)
     for run, directory in lost:
         bar.line(f"{place.name}/{directory.name}: records are missing, it runs again, alone")
-        if not _repeat(run, directory, bar):
-            return False
-    return True
+        _repeat(run, directory, bar)
