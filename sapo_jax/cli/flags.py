@@ -36,7 +36,7 @@ class Flags(flags.FlagValues):
     """The flags of one command, apart from those of other commands in the same process.
 
     Args:
-      command: its name in `COMMANDS`.
+      command: its name in `COMMANDS`, or the module of one that is not there.
       text: what --help says first: the docstring of the command's module.
     """
 
@@ -110,7 +110,8 @@ class Flags(flags.FlagValues):
     def describe(self) -> str:
         """What --help shows: the flags, and the fields of the config that is given, or of base."""
         usage = " ".join(self._shown(name, "=…") for name in self.required)
-        starts = f"sapo-jax {self.command}", f"python -m {COMMANDS[self.command][0]}"
+        module = COMMANDS.get(self.command, (self.command,))[0]
+        starts = [f"sapo-jax {self.command}"] * (self.command in COMMANDS) + [f"python -m {module}"]
         rows = []
         for flag in map(self.__getitem__, self.own):
             default = "" if flag.default in (None, "", []) else f"={flag.default}"

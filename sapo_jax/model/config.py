@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 
+from sapo_jax.cli import nearest
 from sapo_jax.model.rope import check_scaling
 
 DTYPES = ("float32", "bfloat16")
@@ -30,6 +30,7 @@ class ModelConfig:
       norm_topk_prob: divide the k probabilities by their sum.
       stop_tokens: any of these ends a completion, and is part of it.
       pad_token: fills rows after their end; never attended to.
+      bos_token: begins a text in the files of the model; carried along.
       attention: the kernel over whole rows, one of ATTENTION; see `attention.causal`.
       param_dtype, compute_dtype, cache_dtype: storage of the parameters, of activations and
         matmul inputs, of the sampler's keys and values.
@@ -57,6 +58,7 @@ class ModelConfig:
     mlp_only_layers: tuple[int, ...] = ()
     stop_tokens: tuple[int, ...] = (1,)
     pad_token: int = 0
+    bos_token: int | None = None
     attention: str = "auto"
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
@@ -184,8 +186,8 @@ def make(preset: str, **overrides) -> ModelConfig:
       ValueError: an unknown preset, or a field out of its domain.
     """
     if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, 1, 0)[0]
         raise ValueError(
-            f"model.preset={preset!r}: must be one of {', '.join(PRESETS)}; the nearest is {near!r}"
+            f"model.preset={preset!r}: must be one of {', '.join(PRESETS)}; the nearest is "
+            f"{nearest(preset, PRESETS)!r}"
         )
     return ModelConfig(**{**PRESETS[preset], **overrides})

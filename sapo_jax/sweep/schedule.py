@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ from sapo_jax.parallel import sharding
 from sapo_jax.sweep.cohorts import Cohort
 from sapo_jax.sweep.population import Population
 from sapo_jax.training.engine import Streamed
-from sapo_jax.training.files import read_json, write_json
+from sapo_jax.training.files import check_directory, read_json, write_json
 from sapo_jax.training.progress import Progress
 
 MANIFEST, DONE = "manifest.json", "done.json"
@@ -35,12 +36,24 @@ def manifest_of(parts: Sequence[Cohort]) -> dict:
     return json.loads(json.dumps({"runs": runs}))
 
 
+def is_sweep(workdir: epath.Path) -> bool:
+    """Whether a directory is of a sweep: by its manifest, or since it holds cohorts alone."""
+    stored = read_json(workdir / MANIFEST)
+    if stored is None:
+        return all(re.fullmatch(r"cohort-\d+", path.name) for path in workdir.iterdir())
+    runs = stored.get("runs") if isinstance(stored, dict) else None
+    known = isinstance(runs, list) and all(isinstance(run, dict) for run in runs)
+    return known and all("directory" in run for run in runs)
+
+
 def check_manifest(workdir: epath.Path, manifest: dict) -> None:
     """Store the manifest, or refuse another sweep than the one that the directory is of.
 
     Raises:
-      ValueError: the stored manifest has other runs, or runs in other cohorts.
+      ValueError: the directory holds files and is of no sweep, or the stored manifest has other
+        runs, or runs in other cohorts.
     """
+    check_directory(workdir, "--workdir=", is_sweep, f"a sweep's, with its {MANIFEST}")
     path = workdir / MANIFEST
     if not path.exists():
         write_json(path, manifest)
@@ -67,7 +80,7 @@ def _how(part: Cohort) -> str:
     return f"devices ({used} of {all_of_them}, as many as divide the runs)"
 
 
-def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> bool:
+def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> None:
     """Train, or go on training, the runs of a cohort in the directories ``<workdir>/<name>``.
 
     These hold what a run alone leaves, its last checkpoint included: any of them can be evaluated,
@@ -77,7 +90,7 @@ def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> bool:
         engines = [Streamed(run) for run in cohort.runs]
     else:
         engines = [Population(cohort.runs, cohort.method)]
-    return train.run_all(engines, workdir, [workdir / name for name in cohort.names], bar)
+    train.run_all(engines, workdir, [workdir / name for name in cohort.names], bar)
 
 
 def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int] = (0, 1)) -> bool:
@@ -96,7 +109,6 @@ def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int
       RuntimeError: another process works on the same cohort.
     """
     workdir, (index, count) = epath.Path(workdir), job
-    workdir.mkdir(parents=True, exist_ok=True)
     check_manifest(workdir, manifest_of(parts))
     places = [workdir / folder(i) for i in range(len(parts))]
     mine = list(zip(parts, places, strict=True))[index::count]
@@ -109,8 +121,7 @@ def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int
                 continue
             bar.line(f"{place.name}: {len(part.runs)} runs, by {_how(part)}")
             start = time.time()
-            if not run_cohort(part, place, bar):
-                break
+            run_cohort(part, place, bar)
             record = {"iterations": part.lead.config.iterations, "method": part.method}
             write_json(place / DONE, record | {"seconds": time.time() - start})
     return all(_is_done(*each) for each in zip(parts, places, strict=True))

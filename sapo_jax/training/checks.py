@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sapo_jax.cli import flat
+from sapo_jax.cli import flat, nearest
 
 LARGEST = 2**31 - 1  # counts are i32 on the device
 MOST = {"seed": 2**32 - 1, "sampler.shrink": 30, "reward.workers": 4096, "data.workers": 1024}
@@ -58,6 +57,5 @@ def choice(field: str, value: str, allowed: Collection[str]) -> None:
       ValueError: it is not.
     """
     if value not in allowed:
-        near = difflib.get_close_matches(str(value)[:100], allowed, 1, 0)
-        hint = f"; the nearest is {near[0]!r}" if near else ""
-        require(False, field, value, f"one of {', '.join(allowed)}{hint}")
+        near = f"the nearest is {nearest(value, allowed)!r}"
+        require(False, field, value, f"one of {', '.join(allowed)}; {near}")

@@ -108,6 +108,14 @@ def test_one_update_agrees_with_one_process(whole):
         np.testing.assert_allclose(found[key], value, atol=1e-6 * scale, err_msg=key)
 
 
+def test_all_processes_stop_where_one_is_asked_to(whole, tmp_path):
+    """They agree on where, or some would wait for the others for ever; iteration 3 is saved."""
+    statuses, messages = both(tmp_path, "is asked")
+    assert statuses == [143, 143], messages
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    assert stored(tmp_path)[0] == stored(whole)[0][:4]
+
+
 @pytest.mark.parametrize("what", ["dies", "stops", "hangs"])
 def test_a_process_that_fails_ends_the_other(tmp_path, what):
     """Of one that is killed or suspended, or whose verifier never returns, the other hears.
