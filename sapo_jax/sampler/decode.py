@@ -98,7 +98,7 @@ def _fill_slots(config, truncate, params, prompts, base, controls, state, slot_F
 
 def step(params, config, controls, truncate, state: DecodeState) -> DecodeState:
     """Feed the last tokens, draw the next."""
-    n, c = state.prompt_kv[0][0].shape[2], state.completion_kv[0][0].shape[3]
+    n, c = state.prompt_kv[0][0].shape[2], state.completion_kv[0][0].shape[2]
     t = state.results.tokens.shape[-1]
     index_QW = state.clock - state.start  # of the token that is fed, in its completion
     position_QW = state.length[:, None] + index_QW
@@ -119,8 +119,8 @@ def step(params, config, controls, truncate, state: DecodeState) -> DecodeState:
 
         def attend(q, k, v, fresh=fresh, cache=cache, prompt_kv=prompt_kv):
             for old, new in zip(cache, (k, v), strict=True):
-                update = new[:, :, :, None].astype(old.dtype)
-                fresh.append(jax.lax.dynamic_update_slice_in_dim(old, update, at, 3))
+                update = new.reshape(-1, *new.shape[2:])[:, :, None].astype(old.dtype)
+                fresh.append(jax.lax.dynamic_update_slice_in_dim(old, update, at, 2))
             visible = (prompt_visible_QN, completion_visible_QWC)
             return attention.cached(q, prompt_kv, fresh, *visible)
 

@@ -26,6 +26,7 @@ from sapo_jax.sampler.scheduler import Moves
 from sapo_jax.types import LENGTH, STOP, Prompts, Rollout
 
 WHOLE, ROWS = PartitionSpec(), sharding.spec("rows")
+CACHE = sharding.spec("rows", "kv_heads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ class DecodeState:
     clock: jax.Array  # i32[], decode steps done
     rope: tuple[jax.Array, jax.Array]  # of `attention.rotary` at positions 0 … N + T − 1
     prompt_kv: Any  # per layer (keys, values) [Q, K, N, d]
-    completion_kv: Any  # per layer (keys, values) [Q, W, K, C, d]
+    completion_kv: Any  # per layer (keys, values) [Q·W, K, C, d]
     prompt: jax.Array  # i32[Q], index of the slot's prompt; P where the slot is empty
     length: jax.Array  # i32[Q], tokens of the prompt
     keys: jax.Array  # key[Q, G], of the prompt's completions
@@ -77,11 +78,8 @@ class DecodeState:
 def partition_specs() -> DecodeState:
     """Where the state lies on a mesh, with one spec for each of its trees."""
     by_row = dict.fromkeys(DecodeState.__dataclass_fields__, ROWS)
-    caches = {
-        "prompt_kv": sharding.spec("rows", "kv_heads"),
-        "completion_kv": sharding.spec("rows", None, "kv_heads"),
-    }
-    return DecodeState(**by_row | {"clock": WHOLE, "rope": WHOLE} | caches)
+    whole = {"clock": WHOLE, "rope": WHOLE}
+    return DecodeState(**by_row | whole | {"prompt_kv": CACHE, "completion_kv": CACHE})
 
 
 @partial(jax.jit, static_argnames=("config", "shape", "mesh"))
@@ -108,7 +106,7 @@ def _empty(config: ModelConfig, shape: Shape) -> DecodeState:
         clock=jnp.int32(0),
         rope=attention.rotary(jnp.arange(shape.width + shape.max_new_tokens), config),
         prompt_kv=[pair(q, kv, shape.width, d) for _ in layers],
-        completion_kv=[pair(q, w, kv, shape.cache, d) for _ in layers],
+        completion_kv=[pair(q * w, kv, shape.cache, d) for _ in layers],
         prompt=jnp.full(q, p, jnp.int32),
         length=jnp.ones(q, jnp.int32),
         keys=jax.random.wrap_key_data(jnp.zeros((q, g, 2), jnp.uint32), impl="threefry2x32"),
@@ -139,10 +137,12 @@ def _no_routing(config: ModelConfig, *shapes: tuple[int, ...]) -> Any:
 @partial(jax.jit, static_argnames=("size", "mesh"))
 def grow_cache(completion_kv: Any, size: int, mesh: Mesh | None = None) -> Any:
     """Enlarge the completion cache, or that of a layer."""
-    larger = jax.tree.map(
-        lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, size - x.shape[3]), (0, 0))), completion_kv
-    )
-    return sharding.constrain(larger, mesh, sharding.spec("rows", None, "kv_heads"))
+    larger = jax.tree.map(partial(_with_room, size), completion_kv)
+    return sharding.constrain(larger, mesh, CACHE)
+
+
+def _with_room(size: int, cache: jax.Array) -> jax.Array:
+    return jnp.pad(cache, ((0, 0), (0, 0), (0, size - cache.shape[2]), (0, 0)))
 
 
 @partial(jax.jit, static_argnames=("size", "mesh"))
@@ -152,15 +152,11 @@ def move_cache(
     """The caches of a layer for other slots and rows, with a completion cache of this size."""
 
     def local(prompt_kv, completion_kv, moves):
-        def rows(x):
-            x = x.reshape(-1, *x.shape[2:])[moves.row]
-            return jnp.pad(x, ((0, 0),) * 3 + ((0, size - x.shape[3]), (0, 0)))
-
+        row_R = moves.row.reshape(-1)
         chosen = jax.tree.map(lambda x: x[moves.slot], prompt_kv)
-        return chosen, jax.tree.map(rows, completion_kv)
+        return chosen, jax.tree.map(lambda x: _with_room(size, x[row_R]), completion_kv)
 
-    specs = (sharding.spec("rows", "kv_heads"), sharding.spec("rows", None, "kv_heads"))
-    move = sharding.shard_map(local, mesh, (*specs, ROWS), specs)
+    move = sharding.shard_map(local, mesh, (CACHE, CACHE, ROWS), (CACHE, CACHE))
     return move(prompt_kv, completion_kv, moves)
 
 

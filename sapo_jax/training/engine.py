@@ -88,6 +88,7 @@ class Streamed:
         iteration: int,
         domain: str = "train",
         warm_up: Callable[[str], None] | None = None,
+        on_segment: Callable[[], None] | None = None,
     ) -> tuple[Rollout, list[Ends]]:
         """See `sampler.rollout`; prompts, ``on_groups`` and ends are of each run."""
         (run,), computed = self.runs, [0]
@@ -100,6 +101,7 @@ class Streamed:
             on_groups=self.join(on_groups),
             on_end=computed.append,
             warm_up=warm_up,
+            on_segment=on_segment,
             **run.sampling(domain),
         )
         return rollout, [Ends(*sampler.ends(rollout), computed[-1])]

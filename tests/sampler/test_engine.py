@@ -161,6 +161,24 @@ def test_what_the_decode_steps_computed_is_counted(peaked):
     assert computed == [rollout.mask.sum() - P * G]  # the first tokens are the prefill's
 
 
+def test_a_rollout_can_be_left_between_segments(peaked):
+    """Guards against a run that, asked to stop, decodes for minutes."""
+    seen = []
+
+    def on_segment():
+        seen.append(True)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    options = {
+        "plan": LAYOUTS["three slots of two rows, refilled singly"],
+        "on_segment": on_segment,
+    }
+    with pytest.raises(KeyboardInterrupt):
+        roll(peaked, fakes.prompts(96, N, seed=5), **options)
+    assert len(seen) == 2
+
+
 def test_same_program_is_bitwise_repeatable(peaked):
     prompts = fakes.prompts(P, N)
     first, second = (roll(peaked, prompts) for _ in range(2))
