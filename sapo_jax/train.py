@@ -200,7 +200,7 @@ def _iterate(
             state, learnt = bundle.engine.learn(bundle.state, got.minibatches)
         after.append(bundle._replace(state=state))
         samples += got.samples
-        count = {"iteration": iteration, "update": iteration * len(got.minibatches)}
+        count = {"iteration": iteration}
         records += [a | count | b for a, b in zip(learnt, got.metrics, strict=True)]
     return after, records, samples
 

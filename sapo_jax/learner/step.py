@@ -21,7 +21,7 @@ from sapo_jax.learner import diagnostics
 from sapo_jax.learner.optimizer import Hyperparameters, learning_rate, optimizer, partition_specs
 from sapo_jax.model import head, routing, transformer
 from sapo_jax.parallel import collectives, sharding
-from sapo_jax.types import Batch, Histogram, TrainState, Weighted, merge
+from sapo_jax.types import Batch, Histogram, TrainState, Weighted, is_reduction, merge
 
 
 def forward(
@@ -177,7 +177,7 @@ def _gradient(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict
 def update(
     state: TrainState, batch: Batch, hp: Hyperparameters
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One optimizer step on one minibatch.
+    """One optimizer step on one minibatch; none where no token counts.
 
     Args:
       state: donated; use the one that comes back.
@@ -185,7 +185,7 @@ def update(
       hp: hyperparameters.
 
     Returns:
-      (state, metrics): metrics as mergeable reductions, see `objectives.finish`.
+      (state, metrics): metrics as mergeable reductions, see `masked`.
     """
     chex.assert_equal_shape([batch.tokens, batch.mask, batch.segments, batch.old_logp])
     parts = hp.static.micro_batches * sharding.parts(hp.static.mesh)
@@ -195,25 +195,47 @@ def update(
     step = optimizer(hp, rate)
     updates, opt_state = step.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    one = jnp.float32(1)
+    taken = terms["loss"].denominator > 0
+
+    def of_step(value):
+        return Weighted(jnp.where(taken, value, 0), taken.astype(jnp.float32))
+
     metrics = {
         **terms,
-        "grad/norm": Weighted(optax.tree.norm(grads), one),
-        "grad/update_norm": Weighted(optax.tree.norm(updates), one),
-        "learning_rate": Weighted(rate, one),
+        "grad/norm": of_step(optax.tree.norm(grads)),
+        "grad/update_norm": of_step(optax.tree.norm(updates)),
+        "learning_rate": of_step(rate),
     }
-    state = state.replace(update=state.update + 1, params=params, opt_state=opt_state)
+    after = state.replace(update=state.update + 1, params=params, opt_state=opt_state)
+    # Without a token, moments and weight decay would still move the parameters. A select would be
+    # fused with the optimizer, which changes how XLA rounds there; `cond` of all at once copies.
+    choose = partial(jax.lax.cond, taken, lambda new, old: new, lambda new, old: old)
+    state = jax.tree.map(choose, after, state)
     return sharding.constrain(state, hp.static.mesh, partition_specs(hp)), metrics
 
 
 @jax.jit
 def finish_iteration(metrics: tuple) -> tuple[dict, list[dict]]:
-    """Metrics of an iteration, merged over its minibatches, and those of each minibatch."""
-    loss, merged = objectives.finish(merge(jax.tree.map(lambda *x: jnp.stack(x), *metrics)))
-    each = [objectives.finish(m) for m in metrics]
+    """Metrics of an iteration, merged over its minibatches, and those of each minibatch.
+
+    Where no token was counted, means are NaN: 0 would read as a measurement.
+    """
+
+    def values(terms):
+        empty = terms["loss"].denominator == 0
+
+        def value(x):
+            if isinstance(x, Weighted):
+                return jnp.where(empty & (x.denominator == 0), jnp.nan, masked.ratio(x))
+            return masked.value(x)
+
+        found = jax.tree.map(value, terms, is_leaf=is_reduction)
+        return {"policy/loss": found.pop("loss"), **found}
+
+    each = [values(m) for m in metrics]
     # Later minibatches compare the sampler with a policy that has moved on.
-    gap = {k: v for k, v in each[0][1].items() if k.startswith("sampler/")}
-    return {"policy/loss": loss, **merged, **gap}, [{"policy/loss": x, **m} for x, m in each]
+    gap = {k: v for k, v in each[0].items() if k.startswith("sampler/")}
+    return values(merge(jax.tree.map(lambda *x: jnp.stack(x), *metrics))) | gap, each
 
 
 def _plain(value: Any) -> Any:
@@ -222,11 +244,14 @@ def _plain(value: Any) -> Any:
     return float(value)
 
 
-def record(merged: dict, each: list[dict]) -> dict[str, Any]:
-    """What `finish_iteration` gives, on the host, as plain numbers and lists."""
+def record(update: int, merged: dict, each: list[dict]) -> dict[str, Any]:
+    """An iteration on the host, as plain numbers and lists; the other arguments are what
+    `finish_iteration` gives.
+    """
     keys = [k for k in each[0] if k.startswith(("policy/", "grad/"))]
     minibatches = [{k: float(m[k]) for k in keys} for m in each]
-    return {k: _plain(v) for k, v in merged.items()} | {"minibatch": minibatches}
+    whole = {k: _plain(v) for k, v in merged.items()}
+    return whole | {"update": int(update), "minibatch": minibatches}
 
 
 end_iteration = jax.jit(lambda s: s.replace(iteration=s.iteration + 1), donate_argnums=0)
@@ -245,5 +270,5 @@ def learn(
     for batch in minibatches:
         state, metrics = update(state, batch, hp)
         collected.append(metrics)
-    found = sharding.to_host(finish_iteration(tuple(collected)))
+    found = sharding.to_host((state.update, *finish_iteration(tuple(collected))))
     return end_iteration(state), record(*found)

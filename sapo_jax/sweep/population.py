@@ -170,5 +170,6 @@ class Population:
             update = vmapped(learner.update, self.mesh, (0,))
             state, metrics = update(state, batch, self.hp)
             collected.append(metrics)
-        found = self.to_host(self.call(learner.finish_iteration, tuple(collected)))
+        finished = self.call(learner.finish_iteration, tuple(collected))
+        found = self.to_host((state.update, *finished))
         return learner.end_iteration(state), [learner.record(*each) for each in found]
