@@ -22,6 +22,7 @@ from sapo_jax.training.settings import Settings
 from sapo_jax.training.workdir import (
     Metrics,
     check_config,
+    check_workdir,
     cut_samples,
     write_config,
     write_samples,
@@ -58,8 +59,8 @@ def run(settings: Settings, workdir: epath.PathLike) -> epath.Path | None:
       was saved.
 
     Raises:
-      ValueError: the directory belongs to a run with another config, or a checkpoint that is
-        needed cannot be restored.
+      ValueError: the directory belongs to a run with another config, or to something else, or a
+        checkpoint that is needed cannot be restored.
       RuntimeError: another process works in the directory.
     """
     with Progress(settings.config.iterations, settings.config.name) as bar:
@@ -90,6 +91,8 @@ def run_all(
     workdir, places = epath.Path(workdir), [epath.Path(place) for place in places]
     runs = [run for engine in engines for run in engine.runs]
     first = runs[0]
+    for place in places:  # before the lease makes files there
+        check_workdir(place)
     with distributed.only_first(Lease(workdir)):
         for one, place in zip(runs, places, strict=True):
             check_config(place, one.plain, may_differ=one.may_differ)

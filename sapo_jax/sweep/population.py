@@ -57,6 +57,7 @@ def hyperparameters(runs: Sequence[Settings]) -> Hyperparameters:
     """
     own = [run.config.objective for run in runs]
     names = [f"{o.name}/{o.aggregation}" if o.aggregation else o.name for o in own]
+    names = [name.replace(".", "_") for name in names]  # of a file; a switch has dots of its own
     every, members = [run.hp for run in runs], {}
     for name, hp in zip(names, every, strict=True):
         members.setdefault(name, hp.objective)

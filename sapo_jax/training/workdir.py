@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from sapo_jax.cli import flat
+from sapo_jax.cli import flat, from_config
 from sapo_jax.tasks import jsonl
-from sapo_jax.training.files import normal, read_json, write_json, write_text
+from sapo_jax.training.files import check_directory, normal, read_json, write_json, write_text
 from sapo_jax.training.tracker import Tracker
 
 PART_LINES = 100
@@ -32,6 +32,17 @@ def read_config(workdir: epath.PathLike) -> dict | None:
     return read_json(normal(workdir) / "config.json")
 
 
+def is_run(workdir: epath.PathLike) -> bool:
+    """Whether a directory is of a run: its config.json is none of Hugging Face, say."""
+    config = read_config(workdir)
+    return isinstance(config, dict) and {"iterations", "learner", "sampler"} <= set(config)
+
+
+def check_workdir(workdir: epath.PathLike) -> None:
+    """Refuse a directory that holds files and is of no run."""
+    check_directory(workdir, "--workdir=", is_run, "a run's, with its config.json")
+
+
 def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset[str]) -> None:
     """Refuse to go on with a run under another config than it was started with.
 
@@ -42,9 +53,15 @@ def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset
     if stored is None:
         return
     old, new = flat(stored), flat(json.loads(json.dumps(config)))
-    differences = []
+    defaults = flat(from_config("base").to_dict())  # of fields that are newer than the run
+    files = dict(old.pop("files", [])), dict(new.pop("files", []))
+    differences = [
+        f"{path} has changed: SHA-256 {files[0][path][:12]} then, {now[:12]} now"
+        for path, now in files[1].items()
+        if files[0].get(path, now) != now
+    ]
     for key in sorted((old.keys() | new.keys()) - may_differ):
-        before, now = old.get(key, "(absent)"), new.get(key, "(absent)")
+        before, now = old.get(key, defaults.get(key, "(absent)")), new.get(key, "(absent)")
         if before != now:
             differences.append(f"{key}: stored {before!r}, given {now!r}")
     if differences:

@@ -364,3 +364,8 @@ def test_metrics_work_without_tensorboard(tmp_path, monkeypatch):
     write_records(tmp_path, 0, 3)
     assert read_metrics(tmp_path) == [record(i) for i in (1, 2, 3)]
     assert len(warnings) == 1
+
+
+def test_a_byte_order_mark_in_an_edited_config_is_passed_over(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"seed": 3}')
+    assert workdir.read_config(tmp_path) == {"seed": 3}
