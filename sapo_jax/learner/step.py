@@ -22,11 +22,7 @@ from sapo_jax.learner.diagnostics import STATIONS
 from sapo_jax.learner.optimizer import Hyperparameters, learning_rate, optimizer, partition_specs
 from sapo_jax.model import head, routing, transformer
 from sapo_jax.parallel import collectives, sharding
-<<<<<<< HEAD
-from sapo_jax.types import Batch, Histogram, TrainState, Weighted, is_reduction, merge
-=======
-from sapo_jax.types import Batch, Histogram, Max, TrainState, Weighted, merge
->>>>>>> main
+from sapo_jax.types import Batch, Histogram, Max, TrainState, Weighted, is_reduction, merge
 
 
 def forward(
@@ -191,11 +187,7 @@ def _gradient(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict
 def update(
     state: TrainState, batch: Batch, hp: Hyperparameters
 ) -> tuple[TrainState, dict[str, Any]]:
-<<<<<<< HEAD
-    """One optimizer step on one minibatch; none where no token counts.
-=======
-    """One optimizer step on one minibatch; none where a number is not finite.
->>>>>>> main
+    """One optimizer step on one minibatch; none where no token counts, or a number is not finite.
 
     Args:
       state: donated; use the one that comes back.
@@ -208,32 +200,9 @@ def update(
     chex.assert_equal_shape([batch.tokens, batch.mask, batch.segments, batch.old_logp])
     parts = hp.static.micro_batches * sharding.parts(hp.static.mesh)
     chex.assert_is_divisible(batch.tokens.shape[0], parts)
-<<<<<<< HEAD
-    grads, terms = gradient(state.params, batch, hp)
-    rate = learning_rate(hp, state.update)
-    step = optimizer(hp, rate)
-    updates, opt_state = step.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    taken = terms["loss"].denominator > 0
-
-    def of_step(value):
-        return Weighted(jnp.where(taken, value, 0), taken.astype(jnp.float32))
-
-    metrics = {
-        **terms,
-        "grad/norm": of_step(optax.tree.norm(grads)),
-        "grad/update_norm": of_step(optax.tree.norm(updates)),
-        "learning_rate": of_step(rate),
-    }
-    after = state.replace(update=state.update + 1, params=params, opt_state=opt_state)
-    # Without a token, moments and weight decay would still move the parameters. A select would be
-    # fused with the optimizer, which changes how XLA rounds there; `cond` of all at once copies.
-    choose = partial(jax.lax.cond, taken, lambda new, old: new, lambda new, old: old)
-    state = jax.tree.map(choose, after, state)
-=======
     numerators, terms = _numerators(state.params, batch, hp)
     grads = _divided(numerators, terms)
-    rate, norm, one = learning_rate(hp, state.update), optax.tree.norm(grads), jnp.float32(1)
+    rate, norm = learning_rate(hp, state.update), optax.tree.norm(grads)
     late = ~jnp.isfinite(jnp.stack([masked.ratio(terms["loss"]), norm]))
     bad = jnp.concatenate([terms["nonfinite"].value, late.astype(jnp.float32)])
 
@@ -245,16 +214,19 @@ def update(
         after = state.replace(update=state.update + 1, params=params, opt_state=opt_state)
         return after, optax.tree.norm(updates)
 
-    # One NaN would be in every parameter and moment for good.
-    state, moved = jax.lax.cond(bad.any(), lambda state: (state, jnp.zeros_like(norm)), move, state)
+    # One NaN would be in every parameter and moment for good; without a token, moments and decay
+    # would still move the parameters.
+    counted = terms["loss"].denominator > 0
+    skip = bad.any() | ~counted
+    state, moved = jax.lax.cond(skip, lambda state: (state, jnp.zeros_like(norm)), move, state)
+    one = counted.astype(jnp.float32)
     metrics = {
         **terms,
         "nonfinite": Max(bad),  # by diagnostics.STATIONS
         "grad/norm": Weighted(norm, one),
         "grad/update_norm": Weighted(moved, one),
-        "learning_rate": Weighted(rate, one),
+        "learning_rate": Weighted(rate * one, one),
     }
->>>>>>> main
     return sharding.constrain(state, hp.static.mesh, partition_specs(hp)), metrics
 
 
@@ -291,13 +263,6 @@ def _plain(value: Any) -> Any:
 def record(update: int, merged: dict, each: list[dict]) -> dict[str, Any]:
     """An iteration on the host, as plain numbers and lists; the other arguments are what
     `finish_iteration` gives.
-<<<<<<< HEAD
-    """
-    keys = [k for k in each[0] if k.startswith(("policy/", "grad/"))]
-    minibatches = [{k: float(m[k]) for k in keys} for m in each]
-    whole = {k: _plain(v) for k, v in merged.items()}
-    return whole | {"update": int(update), "minibatch": minibatches}
-=======
 
     Each minibatch says whether its update was skipped, and what was the first that was not finite.
     """
@@ -310,7 +275,6 @@ def record(update: int, merged: dict, each: list[dict]) -> dict[str, Any]:
     skipped = sum("update/nonfinite" in m for m in minibatches)
     whole = {k: _plain(v) for k, v in merged.items() if k != "nonfinite"}
     return whole | {"update": int(update), "update/skipped": skipped, "minibatch": minibatches}
->>>>>>> main
 
 
 end_iteration = jax.jit(lambda s: s.replace(iteration=s.iteration + 1), donate_argnums=0)

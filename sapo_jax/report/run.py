@@ -95,7 +95,7 @@ def _warning(records: Records) -> str:
         for key in (k for k, v in record.items() if v is None):
             first.setdefault(key, record["iteration"])
     where = ", ".join(f"{key} (first in iteration {first[key]})" for key in sorted(first))
-    return f"Not finite or not measured at times, and left out of the plots: {where}." if where else ""
+    return f"Not finite or not measured, and left out of the plots: {where}." if where else ""
 
 
 def _head(config: Config) -> dict[str, Any]:
