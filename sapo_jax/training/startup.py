@@ -43,6 +43,9 @@ def start(
     Raises:
       ValueError: what is needed cannot be restored.
     """
+    lead = engines[0].runs[0]
+    if lead.config.eval.every:  # whether there are enough distinct prompts, before any compile
+        evaluation.test_set(lead, lead.config.eval.prompts)
     latest = distributed.broadcast_from_first(checkpoints.latest())
     given: dict[str, Any] = {}  # read and placed once for all runs that start from it
 
@@ -120,16 +123,19 @@ def save(
     checkpoints: Checkpoints,
     iteration: int,
     bundles: Sequence[Bundle],
+    positions: Sequence[dict],
     *,
     alone: bool,
     score: float | None = None,
 ) -> None:
-    """Start saving what `start` restores; ``score`` is of a run alone."""
-    positions = [stream.position for bundle in bundles for stream in bundle.streams]
+    """Start saving what `start` restores: runs and where their streams are.
+
+    A score is of a run alone.
+    """
     if alone:
         checkpoints.save(iteration, bundles[0].state, {"position": positions[0]}, score=score)
     else:
-        checkpoints.save(iteration, stack(each_state(bundles)), {"positions": positions})
+        checkpoints.save(iteration, stack(each_state(bundles)), {"positions": list(positions)})
 
 
 def each_state(bundles: Sequence[Bundle]) -> list[TrainState]:
@@ -144,7 +150,8 @@ def keep_last(bundles: Sequence[Bundle], places: Sequence[epath.Path]) -> None:
         with Checkpoints(place / "checkpoints") as own:
             iteration = int(state.iteration)
             if own.latest() != iteration:
-                score = read_metrics(place)[-1].get("eval/pass_at_1")
+                (*_, last) = read_metrics(place) or [{}]  # none where the directory was deleted
+                score = last.get("eval/pass_at_1")
                 own.save(iteration, state, {"position": stream.position}, score=score)
 
 
