@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from sapo_jax import advantages, corrections, masked
 from sapo_jax.objectives.kl import sequence_kl
 from sapo_jax.parallel import sharding
-from sapo_jax.types import Batch
+from sapo_jax.types import Batch, Weighted
 
 
 @partial(jax.jit, static_argnames=("parts", "mesh"))
@@ -71,7 +71,8 @@ def make_minibatches(
     if batch.ref_logp is not None:
         kl_B = sequence_kl(batch.old_logp, batch.ref_logp, batch.mask, kl)
         rewards_B = rewards_B - kl_coef * kl_B
-        metrics["reward/kl"] = masked.ratio(masked.mean(kl_B, batch.mask.any(-1)))
+        rows = jnp.sum(batch.mask.any(-1), dtype=kl_B.dtype)
+        metrics["reward/kl"] = masked.ratio(Weighted(jnp.sum(kl_B), rows))
     batch = batch.replace(advantages=advantages.ESTIMATORS[estimator](rewards_B, group_size))
     if correction != "none":
         weights_BS, cut = corrections.weights(
