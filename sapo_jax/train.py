@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,11 +20,13 @@ from sapo_jax.training.experience import SOURCES
 from sapo_jax.training.lease import Lease
 from sapo_jax.training.progress import Clock, Progress, mean_of
 from sapo_jax.training.settings import Settings
+from sapo_jax.training.stopping import Asked, Finished, Stop
 from sapo_jax.training.workdir import (
     Metrics,
     check_config,
     check_workdir,
     cut_samples,
+    remove_temporary,
     write_config,
     write_samples,
 )
@@ -37,7 +40,7 @@ class Edge(NamedTuple):
     checkpoints: Checkpoints
     scorer: rewards.Scorer
     watchdog: distributed.Watchdog
-    preempted: distributed.Preemption
+    stop: Stop
     bar: Progress
 
     @property
@@ -55,17 +58,17 @@ def run(settings: Settings, workdir: epath.PathLike) -> epath.Path | None:
     """Train, or go on training, in a run directory.
 
     Returns:
-      The path of the report, which process 0 writes; None where SIGTERM asked to stop, and the run
-      was saved.
+      The path of the report, which process 0 writes; None in the others.
 
     Raises:
       ValueError: the directory belongs to a run with another config, or to something else, or a
         checkpoint that is needed cannot be restored.
       RuntimeError: another process works in the directory.
+      cli.Stopped: a signal asked to stop, and the run was saved.
     """
     with Progress(settings.config.iterations, settings.config.name) as bar:
-        whole = run_all([Streamed(settings)], workdir, [workdir], bar)
-    return epath.Path(workdir) / "report.html" if whole and jax.process_index() == 0 else None
+        run_all([Streamed(settings)], workdir, [workdir], bar)
+    return epath.Path(workdir) / "report.html" if jax.process_index() == 0 else None
 
 
 def run_all(
@@ -73,7 +76,7 @@ def run_all(
     workdir: epath.PathLike,
     places: Sequence[epath.PathLike],
     bar: Progress,
-) -> bool:
+) -> None:
     """Train, or go on training, the runs of engines.
 
     Args:
@@ -82,37 +85,37 @@ def run_all(
       places: the directory of each run; `workdir` for a run alone.
       bar: moves by one for each iteration of each run, those of before a restart included.
 
-    Returns:
-      Whether the runs are complete; False where SIGTERM asked to stop, and they were saved.
-
     Raises:
-      ValueError, RuntimeError: as `run`.
+      ValueError, RuntimeError, cli.Stopped: as `run`.
     """
     workdir, places = epath.Path(workdir), [epath.Path(place) for place in places]
     runs = [run for engine in engines for run in engine.runs]
-    first = runs[0]
+    first, lease = runs[0], Lease(workdir)
+    alone, minutes = places == [workdir], first.config.checkpoint.minutes
     for place in places:  # before the lease makes files there
         check_workdir(place)
-    with distributed.only_first(Lease(workdir)):
+    with distributed.only_first(lease):
         for one, place in zip(runs, places, strict=True):
             check_config(place, one.plain, may_differ=one.may_differ)
         with (
             Checkpoints(workdir / "checkpoints") as checkpoints,
+            (stop := Stop(checkpoints, lease, minutes, alone=alone)).signals(),
             rewards.Scorer(first.task, first.recipe, workers=first.config.reward.workers) as scorer,
             distributed.Watchdog(
                 first.config.distributed.timeout, index=jax.process_index()
             ) as watchdog,
-            distributed.preemption() as preempted,
         ):
-            edge = Edge(workdir, places, checkpoints, scorer, watchdog, preempted, bar)
-            bundles, whole = _loop(engines, edge)
-            if whole and not edge.alone:
+            edge = Edge(workdir, places, checkpoints, scorer, watchdog, stop, bar)
+            try:
+                bundles = _loop(engines, edge)
+            except Asked:
+                raise stop.leave() from None
+            if not alone:
                 checkpoints.wait()
                 startup.keep_last(bundles, places)
-        if whole and jax.process_index() == 0:
+        if jax.process_index() == 0:
             for place in places:
                 report(place)
-    return whole
 
 
 def report(workdir: epath.Path) -> None:
@@ -127,39 +130,45 @@ def report(workdir: epath.Path) -> None:
         logging.warning("No report of %s: %s: %s", workdir, type(error).__name__, error)
 
 
-def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], bool]:
-    """The iterations that are left; the runs as they stand, and whether all were done."""
+def _loop(engines: Sequence[Any], edge: Edge) -> list[Bundle]:
+    """The iterations that are left; the runs as they stand behind them."""
     runs = [run for engine in engines for run in engine.runs]
     c, total = runs[0].config, runs[0].config.iterations
     bundles, done = startup.start(engines, edge.checkpoints, alone=edge.alone)
+    stop = edge.stop
+    stop.begin(done, bundles)
+    edge.checkpoints.tidy(done)
     for one, place in zip(runs, edge.places, strict=True):
         write_config(place, one.plain)
         startup.check_shared(place, one.plain)
         cut_samples(place, done)
+        remove_temporary(place)
     edge.bar.skip(len(runs) * done)
     if done >= total:
-        return bundles, True
+        return bundles
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(Metrics(p, first_iteration=done or -1)) for p in edge.places]
         for place in edge.places:
             provenance.write(place)
-        clock = Clock(edge.watchdog.beat)
+        clock = Clock(edge.watchdog.beat, stop.check)
         traced = range(done + 3, done + 3 + c.profile_steps)
         startup.warm_up(bundles, edge.scorer, edge.note)
         if done == 0 and c.eval.every:
             start = {"iteration": 0, "update": 0}
-            _write(edge, logs, [start | found for found in _evaluate(bundles, edge.scorer)])
+            _write(edge, logs, [start | found for found in _evaluate(bundles, edge)])
         for iteration in range(done + 1, total + 1):
-            clock.iteration = iteration
+            clock.iteration, last = iteration, iteration == total
+            evaluates = c.eval.every > 0 and (last or iteration % c.eval.every == 0)
             trace = contextlib.nullcontext()
             if iteration in traced:
                 trace = jax.profiler.trace(str(edge.workdir / "profile"))
             with trace, clock("iteration"):
-                bundles, records, samples = _iterate(bundles, iteration, clock, edge.scorer)
-            last = iteration == total
-            if c.eval.every and (last or iteration % c.eval.every == 0):
+                hold = partial(stop.hold, evaluates=evaluates)
+                found = _iterate(bundles, iteration, clock, edge.scorer, hold)
+                bundles, records, samples = found
+            if evaluates:
                 with clock("eval"):
-                    found = _evaluate(bundles, edge.scorer)
+                    found = _evaluate(bundles, edge)
                 records = [a | b for a, b in zip(records, found, strict=True)]
             # A run's share of the time: added up over the runs, it is the time that passed.
             spent = {key: seconds / len(runs) for key, seconds in clock.lap().items()}
@@ -174,24 +183,30 @@ def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], bool]:
             for place, rows in zip(edge.places, samples, strict=True):
                 if rows and (last or iteration % c.log.samples_every == 0):
                     write_samples(place, iteration, rows)
+            stop.finish(Finished.now(iteration, bundles, records[0].get("eval/pass_at_1")))
             # All processes take the same branch: saving is collective.
-            stop = distributed.any_process(edge.preempted.requested)
-            if last or stop or iteration % c.checkpoint.every == 0:
+            if stop.wants_saving() or last or iteration % c.checkpoint.every == 0:
                 with clock("checkpoint"):
-                    score = records[0].get("eval/pass_at_1")
-                    startup.save(
-                        edge.checkpoints, iteration, bundles, alone=edge.alone, score=score
-                    )
+                    stop.save()
+            stop.release()
             edge.bar.step(len(runs))
-            if stop:
-                break
-    return bundles, iteration == total
+            if not last:
+                stop.check()
+    return bundles
 
 
 def _iterate(
-    bundles: Sequence[Bundle], iteration: int, clock: Clock, scorer: rewards.Scorer
+    bundles: Sequence[Bundle],
+    iteration: int,
+    clock: Clock,
+    scorer: rewards.Scorer,
+    hold: Callable[[], None] = lambda: None,
 ) -> tuple[list[Bundle], list[dict[str, Any]], list[list[dict]]]:
-    """One iteration of all runs: the runs after it, and of each run a record and samples."""
+    """One iteration of all runs: the runs after it, and of each run a record and samples.
+
+    It can be left where the clock checks, also between the updates of two runs, since `hold` has
+    seen to the states that updates take the buffers of.
+    """
     collect = SOURCES[bundles[0].engine.runs[0].config.source]
     # Threads judge the rows of a bundle while the device goes on with those behind it: all of them
     # sample before the first one waits for verdicts.
@@ -199,17 +214,21 @@ def _iterate(
     after, records, samples = [], [], []
     for bundle, finish in zip(bundles, started, strict=True):
         got = finish()
+        clock.check()
+        if not after:
+            hold()
         with clock("update"):
             state, learnt = bundle.engine.learn(bundle.state, got.minibatches)
         after.append(bundle._replace(state=state))
         samples += got.samples
-        count = {"iteration": iteration, "update": iteration * len(got.minibatches)}
+        count = {"iteration": iteration}
         records += [a | count | b for a, b in zip(learnt, got.metrics, strict=True)]
     return after, records, samples
 
 
-def _evaluate(bundles: Sequence[Bundle], scorer: rewards.Scorer) -> list[dict[str, float]]:
-    return [found for bundle in bundles for found in evaluation.held_out(bundle, scorer)]
+def _evaluate(bundles: Sequence[Bundle], edge: Edge) -> list[dict[str, float]]:
+    check, held_out = edge.stop.check, evaluation.held_out
+    return [x for bundle in bundles for x in held_out(bundle, edge.scorer, on_segment=check)]
 
 
 def _write(edge: Edge, logs: Sequence[Metrics], records: Sequence[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 
@@ -36,8 +37,10 @@ def manifest_of(parts: Sequence[Cohort]) -> dict:
 
 
 def is_sweep(workdir: epath.Path) -> bool:
-    """Whether a directory is of a sweep."""
+    """Whether a directory is of a sweep: by its manifest, or since it holds cohorts alone."""
     stored = read_json(workdir / MANIFEST)
+    if stored is None:
+        return all(re.fullmatch(r"cohort-\d+", path.name) for path in workdir.iterdir())
     runs = stored.get("runs") if isinstance(stored, dict) else None
     known = isinstance(runs, list) and all(isinstance(run, dict) for run in runs)
     return known and all("directory" in run for run in runs)
@@ -77,7 +80,7 @@ def _how(part: Cohort) -> str:
     return f"devices ({used} of {all_of_them}, as many as divide the runs)"
 
 
-def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> bool:
+def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> None:
     """Train, or go on training, the runs of a cohort in the directories ``<workdir>/<name>``.
 
     These hold what a run alone leaves, its last checkpoint included: any of them can be evaluated,
@@ -87,7 +90,7 @@ def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> bool:
         engines = [Streamed(run) for run in cohort.runs]
     else:
         engines = [Population(cohort.runs, cohort.method)]
-    return train.run_all(engines, workdir, [workdir / name for name in cohort.names], bar)
+    train.run_all(engines, workdir, [workdir / name for name in cohort.names], bar)
 
 
 def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int] = (0, 1)) -> bool:
@@ -118,8 +121,7 @@ def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int
                 continue
             bar.line(f"{place.name}: {len(part.runs)} runs, by {_how(part)}")
             start = time.time()
-            if not run_cohort(part, place, bar):
-                break
+            run_cohort(part, place, bar)
             record = {"iterations": part.lead.config.iterations, "method": part.method}
             write_json(place / DONE, record | {"seconds": time.time() - start})
     return all(_is_done(*each) for each in zip(parts, places, strict=True))

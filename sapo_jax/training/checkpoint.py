@@ -13,6 +13,7 @@ from etils import epath
 from orbax.checkpoint import path as orbax_path
 from orbax.checkpoint import v1 as ocp
 
+from sapo_jax.parallel import distributed
 from sapo_jax.training.files import is_remote, normal
 
 FORMAT, STATE = "sapo_jax/1", "state"
@@ -26,7 +27,7 @@ class Checkpoints:
     """The checkpoints ``<directory>/<iteration>/`` of one run; leaving the context waits.
 
     A checkpoint is deleted only after a newer one is committed and was read back. Reading leaves
-    the directory as it is: what a killed save left behind is removed at the first save.
+    the directory as it is: what a kill left behind is removed by `tidy`, or at the first save.
     """
 
     def __init__(self, directory: epath.PathLike):
@@ -119,6 +120,18 @@ class Checkpoints:
         _check_leaves(path, stored, _leaves(abstract_state))
         return _load(path, abstract_state), record["meta"]
 
+    def tidy(self, restored: int) -> None:
+        """Remove what kills left behind: unfinished saves, and checkpoints that have a successor.
+
+        Args:
+          restored: the iteration that was read back; later ones stay, and so does the best.
+        """
+        self._scores = self._read_scores()
+        distributed.any_process(False)  # nothing goes while another process reads it
+        if jax.process_index() == 0:
+            self._remove_unfinished()
+        self._prune(restored)
+
     def _finish(self, path: epath.Path, response: Any, record: dict, leaves: Leaves) -> None:
         # Commit, read back, and only then delete: at any moment a checkpoint that can be read lies
         # there. Scores are those of the directory, so a kill before the deletion loses no best one.
@@ -130,7 +143,7 @@ class Checkpoints:
         if jax.process_index() == 0 and _read(path) != (record, leaves):
             raise _damaged(path, "it does not read back as what was saved")
         self._scores[int(path.name)] = record["score"]
-        self._prune()
+        self._prune(max(self._scores))
 
     def _committed(self) -> list[int]:
         numbered = [p for p in _entries(self.directory) if p.name.isdecimal()]
@@ -139,8 +152,9 @@ class Checkpoints:
     def _read_scores(self) -> dict[int, float | None]:
         return {i: _read(self.directory / str(i))[0]["score"] for i in self._committed()}
 
-    def _prune(self) -> None:
-        for iteration in sorted(set(self._scores) - {max(self._scores), _best(self._scores)}):
+    def _prune(self, restored: int) -> None:
+        older = {iteration for iteration in self._scores if iteration < restored}
+        for iteration in sorted(older - {_best(self._scores)}):
             if jax.process_index() == 0:
                 _delete(self.directory / str(iteration))
             del self._scores[iteration]

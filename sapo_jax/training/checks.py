@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import math
 import operator
 from collections.abc import Collection, Mapping
@@ -60,15 +61,15 @@ def check_fields(plain: Mapping[str, Any]) -> None:
     base, given = from_config("base"), flat(plain, sections=True)
     wanted = flat(base, sections=True)
     for field in given:
-        near = nearest(field, wanted)
-        known = field in wanted or OPEN.fullmatch(field) or field.startswith(INSIDE)
-        proper = all(name.isidentifier() for name in field.removeprefix("tasks.").split("."))
-        if not known or not (proper or field.startswith(INSIDE)):
-            raise ValueError(f"config.{field}: there is no such field; the nearest is {near!r}")
+        key = field.rpartition(".")[2]
+        named = OPEN.fullmatch(field) and key.isidentifier() and not keyword.iskeyword(key)
+        if not (field in wanted or named or field.startswith(INSIDE)):
+            near = f"the nearest is {nearest(field, wanted)!r}"
+            raise ValueError(f"config.{field}: there is no such field; {near}")
     for field in wanted:
-        if field == "task.options" and field not in given:
-            continue
         if field not in given:
+            if field == "task.options":
+                continue
             raise ValueError(f"config.{field} is missing: a config starts from configs/base.py")
         section, _, key = field.rpartition(".")
         kind = operator.attrgetter(section)(base).get_type(key) if section else base.get_type(key)

@@ -20,11 +20,12 @@ class Clock:
 
     Args:
       beat: called with the place whenever a phase starts or ends.
+      check: called where a phase can be left, by raising.
     """
 
-    def __init__(self, beat: Callable[[str], None] = str):
+    def __init__(self, beat: Callable[[str], None] = str, check: Callable[[], None] = lambda: None):
         self._seconds: dict[str, float] = {}
-        self._beat = beat
+        self._beat, self.check = beat, check
         self.iteration = 0
 
     @contextlib.contextmanager

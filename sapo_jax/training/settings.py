@@ -27,7 +27,7 @@ from sapo_jax.training.workdir import read_config
 SOURCES = ("rollout", "demonstrations")
 POPULATION_METHODS = ("auto", "map", "vmap", "devices")
 MAY_DIFFER = {
-    "iterations", "profile_steps", "compilation_cache", "checkpoint.every",
+    "iterations", "profile_steps", "compilation_cache", "checkpoint.every", "checkpoint.minutes",
     "log.samples", "log.samples_every", "data.workers", "reward.workers", "distributed.timeout",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",  # but for the last bits
 }  # fmt: skip
@@ -144,6 +144,7 @@ def _check_numbers(c: Any) -> None:
         "eval.temperature", "learner.warmup", "learner.weight_decay", "log.samples",
         "profile_steps", "learner.learning_rate", "data.max_prompt_tokens", "data.workers",
         "distributed.timeout", "reward.kl_coef", "reward.max_length", "reward.buffer",
+        "checkpoint.minutes",
     )  # fmt: skip
     for field in ("sampler.temperature", "learner.max_grad_norm", "learner.eps"):
         value = operator.attrgetter(field)(c)

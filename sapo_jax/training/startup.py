@@ -120,16 +120,19 @@ def save(
     checkpoints: Checkpoints,
     iteration: int,
     bundles: Sequence[Bundle],
+    positions: Sequence[dict],
     *,
     alone: bool,
     score: float | None = None,
 ) -> None:
-    """Start saving what `start` restores; ``score`` is of a run alone."""
-    positions = [stream.position for bundle in bundles for stream in bundle.streams]
+    """Start saving what `start` restores: runs and where their streams are.
+
+    A score is of a run alone.
+    """
     if alone:
         checkpoints.save(iteration, bundles[0].state, {"position": positions[0]}, score=score)
     else:
-        checkpoints.save(iteration, stack(each_state(bundles)), {"positions": positions})
+        checkpoints.save(iteration, stack(each_state(bundles)), {"positions": list(positions)})
 
 
 def each_state(bundles: Sequence[Bundle]) -> list[TrainState]:

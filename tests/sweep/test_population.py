@@ -1,19 +1,21 @@
 """Populations: a run among others is the run alone, nothing compiles twice, resume, grouping."""
 
 import json
+import os
+import signal
 import threading
 
 import jax
 import numpy as np
 import pytest
 
-from sapo_jax import axes, learner, objectives, rewards, train
+from sapo_jax import axes, cli, learner, objectives, rewards, train
 from sapo_jax.learner import step
 from sapo_jax.model import params
 from sapo_jax.sampler import sampling
 from sapo_jax.sweep import cohorts, rollouts, schedule
 from sapo_jax.sweep.population import Population, hyperparameters, to_sampler, vmapped
-from sapo_jax.training import experience, startup
+from sapo_jax.training import experience, startup, stopping
 from sapo_jax.training.engine import Bundle, Streamed, pick, stack
 from sapo_jax.training.lease import Lease
 from sapo_jax.training.progress import Clock
@@ -69,7 +71,7 @@ def together(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch, fakes.Compilations() as compiled:
         patch.setattr(startup, "warm_up", counted)
-        assert schedule.run_cohort(cohort, workdir, bar)
+        schedule.run_cohort(cohort, workdir, bar)
         late.__exit__()
     return workdir, cohort, bar, compiled, late
 
@@ -130,10 +132,10 @@ def test_every_run_has_its_own_values(together):
 def test_a_population_goes_on_where_it_stopped(together, tmp_path):
     """5 iterations, then again for 10: one checkpoint holds parameters and positions of all."""
     (short,) = cohorts.make(base(iterations=5), RUNS)
-    assert schedule.run_cohort(short, tmp_path, Bar())
+    schedule.run_cohort(short, tmp_path, Bar())
     whole, cohort, *_ = together
     bar = Bar()
-    assert schedule.run_cohort(cohort, tmp_path, bar)
+    schedule.run_cohort(cohort, tmp_path, bar)
     assert bar.steps == 30
     for name in cohort.names:
         assert records(tmp_path / name) == records(whole / name)
@@ -355,7 +357,7 @@ def test_a_population_by_vmap_goes_on_where_it_stopped(tmp_path):
 
     def trained(iterations, place):
         (cohort,) = cohorts.make(base(**fields, **times, iterations=iterations), runs)
-        assert schedule.run_cohort(cohort, place, Bar())
+        schedule.run_cohort(cohort, place, Bar())
         return cohort
 
     trained(1, tmp_path / "parts")
@@ -424,6 +426,42 @@ KILLS = [
     (train, "report", 3),
     (train, "write_samples", 5),  # in the second cohort
 ]
+
+
+def asked(patch, module, name, calls):
+    """SIGTERM arrives in the call of that number."""
+    function, left = getattr(module, name), [calls]
+
+    def with_signal(*arguments, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **options)
+
+    patch.setattr(module, name, with_signal)
+
+
+ASKED = [
+    ("update", 12, "1"),  # of the second run in iteration 2, when the first has lost its buffers
+    ("update", 5, "1"),  # the same, when nothing new is to be saved
+    ("finish_iteration", 9, "3"),
+]
+
+
+def test_a_sweep_that_is_asked_to_stop_keeps_what_is_finished(swept, tmp_path):
+    """In the middle of updates, before which the states of all runs were copied; and at the end
+    every run is as if nothing had happened."""
+    whole, (part, _), _ = swept
+    for name, calls, saved in ASKED:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stopping, "SHORT", 0.0)  # so that all iterations are long
+            asked(patch, step, name, calls)
+            with pytest.raises(cli.Stopped, match="143"):
+                schedule.run_cohort(part, tmp_path, Bar())
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [saved]
+    schedule.run_cohort(part, tmp_path, Bar())
+    for name in part.names:
+        assert records(tmp_path / name) == records(whole / "cohort-000" / name)
 
 
 def test_a_killed_sweep_loses_and_repeats_nothing(swept, tmp_path):
