@@ -278,21 +278,21 @@ def config(folder, **fields):
     return settings.from_config(c)
 
 
-def test_a_run_remembers_the_files(tmp_path):
+def test_a_run_remembers_the_files(tmp_path, monkeypatch):
     """And does not go on where one of them has changed."""
     code, gate = tmp_path / "my.py", tmp_path / "mine.py"
     code.write_text(MINE)
     gate.write_text(OBJECTIVES)
-    fields = {"reward.function": f"{code}:shorter"}
+    monkeypatch.setattr(train, "report", lambda _: None)
+    fields = {"reward.function": f"{code}:shorter", "eval.every": 0}
     both = config(tmp_path, **fields, **{"objective.name": f"{gate}:my_objective"})
     assert dict(both.plain["files"]).keys() == {str(code), str(gate)}
     checked, run = config(tmp_path, **fields), tmp_path / "run"
     train.run(checked, run)
-    start, end = workdir.read_metrics(run)
-    conditions = "reward.function", "an evaluation, reward.function"
-    check([start, end], "", "source=rollout", "an evaluation", "eval.every", *conditions)
+    (end,) = workdir.read_metrics(run)
+    check(end, "", "source=rollout", "reward.function")
     assert end["reward/mean"] == pytest.approx(end["reward/function"], rel=1e-6)
-    assert end["reward/function"] < -0.4 > start["eval/reward_function"]
+    assert end["reward/function"] < -0.4
     assert settings.of_run(run).plain == checked.plain
     train.run(config(tmp_path, **fields), run)  # complete, and the files are the same
     code.write_text(MINE.replace("-0.5", "-0.25"))
