@@ -7,8 +7,8 @@
     Plan, make_plan   the shapes that a rollout's programs are compiled for            scheduler.py
     to_sampler        `SamplerParams`: the sampler's dtype and layout; `moved_bytes`   weights.py
 
-Below: what the host decides (scheduler.py), the device's programs (decode.py), their state and how
-it becomes rows (decode_state.py), the draw of a token (sampling.py).
+Below: what the host decides (scheduler.py), the device's programs (decode.py), their state
+(decode_state.py), how it becomes rows (results.py), the draw of a token (sampling.py).
 """
 
 from sapo_jax.sampler.engine import OnGroups, ends, rollout

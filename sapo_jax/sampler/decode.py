@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from sapo_jax.model import attention, transformer
 from sapo_jax.parallel import collectives, sharding
-from sapo_jax.sampler import decode_state, sampling, weights
-from sapo_jax.sampler.decode_state import ROWS, WHOLE, DecodeState
+from sapo_jax.sampler import decode_state, results, sampling, weights
+from sapo_jax.sampler.decode_state import DecodeState
+from sapo_jax.sampler.results import ROWS, WHOLE
 
 
 def _draw_rows(keys_XY, index_XY, logits_XYV, controls, truncate):
@@ -76,11 +77,11 @@ def _fill_slots(config, truncate, params, prompts, base, controls, state, slot_F
     logits_FGV = jnp.broadcast_to(logits_FV[:, None], (*keys_FG.shape, logits_FV.shape[-1]))
     index_FG = jnp.zeros(keys_FG.shape, jnp.int32)
     token_FG, logp_FG = _draw_rows(keys_FG, index_FG, logits_FGV, controls, truncate)
-    results = state.results
-    ended_FG = decode_state.ends(config, token_FG, index_FG, results.tokens.shape[-1])
-    results = results.replace(  # entries that fill nothing name the last prompt, or none
-        tokens=results.tokens.at[prompt_F, :, 0].set(token_FG, mode="drop"),
-        logp=results.logp.at[prompt_F, :, 0].set(logp_FG, mode="drop"),
+    sampled = state.results
+    ended_FG = results.ends(config, token_FG, index_FG, sampled.tokens.shape[-1])
+    sampled = sampled.replace(  # entries that fill nothing name the last prompt, which is none
+        tokens=sampled.tokens.at[prompt_F, :, 0].set(token_FG),
+        logp=sampled.logp.at[prompt_F, :, 0].set(logp_FG),
     )
     filled = state.replace(
         prompt_kv=prompt_kv,
@@ -91,7 +92,7 @@ def _fill_slots(config, truncate, params, prompts, base, controls, state, slot_F
         order=fill(state.order, jnp.argsort(ended_FG, axis=-1, stable=True).astype(jnp.int32)),
         first=fill(state.first, jnp.zeros_like(slot_F)),
         end=fill(state.end, jnp.sum(~ended_FG, -1)),
-        results=decode_state.write_prompt_routing(results, routings, prompt_F),
+        results=results.write_prompt_routing(sampled, routings, prompt_F),
     )
     return decode_state.take(filled)
 
@@ -131,14 +132,17 @@ def step(params, config, controls, truncate, state: DecodeState) -> DecodeState:
     logits_QWV = transformer.logits_of(params, config, x)
     keys_QW = jnp.take_along_axis(state.keys, state.sample, 1)
     token_QW, logp_QW = _draw_rows(keys_QW, index_QW + 1, logits_QWV, controls, truncate)
-    ended_QW = decode_state.ends(config, token_QW, index_QW + 1, t)
-    # Rows that have nothing to take go on, writing nothing: shapes are fixed.
+    ended_QW = results.ends(config, token_QW, index_QW + 1, t)
+    # Rows that have nothing to take go on, writing to no prompt: shapes are fixed.
+    prompt_QW = jnp.where(state.live, state.prompt[:, None], len(state.results.tokens) - 1)
     stepped = state.replace(
         clock=state.clock + 1,
         completion_kv=completion_kv,
         live=state.live & ~ended_QW,
         last=token_QW,
-        results=decode_state.write(state, index_QW, token_QW, logp_QW, routings),
+        results=results.write(
+            state.results, prompt_QW, state.sample, index_QW, token_QW, logp_QW, routings
+        ),
     )
     return decode_state.take(stepped)
 

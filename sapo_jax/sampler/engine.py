@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
-from sapo_jax.sampler import decode, decode_state, sampling
+from sapo_jax.sampler import decode, decode_state, results, sampling
 from sapo_jax.sampler.decode_state import DecodeState
 from sapo_jax.sampler.plan import Plan, make_plan
 from sapo_jax.sampler.scheduler import Moves, Slots
@@ -65,6 +65,17 @@ def _checked(
             f"{plan} is not for {prompts} prompts in {parts} parts and {max_new_tokens=}"
         )
     return plan
+
+
+def _empty(config, shape, mesh, *, beside) -> DecodeState:
+    """An empty state, where the parameters lie.
+
+    Programs are compiled apart for placed and unplaced arguments. (Arrays of NumPy have no place.)
+    """
+    state = decode_state.empty(config, shape, mesh)
+    if mesh is None and getattr(beside, "committed", False):
+        state = jax.device_put(state, beside.sharding)
+    return state
 
 
 def rollout(
@@ -125,20 +136,16 @@ def rollout(
     controls = sampling.controls(temperature, top_k, top_p)
     params = to_sampler(params, config)
     base = sampling.base_key(np.uint32(seed), domain, np.int32(iteration))
-    parts, rows = sharding.parts(mesh), plan.of_part(1, group_size).rows[0]
-    sizes = (plan.slots[0], rows, plan.cache[0], p, width, group_size, max_new_tokens)
-    state = decode_state.empty(config, decode_state.Shape(*sizes), mesh)
-    # Programs are compiled apart for placed and unplaced arguments: the state lies from the start
-    # where the parameters do. (Arrays of NumPy have no place.)
-    if mesh is None and getattr(params["final_norm"], "committed", False):
-        state = jax.device_put(state, params["final_norm"].sharding)
+    slots = Slots.empty(plan, p, sharding.parts(mesh), group_size)
+    sizes = (slots.plan.rows[0], plan.cache[0], p, width, group_size, max_new_tokens)
+    shape = decode_state.Shape(plan.slots[0], *sizes)
     static = {"truncate": truncate, "mesh": mesh}
     host = _Host(
-        state,
-        Slots.empty(plan, p, parts, group_size),
+        _empty(config, shape, mesh, beside=params["final_norm"]),
+        slots,
         partial(decode.prefill, params, config, prompts, base, controls, **static),
         partial(decode.decode, params, config, controls, **static),
-        partial(decode_state.completions, config, mesh=mesh),
+        partial(results.completions, config, mesh=mesh),
         on_groups,
         mesh,
     )
@@ -147,8 +154,8 @@ def rollout(
     else:
         host.run(on_segment or (lambda: None))
         if on_end:
-            on_end(host.slots.computed)
-    return decode_state.to_rollout(config, host.state.results, prompts, np.int32(iteration), mesh)
+            on_end(slots.computed)
+    return results.to_rollout(config, host.state.results, prompts, np.int32(iteration), mesh)
 
 
 @dataclasses.dataclass
@@ -159,7 +166,7 @@ class _Host:
       state: on the device; each program takes it and gives the next.
       slots: which prompt is where.
       prefill_program, decode_program, completions_program: what is left of `decode.prefill`,
-        `decode.decode` and `decode_state.completions`.
+        `decode.decode` and `results.completions`.
       fresh: prompts that had finished when the host last looked, and their completions, which may
         still be on the device.
     """
@@ -256,18 +263,15 @@ class _Host:
     def _move(self, moves: Moves) -> None:
         """Let the state have other slots and rows."""
         state, self.state = self.state, None
-        layers, results = (
-            list(zip(state.prompt_kv, state.completion_kv, strict=True)),
-            state.results,
-        )
-        state, moved = state.replace(prompt_kv=None, completion_kv=None, results=None), []
+        layers = list(zip(state.prompt_kv, state.completion_kv, strict=True))
+        sampled, moved = state.results, []
+        state = state.replace(prompt_kv=None, completion_kv=None, results=None)
         while layers:  # one by one: there is no room for all of the old ones and the new ones
             moved.append(self._move_layer(*layers.pop(0), moves))
         prompt_kv, completion_kv = map(list, zip(*moved, strict=True))
         state = decode_state.move_rows(state, jax.tree.map(self._place, moves), self.mesh)
-        self.state = state.replace(
-            prompt_kv=prompt_kv, completion_kv=completion_kv, results=results
-        )
+        caches = {"prompt_kv": prompt_kv, "completion_kv": completion_kv}
+        self.state = state.replace(results=sampled, **caches)
 
     def _move_layer(self, prompt_kv: Any, completion_kv: Any, moves: Moves) -> Any:
         size, placed = self.slots.plan.cache[-1], jax.tree.map(self._place, moves)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from sapo_jax import rewards
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
-from sapo_jax.sampler import SamplerParams, decode, decode_state, sampling
+from sapo_jax.sampler import SamplerParams, decode, decode_state, results, sampling
 from sapo_jax.sampler.decode_state import DecodeState
 from sapo_jax.types import Prompts, Rollout
 
@@ -108,7 +108,7 @@ def rollout(
         return decode.prefill(*arguments, truncate=truncate)
 
     def rows_of(state, prompts):
-        return decode_state.to_rollout(config, state.results, prompts, iteration)
+        return results.to_rollout(config, state.results, prompts, iteration)
 
     def all_of(live_R, params, prompts, base_R, controls):
         state = jax.vmap(start, out_axes=RUNS)(params, prompts, base_R, controls)
