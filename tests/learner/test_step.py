@@ -217,6 +217,13 @@ def test_what_is_masked_out_may_be_anything(nano, batch):
     assert not finish(metrics)[1]["nonfinite"].any()
 
 
+def test_parameters_of_few_bits_are_refused(nano):
+    """In bfloat16 0.4% of the parameters move at a learning rate of 1e-6."""
+    config, weights = nano
+    with pytest.raises(ValueError, match=r"params/embed in bfloat16: must be float32"):
+        learner.init(jax.tree.map(jnp.bfloat16, weights), settings(config))
+
+
 def test_one_executable_for_every_traced_hyperparameter(nano, batch):
     """A sweep over τ, the learning rate or the temperature reuses one program."""
     config, weights = nano
