@@ -40,7 +40,7 @@ def test_equal_rewards_give_exactly_zero(estimator, value):
 
 @pytest.mark.parametrize("estimator", sorted(advantages.ESTIMATORS))
 @pytest.mark.parametrize("rewards", [
-    [0.1] * 16, [0.0, 1.0] * 8, [0.3, 0.1 + 0.2] * 8, [1.0] * 4 + [0.0] * 12
+    [0.1] * 16, [0.0, 1.0] * 8, [0.3, 0.30000003] * 8, [1.0] * 4 + [0.0] * 12
 ])  # fmt: skip
 def test_advantages_are_continuous_in_a_penalty(estimator, rewards, rng):
     """A KL of 1e-5 nats, subtracted first, becomes |A| up to 1.5 in a group of equal rewards."""
