@@ -27,6 +27,7 @@ from tests.sampler.test_engine import G, N, P, T, peaked, perturbed_logits, roll
 from tests.test_train import digest, final_state, records
 
 __all__ = ["peaked"]  # a fixture
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 RUNS = axes.zip_(
     axes.axis("seed", 3, 4, 5),
