@@ -145,7 +145,7 @@ def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], bool]:
             provenance.write(place)
         clock = Clock(edge.watchdog.beat)
         traced = range(done + 3, done + 3 + c.profile_steps)
-        startup.warm_up(bundles, edge.scorer, edge.note)
+        startup.warm_up(bundles, edge.scorer, edge.note, edge.alone)
         if done == 0 and c.eval.every:
             start = {"iteration": 0, "update": 0}
             _write(edge, logs, [start | found for found in _evaluate(bundles, edge.scorer)])
