@@ -30,6 +30,7 @@ class ModelConfig:
       norm_topk_prob: divide the k probabilities by their sum.
       stop_tokens: any of these ends a completion, and is part of it.
       pad_token: fills rows after their end; never attended to.
+      bos_token: begins a text in the files of the model; carried along.
       attention: the kernel over whole rows, one of ATTENTION; see `attention.causal`.
       param_dtype, compute_dtype, cache_dtype: storage of the parameters, of activations and
         matmul inputs, of the sampler's keys and values.
@@ -57,6 +58,7 @@ class ModelConfig:
     mlp_only_layers: tuple[int, ...] = ()
     stop_tokens: tuple[int, ...] = (1,)
     pad_token: int = 0
+    bos_token: int | None = None
     attention: str = "auto"
     param_dtype: str = "float32"
     compute_dtype: str = "float32"

@@ -115,7 +115,7 @@ def make_model(c: Any, tokenizer: Tokenizer) -> model.ModelConfig:
     for field, value in fields.items():
         require(False, f"model.{field}", value, alone)
     with _of("model.preset"):
-        shape = model.hf_config.read(epath.Path(preset).expanduser(), c.dtype.params)
+        shape = model.hf.read_config(epath.Path(preset).expanduser(), c.dtype.params)
         hf_tokenizer.check_vocabulary(tokenizer, shape.vocab_size, preset)
     return dataclasses.replace(shape, **chosen, **stop)
 
