@@ -25,7 +25,7 @@ DAMAGED = ".damaged"
 Leaves = dict[str, str]  # path in the state → dtype and shape
 
 
-class Damaged(ValueError):
+class DamagedError(ValueError):
     """A checkpoint that does not read back as it was saved."""
 
 
@@ -92,8 +92,8 @@ class Checkpoints:
         path, found = self.directory / str(iteration), digests(state)
         if finite and lost(found):
             raise ValueError(
-                f"iteration {iteration} is not saved: {lost(found)} is not finite; {self.directory} "
-                f"keeps the iterations {sorted(self._scores)}"
+                f"iteration {iteration} is not saved: {lost(found)} is not finite; "
+                f"{self.directory} keeps the iterations {sorted(self._scores)}"
             )
         record["checksums"] = {name: digest.checksum for name, digest in found.items()}
         record["checksum"] = _checksum(record)
@@ -141,7 +141,7 @@ class Checkpoints:
           The state, of the same pytree type, and the ``meta`` of its save.
 
         Raises:
-          Damaged: it is not what was saved, or not finite.
+          DamagedError: it is not what was saved, or not finite.
           ValueError: there is no such checkpoint, it is another program's, or a name, shape or
             dtype is not the wanted one.
         """
@@ -315,8 +315,8 @@ def _best(scores: dict[int, float | None]) -> int | None:
     return max(((s, i) for i, s in scores.items() if s is not None), default=(0, None))[1]
 
 
-def _damaged(path: epath.Path, why: object) -> Damaged:
-    return Damaged(
+def _damaged(path: epath.Path, why: object) -> DamagedError:
+    return DamagedError(
         f"checkpoint of iteration {path.name} in {path.parent} is damaged: {str(why)[:300]}; "
         f"expected every file of a finished save; to go on from an older one, delete or move {path}"
     )

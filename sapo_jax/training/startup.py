@@ -22,7 +22,7 @@ from sapo_jax import learner, rewards
 from sapo_jax.model import hf, params
 from sapo_jax.parallel import distributed
 from sapo_jax.training import build, evaluation
-from sapo_jax.training.checkpoint import Checkpoints, Damaged, find, restore_params
+from sapo_jax.training.checkpoint import Checkpoints, DamagedError, find, restore_params
 from sapo_jax.training.digest import digests, fingerprint, lost
 from sapo_jax.training.engine import Bundle, Streamed, pick, stack
 from sapo_jax.training.experience import SOURCES, open_stream
@@ -85,23 +85,47 @@ def start(
     return bundles, latest
 
 
+def check_memory(run: Settings) -> None:
+    """Refuse a policy that the devices have no room for, before XLA looks for it.
+
+    Raises:
+      ValueError: the state and a gradient are larger than a device's memory.
+    """
+
+    def size(tree):
+        leaves = jax.tree.leaves(tree)
+        shapes = [x.sharding.shard_shape(x.shape) if x.sharding else x.shape for x in leaves]
+        return sum(math.prod(s) * x.dtype.itemsize for s, x in zip(shapes, leaves, strict=True))
+
+    state, device = learner.abstract(run.hp), jax.local_devices()[0]
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
+    memory = (device.memory_stats() or {}).get("bytes_limit", machine)
+    needed = size(state) + size(state.params)
+    if needed > memory:
+        raise ValueError(
+            f"config.model: its parameters, moments and gradients take {needed / 2**30:,.1f} GiB "
+            f"of a device, which has {memory / 2**30:,.1f}: must be smaller, or have a config.mesh "
+            "of more devices"
+        )
+
+
 def _restore_newest(
     engines: Sequence[Any], checkpoints: Checkpoints, alone: bool
 ) -> tuple[int, list[TrainState], list[dict]] | None:
     """The newest checkpoint that is whole: iteration, states of engines, meta of each run.
 
     Raises:
-      Damaged: every checkpoint is.
+      DamagedError: every checkpoint is.
     """
     while (latest := distributed.broadcast_from_first(checkpoints.latest())) is not None:
         damage = None
         try:
             found = _restore(engines, checkpoints, latest, alone)
-        except Damaged as error:
+        except DamagedError as error:
             damage = error
         if not distributed.any_process(damage is not None):
             return latest, *found
-        damage = damage or Damaged(f"another process cannot read the checkpoint of {latest}")
+        damage = damage or DamagedError(f"another process cannot read the checkpoint of {latest}")
         older = distributed.broadcast_from_first(checkpoints.latest(before=latest))
         if older is None:
             raise damage
