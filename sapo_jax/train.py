@@ -17,16 +17,22 @@ from sapo_jax.training.checkpoint import Checkpoints
 from sapo_jax.training.engine import Bundle, Streamed
 from sapo_jax.training.experience import SOURCES
 from sapo_jax.training.lease import Lease
-from sapo_jax.training.progress import Clock, Progress, mean_of
+from sapo_jax.training.progress import Clock, Progress, Skips, mean_of
 from sapo_jax.training.settings import Settings
 from sapo_jax.training.workdir import (
     Metrics,
     check_config,
     check_workdir,
     cut_samples,
+    gaps,
+    read_metrics,
     write_config,
     write_samples,
 )
+
+
+class NotFiniteError(RuntimeError):
+    """A run, or some runs of a cohort, stopped, since its updates were skipped again and again."""
 
 
 class Edge(NamedTuple):
@@ -62,6 +68,7 @@ def run(settings: Settings, workdir: epath.PathLike) -> epath.Path | None:
       ValueError: the directory belongs to a run with another config, or to something else, or a
         checkpoint that is needed cannot be restored.
       RuntimeError: another process works in the directory.
+      NotFiniteError: see `progress.Skips`.
     """
     with Progress(settings.config.iterations, settings.config.name) as bar:
         whole = run_all([Streamed(settings)], workdir, [workdir], bar)
@@ -86,7 +93,7 @@ def run_all(
       Whether the runs are complete; False where SIGTERM asked to stop, and they were saved.
 
     Raises:
-      ValueError, RuntimeError: as `run`.
+      ValueError, RuntimeError: as `run`; NotFiniteError at the end of the other runs.
     """
     workdir, places = epath.Path(workdir), [epath.Path(place) for place in places]
     runs = [run for engine in engines for run in engine.runs]
@@ -105,13 +112,16 @@ def run_all(
             distributed.preemption() as preempted,
         ):
             edge = Edge(workdir, places, checkpoints, scorer, watchdog, preempted, bar)
-            bundles, whole = _loop(engines, edge)
+            bundles, skips, whole = _loop(engines, edge)
+            stopped = {p: skip.why for p, skip in zip(places, skips, strict=True) if skip.why}
             if whole and not edge.alone:
                 checkpoints.wait()
-                startup.keep_last(bundles, places)
+                startup.keep_last(bundles, [None if p in stopped else p for p in places])
         if whole and jax.process_index() == 0:
             for place in places:
                 report(place)
+    if whole and stopped:
+        raise NotFiniteError("; ".join(f"{place}: {why}" for place, why in stopped.items()))
     return whole
 
 
@@ -127,18 +137,32 @@ def report(workdir: epath.Path) -> None:
         logging.warning("No report of %s: %s: %s", workdir, type(error).__name__, error)
 
 
-def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], bool]:
+def _begin(edge: Edge, run: Settings, place: epath.Path, done: int) -> Skips:
+    """Make the files of a run those of its first iterations; says which records are missing."""
+    records = [r for r in read_metrics(place) if r["iteration"] <= done] if done else []
+    skips = Skips(run.config.learner.max_skipped, records)
+    last = records[-1]["iteration"] if skips.why else done
+    if done and (lost := gaps(records, 0 if run.config.eval.every else 1, last)):
+        text = "%s/metrics has no records of the iterations %s: lines or parts of it were lost"
+        logging.warning(text, place, lost)
+    if edge.alone:
+        skips.why = ""  # what stopped it before may be allowed now
+    write_config(place, run.plain)
+    startup.check_shared(place, run.plain)
+    cut_samples(place, done)
+    return skips
+
+
+def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], list[Skips], bool]:
     """The iterations that are left; the runs as they stand, and whether all were done."""
     runs = [run for engine in engines for run in engine.runs]
     c, total = runs[0].config, runs[0].config.iterations
     bundles, done = startup.start(engines, edge.checkpoints, alone=edge.alone)
-    for one, place in zip(runs, edge.places, strict=True):
-        write_config(place, one.plain)
-        startup.check_shared(place, one.plain)
-        cut_samples(place, done)
+    each = zip(runs, edge.places, strict=True)
+    skips = [_begin(edge, run, place, done) for run, place in each]
     edge.bar.skip(len(runs) * done)
     if done >= total:
-        return bundles, True
+        return bundles, skips, True
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(Metrics(p, first_iteration=done or -1)) for p in edge.places]
         for place in edge.places:
@@ -148,7 +172,8 @@ def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], bool]:
         startup.warm_up(bundles, edge.scorer, edge.note, edge.alone)
         if done == 0 and c.eval.every:
             start = {"iteration": 0, "update": 0}
-            _write(edge, logs, [start | found for found in _evaluate(bundles, edge.scorer)])
+            found = _evaluate(bundles, edge.scorer)
+            _write(edge, logs, skips, [start | metrics for metrics in found])
         for iteration in range(done + 1, total + 1):
             clock.iteration = iteration
             trace = contextlib.nullcontext()
@@ -170,13 +195,16 @@ def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], bool]:
             # Metrics and samples first, then the checkpoint: killed in between, the run goes on
             # from the checkpoint before, and what is of later iterations is cut and written anew.
             # The other way round, it would go on behind records that were never written.
-            _write(edge, logs, records)
-            for place, rows in zip(edge.places, samples, strict=True):
-                if rows and (last or iteration % c.log.samples_every == 0):
+            _write(edge, logs, skips, records)
+            if all(skip.why for skip in skips):
+                break
+            for place, skip, rows in zip(edge.places, skips, samples, strict=True):
+                if rows and not skip.why and (last or iteration % c.log.samples_every == 0):
                     write_samples(place, iteration, rows)
             # All processes take the same branch: saving is collective.
             stop = distributed.any_process(edge.preempted.requested)
-            if last or stop or iteration % c.checkpoint.every == 0:
+            due = iteration % c.checkpoint.every == 0 and not any(skip.doubtful for skip in skips)
+            if last or stop or due:
                 with clock("checkpoint"):
                     score = records[0].get("eval/pass_at_1")
                     startup.save(
@@ -185,7 +213,7 @@ def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], bool]:
             edge.bar.step(len(runs))
             if stop:
                 break
-    return bundles, iteration == total
+    return bundles, skips, iteration == total or all(skip.why for skip in skips)
 
 
 def _iterate(
@@ -212,8 +240,15 @@ def _evaluate(bundles: Sequence[Bundle], scorer: rewards.Scorer) -> list[dict[st
     return [found for bundle in bundles for found in evaluation.held_out(bundle, scorer)]
 
 
-def _write(edge: Edge, logs: Sequence[Metrics], records: Sequence[dict[str, Any]]) -> None:
-    """Add a record to the metrics of each run, and show what they have in the mean."""
-    for log, record in zip(logs, records, strict=True):
+def _write(
+    edge: Edge, logs: Sequence[Metrics], skips: Sequence[Skips], records: Sequence[dict[str, Any]]
+) -> None:
+    """Add a record to the metrics of each run that goes on, and show what they have in the mean."""
+    each = zip(edge.places, logs, skips, records, strict=True)
+    going = [run for run in each if not run[2].why]
+    for place, log, skip, record in going:
         log.write(record)
-    edge.bar.show(mean_of(records))
+        skip.add(record)
+        if skip.why and not edge.alone:
+            logging.warning("%s stops. %s", place.name, skip.why)
+    edge.bar.show(mean_of([record for *_, record in going]))

@@ -117,9 +117,18 @@ def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int
             if ended:
                 continue
             bar.line(f"{place.name}: {len(part.runs)} runs, by {_how(part)}")
-            start = time.time()
-            if not run_cohort(part, place, bar):
-                break
+            start, stopped = time.time(), {}
+            try:
+                if not run_cohort(part, place, bar):
+                    break
+            except train.NotFiniteError as error:
+                stopped = {"stopped": str(error)}
             record = {"iterations": part.lead.config.iterations, "method": part.method}
-            write_json(place / DONE, record | {"seconds": time.time() - start})
+            write_json(place / DONE, record | {"seconds": time.time() - start} | stopped)
     return all(_is_done(*each) for each in zip(parts, places, strict=True))
+
+
+def stopped(parts: Sequence[Cohort], workdir: epath.PathLike) -> str:
+    """Which runs stopped before their end, and why; "" where none did."""
+    done = [read_json(epath.Path(workdir) / folder(i) / DONE) or {} for i in range(len(parts))]
+    return "; ".join(record["stopped"] for record in done if "stopped" in record)

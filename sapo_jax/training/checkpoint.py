@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tensorstore
 from etils import epath
 from orbax.checkpoint import path as orbax_path
 from orbax.checkpoint import v1 as ocp
@@ -280,6 +279,8 @@ def _load(path: epath.Path, abstract: Any, record: dict, *, finite: bool = False
 
 def _file_of(path: epath.Path, name: str) -> str:
     """The files that hold an array, as the index of the checkpoint tells; else all of them."""
+    import tensorstore  # of Orbax
+
     try:
         store = tensorstore.KvStore.open(f"{path.as_uri()}/{STATE}/").result()
         root = tensorstore.ocdbt.dump(store).result()["versions"][-1]["root"]["location"]

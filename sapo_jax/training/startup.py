@@ -57,7 +57,7 @@ def start(
             params, now = _weights(run, origin)
             given[key] = Streamed(run).place([params]), now
         params, now = given[key]
-        if origin not in (None, now):
+        if origin and origin["fingerprint"] != now["fingerprint"]:
             raise ValueError(
                 f"config.init_from={key!r} is not the reference that the run started with: then "
                 f"{_told(origin)}, now {_told(now)}; put it back, or start another --workdir"
@@ -188,9 +188,14 @@ def each_state(bundles: Sequence[Bundle]) -> list[TrainState]:
     return [state for b in bundles for state in b.engine.to_host(b.state)]
 
 
-def keep_last(bundles: Sequence[Bundle], places: Sequence[epath.Path]) -> None:
-    """The last checkpoint of each run of a cohort, in its directory, as a run alone leaves it."""
+def keep_last(bundles: Sequence[Bundle], places: Sequence[epath.Path | None]) -> None:
+    """The last checkpoint of each run of a cohort, in its directory, as a run alone leaves it.
+
+    None stands for a run that stopped.
+    """
     for state, meta, place in zip(each_state(bundles), _metas(bundles), places, strict=True):
+        if place is None:
+            continue
         with Checkpoints(place / "checkpoints") as own:
             iteration = int(state.iteration)
             if own.latest() != iteration:
@@ -228,8 +233,8 @@ def _weights(run: Settings, origin: dict | None) -> tuple[Any, dict]:
 
 
 def _told(origin: dict) -> str:
-    iteration, print_ = origin["checkpoint"], origin["fingerprint"]
-    return f"{print_}" if iteration is None else f"{print_}, of iteration {iteration}"
+    of = "" if origin["checkpoint"] is None else f" of iteration {origin['checkpoint']}"
+    return origin["fingerprint"] + of
 
 
 def check_shared(workdir: epath.Path, config: dict) -> None:

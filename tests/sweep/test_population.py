@@ -1,6 +1,7 @@
 """Populations: a run among others is the run alone, nothing compiles twice, resume, grouping."""
 
 import json
+import re
 import threading
 
 import jax
@@ -311,6 +312,26 @@ def test_the_first_update_under_vmap(together):
         np.testing.assert_allclose(
             pick(metrics, r)["grad/norm"].numerator, own["grad/norm"].numerator, rtol=1e-5
         )
+    lost = [*batches[:2], batches[2].replace(advantages=np.full(16, np.nan, np.float32))]
+    other, _ = vmapped(learner.update, None, (0,))(stack(states), stack(lost), arguments[2])
+    expected = stack([pick(after, 0), pick(after, 1), jax.device_get(states[2])])
+    jax.tree.map(np.testing.assert_array_equal, other, expected)
+
+
+def test_a_run_that_is_not_finite_stops_alone(together, tmp_path):
+    """The runs beside it end as ever; the same command does not start it again."""
+    rates = axes.axis("learner.learning_rate", 1e-4, 1e20)
+    times = {"iterations": 4, "eval.every": 4, "checkpoint.every": 1}
+    parts = cohorts.make(base(**times), rates)
+    for _ in range(2):
+        assert schedule.run(parts, tmp_path)
+        said = schedule.stopped(parts, tmp_path)
+        assert re.fullmatch(r".*=1e\+20: iteration 2, minibatch 2: 3 updates in a row .*", said)
+    healthy, lost = (tmp_path / "cohort-000" / name for name in parts[0].names)
+    assert [r["update/skipped"] for r in read_metrics(healthy)[1:]] == [0, 0, 0, 0]
+    assert (healthy / "checkpoints" / "4").exists()
+    assert [r["update/skipped"] for r in read_metrics(lost)[1:]] == [1, 2]
+    assert not (lost / "checkpoints").exists()
 
 
 def test_a_switch_gives_each_run_its_own_objective(rng):

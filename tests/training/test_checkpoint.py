@@ -156,6 +156,27 @@ def test_predecessor_stays_until_its_successor_reads_back(tmp_path, monkeypatch)
     assert_same(restored, make_state(1))
 
 
+def test_a_checkpoint_is_on_the_disk_before_its_predecessor_goes(tmp_path, monkeypatch):
+    """Guards against a loss of power that takes the new one, when the old one is gone."""
+    synced, fsync = set(), os.fsync
+
+    def noted(file):
+        synced.add(os.path.realpath(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    def delete(path):
+        new = tmp_path / "2"
+        assert synced >= {str(p) for p in (*new.rglob("*"), new, tmp_path)}
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(), {})
+        checkpoints.wait()
+        monkeypatch.setattr(os, "fsync", noted)
+        monkeypatch.setattr(checkpoint, "_delete", delete)
+        checkpoints.save(2, make_state(), {})
+    assert synced
+
+
 KILLED = """
     import os, signal, sys, time
     import jax.numpy as jnp, numpy as np
