@@ -32,11 +32,14 @@ FLAGS.integer("workers", 1, "Rows judged at a time.", 1, upper_bound=MOST["rewar
 FLAGS.enum("dtype", "float32", ["float32", "bfloat16"], "Of everything.")
 FLAGS.boolean("chat", True, "Prompts by the directory's chat template.")
 FLAGS.string("system", "", "System message of each prompt.")
+FLAGS.string(
+    "template_options", "", "name=value,… for the template, such as enable_thinking=False."
+)
 FLAGS.string("compilation_cache", ".cache/xla", "Compiled programs, reused later; empty: none.")
 FLAGS.string("out", "", "JSON file for the results.")
 RECORDED = (  # in the results
     "hf", "reward", "prompts", "samples", "temperature", "top_k", "top_p", "max_prompt_tokens",
-    "max_new_tokens", "seed", "dtype", "chat", "system",
+    "max_new_tokens", "seed", "dtype", "chat", "system", "template_options",
 )  # fmt: skip
 
 
@@ -46,17 +49,36 @@ def parse_task(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
       ValueError: an option without a value, or with one in JSON.
     """
-    name, *pairs = re.split(r",(?=\w+(?:=|$))", text)
+    name, *pairs = _pairs(text)
+    return name, _options(pairs, f"--task={name}")
+
+
+def parse_template_options(text: str) -> dict[str, Any]:
+    """Options of "name=value,…", or of a dictionary.
+
+    Raises:
+      ValueError: as `parse_task`.
+    """
+    if not text.startswith("{"):
+        return _options(_pairs(text) if text else [], "--template_options")
+    return _options([f"options={text}"], "--template_options")["options"]
+
+
+def _pairs(text: str) -> list[str]:
+    return re.split(r",(?=\w+(?:=|$))", text)
+
+
+def _options(pairs: list[str], flag: str) -> dict[str, Any]:
     options = {}
     for pair in pairs:
         option, equals, value = pair.partition("=")
         if not equals:
-            raise ValueError(f"--task={text}: {pair!r} must be option=value")
+            raise ValueError(f"{flag}: {pair!r} must be option=value")
         try:
             options[option] = cli.literal(value)
         except ValueError as error:
-            raise ValueError(f"--task={name}: {option}={value}: {error}") from None
-    return name, options
+            raise ValueError(f"{flag}: {option}={value}: {error}") from None
+    return options
 
 
 def _evaluate_set(
@@ -115,8 +137,11 @@ def main(given: cli.Flags) -> None:
     if given.out:
         files.check_file(given.out, "--out=", is_result, "an earlier result")
     cli.use_cache(given.compilation_cache)
+    options = parse_template_options(given.template_options)
+    if options and not given.chat:
+        raise ValueError("--template_options must not stand beside --nochat: no template is used")
     config, params = model.hf.load(epath.Path(given.hf).expanduser(), dtype=given.dtype)
-    chat = {"chat": given.chat, "system": given.system}
+    chat = {"chat": given.chat, "system": given.system, "template_options": options}
     tokenizer = hf_tokenizer.load(given.hf, vocab_size=config.vocab_size, **chat)
     stop = {"stop_tokens": tokenizer.stop_ids, "pad_token": tokenizer.pad_id}
     config = dataclasses.replace(config, **stop)

@@ -77,3 +77,19 @@ def test_tasks_of_the_command_line():
     assert evaluate.parse_task(text) == ("reasoning_gym", options)
     with pytest.raises(ValueError, match="'terms' must be option=value"):
         evaluate.parse_task("chain_sum,terms")
+
+
+@pytest.mark.parametrize(
+    "text", ["enable_thinking=False,level='a'", "{'enable_thinking': False, 'level': 'a'}"]
+)
+def test_options_of_the_template(text):
+    assert evaluate.parse_template_options(text) == {"enable_thinking": False, "level": "a"}
+    assert evaluate.parse_template_options("") == {}
+
+
+@pytest.mark.parametrize("text", ["enable_thinking", "thinking=false", '{"thinking": false}'])
+def test_options_that_would_not_be_what_they_seem(text):
+    with pytest.raises(
+        ValueError, match=r"--template_options: .*must be (option=value|written as)"
+    ):
+        evaluate.parse_template_options(text)

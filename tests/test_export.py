@@ -1,6 +1,7 @@
 """Policies out of a run and into the next: Hugging Face directories all the way."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -89,12 +90,16 @@ def test_a_run_goes_on_from_the_directory(first, tmp_path):
 
 def test_a_directory_is_evaluated_from_the_command_line(first, tmp_path):
     _, root = first
-    out = tmp_path / "found.json"
+    out, policy = tmp_path / "found.json", tmp_path / "policy"
+    shutil.copytree(root / "policy", policy)
+    asked = "{{ messages[0].content if level == 2 and plain else raise_exception('no options') }}"
+    (policy / "chat_template.jinja").write_text(asked)
     task = "chain_sum,terms=2,modulus=10"
     command = [
-        sys.executable, "-m", "sapo_jax.evaluate", f"--hf={root / 'policy'}", f"--task={task}",
-        "--nochat", "--prompts=6", "--batch=4", "--samples=3", "--max_prompt_tokens=8",
-        "--max_new_tokens=5", "--compilation_cache=.cache/tests", f"--out={out}",
+        sys.executable, "-m", "sapo_jax.evaluate", f"--hf={policy}", f"--task={task}",
+        "--template_options=plain=True,level=2", "--prompts=6", "--batch=4", "--samples=3",
+        "--max_prompt_tokens=8", "--max_new_tokens=5", "--compilation_cache=.cache/tests",
+        f"--out={out}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -103,6 +108,7 @@ def test_a_directory_is_evaluated_from_the_command_line(first, tmp_path):
     assert found["eval/prompts"] == 6
     assert 0 <= found["eval/pass_at_1_low"] <= found["eval/pass_at_1"] <= 1
     assert found["eval/pass_at_1"] <= found["eval/pass_at_3"]
+    assert json.loads(out.read_text())["settings"]["template_options"] == "plain=True,level=2"
     assert f"Pass@1 {found['eval/pass_at_1']:.4f} (95% interval" in done.stdout
     command[4] = "--task=chain_sum,terms"
     done = subprocess.run(command, capture_output=True, text=True, check=False)

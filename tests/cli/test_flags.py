@@ -40,7 +40,7 @@ FLAGS = {
     "train": "config reward workdir coordinator processes process",
     "sweep": "config reward workdir most job_index job_count",
     "evaluate": "hf task reward prompts samples temperature top_k top_p max_prompt_tokens "
-    "max_new_tokens batch seed workers dtype chat system out compilation_cache",
+    "max_new_tokens batch seed workers dtype chat system template_options out compilation_cache",
     "export": "workdir out which",
     "report": "picture",
     "preflight": "config topology programs fit json",
