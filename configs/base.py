@@ -145,6 +145,7 @@ def get_config() -> ConfigDict:
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 20  # iterations; the last is always kept
+    c.checkpoint.minutes = 30.0  # between checkpoints at most, iterations being finished; 0: any
 
     c.log = ConfigDict()
     c.log.samples_every = 10  # iterations between written samples

@@ -69,20 +69,21 @@ def spawn(workdir, stop_at=None):
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
 
-STOPS = ["rollout 5", "minibatch 5", "checkpoint 6", "rollout 2", "sigterm 4"]
+STOPS = ["rollout 5", "minibatch 5", "checkpoint 6", "rollout 2", "sigterm 5", "hangs 5"]
 
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_a_killed_run_ends_like_an_uninterrupted_one(whole, stop, tmp_path):
-    """SIGKILL in a rollout, in minibatch 2, in a checkpoint write; or SIGTERM; then again.
+    """SIGKILL in a rollout, in minibatch 2, in a checkpoint write; or SIGTERM, in a rollout or
+    in an update that does not end; then again.
 
     Noise keyed by process state, a data stream that restarts, or metrics kept from iterations that
     are run again would all show.
     """
     workdir = tmp_path / "run"
-    asked = stop.startswith("sigterm")
-    assert spawn(workdir, stop).wait() == (0 if asked else -signal.SIGKILL)
-    if asked:  # in iteration 4, of which it kept nothing otherwise
+    asked = stop.startswith(("sigterm", "hangs"))
+    assert spawn(workdir, stop).wait() == (143 if asked else -signal.SIGKILL)
+    if asked:  # of iteration 4 it kept nothing otherwise
         assert (workdir / "checkpoints" / "4").exists()
         assert not (workdir / "report.html").exists()
     assert not (workdir / "checkpoints" / "6").exists()

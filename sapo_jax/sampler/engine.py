@@ -81,6 +81,7 @@ def rollout(
     plan: Plan | None = None,
     on_groups: OnGroups | None = None,
     warm_up: Callable[[str], None] | None = None,
+    on_segment: Callable[[], None] | None = None,
 ) -> Rollout:
     """Sample G completions of each prompt.
 
@@ -103,6 +104,7 @@ def rollout(
         i32[g, G]), NumPy arrays; each prompt comes once. With warm_up, all come at the end.
       warm_up: compile every program of the plan instead of sampling, and call this with a line
         about each; the result is a rollout without completions.
+      on_segment: called between segments of decoding; may raise, which leaves the rollout.
 
     Returns:
       Rollout of B = P·G rows of S = N + max_new_tokens tokens, those of one prompt adjacent.
@@ -137,7 +139,7 @@ def rollout(
     if warm_up:
         host.compile_all(warm_up)
     else:
-        host.run()
+        host.run(on_segment or (lambda: None))
     return decode_state.to_rollout(config, host.state.results, prompts, np.int32(iteration), mesh)
 
 
@@ -161,13 +163,14 @@ class _Host:
     mesh: Mesh | None
     fresh: tuple[np.ndarray, Any] | None = None
 
-    def run(self) -> None:
+    def run(self, on_segment: Callable[[], None]) -> None:
         """Sample until all prompts are done."""
         self.refill()
         while not self.slots.idle.all():
             self.shrink()
             self.grow()
             self.decode()
+            on_segment()
             self.refill()
         self.report()
 

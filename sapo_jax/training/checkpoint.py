@@ -13,7 +13,8 @@ from etils import epath
 from orbax.checkpoint import path as orbax_path
 from orbax.checkpoint import v1 as ocp
 
-from sapo_jax.training.digest import digests, lost, named
+from sapo_jax.parallel import distributed
+from sapo_jax.training.digest import digests, file_of, lost, named
 from sapo_jax.training.files import is_remote, normal, sync
 
 FORMAT, STATE = "sapo_jax/1", "state"
@@ -32,7 +33,7 @@ class Checkpoints:
     """The checkpoints ``<directory>/<iteration>/`` of one run; leaving the context waits.
 
     A checkpoint is deleted only after a newer one is committed and was read back. Reading leaves
-    the directory as it is: what a killed save left behind is removed at the first save.
+    the directory as it is: what a kill left behind is removed by `tidy`, or at the first save.
     """
 
     def __init__(self, directory: epath.PathLike):
@@ -115,7 +116,7 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """Iteration with the highest score (the newest of equals), or None if none was scored."""
-        return _best(self._read_scores())
+        return _best(self._read_scores(strict=True))
 
     def set_aside(self, iteration: int) -> None:
         """Make a damaged checkpoint none, in process 0; its files stay, but on object stores."""
@@ -154,6 +155,18 @@ class Checkpoints:
         _check_leaves(path, stored, _leaves(abstract_state))
         return _load(path, abstract_state, record, finite=finite), record["meta"]
 
+    def tidy(self, restored: int) -> None:
+        """Remove what kills left behind: unfinished saves, and checkpoints that have a successor.
+
+        Args:
+          restored: the iteration that was read back; later ones stay, and so does the best.
+        """
+        self._scores = self._read_scores()
+        distributed.any_process(False)  # nothing goes while another process reads it
+        if jax.process_index() == 0:
+            self._remove_unfinished()
+        self._prune(restored)
+
     def _finish(self, path: epath.Path, response: Any, record: dict, leaves: Leaves) -> None:
         # Commit, read back, and only then delete: at any moment a checkpoint that can be read lies
         # there. Scores are those of the directory, so a kill before the deletion loses no best one.
@@ -166,18 +179,27 @@ class Checkpoints:
             raise _damaged(path, "it does not read back as what was saved")
         sync(path)
         self._scores[int(path.name)] = record["score"]
-        self._prune()
+        self._prune(max(self._scores))
 
     def committed(self) -> list[int]:
         """The iterations that have a finished checkpoint."""
         numbered = [p for p in _entries(self.directory) if p.name.isdecimal()]
         return sorted(i for p in numbered if str(i := int(p.name)) == p.name and _is_committed(p))
 
-    def _read_scores(self) -> dict[int, float | None]:
-        return {i: _read(self.directory / str(i))[0]["score"] for i in self.committed()}
+    def _read_scores(self, *, strict: bool = False) -> dict[int, float | None]:
+        def score(iteration):
+            try:
+                return _read(self.directory / str(iteration))[0]["score"]
+            except DamagedError:
+                if strict:
+                    raise
+                return None  # an older one that is damaged stops no run
 
-    def _prune(self) -> None:
-        for iteration in sorted(set(self._scores) - {max(self._scores), _best(self._scores)}):
+        return {iteration: score(iteration) for iteration in self.committed()}
+
+    def _prune(self, restored: int) -> None:
+        older = {iteration for iteration in self._scores if iteration < restored}
+        for iteration in sorted(older - {_best(self._scores)}):
             if jax.process_index() == 0:
                 _delete(self.directory / str(iteration))
             del self._scores[iteration]
@@ -271,26 +293,12 @@ def _load(path: epath.Path, abstract: Any, record: dict, *, finite: bool = False
     saved = record.get("checksums", {})  # none of before there were any
     for name, digest in digests(loaded).items():
         if saved.get(name, digest.checksum) != digest.checksum:
-            raise _damaged(path, f"{name} fails its checksum; see {STATE}/{_file_of(path, name)}")
+            raise _damaged(
+                path, f"{name} fails its checksum; see {STATE}/{file_of(path / STATE, name)}"
+            )
         if finite and not digest.finite:
             raise _damaged(path, f"{name} is not finite")
     return loaded
-
-
-def _file_of(path: epath.Path, name: str) -> str:
-    """The files that hold an array, as the index of the checkpoint tells; else all of them."""
-    import tensorstore  # of Orbax
-
-    try:
-        store = tensorstore.KvStore.open(f"{path.as_uri()}/{STATE}/").result()
-        root = tensorstore.ocdbt.dump(store).result()["versions"][-1]["root"]["location"]
-        chunks = f"{name.replace('/', '.')}/c".encode()
-        entries = tensorstore.ocdbt.dump(store, root).result()["entries"]
-        places = {e.get("indirect_value", root) for e in entries if e["key"].startswith(chunks)}
-        # "value:ocdbt.process_0/:d/5f1c…:0:3895": a part, a file of it, an offset and a length
-        return ", ".join(sorted("".join(x.split(":")[1:-2]) for x in places)) or STATE
-    except (ValueError, KeyError, IndexError):  # the index may be damaged, too
-        return STATE
 
 
 def _leaves(tree: Any) -> Leaves:

@@ -22,6 +22,7 @@ def shown(value: Any) -> str:
         return "(a longer integer)"
     return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"
 
+
 COMPUTED = {"objective", "correction", "reward", "sampler", "learner", "eval"}  # on the device
 MAY_BE_INFINITE = {  # no bound
     "objective.eps_low", "objective.eps_high", "objective.dual_clip", "correction.high",

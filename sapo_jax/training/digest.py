@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
 _name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
 
@@ -62,3 +63,19 @@ def fingerprint(found: Mapping[str, Digest]) -> str:
 def lost(found: Mapping[str, Digest]) -> str:
     """The first leaf that is not finite throughout, or ""."""
     return next((name for name, digest in found.items() if not digest.finite), "")
+
+
+def file_of(path: epath.Path, name: str) -> str:
+    """The files below a path that hold an array, as Orbax's index there tells; else all of them."""
+    import tensorstore  # of Orbax
+
+    try:
+        store = tensorstore.KvStore.open(f"{path.as_uri()}/").result()
+        root = tensorstore.ocdbt.dump(store).result()["versions"][-1]["root"]["location"]
+        chunks = f"{name.replace('/', '.')}/c".encode()
+        entries = tensorstore.ocdbt.dump(store, root).result()["entries"]
+        places = {e.get("indirect_value", root) for e in entries if e["key"].startswith(chunks)}
+        # "value:ocdbt.process_0/:d/5f1c…:0:3895": a part, a file of it, an offset and a length
+        return ", ".join(sorted("".join(x.split(":")[1:-2]) for x in places)) or "*"
+    except (ValueError, KeyError, IndexError):  # the index may be damaged, too
+        return "*"

@@ -84,6 +84,7 @@ class Streamed:
         iteration: int,
         domain: str = "train",
         warm_up: Callable[[str], None] | None = None,
+        on_segment: Callable[[], None] | None = None,
     ) -> tuple[Rollout, list[Ends]]:
         """See `sampler.rollout`; prompts, ``on_groups`` and ends are of each run."""
         (run,) = self.runs
@@ -95,6 +96,7 @@ class Streamed:
             domain=domain,
             on_groups=self.join(on_groups),
             warm_up=warm_up,
+            on_segment=on_segment,
             **run.sampling(domain),
         )
         return rollout, [sampler.ends(rollout)]

@@ -161,7 +161,7 @@ def from_rollout(
     moved = float(sampler.moved_bytes(params, weights) / len(queries))
     with clock("rollout"):
         prompts, groups = ([getattr(q, name) for q in queries] for name in ("prompts", "groups"))
-        controls = {"iteration": iteration, "warm_up": warm_up}
+        controls = {"iteration": iteration, "warm_up": warm_up, "on_segment": clock.check}
         rollout, ends = engine.rollout(weights, prompts, groups, **controls)
     with clock("logp"):  # needs no rewards: the device works while rows are judged
         scored = _scored(bundle, engine.call(batch_of, rollout))

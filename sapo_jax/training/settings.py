@@ -28,9 +28,9 @@ from sapo_jax.training.workdir import read_config
 SOURCES = ("rollout", "demonstrations")
 POPULATION_METHODS = ("auto", "map", "vmap", "devices")
 MAY_DIFFER = {
-    "iterations", "profile_steps", "compilation_cache", "checkpoint.every",
-    "log.samples", "log.samples_every", "learner.max_skipped", "data.workers",
-    "reward.workers", "distributed.timeout",
+    "iterations", "profile_steps", "compilation_cache", "checkpoint.every", "checkpoint.minutes",
+    "log.samples", "log.samples_every", "data.workers", "reward.workers", "distributed.timeout",
+    "learner.max_skipped",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",  # but for the last bits
 }  # fmt: skip
 ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "tensor", "expert")}
@@ -146,8 +146,8 @@ def _check_numbers(c: Any) -> None:
         c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "sampler.shrink", "eval.every",
         "eval.temperature", "learner.warmup", "learner.weight_decay", "log.samples",
         "profile_steps", "learner.learning_rate", "data.max_prompt_tokens", "data.workers",
-        "distributed.timeout", "learner.router_aux_coef", "reward.kl_coef",
-        "reward.max_length", "reward.buffer",
+        "distributed.timeout", "reward.kl_coef", "reward.max_length", "reward.buffer",
+        "checkpoint.minutes", "learner.router_aux_coef",
     )  # fmt: skip
     for field in ("sampler.temperature", "learner.max_grad_norm", "learner.eps"):
         value = operator.attrgetter(field)(c)

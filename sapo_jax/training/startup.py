@@ -45,8 +45,11 @@ def start(
     Raises:
       ValueError: what is needed cannot be restored.
     """
+    lead = engines[0].runs[0]
+    if lead.config.eval.every:  # whether there are enough distinct prompts, before any compile
+        evaluation.test_set(lead, lead.config.eval.prompts)
+    check_memory(lead)
     runs = [run for engine in engines for run in engine.runs]
-    check_memory(runs[0])
     found = _restore_newest(engines, checkpoints, alone)
     latest, states, metas = found or (0, [], [{} for _ in runs])
     given: dict[str, Any] = {}  # read and placed once for all runs that start from it
@@ -157,16 +160,19 @@ def save(
     checkpoints: Checkpoints,
     iteration: int,
     bundles: Sequence[Bundle],
+    positions: Sequence[dict],
     *,
     alone: bool,
     score: float | None = None,
 ) -> None:
-    """Start saving what `start` restores; ``score`` is of a run alone.
+    """Start saving what `start` restores: runs and where their streams are.
+
+    A score is of a run alone.
 
     Raises:
       ValueError: a number of a state is not finite.
     """
-    metas = _metas(bundles)
+    metas = _metas(bundles, positions)
     if alone:
         checkpoints.save(iteration, bundles[0].state, metas[0], score=score, finite=True)
         return
@@ -174,13 +180,11 @@ def save(
     checkpoints.save(iteration, stack(each_state(bundles)), meta, finite=True)
 
 
-def _metas(bundles: Sequence[Bundle]) -> list[dict]:
+def _metas(bundles: Sequence[Bundle], positions: Sequence[dict]) -> list[dict]:
     """What is saved of each run besides its state."""
-    pairs = (zip(b.streams, b.origins or [None] * len(b.streams), strict=True) for b in bundles)
-    return [
-        {"position": stream.position} | ({"reference": origin} if origin else {})
-        for stream, origin in itertools.chain.from_iterable(pairs)
-    ]
+    origins = [o for b in bundles for o in b.origins or [None] * len(b.streams)]
+    each = zip(positions, origins, strict=True)
+    return [{"position": at} | ({"reference": origin} if origin else {}) for at, origin in each]
 
 
 def each_state(bundles: Sequence[Bundle]) -> list[TrainState]:
@@ -193,14 +197,15 @@ def keep_last(bundles: Sequence[Bundle], places: Sequence[epath.Path | None]) ->
 
     None stands for a run that stopped.
     """
-    for state, meta, place in zip(each_state(bundles), _metas(bundles), places, strict=True):
+    metas = _metas(bundles, [stream.position for b in bundles for stream in b.streams])
+    for state, meta, place in zip(each_state(bundles), metas, places, strict=True):
         if place is None:
             continue
         with Checkpoints(place / "checkpoints") as own:
             iteration = int(state.iteration)
             if own.latest() != iteration:
-                score = read_metrics(place)[-1].get("eval/pass_at_1")
-                own.save(iteration, state, meta, score=score, finite=True)
+                (*_, last) = read_metrics(place) or [{}]  # none where the directory was deleted
+                own.save(iteration, state, meta, score=last.get("eval/pass_at_1"), finite=True)
 
 
 def random_parameters(run: Settings) -> Any:

@@ -161,6 +161,15 @@ def cut_samples(workdir: epath.PathLike, after_iteration: int) -> None:
             path.unlink()
 
 
+def remove_temporary(workdir: epath.PathLike) -> None:
+    """Remove files that a kill left half written; that of the lease is under way."""
+    workdir = normal(workdir)
+    for folder in (workdir, workdir / "metrics", workdir / "samples"):
+        for path in folder.glob("*.tmp") if folder.exists() else ():
+            if path.name != "lease.json.tmp" and jax.process_index() == 0:
+                path.unlink()
+
+
 def _plain(x: Any) -> Any:
     if isinstance(x, dict):
         return {str(key): _plain(value) for key, value in x.items()}

@@ -26,7 +26,7 @@ def begin(workdir, what):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = dict(os.environ)
     command = [sys.executable, "-m", "tests.parallel.two_processes", str(workdir), str(port)]
     options = {"cwd": ROOT, "env": environment, "text": True}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
@@ -106,6 +106,14 @@ def test_one_update_agrees_with_one_process(whole):
     scale = max(np.abs(g).max() for g in gradient.values())
     for key, value in gradient.items():
         np.testing.assert_allclose(found[key], value, atol=1e-6 * scale, err_msg=key)
+
+
+def test_all_processes_stop_where_one_is_asked_to(whole, tmp_path):
+    """They agree on where, or some would wait for the others for ever; iteration 3 is saved."""
+    statuses, messages = both(tmp_path, "is asked")
+    assert statuses == [143, 143], messages
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+    assert stored(tmp_path)[0] == stored(whole)[0][:4]
 
 
 @pytest.mark.parametrize("what", ["dies", "stops", "hangs"])

@@ -18,6 +18,9 @@ from sapo_jax.types import Batch
 from tests import killed_run, tiny_config
 
 DEVICES, AT = 4, 3  # devices of a process; the iteration in which things happen
+SIGNALS = {
+    "dies": (signal.SIGKILL, AT), "stops": (signal.SIGSTOP, AT), "is asked": (signal.SIGTERM, 4),
+}  # fmt: skip
 
 
 def resolved(**fields):
@@ -96,12 +99,12 @@ def main_(workdir, port, index, what):
     checked = resolved(**{"mesh.data": 2, "mesh.fsdp": 4, "distributed.timeout": timeout})
     if what == "killed":
         killed_run._kill_at("rollout", AT)
-    elif index == 1 and what in ("dies", "stops"):
+    elif index == 1 and what in SIGNALS:
         rollout = killed_run.sampler.rollout
-        number = signal.SIGKILL if what == "dies" else signal.SIGSTOP
+        number, at = SIGNALS[what]
 
         def fatal(*arguments, **options):
-            if options["iteration"] == AT:
+            if options["iteration"] == at:
                 os.kill(os.getpid(), number)
             return rollout(*arguments, **options)
 

@@ -154,6 +154,21 @@ def test_groups_are_reported_as_they_finish(peaked, name):
             np.testing.assert_array_equal(tokens_S[mask_S], tokens_T[:count])
 
 
+def test_a_rollout_can_be_left_between_segments(peaked):
+    """Guards against a run that, asked to stop, decodes for minutes."""
+    seen = []
+
+    def on_segment():
+        seen.append(True)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    options = {"plan": LAYOUTS["three slots, refilled singly"], "on_segment": on_segment}
+    with pytest.raises(KeyboardInterrupt):
+        roll(peaked, fakes.prompts(96, N, seed=5), **options)
+    assert len(seen) == 2
+
+
 def test_same_program_is_bitwise_repeatable(peaked):
     prompts = fakes.prompts(P, N)
     first, second = (roll(peaked, prompts) for _ in range(2))

@@ -124,6 +124,28 @@ def test_keeps_the_best_and_the_latest(tmp_path):
     assert (checkpoints.latest(), checkpoints.best()) == (8, 7)
 
 
+def test_what_a_kill_left_is_removed_at_the_next_start(tmp_path, monkeypatch):
+    """Guards against old checkpoints that stay for ever: killed between commit and pruning, in a
+    save, or in a deletion, in a run that has nothing more to save."""
+    state = make_state()
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(Checkpoints, "_prune", lambda *_: None)  # killed before
+    for iteration, score in {1: 0.5, 2: 0.25, 3: 0.25, 5: 0.125}.items():
+        checkpoints.save(iteration, state, {}, score=score)
+        checkpoints.wait()
+    monkeypatch.undo()
+    for name in ("4", "6"):
+        (tmp_path / f"{name}{checkpoint.UNFINISHED}123").mkdir()
+    again = Checkpoints(tmp_path)
+    again.tidy(3)  # 5 is damaged, say
+    assert names(tmp_path) == ["1", "3", "5"]
+    again.tidy(5)
+    assert names(tmp_path) == ["1", "5"]
+    again.save(7, state, {}, score=1.0)
+    again.wait()
+    assert names(tmp_path) == ["7"]
+
+
 def test_without_scores_only_the_latest_is_kept(tmp_path):
     """Guards against taking a missing score for a number."""
     with Checkpoints(tmp_path) as checkpoints:

@@ -347,6 +347,17 @@ def test_samples_come_back_and_are_cut(tmp_path):
     assert workdir.read_samples(tmp_path) == workdir.read_samples(tmp_path, 2) != []
 
 
+def test_half_written_files_of_a_killed_run_go(tmp_path):
+    """Guards against .tmp files that stay for ever, and against the removal of other files."""
+    half = ["config.json.tmp", "metrics/part-00003.jsonl.tmp", "samples/iteration-000004.jsonl.tmp"]
+    whole = ["lease.json.tmp", "metrics/part-00003.jsonl", "checkpoints/x.tmp"]
+    for name in half + whole:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    workdir.remove_temporary(tmp_path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")) == sorted(whole)
+
+
 def read_events(directory):
     """(step, tag, value) of every event, and the steps at which a restart purges."""
     from tensorboardX.proto.event_pb2 import Event, SessionLog
