@@ -226,7 +226,7 @@ def test_damage_falls_back_to_the_checkpoint_before(tmp_path, monkeypatch):
     """Of the newest checkpoint, and of records: what is lost is done again, or named."""
     warnings = []
     monkeypatch.setattr(logging, "warning", lambda text, *more: warnings.append(text % more))
-    monkeypatch.setattr(checkpoint.Checkpoints, "_prune", lambda self: None)
+    monkeypatch.setattr(checkpoint.Checkpoints, "_prune", lambda *_: None)
     workdir = tmp_path / "run"
     run(workdir, **SHAPED)
     expected, saved = records(workdir), workdir / "checkpoints" / "6"
