@@ -150,7 +150,7 @@ def _loop(engines: Sequence[Any], edge: Edge) -> list[Bundle]:
         logs = [stack.enter_context(Metrics(p, first_iteration=done or -1)) for p in edge.places]
         for place in edge.places:
             provenance.write(place)
-        clock = Clock(edge.watchdog.beat, stop.check)
+        clock = Clock(edge.watchdog.beat, stop.pause)
         traced = range(done + 3, done + 3 + c.profile_steps)
         startup.warm_up(bundles, edge.scorer, edge.note)
         if done == 0 and c.eval.every:
@@ -227,8 +227,8 @@ def _iterate(
 
 
 def _evaluate(bundles: Sequence[Bundle], edge: Edge) -> list[dict[str, float]]:
-    check, held_out = edge.stop.check, evaluation.held_out
-    return [x for bundle in bundles for x in held_out(bundle, edge.scorer, on_segment=check)]
+    pause, held_out = edge.stop.pause, evaluation.held_out
+    return [x for bundle in bundles for x in held_out(bundle, edge.scorer, on_segment=pause)]
 
 
 def _write(edge: Edge, logs: Sequence[Metrics], records: Sequence[dict[str, Any]]) -> None:

@@ -122,6 +122,28 @@ def test_what_is_saved_is_not_saved_again(saved):
     assert len(saved) == 1
 
 
+def test_processes_look_at_each_other_now_and_then(monkeypatch):
+    """Guards against a collective for each of the many segments of a short rollout."""
+    now, looks = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "all_gather", lambda x: looks.append(x) or np.asarray(x)[None])
+    stop = started()
+    for number in range(1, 4):
+        looks.clear()
+        for _ in range(100):
+            now[0] += 0.1
+            stop.pause()
+        assert len(looks) == (100 if number == 1 else 5)  # each 2 s, when it is known
+        iteration_of(stop, number)
+    now[0] += 100.0
+    stop.pause()
+    iteration_of(stop, 4)
+    looks.clear()
+    stop.pause()
+    assert len(looks) == 1
+
+
 def test_checkpoints_come_by_time_too(saved, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
