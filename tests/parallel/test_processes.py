@@ -26,7 +26,7 @@ def begin(workdir, what):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = dict(os.environ)
     command = [sys.executable, "-m", "tests.parallel.two_processes", str(workdir), str(port)]
     options = {"cwd": ROOT, "env": environment, "text": True}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
