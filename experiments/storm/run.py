@@ -7,7 +7,6 @@ The same command goes on with a storm that was stopped. Exit status 1: something
 
 from __future__ import annotations
 
-import collections
 import hashlib
 import json
 import os
@@ -16,7 +15,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -38,11 +39,12 @@ HERE, ROOT = pathlib.Path(__file__).parent, pathlib.Path(__file__).parents[2]
 _KILLS = flags.DEFINE_integer("kills", 60, "SIGKILLs in all.", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the moments.", 0)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/storm", "Of everything; must be new, or a storm's.")
-SHARES = {"one process": 3, "two processes": 1, "a sweep": 2}  # of the kills
+SHARES = {"one process": 10, "two processes": 2, "a sweep": 3}  # of the kills
 CONFIG = {  # rewards that differ, so that there is something to learn
     "iterations": 30, "checkpoint.every": 2, "eval.every": 5, "reward.overlong": 1.0,
     "reward.buffer": 6,
 }  # fmt: skip
+READING = threading.Lock()  # of checkpoints, one after the other
 PATIENCE = 20  # times as long as undisturbed: then it hangs
 FIELDS = {"two processes": {"mesh.data": 2, "distributed.timeout": 600.0}}
 
@@ -74,7 +76,7 @@ def start(subject: str, place: pathlib.Path) -> list[subprocess.Popen]:
     with open(place.with_suffix(".log"), "ab") as log:
         options = {"cwd": ROOT, "stdout": log, "stderr": log}
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-        environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiles faster
+        environment["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # compiled faster
         return [
             subprocess.Popen(command, env=environment, **options)
             for command in commands(subject, place)
@@ -146,6 +148,7 @@ class Storm:
 
     def __init__(self, workdir: pathlib.Path):
         self.workdir, self.file = workdir, workdir / "storm.jsonl"
+        self.lock = threading.Lock()  # subjects have a thread each
         if workdir.exists() and any(workdir.iterdir()) and not self.file.exists():
             raise app.UsageError(f"--workdir={workdir}: holds other files; must be new")
         workdir.mkdir(parents=True, exist_ok=True)
@@ -156,10 +159,11 @@ class Storm:
 
     def add(self, subject: str, **event: Any) -> dict:
         """Write an event down."""
-        self.events.append({"subject": subject, **event})
-        with self.file.open("a") as file:
-            file.write(json.dumps(self.events[-1]) + "\n")
-        return self.events[-1]
+        event = {"subject": subject, **event}
+        with self.lock, self.file.open("a") as file:
+            self.events.append(event)
+            file.write(json.dumps(event) + "\n")
+        return event
 
     def of(self, subject: str, what: str) -> list[dict]:
         """The events of a kind."""
@@ -170,14 +174,16 @@ class Storm:
         if found := self.of(subject, "undisturbed"):
             return found[0]
         place = self.workdir / f"{subject} undisturbed".replace(" ", "-")
-        for compiled in (False, True):  # the second time as those that are killed
+        for _ in range(2):  # the second time with compiled programs, as those that are killed
             shutil.rmtree(place, ignore_errors=True)
             begin = time.monotonic()
-            statuses = wait(start(subject, place), 600 if not compiled else 120)
+            statuses = wait(start(subject, place), 900)
             if set(statuses) != {0}:
                 raise RuntimeError(f"{subject}: {statuses}, see {place}.log")
         seconds = time.monotonic() - begin
-        return self.add(subject, what="undisturbed", seconds=seconds, ends=ends(subject, place))
+        with READING:
+            left = ends(subject, place)
+        return self.add(subject, what="undisturbed", seconds=seconds, ends=left)
 
     def next(self, subject: str, last: bool) -> None:
         """Start, or start again; kill, unless it is the last time; compare what is complete."""
@@ -198,7 +204,8 @@ class Storm:
         for process in processes:
             process.kill()
         if not differ:
-            found = ends(subject, place)
+            with READING:
+                found = ends(subject, place)
             differ = [part for part, value in whole["ends"].items() if found.get(part) != value]
         self.add(subject, what="complete", life=lives, differ=differ)
         if not differ:
@@ -217,21 +224,28 @@ def table(storm: Storm) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def besiege(storm: Storm, subject: str, kills: int) -> None:
+    """Kill a subject as often, then let it end."""
+    begin = time.monotonic()
+    while (count := len(storm.of(subject, "killed"))) < kills:
+        storm.next(subject, last=False)
+        seconds = time.monotonic() - begin
+        print(f"{seconds:4.0f} s, {subject}: {count} of {kills} kills", flush=True)
+    events = [event["what"] for event in storm.events if event["subject"] == subject]
+    if events[-1:] == ["killed"]:
+        storm.next(subject, last=True)
+
+
 def main(argv: list[str]) -> None:
     """Kill as often as the flags say, then let all end."""
     del argv
     logging.set_verbosity(logging.WARNING)
-    storm, begin = Storm(pathlib.Path(_WORKDIR.value)), time.monotonic()
-    total = sum(SHARES.values())
-    wanted = {s: round(_KILLS.value * share / total) for s, share in SHARES.items()}
-    wanted["one process"] += _KILLS.value - sum(wanted.values())
-    for subject, count in wanted.items():
-        while (killed := len(storm.of(subject, "killed"))) < count:
-            storm.next(subject, last=False)
-            print(f"{time.monotonic() - begin:4.0f} s, {subject}: {killed} of {count}", flush=True)
-        unfinished = collections.Counter(e["what"] for e in storm.events if e["subject"] == subject)
-        if count and (not unfinished["complete"] or storm.events[-1]["what"] == "killed"):
-            storm.next(subject, last=True)
+    storm, total = Storm(pathlib.Path(_WORKDIR.value)), sum(SHARES.values())
+    kills = {s: round(_KILLS.value * share / total) for s, share in SHARES.items()}
+    kills["one process"] += _KILLS.value - sum(kills.values())
+    with futures.ThreadPoolExecutor() as threads:
+        for each in [threads.submit(besiege, storm, s, count) for s, count in kills.items()]:
+            each.result()
     text = table(storm)
     print(text)
     (HERE / "results").mkdir(exist_ok=True)
