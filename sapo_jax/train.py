@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,6 +32,8 @@ from sapo_jax.training.workdir import (
     write_samples,
 )
 
+UPDATING = "updating"
+
 
 class Edge(NamedTuple):
     """What a loop has to do with the world."""
@@ -52,6 +55,13 @@ class Edge(NamedTuple):
         """Say what is going on."""
         self.watchdog.beat(text)
         self.bar.note(text)
+
+    def tell(self, bundles: Sequence[Bundle], doing: str, number: int) -> None:
+        """Say at which of several bundles the work is; where it is updates, one more is done."""
+        if len(bundles) > 1:
+            self.note(f"{doing} run {number + 1} of {len(bundles)}")
+        if number and doing == UPDATING:
+            self.bar.step(len(bundles[0].engine.runs))
 
 
 def run(settings: Settings, workdir: epath.PathLike) -> epath.Path | None:
@@ -132,6 +142,7 @@ def report(workdir: epath.Path) -> None:
 
 def _loop(engines: Sequence[Any], edge: Edge) -> list[Bundle]:
     """The iterations that are left; the runs as they stand behind them."""
+    begun = time.perf_counter()
     runs = [run for engine in engines for run in engine.runs]
     c, total = runs[0].config, runs[0].config.iterations
     bundles, done = startup.start(engines, edge.checkpoints, alone=edge.alone)
@@ -151,21 +162,22 @@ def _loop(engines: Sequence[Any], edge: Edge) -> list[Bundle]:
         for place in edge.places:
             provenance.write(place)
         clock = Clock(edge.watchdog.beat, stop.pause)
-        traced = range(done + 3, done + 3 + c.profile_steps)
         startup.warm_up(bundles, edge.scorer, edge.note)
         if done == 0 and c.eval.every:
-            start = {"iteration": 0, "update": 0}
-            _write(edge, logs, [start | found for found in _evaluate(bundles, edge)])
+            zero = {"iteration": 0, "update": 0}
+            _write(edge, logs, [zero | found for found in _evaluate(bundles, edge)])
+        clock.add("startup", time.perf_counter() - begun)
         for iteration in range(done + 1, total + 1):
             clock.iteration, last = iteration, iteration == total
             evaluates = c.eval.every > 0 and (last or iteration % c.eval.every == 0)
             trace = contextlib.nullcontext()
-            if iteration in traced:
+            if 2 < iteration - done <= 2 + c.profile_steps:
                 trace = jax.profiler.trace(str(edge.workdir / "profile"))
             with trace, clock("iteration"):
-                hold = partial(stop.hold, evaluates=evaluates)
-                found = _iterate(bundles, iteration, clock, edge.scorer, hold)
-                bundles, records, samples = found
+                hold, tell = partial(stop.hold, evaluates=evaluates), partial(edge.tell, bundles)
+                bundles, records, samples = _iterate(
+                    bundles, iteration, clock, edge.scorer, hold, tell
+                )
             if evaluates:
                 with clock("eval"):
                     found = _evaluate(bundles, edge)
@@ -189,7 +201,7 @@ def _loop(engines: Sequence[Any], edge: Edge) -> list[Bundle]:
                 with clock("checkpoint"):
                     stop.save()
             stop.release()
-            edge.bar.step(len(runs))
+            edge.bar.step(len(bundles[0].engine.runs))
             if not last:
                 stop.check()
     return bundles
@@ -200,25 +212,31 @@ def _iterate(
     iteration: int,
     clock: Clock,
     scorer: rewards.Scorer,
-    hold: Callable[[], None] = lambda: None,
+    hold: Callable[[], Callable[[], None] | None] = lambda: None,
+    tell: Callable[[str, int], None] = lambda doing, number: None,
 ) -> tuple[list[Bundle], list[dict[str, Any]], list[list[dict]]]:
     """One iteration of all runs: the runs after it, and of each run a record and samples.
 
-    It can be left where the clock checks, also between the updates of two runs, since `hold` has
-    seen to the states that updates take the buffers of.
+    It can be left where the clock checks, and between updates by what `hold` returns, which has seen
+    to the states that updates take the buffers of.
     """
     collect = SOURCES[bundles[0].engine.runs[0].config.source]
     # Threads judge the rows of a bundle while the device goes on with those behind it: all of them
     # sample before the first one waits for verdicts.
-    started = [collect(bundle, iteration, clock, scorer) for bundle in bundles]
+    started = []
+    for number, bundle in enumerate(bundles):
+        tell("sampling", number)
+        started.append(collect(bundle, iteration, clock, scorer))
     after, records, samples = [], [], []
-    for bundle, finish in zip(bundles, started, strict=True):
+    for number, (bundle, finish) in enumerate(zip(bundles, started, strict=True)):
+        tell(UPDATING, number)
         got = finish()
         clock.check()
-        if not after:
-            hold()
+        if number == 0:
+            between = hold()
+        minibatches = _separated(got.minibatches, between) if between else got.minibatches
         with clock("update"):
-            state, learnt = bundle.engine.learn(bundle.state, got.minibatches)
+            state, learnt = bundle.engine.learn(bundle.state, minibatches)
         after.append(bundle._replace(state=state))
         samples += got.samples
         count = {"iteration": iteration}
@@ -226,9 +244,18 @@ def _iterate(
     return after, records, samples
 
 
+def _separated(minibatches: Sequence[Any], between: Callable[[], None]) -> Iterator[Any]:
+    for minibatch in minibatches:
+        between()
+        yield minibatch
+
+
 def _evaluate(bundles: Sequence[Bundle], edge: Edge) -> list[dict[str, float]]:
-    pause, held_out = edge.stop.pause, evaluation.held_out
-    return [x for bundle in bundles for x in held_out(bundle, edge.scorer, on_segment=pause)]
+    found = []
+    for number, bundle in enumerate(bundles):
+        edge.tell(bundles, "evaluating", number)
+        found += evaluation.held_out(bundle, edge.scorer, on_segment=edge.stop.pause)
+    return found
 
 
 def _write(edge: Edge, logs: Sequence[Metrics], records: Sequence[dict[str, Any]]) -> None:

@@ -9,13 +9,23 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import export, learner, model, train
+from sapo_jax import evaluate, export, learner, model, train
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.model import params
 from sapo_jax.training import checkpoint, settings
 from sapo_jax.training.workdir import read_metrics
 from tests import tiny_config
 from tests.training.test_metrics import check
+
+OWN = """
+from sapo_jax.tasks.chain_sum import ChainSum
+
+class Doubled(ChainSum):
+    name = "doubled"
+
+    def verify(self, example, completion):
+        return super().verify(example, completion)
+"""
 
 
 def settings_of(**fields):
@@ -114,6 +124,45 @@ def test_a_directory_is_evaluated_from_the_command_line(first, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "'terms' must be option=value" in done.stderr
+
+
+def evaluated(out, *arguments):
+    """What the command writes, in this process."""
+    for name in evaluate.FLAGS.own:
+        evaluate.FLAGS[name].unparse()
+    common = [f"--out={out}", "--compilation_cache="]
+    evaluate.main(evaluate.FLAGS.parse(["evaluate", *arguments, *common]))
+    return json.loads(out.read_text())
+
+
+def test_a_run_is_evaluated_without_an_export(first, tmp_path):
+    """By its own tasks and numbers it gets what it recorded itself; others can be given."""
+    checked, root = first
+    own = evaluated(tmp_path / "own.json", f"--workdir={root / 'run'}")
+    assert own["settings"]["max_new_tokens"] == checked.max_new_tokens
+    last = read_metrics(root / "run")[-1]
+    (found,) = own["sets"].values()
+    assert found.pop("eval/prompts") == checked.config.eval.prompts
+    assert found == {key: last[key] for key in found}
+    (tmp_path / "my.py").write_text(OWN)
+    other = evaluated(
+        tmp_path / "other.json", f"--workdir={root / 'run'}", "--prompts=4", "--samples=2",
+        f"--task={tmp_path}/my.py:Doubled", "--task=chain_sum,terms=2",
+    )  # fmt: skip
+    assert [each["eval/prompts"] for each in other["sets"].values()] == [4, 4]
+    assert "eval/pass_at_2" in other["sets"]["chain_sum,terms=2"]
+
+
+def test_what_says_a_policy_twice_or_never_is_refused(first, tmp_path):
+    _, root = first
+    for arguments, message in (
+        (["--task=chain_sum"], "--hf is missing, or --workdir of a run"),
+        ([f"--workdir={root / 'run'}", f"--hf={root}"], "--hf must not stand beside --workdir"),
+        ([f"--workdir={root / 'run'}", "--nochat"], "--chat must not stand beside --workdir"),
+        ([f"--workdir={tmp_path}"], "has no config.json: name the --workdir of a run"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluated(tmp_path / "out.json", *arguments)
 
 
 REFUSED = [

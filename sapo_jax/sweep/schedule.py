@@ -17,6 +17,8 @@ from sapo_jax.sweep.population import Population
 from sapo_jax.training.engine import Streamed
 from sapo_jax.training.files import check_directory, read_json, write_json
 from sapo_jax.training.progress import Progress
+from sapo_jax.training.settings import Settings
+from sapo_jax.training.workdir import read_metrics
 
 MANIFEST, DONE = "manifest.json", "done.json"
 
@@ -73,6 +75,29 @@ def _is_done(part: Cohort, place: epath.Path) -> bool:
     return done.get("iterations") == part.lead.config.iterations
 
 
+def _is_whole(run: Settings, place: epath.Path) -> bool:
+    """Whether the directory of a run that has ended has every iteration.
+
+    Its checkpoints may have been deleted altogether, but not end too early.
+    """
+    total, saved = run.config.iterations, place / "checkpoints"
+    ended = (saved / str(total)).exists() or not saved.exists()
+    return ended and not set(range(1, total + 1)) - {r["iteration"] for r in read_metrics(place)}
+
+
+def _lost(part: Cohort, place: epath.Path) -> list[tuple[Settings, epath.Path]]:
+    """The runs of a cohort that has ended whose directories are not whole."""
+    each = zip(part.runs, (place / name for name in part.names), strict=True)
+    return [one for one in each if not _is_whole(*one)]
+
+
+def _repeat(run: Settings, place: epath.Path, bar: Progress) -> None:
+    """Train a run again, alone, whose directory was deleted."""
+    if (place / "checkpoints" / str(run.config.iterations)).exists():
+        (place / "checkpoints").rmtree()  # it would end at once, without what was lost
+    train.run_all([Streamed(run)], place, [place], bar)
+
+
 def _how(part: Cohort) -> str:
     if part.method != "devices":
         return part.method
@@ -112,16 +137,25 @@ def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int
     check_manifest(workdir, manifest_of(parts))
     places = [workdir / folder(i) for i in range(len(parts))]
     mine = list(zip(parts, places, strict=True))[index::count]
-    sizes = [len(part.runs) * part.lead.config.iterations for part, _ in mine]
-    done = [_is_done(*each) for each in mine]
-    with Progress(sum(sizes), workdir.name) as bar:
-        bar.skip(sum(size for size, ended in zip(sizes, done, strict=True) if ended))
-        for (part, place), ended in zip(mine, done, strict=True):
-            if ended:
-                continue
-            bar.line(f"{place.name}: {len(part.runs)} runs, by {_how(part)}")
-            start = time.time()
-            run_cohort(part, place, bar)
-            record = {"iterations": part.lead.config.iterations, "method": part.method}
-            write_json(place / DONE, record | {"seconds": time.time() - start})
-    return all(_is_done(*each) for each in zip(parts, places, strict=True))
+    iterations = sum(len(part.runs) * part.lead.config.iterations for part, _ in mine)
+    with Progress(iterations, workdir.name) as bar:
+        for part, place in mine:
+            _finish(part, place, bar)
+    every = zip(parts, places, strict=True)
+    return all(_is_done(*each) and not _lost(*each) for each in every)
+
+
+def _finish(part: Cohort, place: epath.Path, bar: Progress) -> None:
+    """Train what is left of a cohort."""
+    ended, iterations = _is_done(part, place), part.lead.config.iterations
+    if not ended:
+        bar.line(f"{place.name}: {len(part.runs)} runs, by {_how(part)}")
+        start = time.time()
+        run_cohort(part, place, bar)
+        record = {"iterations": iterations, "method": part.method}
+        write_json(place / DONE, record | {"seconds": time.time() - start})
+    lost = _lost(part, place)
+    bar.skip((len(part.runs) - len(lost)) * iterations * ended)
+    for run, directory in lost:
+        bar.line(f"{place.name}/{directory.name}: records are missing, it runs again, alone")
+        _repeat(run, directory, bar)

@@ -65,6 +65,10 @@ def make_tasks(c: Any) -> tuple[dict[str, Task], dict[str, float]]:
     require(abs(total - 1) < 1e-6, "tasks", shares, f"shares that add up to 1, not {total:g}")
     least = f"at least {len(made)}, one of each task"
     require(c.eval.prompts >= len(made), "eval.prompts", c.eval.prompts, least)
+    for key in made if c.eval.every else ():
+        size, part = len(made[key].examples("test")), int(shares[key] * c.eval.prompts)
+        most = f"at most {int(size / shares[key])}, for the test split of {key} has {size} prompts"
+        require(part <= size, "eval.prompts", c.eval.prompts, most)
     return made, shares
 
 

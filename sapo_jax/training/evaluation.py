@@ -150,5 +150,5 @@ def test_set(run: Settings, count: int) -> list[Example]:
     return [
         example
         for k in sorted(parts)
-        for example in encode.held_out(sources[k], parts[k], keep=run.keep, task=k)
+        for example in encode.held_out(sources[k], parts[k], total=count, keep=run.keep, task=k)
     ]

@@ -58,13 +58,21 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "sampler/logp_gap_mean": (
             "mean |log π_learner − log π_sampler| in the first update",
             "nats",
-            "f32 ≤ 1e-5, bf16 ≤ 0.02",
+            "f32 1e-7 to 1e-5, bf16 ≤ 0.02",
         ),
-        "sampler/logp_gap_max": ("largest such gap", "nats", "f32 about 1e-5, more if deep"),
+        "sampler/logp_gap_max": (
+            "largest such gap",
+            "nats",
+            "f32 1e-5 to 1e-4: of unlikely tokens",
+        ),
         "histogram/log_ratio_pos": ("edges and counts of log r of tokens with A > 0",),
         "histogram/log_ratio_neg": ("the same for A < 0",),
         "histogram/gate_pos": ("edges and counts of the weight w of tokens with A > 0",),
         "histogram/gate_neg": ("the same for A < 0",),
+        "time/startup": (
+            "restoring, compiling, evaluation before training; in the first record of a start",
+            "s",
+        ),
         "time/iteration": ("from drawing prompts through the last update", "s"),
         "time/rollout": ("sampling; with source=demonstrations, reading", "s"),
         "time/update": ("optimizer updates, alone", "s"),

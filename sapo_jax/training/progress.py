@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-WALL = ("time/iteration", "time/eval", "time/checkpoint")  # disjoint; their sum is the run's time
+# Disjoint; their sum is the run's time.
+WALL = ("time/startup", "time/iteration", "time/eval", "time/checkpoint")
 
 
 class Clock:
@@ -81,8 +82,9 @@ class Progress:
         self._bar.write(text)
 
     def note(self, text: str) -> None:
-        """Show what is going on in place of the numbers."""
-        self._bar.set_postfix_str(text)
+        """Show what is going on in place of the numbers; in a log, until iterations show it."""
+        bar = self._bar
+        bar.set_postfix_str(text, refresh=sys.stderr.isatty() or bar.n == bar.initial)
 
     def show(self, record: dict) -> None:
         """Show a record of metrics; the last Pass@1 stays until there is a new one."""

@@ -43,6 +43,9 @@ def start(
     Raises:
       ValueError: what is needed cannot be restored.
     """
+    lead = engines[0].runs[0]
+    if lead.config.eval.every:  # whether there are enough distinct prompts, before any compile
+        evaluation.test_set(lead, lead.config.eval.prompts)
     latest = distributed.broadcast_from_first(checkpoints.latest())
     given: dict[str, Any] = {}  # read and placed once for all runs that start from it
 
@@ -147,7 +150,8 @@ def keep_last(bundles: Sequence[Bundle], places: Sequence[epath.Path]) -> None:
         with Checkpoints(place / "checkpoints") as own:
             iteration = int(state.iteration)
             if own.latest() != iteration:
-                score = read_metrics(place)[-1].get("eval/pass_at_1")
+                (*_, last) = read_metrics(place) or [{}]  # none where the directory was deleted
+                score = last.get("eval/pass_at_1")
                 own.save(iteration, state, {"position": stream.position}, score=score)
 
 

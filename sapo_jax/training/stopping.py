@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -112,8 +112,12 @@ class Stop:
         if jax.process_count() == 1 or self._calls % self._stride == 0:
             self.check()
 
-    def hold(self, *, evaluates: bool) -> None:
-        """Updates are to come, which take the buffers of what is finished."""
+    def hold(self, *, evaluates: bool) -> Callable[[], None] | None:
+        """Updates are to come, which take the buffers of what is finished.
+
+        Returns:
+          What to call between them, which may raise; None where they are short.
+        """
         self._since, self._evaluates = time.monotonic(), evaluates
         each = (self._since - self._begun) / max(1, self._calls)
         times = [min(self._seconds[evaluates], 1e9), each]
@@ -122,9 +126,10 @@ class Stop:
         if expected > SHORT:
             with self._lock:
                 self._finished = self._finished.copy()
-        else:
-            self._lock.acquire()
-            self._held = True
+            return self.check
+        self._lock.acquire()
+        self._held = True
+        return None
 
     def finish(self, finished: Finished) -> None:
         """An iteration is done and recorded."""

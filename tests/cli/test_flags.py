@@ -38,9 +38,10 @@ def sapo(monkeypatch, capfd):
 
 FLAGS = {
     "train": "config reward workdir coordinator processes process",
-    "sweep": "config reward workdir most job_index job_count",
-    "evaluate": "hf task reward prompts samples temperature top_k top_p max_prompt_tokens "
-    "max_new_tokens batch seed workers dtype chat system template_options out compilation_cache",
+    "sweep": "config reward workdir axis most job_index job_count",
+    "evaluate": "hf workdir which task reward prompts samples temperature top_k top_p "
+    "max_prompt_tokens max_new_tokens batch seed workers dtype chat system template_options out "
+    "compilation_cache",
     "export": "workdir out which",
     "report": "picture",
     "preflight": "config topology programs fit json",
@@ -116,6 +117,7 @@ WRONG = [  # command line, and what the one line says
     ("report RUN/nothing", "RUN/nothing does not exist"),
     ("report RUN", "nothing to show in RUN"),
     ("report RUN more", "unknown argument 'more'"),
+    ("evaluate --task=chain_sum", "--hf is missing, or --workdir of a run"),
     ("evaluate --hf=RUN", "--task is missing: NAME,option=value"),
     ("evaluate --hf=RUN --task=chain_sum", "RUN/config.json: no such file"),
     ("export --workdir=RUN --out=RUN/x", "RUN has no config.json: name the --workdir"),

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from sapo_jax import learner, objectives
+from sapo_jax.learner import diagnostics
 from sapo_jax.masked import finish
 from sapo_jax.model import params
 from sapo_jax.objectives import policy_loss
@@ -247,6 +248,26 @@ def test_sampler_gap_and_histograms_count_tokens(nano, batch):
             assert values[f"histogram/{name}_{sign}"].counts.sum() == tokens
     assert 0 < values["policy/entropy"] <= np.log(VOCAB)
     assert values["sampler/logp_gap_max"] >= values["sampler/logp_gap_mean"] > 0
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e-2, 0.3])
+def test_histograms_show_something_at_any_staleness(rng, spread):
+    """Bins of 0.01 had all gate weights of a run near its sampler in one, whatever the gate did."""
+    log_ratio = jnp.asarray(rng.normal(0, spread, 4000), jnp.float32)
+    gate = 1 / jnp.cosh(1.05 * jnp.expm1(log_ratio) / 2) ** 2
+    mask = jnp.ones(4000, bool)
+    for values, edges in (
+        (log_ratio, diagnostics.LOG_RATIO_EDGES), (gate, diagnostics.GATE_EDGES)
+    ):  # fmt: skip
+        counts = np.asarray(diagnostics.histogram(values, mask, edges).counts)
+        assert counts.sum() == 4000
+        assert spread < 1e-2 or (counts > 40).sum() >= 8
+        assert (counts > 0).sum() >= 3
+    exact = diagnostics.histogram(jnp.array([0.0, 1.0]), jnp.ones(2, bool), diagnostics.GATE_EDGES)
+    for value in (0, 1):  # silenced tokens, and those that count fully, have a bin of their own
+        (place,) = np.flatnonzero(np.diff(value < diagnostics.GATE_EDGES))
+        assert exact.counts[place] == 1
+        assert np.diff(diagnostics.GATE_EDGES)[place] < 1e-5
 
 
 def test_recomputed_old_logp_is_bitwise_what_the_update_sees(nano, batch):

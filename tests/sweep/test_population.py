@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 
@@ -43,10 +44,11 @@ class Bar:
     """Counts what a progress bar would show."""
 
     def __init__(self):
-        self.steps, self.notes, self.shown = 0, [], []
+        self.steps, self.moved, self.notes, self.shown = 0, [], [], []
 
     def step(self, count):
         self.steps += count
+        self.moved.append(count)
 
     skip = step
 
@@ -484,6 +486,49 @@ def test_a_killed_sweep_loses_and_repeats_nothing(swept, tmp_path):
         assert digest(tmp_path / run["directory"]) == digest(whole / run["directory"])
         assert (tmp_path / run["directory"] / "report.html").exists()
     assert {p: p.stat().st_mtime_ns for p in first} == first
+
+
+def test_a_deleted_run_is_noticed_and_repeated(swept, tmp_path):
+    """Of a sweep that had ended nothing was looked at; a run of a map comes back bit for bit."""
+    whole, parts, _ = swept
+    shutil.copytree(whole, tmp_path / "sweep")
+    deleted, cut = (tmp_path / "sweep/cohort-000" / parts[0].names[r] for r in (1, 2))
+    before = records(deleted), records(cut)
+    shutil.rmtree(deleted)
+    shutil.rmtree(cut / "metrics")
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, train, "write_samples", 2)
+        with pytest.raises(KilledError):
+            schedule.run(parts, tmp_path / "sweep")
+    assert schedule.run(parts, tmp_path / "sweep")
+    assert (records(deleted), records(cut)) == before
+    assert digest(deleted) == digest(whole / deleted.relative_to(tmp_path / "sweep"))
+
+
+def test_a_sweep_is_restricted_by_its_values():
+    sweep = tiny_sweep.get_sweep()
+    assert cohorts.restrict(sweep, []) == sweep
+    found = cohorts.restrict(sweep, ["seed=3,5", "objective.tau_neg=2"])
+    assert found == [{"objective.tau_neg": 2.0, "seed": seed} for seed in (3, 5)]
+    for text, message in (
+        ("seed=7", "--axis=seed=7: no run has seed=7; they have 3, 4, 5"),
+        ("sed=3", "--axis=sed=3: must be FIELD=VALUE,… of a field of the sweep, which are obj"),
+        ("seed", "--axis=seed: no run has seed=; they have 3, 4, 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cohorts.restrict(sweep, [text])
+    apart = axes.zip_(axes.axis("seed", 1, 2), axes.axis("learner.b1", 0.8, 0.9))
+    with pytest.raises(ValueError, match=r"learner.b1=0.9: no run has learner.b1=0.9; .* 0.8"):
+        cohorts.restrict(apart, ["seed=1", "learner.b1=0.9"])
+
+
+def test_the_bar_moves_while_the_runs_of_a_map_train(together):
+    """Run by run, not once an iteration of all of them; and says at which of them it is."""
+    _, cohort, bar, _, _ = together
+    assert bar.steps == 30
+    assert bar.moved.count(1) == 30
+    for doing in ("sampling", "updating", "evaluating"):
+        assert f"{doing} run 2 of {len(cohort.runs)}" in bar.notes
 
 
 def test_jobs_share_a_sweep(swept, tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 from ml_collections import ConfigDict
 
-from sapo_jax import cli, model
+from sapo_jax import cli, model, train
 from sapo_jax.training import settings, startup
 from tests import fakes, tiny_config
 
@@ -65,6 +65,8 @@ WRONG = [
     ({"tasks": {"a": HALF | {"share": 0.3}}}, "tasks.a.share=0.3", "whole number of the 8"),
     ({"tasks": {"a": HALF | {"share": 0}}}, "tasks.a.share=0", r"in \(0, 1\]"),
     ({"tasks": {"a": HALF, "b": HALF}, "eval.prompts": 1}, "prompts=1", "at least 2"),
+    ({"eval.prompts": 5000}, "eval.prompts=5000", "at most 4096, for the test split of chain_sum"),
+    ({"tasks": {"a": HALF, "b": HALF}, "eval.prompts": 8194}, "=8194", "at most 8192"),
     ({"tasks": {"a": HALF | {"name": "cuntdown"}}}, "tasks.a: unknown", "mean 'countdown'"),
     ({"data.max_prompt_tokens": -1}, "max_prompt_tokens=-1", "at least 0"),
     ({"data.workers": -1}, "workers=-1", "at least 0"),
@@ -104,6 +106,17 @@ def test_wrong_configs_are_refused(fields, value, allowed):
     with fakes.Compilations() as compilations, pytest.raises(ValueError, match=allowed) as refusal:
         settings.from_config(changed(fields))
     assert value in str(refusal.value)
+    assert compilations.count == 0
+
+
+def test_too_few_distinct_held_out_prompts_are_refused_before_any_compile(tmp_path):
+    """One minute of compiling came first; a set of enough examples may still repeat itself."""
+    few = settings.from_config(changed({"task.options.terms": 2, "eval.prompts": 1000}))
+    with (
+        fakes.Compilations() as compilations,
+        pytest.raises(ValueError, match=r"config.eval.prompts=1000: must be smaller: the test"),
+    ):
+        train.run(few, tmp_path)
     assert compilations.count == 0
 
 

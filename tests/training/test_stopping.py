@@ -78,7 +78,8 @@ def test_a_long_iteration_leaves_a_copy_behind(saved):
     stop = started()
     iteration_of(stop, 1)
     bundles = stop._finished.bundles
-    stop.hold(evaluates=True)  # for the first time: how long it will take is not known
+    # For the first time: how long it will take is not known.
+    assert stop.hold(evaluates=True) == stop.check
     jax.block_until_ready(update(bundles[0].state))
     assert bundles[0].state["w"].is_deleted()
     bundles[0].streams[0].position = 7
@@ -94,7 +95,7 @@ def test_a_short_iteration_is_waited_for(saved):
     """No copy is taken of every state: where the rest of an iteration is short, it is done."""
     stop = started()
     iteration_of(stop, 1)
-    stop.hold(evaluates=False)
+    assert stop.hold(evaluates=False) is None
     assert not stop._finished.copied
     stop._note(signal.SIGINT)
     stop.check()
