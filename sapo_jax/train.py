@@ -217,8 +217,8 @@ def _iterate(
 ) -> tuple[list[Bundle], list[dict[str, Any]], list[list[dict]]]:
     """One iteration of all runs: the runs after it, and of each run a record and samples.
 
-    It can be left where the clock checks, and between updates by what `hold` returns, which has seen
-    to the states that updates take the buffers of.
+    It can be left where the clock checks, and between updates by what `hold` returns, which has
+    seen to the states that updates take the buffers of.
     """
     collect = SOURCES[bundles[0].engine.runs[0].config.source]
     # Threads judge the rows of a bundle while the device goes on with those behind it: all of them
