@@ -191,8 +191,7 @@ class Storm:
         tries = len(self.of(subject, "killed")) + len(self.of(subject, "complete"))
         lives = len(self.of(subject, "complete"))
         rng = np.random.default_rng([_SEED.value, *subject.encode(), tries])
-        moment = whole["seconds"] * np.sqrt(rng.uniform())  # later rather than in the imports
-        apart = rng.uniform(0, 1)
+        moment, apart = rng.uniform(0, whole["seconds"]), rng.uniform(0, 1)
         place = self.workdir / f"{subject} {lives}".replace(" ", "-")
         before, processes = done(place) if place.exists() else 0, start(subject, place)
         if not last and kill(processes, moment, apart):
