@@ -56,7 +56,8 @@ def get_config() -> ConfigDict:
     c.mesh.tensor = 1  # heads, widths and vocabulary are split
     c.mesh.expert = 1  # rows and experts are split
 
-    # Objective: the algorithm. None: its own default (sapo-jax list objectives).
+    # Objective: the algorithm. None: its own default. Each has the hyperparameters that
+    # sapo-jax list objectives shows, these and others.
     c.objective = ConfigDict()
     c.objective.name = "sapo"  # sapo-jax list objectives
     c.objective.aggregation = config_dict.placeholder(str)  # seq_mean, token_mean, const_len, …
@@ -152,4 +153,8 @@ def get_config() -> ConfigDict:
 
     c.profile_steps = 0  # iterations to trace with the JAX profiler, after the first two
     c.compilation_cache = ".cache/xla"  # compiled programs, reused by later runs; "" for none
-    return c.lock()
+    c.lock()  # but for what only objectives, tasks and chat templates know
+    c.objective.unlock()
+    c.task.options.unlock()
+    c.tokenizer.template_options.unlock()
+    return c

@@ -121,30 +121,43 @@ def reinforce_pp(
     return jnp.where(equal | ~valid_B, 0, centred_B / (jnp.sqrt(variance) + eps))
 
 
-def informative(rewards_B: np.ndarray, group_size: int, prompts: int) -> tuple[np.ndarray, ...]:
+def informative(
+    rewards_B: np.ndarray, group_size: int, prompts: int, parts: int = 1
+) -> tuple[np.ndarray, ...]:
     """Dynamic sampling: the first P prompts whose completions do not all get the same reward.
 
-    Where there are fewer, prompts without a signal follow, so that the number is always the same.
+    Where there are fewer, each part has its share of them, and prompts without a signal follow
+    there, so that the number is always the same.
     Source: DAPO, arXiv 2503.14476, section 3.2, which draws again until a batch is full.
 
     Args:
       rewards_B: f[B] of more prompts than are wanted, the rows of a prompt adjacent; on the host.
       group_size: G.
       prompts: P, the prompts to keep.
+      parts: of equal size, into which the rows will be cut.
 
     Returns:
       (i32[P·G], rows in their order; bool[P·G], whether their group has a signal).
 
     Raises:
-      ValueError: the group size does not divide B, or there are fewer than P prompts.
+      ValueError: the group size does not divide B or is less than 2, there are fewer than P
+        prompts, or the parts do not divide P.
     """
+    if group_size < 2 or prompts % parts:
+        raise ValueError(
+            f"group_size={group_size}: must be at least 2; parts={parts}: must divide {prompts}"
+        )
     if len(rewards_B) % group_size or len(rewards_B) < prompts * group_size:
         raise ValueError(
             f"{len(rewards_B)} rewards: must be those of at least {prompts} groups of {group_size}"
         )
     rewards_PG = np.asarray(rewards_B).reshape(-1, group_size)
     signal_P = rewards_PG.max(-1) > rewards_PG.min(-1)
-    chosen_P = np.argsort(~signal_P, kind="stable")[:prompts]
+    rest, chosen = np.flatnonzero(~signal_P), []
+    for own in np.array_split(np.flatnonzero(signal_P)[:prompts], parts):
+        spare, rest = np.split(rest, [prompts // parts - len(own)])
+        chosen += [own, spare]
+    chosen_P = np.concatenate(chosen)
     rows_PG = chosen_P[:, None] * group_size + np.arange(group_size)
     return rows_PG.reshape(-1).astype(np.int32), np.repeat(signal_P[chosen_P], group_size)
 

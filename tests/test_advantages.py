@@ -83,3 +83,21 @@ def test_informative_groups_come_first_and_keep_their_order():
     np.testing.assert_array_equal(signal, [True] * 6 + [False] * 2)
     with pytest.raises(ValueError, match="at least 6 groups of 2"):
         advantages.informative(rewards, 2, 6)
+    with pytest.raises(ValueError, match="at least 2"):
+        advantages.informative(rewards, 1, 4)  # a group of one never has a signal
+
+
+@pytest.mark.parametrize("kept", range(7))
+def test_informative_groups_are_spread_over_the_minibatches(kept, rng):
+    """All at the front, they would leave the last minibatches of an iteration without a token."""
+    with_signal = np.sort(rng.permutation(9)[:kept])
+    rewards = np.zeros((9, 2), np.float32)
+    rewards[with_signal, 0] = 1
+    rows, signal = advantages.informative(rewards.ravel(), 2, 6, 3)
+    groups, signal = rows[::2] // 2, signal[::2]
+    assert len(set(groups)) == 6
+    np.testing.assert_array_equal(groups[signal], with_signal)  # in their order
+    each = signal.reshape(3, 2).sum(-1)
+    assert each.max() - each.min() <= 1
+    with pytest.raises(ValueError, match="must divide 6"):
+        advantages.informative(rewards.ravel(), 2, 6, 4)

@@ -8,6 +8,7 @@ import pytest
 from sapo_jax import evaluate, rewards, tasks
 from sapo_jax.data import encode
 from sapo_jax.data.tokenizer import CharTokenizer
+from sapo_jax.tasks import own
 from sapo_jax.training import evaluation
 from sapo_jax.types import LENGTH, STOP
 
@@ -39,8 +40,9 @@ def test_intervals_cover_the_truth(rng):
     assert 0.88 <= covered / 200 <= 0.99
 
 
-def test_evaluation_counts_every_prompt_once():
+def test_evaluation_counts_every_prompt_once(monkeypatch):
     """The last batch is filled up with repeats, which must not be counted."""
+    monkeypatch.setattr(own, "reward", lambda _: lambda example, text, finished, length: -length)
     task = tasks.make("chain_sum", terms=2)
     tokenizer = CharTokenizer(task.alphabet)
     examples = encode.held_out(task.examples("test"), 7)
@@ -64,11 +66,12 @@ def test_evaluation_counts_every_prompt_once():
         on_groups[0](index, *by_group)
         return [mask.sum(-1)]
 
-    with rewards.Scorer(task) as scorer:
+    with rewards.Scorer(task, rewards.Recipe(function="my.py:brief")) as scorer:
         (metrics,) = evaluation.evaluate(
             sample, scorer, examples, tokenizer, samples=2, width=task.max_prompt_chars, batch=4
         )
     assert metrics["eval/pass_at_1"] == pytest.approx(5 / 7)
+    assert metrics["eval/reward_function"] == -metrics["eval/length_mean"]
 
 
 def test_tasks_of_the_command_line():

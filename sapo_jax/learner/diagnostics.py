@@ -54,10 +54,10 @@ def token_terms(
     )
     c_BS, counted_BS = objectives.coefficients(objective, inputs, batch.mask)
     gate_BS = c_BS / jnp.exp(inputs.log_ratio)
-    gap_BS = masked.keep(jnp.abs(logp_BS - batch.sampler_logp), batch.mask)
+    gap_BS = jnp.abs(logp_BS - batch.sampler_logp)
     terms = {
         "sampler/logp_gap_mean": masked.mean(gap_BS, batch.mask),
-        "sampler/logp_gap_max": Max(jnp.max(gap_BS)),
+        "sampler/logp_gap_max": Max(jnp.max(jnp.where(batch.mask, gap_BS, -jnp.inf))),
     }
     for sign, side_BS in (("pos", inputs.advantages > 0), ("neg", inputs.advantages < 0)):
         chosen_BS = counted_BS & side_BS

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sapo_jax import advantages, corrections
+from sapo_jax import advantages, corrections, masked
 from sapo_jax.objectives.kl import sequence_kl
 from sapo_jax.parallel import sharding
-from sapo_jax.types import Batch
+from sapo_jax.types import Batch, Weighted
 
 
 @partial(jax.jit, static_argnames=("parts", "mesh"))
@@ -64,13 +64,15 @@ def make_minibatches(
       mesh: over which each of them is split.
 
     Returns:
-      (minibatches, metrics): ``reward/kl``, ``correction/…``, where there are any.
+      (minibatches, metrics): ``reward/kl``, ``correction/…``, where there are any; NaN where no
+      token counts.
     """
     metrics = {}
     if batch.ref_logp is not None:
         kl_B = sequence_kl(batch.old_logp, batch.ref_logp, batch.mask, kl)
         rewards_B = rewards_B - kl_coef * kl_B
-        metrics["reward/kl"] = kl_B.mean()
+        rows = jnp.sum(batch.mask.any(-1), dtype=kl_B.dtype)
+        metrics["reward/kl"] = masked.ratio(Weighted(jnp.sum(kl_B), rows))
     batch = batch.replace(advantages=advantages.ESTIMATORS[estimator](rewards_B, group_size))
     if correction != "none":
         weights_BS, cut = corrections.weights(
@@ -78,4 +80,6 @@ def make_minibatches(
             segments_BT=batch.segments, **bounds,
         )  # fmt: skip
         batch, metrics = batch.replace(weights=weights_BS), metrics | cut
+    counted = batch.mask.any()  # 0 would read as a measurement
+    metrics = {key: jnp.where(counted, value, jnp.nan) for key, value in metrics.items()}
     return split_rows(batch, parts, mesh), metrics

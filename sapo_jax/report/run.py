@@ -89,13 +89,13 @@ def _tiles(records: Records) -> list[Tile]:
 
 
 def _warning(records: Records) -> str:
-    """Metrics that were not finite, and since when."""
+    """Metrics that were not finite or not measured, and since when."""
     first: dict[str, int] = {}
     for record in records:
         for key in (k for k, v in record.items() if v is None):
             first.setdefault(key, record["iteration"])
     where = ", ".join(f"{key} (first in iteration {first[key]})" for key in sorted(first))
-    return f"Not finite at times, and left out of the plots: {where}." if where else ""
+    return f"Not finite or not measured, and left out of the plots: {where}." if where else ""
 
 
 def _head(config: Config) -> dict[str, Any]:

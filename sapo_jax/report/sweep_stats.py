@@ -153,7 +153,9 @@ def collapse(records: Records) -> dict[str, int | None]:
         bad_N = mean_N < LOST_ENTROPY * mean_N[window - 1]
         found["entropy"] = _for_good(bad_N, list(entropy))
     # A number that is not finite is null in a record; a metric that a run lacks is no key of it.
-    broken = [r for r in trained if None in (r.get("policy/loss", 0), r.get("grad/norm", 0))]
+    # Null, too, is what an iteration does not measure whose groups all lack a signal.
+    updated = (r for r in trained if r.get("advantage/kept_groups") != 0)
+    broken = [r for r in updated if None in (r.get("policy/loss", 0), r.get("grad/norm", 0))]
     found["finite"] = min((r["iteration"] for r in broken), default=None)
     return found
 

@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sapo_jax.axes import Overrides
-from sapo_jax.cli import flat, literal, nearest
+from sapo_jax.cli import flat, literal, make_room, nearest
 from sapo_jax.sweep.population import choose
 from sapo_jax.training import settings
 from sapo_jax.training.checks import require
@@ -90,6 +90,7 @@ def settings_of(base: ConfigDict, override: Mapping[str, Any]) -> Settings:
     """
     config, name = copy.deepcopy(base), name_of(override)
     try:
+        make_room(config, override)
         config.update_from_flattened_dict(override)
     except (KeyError, AttributeError):
         known = flat(base.to_dict())

@@ -99,7 +99,8 @@ def _selected(run: Settings, rewards_B: np.ndarray) -> tuple[np.ndarray, np.ndar
     sizes = run.config.batch
     if sizes.oversample == 1:
         return np.arange(len(rewards_B), dtype=np.int32), np.ones(len(rewards_B), bool), {}
-    rows_B, signal_B = advantages.informative(rewards_B, sizes.group_size, sizes.prompts)
+    controls = sizes.group_size, sizes.prompts, sizes.minibatches
+    rows_B, signal_B = advantages.informative(rewards_B, *controls)
     return rows_B, signal_B, {"advantage/kept_groups": float(signal_B.mean())}
 
 

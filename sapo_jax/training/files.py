@@ -87,9 +87,22 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     write_text(normal(path), json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: epath.PathLike) -> Any:
-    """What JSON a file holds; None where there is no file."""
+def read_json(path: epath.PathLike, kind: type = dict) -> Any:
+    """What JSON a file holds; None where there is no file.
+
+    Raises:
+      ValueError: naming the file: it is a directory, no JSON, or not of the kind.
+    """
+    path = normal(path)
     try:
-        return json.loads(normal(path).read_bytes())
-    except FileNotFoundError:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a directory; must be a JSON file") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not JSON, {error}; repair or remove it") from None
+    if not isinstance(value, kind):
+        wanted = "an object" if kind is dict else "a list"
+        raise ValueError(f"{path}: holds {type(value).__name__}, must hold {wanted}")
+    return value

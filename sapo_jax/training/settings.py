@@ -21,7 +21,7 @@ from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.training import build
-from sapo_jax.training.checks import LARGEST, check_sizes, choice, require
+from sapo_jax.training.checks import LARGEST, check_fields, check_sizes, choice, require
 from sapo_jax.training.workdir import read_config
 
 SOURCES = ("rollout", "demonstrations")
@@ -220,6 +220,7 @@ def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> 
     check_sizes(config)
     plain = json.loads(config.to_json_best_effort())
     plain.pop("files", None)  # of a stored config
+    check_fields(plain)
     c = frozen(plain)
     choice("source", c.source, SOURCES)
     choice("advantages", c.advantages, tuple(advantages.ESTIMATORS))

@@ -1,6 +1,7 @@
 """What turns judged rows into minibatches: KL in the reward, corrections, dynamic sampling."""
 
 import numpy as np
+import pytest
 
 from sapo_jax import advantages, corrections
 from sapo_jax.learner import minibatches
@@ -68,3 +69,16 @@ def test_taken_rows_without_a_signal_count_nowhere(rng):
     np.testing.assert_array_equal(taken.old_logp, whole.old_logp[picked])
     np.testing.assert_array_equal(taken.mask[:4], MASK[:4])
     assert not np.any(taken.mask[4:])
+
+
+def test_metrics_are_of_the_rows_that_count(rng):
+    """Rows without a signal would pull the mean KL to 0; of none at all there is no mean."""
+    whole = rows(rng)
+    some = whole.replace(mask=MASK & (np.arange(8) < 4)[:, None])
+    d = np.where(some.mask, whole.old_logp - whole.ref_logp, 0).sum(-1)
+    controls = {"correction": "token_tis", "high": 1.1}
+    _, metrics = judged(some, 0.3, **controls)
+    assert float(metrics["reward/kl"]) == pytest.approx(d[:4].mean(), abs=1e-6)
+    _, metrics = judged(whole.replace(mask=np.zeros_like(MASK)), 0.3, **controls)
+    assert set(metrics) > {"reward/kl", "correction/cut"}
+    assert np.isnan(list(metrics.values())).all()

@@ -110,15 +110,48 @@ def test_padding_width_changes_nothing(nano, batch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), grads, padded)
 
 
-def test_an_empty_batch_moves_nothing(nano, batch):
-    """No token, no denominator: the gradient is 0, not NaN."""
+@pytest.mark.parametrize("before", [0, 2])
+def test_an_empty_batch_moves_nothing(nano, batch, before):
+    """No token, no step: Adam's moments and weight decay would move the parameters without one."""
+    config, weights = nano
+    hp = dataclasses.replace(settings(config), weight_decay=0.1, schedule="linear", total=9)
+    nothing = batch.replace(mask=np.zeros_like(batch.mask))
+    state = learner.init(jax.tree.map(jnp.copy, weights), hp)
+    for _ in range(before):
+        state, _ = learner.update(state, batch, hp)
+    expected = jax.device_get(state)
+    state, metrics = learner.update(state, nothing, hp)
+    assert float(finish(metrics)[1]["grad/norm"]) == 0
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), expected)
+
+
+def test_what_was_not_measured_is_no_number(nano, batch):
+    """An entropy of 0 would read as a collapse; means leave the empty minibatches out."""
     config, weights = nano
     hp = settings(config)
     nothing = batch.replace(mask=np.zeros_like(batch.mask))
-    state = learner.init(jax.tree.map(jnp.copy, weights), hp)
-    state, metrics = learner.update(state, nothing, hp)
-    assert float(finish(metrics)[1]["grad/norm"]) == 0
-    jax.tree.map(np.testing.assert_array_equal, state.params, jax.device_put(weights))
+
+    def learnt(*minibatches):
+        state, record = learner.learn(
+            learner.init(jax.tree.map(jnp.copy, weights), hp), minibatches, hp
+        )
+        return int(state.update), record
+
+    (one, alone), (same, both), (none, empty) = (
+        learnt(batch), learnt(batch, nothing), learnt(nothing)
+    )  # fmt: skip
+    assert (one, same, none) == (1, 1, 0)
+    assert (alone["update"], both["update"], empty["update"]) == (1, 1, 0)
+    first, last = both.pop("minibatch")
+    assert [first] == alone.pop("minibatch")
+    assert both == alone
+    assert empty["update/skipped"] == 0  # that counts what is not finite
+    for found in (last, *empty.pop("minibatch"), empty):
+        for key, value in found.items():
+            if key.startswith("histogram/"):
+                assert not any(value["counts"])
+            elif not key.startswith("update"):
+                assert not np.isfinite(value), key
 
 
 def _at(field, value):

@@ -71,6 +71,9 @@ def test_collapse_is_for_good():
     assert 50 < sweep_stats.collapse(records(steady, entropy=entropy))["entropy"] <= 60
     found = sweep_stats.collapse(records(steady, broken=7))
     assert found == {"reward": None, "entropy": None, "finite": 7}
+    empty = records(steady)
+    empty[5] |= {"advantage/kept_groups": 0.0, "policy/loss": None, "grad/norm": None}
+    assert sweep_stats.collapse(empty)["finite"] is None  # an iteration that had no update
     shares = sweep_stats.collapses([run_of(1.0, 0, 0.5), run_of(1.0, 1, 0.5, broken=3)])
     assert shares["finite"] == {"share": 0.5, "median": 3.0, "steps": [3]}
 

@@ -27,6 +27,7 @@ from tests.sampler.test_engine import G, N, P, T, peaked, perturbed_logits, roll
 from tests.test_train import digest, final_state, records
 
 __all__ = ["peaked"]  # a fixture
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 RUNS = axes.zip_(
     axes.axis("seed", 3, 4, 5),
@@ -315,6 +316,11 @@ def test_the_first_update_under_vmap(together):
         np.testing.assert_allclose(
             pick(metrics, r)["grad/norm"].numerator, own["grad/norm"].numerator, rtol=1e-5
         )
+    batches[1] = batches[1].replace(mask=np.zeros_like(batches[1].mask))  # nothing to learn from
+    again = vmapped(learner.update, None, (0,))(after, stack(batches), arguments[2])[0]
+    for r in range(3):
+        kept = jax.tree.map(np.array_equal, pick(jax.device_get(again), r), pick(after, r))
+        assert all(jax.tree.leaves(kept)) == (r == 1)
 
 
 def test_a_switch_gives_each_run_its_own_objective(rng):

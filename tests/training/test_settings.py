@@ -23,6 +23,21 @@ HALF = {"name": "countdown", "share": 0.5}
 TIS = {"correction.name": "token_tis", "learner.old_logp": "recompute"}
 WRONG = [
     ({"objective.name": "sap"}, "'sap'", "nearest is 'sapo'"),
+    ({"objective.name": "gpro"}, "'gpro'", "nearest is 'grpo'"),
+    ({"objective.k_pos": 3.0}, "'k_pos'", "sapo has no .*nearest is 'tau_pos'"),
+    ({"objective.nmae": "grpo"}, "'nmae'", "nearest is 'name'"),
+    ({"objective.name": "mhpo", "objective.k_pos": "x"}, "k_pos=x", "a number > 0"),
+    ({"objective.name": "mhpo", "objective.k_pos": True}, "k_pos=True", "a number > 0"),
+    ({"objective.not-a-name": 3.0}, "not-a-name", "there is no such field"),
+    ({"learner.lerning_rate": 1.0}, "lerning_rate", "nearest is 'learner.learning_rate'"),
+    ({"dtype.compute": "int8"}, "dtype.compute='int8'", "nearest is"),
+    ({"dtype.cache": "float64"}, "dtype.cache='float64'", "float32, bfloat16"),
+    ({"model.attention": "flash"}, "model.attention='flash'", "nearest is 'splash'"),
+    ({"model.head_dim": 3}, "model.head_dim=3", "even"),
+    ({"task.options.digits": "2"}, "digits", "'2'"),
+    ({"task": {"name": "prepared", "options": {"directory": 3}}}, "directory", "3"),
+    ({"task": {"name": "countdown", "options": {"numbers": True}}}, "got True", "an integer"),
+    ({"reward.function": "brief"}, "function='brief'", "of a file, my.py:name"),
     ({"objective.tau_neg": -1.0}, "tau_neg=-1.0", "> 0"),
     ({"objective.tau_pos": 0.0}, "tau_pos=0.0", "> 0"),
     ({"objective.name": "grpo", "objective.tau_pos": 1.0}, "'tau_pos'", "eps_low, eps_high"),
@@ -106,6 +121,7 @@ def test_wrong_configs_are_refused(fields, value, allowed):
     with fakes.Compilations() as compilations, pytest.raises(ValueError, match=allowed) as refusal:
         settings.from_config(changed(fields))
     assert value in str(refusal.value)
+    assert str(refusal.value).startswith("config.")
     assert compilations.count == 0
 
 
@@ -164,3 +180,26 @@ def test_a_config_is_locked():
     config = tiny_config.get_config()
     with pytest.raises(AttributeError, match="learner"):
         config.lerner = ConfigDict()
+
+
+def test_a_config_lacks_nothing_and_keeps_its_types():
+    """One that was put together by hand is refused where the configs' own types would have been."""
+    plain = tiny_config.get_config().to_dict()
+    for section, field, value, message in (
+        ("batch", "prompts", "8", r"config.batch.prompts='8': must be a whole number"),
+        ("batch", "prompts", 8.0, r"config.batch.prompts=8.0: must be a whole number"),
+        ("learner", "remat", 1, r"config.learner.remat=1: must be True or False"),
+        ("learner", "b1", None, r"config.learner.b1=None: must be a number"),
+        ("model", "preset", ["nano"], r"config.model.preset=\['nano'\]: must be text"),
+        ("sampler", "slots", None, r"config.sampler.slots=None: must be a whole number"),
+    ):
+        config = ConfigDict(plain | {section: plain[section] | {field: value}})
+        with pytest.raises(ValueError, match=message):
+            settings.from_config(config)
+        del config[section][field]
+        with pytest.raises(ValueError, match=f"config.{section}.{field} is missing"):
+            settings.from_config(config)
+    with pytest.raises(ValueError, match=r"config.log is missing"):
+        settings.from_config(ConfigDict({k: v for k, v in plain.items() if k != "log"}))
+    with pytest.raises(ValueError, match=r"config.log=3: must be a section"):
+        settings.from_config(ConfigDict(plain | {"log": 3}))
