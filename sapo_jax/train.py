@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -193,7 +193,7 @@ def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], list[Skips]
         logs = [stack.enter_context(Metrics(p, first_iteration=done or -1)) for p in edge.places]
         for place in edge.places:
             provenance.write(place)
-        clock = Clock(edge.watchdog.beat, stop.check)
+        clock = Clock(edge.watchdog.beat, stop.pause)
         startup.warm_up(bundles, edge.scorer, edge.note, edge.alone)
         if done == 0 and c.eval.every:
             zero = {"iteration": 0, "update": 0}
@@ -251,12 +251,12 @@ def _iterate(
     iteration: int,
     clock: Clock,
     scorer: rewards.Scorer,
-    hold: Callable[[], None] = lambda: None,
+    hold: Callable[[], Callable[[], None] | None] = lambda: None,
     tell: Callable[[str, int], None] = lambda doing, number: None,
 ) -> tuple[list[Bundle], list[dict[str, Any]], list[list[dict]]]:
     """One iteration of all runs: the runs after it, and of each run a record and samples.
 
-    It can be left where the clock checks, also between the updates of two runs, since `hold` has
+    It can be left where the clock checks, and between updates by what `hold` returns, which has
     seen to the states that updates take the buffers of.
     """
     collect = SOURCES[bundles[0].engine.runs[0].config.source]
@@ -272,9 +272,10 @@ def _iterate(
         got = finish()
         clock.check()
         if number == 0:
-            hold()
+            between = hold()
+        minibatches = _separated(got.minibatches, between) if between else got.minibatches
         with clock("update"):
-            state, learnt = bundle.engine.learn(bundle.state, got.minibatches)
+            state, learnt = bundle.engine.learn(bundle.state, minibatches)
         after.append(bundle._replace(state=state))
         samples += got.samples
         count = {"iteration": iteration}
@@ -282,11 +283,17 @@ def _iterate(
     return after, records, samples
 
 
+def _separated(minibatches: Sequence[Any], between: Callable[[], None]) -> Iterator[Any]:
+    for minibatch in minibatches:
+        between()
+        yield minibatch
+
+
 def _evaluate(bundles: Sequence[Bundle], edge: Edge) -> list[dict[str, float]]:
     found = []
     for number, bundle in enumerate(bundles):
         edge.tell(bundles, "evaluating", number)
-        found += evaluation.held_out(bundle, edge.scorer, on_segment=edge.stop.check)
+        found += evaluation.held_out(bundle, edge.scorer, on_segment=edge.stop.pause)
     return found
 
 
