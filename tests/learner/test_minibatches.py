@@ -48,7 +48,8 @@ def test_a_small_kl_changes_little(rng, estimator):
         np.concatenate([half.advantages for half in judged(whole, c, estimator=estimator)[0]])
         for c in (0.0, 1e-5, 1e-2)
     )
-    np.testing.assert_array_equal(bare, advantages.ESTIMATORS[estimator](REWARDS, 2))
+    # To the last bit: one of the two is compiled as a whole.
+    np.testing.assert_allclose(bare, advantages.ESTIMATORS[estimator](REWARDS, 2), rtol=1.2e-7)
     assert 0 < np.abs(near - bare).max() < 1e-3
     np.testing.assert_allclose((far - bare) / 1e-2, (near - bare) / 1e-5, atol=0.05)
 

@@ -65,8 +65,17 @@ WRONG = [
     ({"batch.group_size": 0}, "group_size=0", "at least 1"),
     # What would learn nothing, or rounding errors.
     ({"advantages": "mean", "batch.group_size": 1}, "group_size=1", "at least 2"),
-    ({"advantages": "reinforce_pp", "batch.group_size": 1, "batch.prompts": 1,
-      "batch.minibatches": 1, "sampler.slots": 0}, "prompts=1", "at least 2 with 1 row each"),
+    (
+        {
+            "advantages": "reinforce_pp",
+            "batch.group_size": 1,
+            "batch.prompts": 1,
+            "batch.minibatches": 1,
+            "sampler.slots": 0,
+        },
+        "prompts=1",
+        "at least 2 with 1 row each",
+    ),
     ({"reward.accuracy": 0.0}, "accuracy=0.0", "above 0"),
     ({"dtype.params": "bfloat16"}, "dtype.params='bfloat16'", "'float32'"),
     ({"dtype.params": "bfloat16", "source": "demonstrations"}, "'bfloat16'", "'float32'"),
