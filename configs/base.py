@@ -45,9 +45,9 @@ def get_config() -> ConfigDict:
     c.model.attention = "auto"  # "splash" on TPU, else "xla"; "cudnn" for long rows on GPU
 
     c.dtype = ConfigDict()
-    c.dtype.params = "float32"  # or "bfloat16"; so for all three
-    c.dtype.compute = "float32"  # activations and inputs of matmuls
-    c.dtype.cache = "float32"  # the sampler's keys and values
+    c.dtype.params = "float32"  # alone: steps are lost in the rounding of fewer bits
+    c.dtype.compute = "float32"  # or "bfloat16": activations and inputs of matmuls
+    c.dtype.cache = "float32"  # or "bfloat16": the sampler's keys and values
 
     # Mesh: devices along each axis; -1: the rest. All are used, but where every axis is 1.
     c.mesh = ConfigDict()
@@ -116,6 +116,7 @@ def get_config() -> ConfigDict:
     c.learner.warmup = 0  # updates
     c.learner.weight_decay = 0.0
     c.learner.max_grad_norm = 1.0  # longer gradients are scaled down to it
+    c.learner.max_skipped = 3  # updates in a row with a number that is not finite stop the run
     c.learner.b1 = 0.9
     c.learner.b2 = 0.95
     c.learner.eps = 1e-8

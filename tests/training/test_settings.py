@@ -1,5 +1,7 @@
 """Wrong configs are refused with the field, its value and what is allowed, before any compile."""
 
+import math
+
 import pytest
 from ml_collections import ConfigDict
 
@@ -21,6 +23,7 @@ def changed(fields):
 
 HALF = {"name": "countdown", "share": 0.5}
 TIS = {"correction.name": "token_tis", "learner.old_logp": "recompute"}
+ROUNDED = {"reward.kl_coef": 0.1, "init_from": "somewhere"}
 WRONG = [
     ({"objective.name": "sap"}, "'sap'", "nearest is 'sapo'"),
     ({"objective.name": "gpro"}, "'gpro'", "nearest is 'grpo'"),
@@ -60,6 +63,24 @@ WRONG = [
     ({"advantages": "grop"}, "'grop'", "nearest is 'group'"),
     ({"batch.group_size": 1}, "group_size=1", "at least 2"),
     ({"batch.group_size": 0}, "group_size=0", "at least 1"),
+    # What would learn nothing, or rounding errors.
+    ({"advantages": "mean", "batch.group_size": 1}, "group_size=1", "at least 2"),
+    (
+        {
+            "advantages": "reinforce_pp",
+            "batch.group_size": 1,
+            "batch.prompts": 1,
+            "batch.minibatches": 1,
+            "sampler.slots": 0,
+        },
+        "prompts=1",
+        "at least 2 with 1 row each",
+    ),
+    ({"reward.accuracy": 0.0}, "accuracy=0.0", "above 0"),
+    ({"dtype.params": "bfloat16"}, "dtype.params='bfloat16'", "'float32'"),
+    ({"dtype.params": "bfloat16", "source": "demonstrations"}, "'bfloat16'", "'float32'"),
+    (ROUNDED | {"dtype.compute": "bfloat16"}, "old_logp='sampler'", "'recompute'"),
+    (ROUNDED | {"dtype.cache": "bfloat16"}, "old_logp='sampler'", "'recompute'"),
     ({"batch.prompts": 7}, "prompts=7", "multiple of batch.minibatches=2"),
     ({"batch.micro_batches": 3}, "micro_batches=3", "divisor of 16"),
     ({"sampler.slots": 9}, "slots=9", "at most batch.prompts=8"),
@@ -92,6 +113,21 @@ WRONG = [
     ({"learner.learning_rate": -1e-3}, "learning_rate=-0.001", "at least 0"),
     ({"learner.b2": 1.0}, "b2=1.0", r"\[0, 1\)"),
     ({"learner.max_grad_norm": 0.0}, "max_grad_norm=0.0", "greater than 0"),
+    ({"learner.learning_rate": 1e308}, "learning_rate=1e+308", "a number of 32 bits"),
+    ({"learner.weight_decay": 1e308}, "weight_decay=1e+308", "a number of 32 bits"),
+    ({"learner.max_grad_norm": 1e39}, "max_grad_norm=1e+39", "a number of 32 bits"),
+    ({"learner.eps": 1e-320}, "eps=1e-320", "a number of 32 bits"),
+    ({"learner.b2": 1 - 1e-9}, "b2=0.999999999", "in float32 too"),
+    ({"learner.router_aux_coef": math.nan}, "router_aux_coef=nan", "finite"),
+    ({"learner.router_aux_coef": -0.1}, "router_aux_coef=-0.1", "at least 0"),
+    ({"learner.max_skipped": 0}, "max_skipped=0", "at least 1"),
+    ({"sampler.temperature": math.inf}, "temperature=inf", "finite"),
+    ({"sampler.temperature": 1e-320}, "temperature=1e-320", "a number of 32 bits"),
+    ({"eval.temperature": 1e-42}, "eval.temperature=1e-42", "a number of 32 bits"),
+    ({"objective.tau_neg": math.inf}, "tau_neg=inf", "finite"),
+    ({"objective.tau_pos": 1e39}, "tau_pos=1e+39", "a number of 32 bits"),
+    ({"reward.accuracy": 1e308}, "accuracy=1e+308", "a number of 32 bits"),
+    (TIS | {"correction.high": 1e300}, "high=1e+300", "a number of 32 bits"),
     ({"iterations": 0}, "iterations=0", "at least 1"),
     ({"seed": -1}, "seed=-1", "at least 0"),
     ({"eval.top_p": 1.5}, "top_p=1.5", r"\(0, 1\]"),
@@ -173,6 +209,12 @@ def test_the_defaults_are_accepted():
     checked = settings.from_config(tiny_config.get_config())
     assert checked.rows == 32
     assert checked.hp.objective.hyperparameters == {"kl_coef": 0.0, "tau_pos": 1.0, "tau_neg": 1.05}
+
+
+def test_what_has_no_bound_may_be_infinite():
+    fields = {"objective.name": "grpo", "objective.eps_high": math.inf}
+    checked = settings.from_config(changed(fields | {"learner.max_grad_norm": math.inf}))
+    assert checked.hp.max_grad_norm == math.inf
 
 
 def test_a_config_is_locked():
