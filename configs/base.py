@@ -107,7 +107,7 @@ def get_config() -> ConfigDict:
     c.sampler = ConfigDict()
     c.sampler.max_new_tokens = 0  # 0: the task's own bound
     c.sampler.temperature = 1.0  # of the learner's log π, too
-    c.sampler.slots = 0  # prompts whose groups would be in flight at once; 0: sampler.make_plan's
+    c.sampler.slots = 0  # groups' worth of rows in flight; 0: as many as sampler.make_plan takes
 
     # Learner: AdamW, and what an update computes.
     c.learner = ConfigDict()

@@ -4,7 +4,7 @@
 
     rollout           samples G completions of each prompt                             engine.py
     ends              lengths of the completions, and how they ended
-    Plan, make_plan   the shapes that a rollout's programs are compiled for            scheduler.py
+    Plan, make_plan   the shapes that a rollout's programs are compiled for            plan.py
     to_sampler        `SamplerParams`: the sampler's dtype and layout; `moved_bytes`   weights.py
 
 Below: what the host decides (scheduler.py), the device's programs (decode.py), their state

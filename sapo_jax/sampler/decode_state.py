@@ -167,9 +167,8 @@ def take(state: DecodeState) -> DecodeState:
     """
     rows = jnp.arange(state.live.shape[1])
     free_QW = ~state.live
-    before_QW = jnp.sum(
-        free_QW[:, None] & (rows < rows[:, None]), -1
-    )  # compiles faster than cumsum
+    # A cumsum, which takes longer to compile.
+    before_QW = jnp.sum(free_QW[:, None] & (rows < rows[:, None]), -1)
     place_QW = state.first[:, None] + before_QW
     takes_QW = free_QW & (place_QW < state.end[:, None])
     last_place = state.order.shape[1] - 1

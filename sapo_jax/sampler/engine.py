@@ -58,7 +58,8 @@ def _checked(
         sharding.check(mesh, [sharding.Dimension("prompts", "rows", prompts)])
     plan = plan or make_plan(prompts, max_new_tokens, group_size=group_size, parts=parts)
     divided = all(n % parts == 0 for n in (*plan.slots, plan.refill))
-    if plan.cache[-1] != max_new_tokens or plan.slots[0] > prompts or not divided:
+    fits = plan.refill <= plan.slots[0] <= prompts and plan.cache[-1] == max_new_tokens
+    if not (divided and fits and len(plan.rows) in (0, len(plan.slots))):
         raise ValueError(
             f"{plan} is not for {prompts} prompts in {parts} parts and {max_new_tokens=}"
         )
@@ -245,7 +246,7 @@ class _Host:
                 arguments = self.state, zero, self._place(zeros_n2), zero
                 self.state, _ = self.decode_program(*arguments)
                 if level + 1 < levels and size < last:
-                    moves = Moves(*map(np.stack, zip(*self.slots.packed(), strict=True)))
+                    moves = jax.tree.map(lambda *x: self._place(np.stack(x)), *self.slots.packed())
                     self._move_layer(self.state.prompt_kv[0], self.state.completion_kv[0], moves)
             if level + 1 < levels:
                 self._move(self.slots.move(self.slots.packed()))
@@ -265,16 +266,17 @@ class _Host:
         layers = list(zip(state.prompt_kv, state.completion_kv, strict=True))
         sampled, moved = state.results, []
         state = state.replace(prompt_kv=None, completion_kv=None, results=None)
+        moves = jax.tree.map(self._place, moves)
         while layers:  # one by one: there is no room for all of the old ones and the new ones
             moved.append(self._move_layer(*layers.pop(0), moves))
         prompt_kv, completion_kv = map(list, zip(*moved, strict=True))
-        state = decode_state.move_rows(state, jax.tree.map(self._place, moves), self.mesh)
+        state = decode_state.move_rows(state, moves, self.mesh)
         caches = {"prompt_kv": prompt_kv, "completion_kv": completion_kv}
         self.state = state.replace(results=sampled, **caches)
 
     def _move_layer(self, prompt_kv: Any, completion_kv: Any, moves: Moves) -> Any:
-        size, placed = self.slots.plan.cache[-1], jax.tree.map(self._place, moves)
-        return decode_state.move_cache(prompt_kv, completion_kv, placed, size, self.mesh)
+        size = self.slots.plan.cache[-1]
+        return decode_state.move_cache(prompt_kv, completion_kv, moves, size, self.mesh)
 
     def _grow_to(self, size: int) -> None:
         layers, self.state = self.state.completion_kv, self.state.replace(completion_kv=None)

@@ -24,9 +24,8 @@ class Results:
 
     tokens: jax.Array  # i32[P + 1, G, T], −1 where none is
     logp: jax.Array  # f32[P + 1, G, T]
-    routing: Any = (
-        None  # MoE: experts of prompts [P + 1, N, L', k], completions [P + 1, G, T, L', k]
-    )
+    # MoE: experts of the prompts [P + 1, N, L', k] and of the completions [P + 1, G, T, L', k]
+    routing: Any = None
 
 
 def empty(config: ModelConfig, p: int, width: int, g: int, t: int) -> Results:
@@ -53,12 +52,12 @@ def ends(config: ModelConfig, token_X: jax.Array, index_X: jax.Array, limit: int
 
 
 def write_prompt_routing(results: Results, routings: list, prompt_F: jax.Array) -> Results:
-    """Record what prefill routed; entries that fill nothing name a prompt out of range."""
+    """Record what prefill routed; entries that fill nothing name the last prompt, which is none."""
     if results.routing is None:
         return results
     prompts, completions = results.routing
     experts = _experts(routings).astype(prompts.dtype)
-    return results.replace(routing=(prompts.at[prompt_F].set(experts, mode="drop"), completions))
+    return results.replace(routing=(prompts.at[prompt_F].set(experts), completions))
 
 
 def write(

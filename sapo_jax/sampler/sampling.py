@@ -22,7 +22,7 @@ from sapo_jax.parallel import collectives
 from sapo_jax.types import Prompts
 
 BLOCK = 256  # vocabulary entries per block of the two-stage draw
-ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # of Threefry, in bits
 
 
 class Controls(NamedTuple):

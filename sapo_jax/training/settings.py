@@ -32,8 +32,8 @@ MAY_DIFFER = {
     "log.samples", "log.samples_every", "data.workers", "reward.workers", "distributed.timeout",
     "learner.max_skipped",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",  # but for the last bits
-    "sampler.shrink",  # gone; older runs have it
 }  # fmt: skip
+GONE = {"sampler.shrink"}  # fields that runs of before have
 ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "tensor", "expert")}
 OPEN = {"task", "tasks", "mesh", "template_options"}  # sections read by the names in them
 
@@ -108,7 +108,7 @@ class Settings:
     def may_differ(self) -> frozenset[str]:
         """Fields that may change when a run is started again: no result depends on them."""
         fixed_length = self.config.learner.schedule != "constant"
-        return frozenset(MAY_DIFFER - ({"iterations"} if fixed_length else set()))
+        return frozenset(GONE | MAY_DIFFER - ({"iterations"} if fixed_length else set()))
 
     @property
     def rows(self) -> int:
@@ -212,6 +212,8 @@ def of_run(workdir: epath.PathLike, changes: Mapping[str, Any] = ONE_DEVICE) -> 
     config = cli.from_config("base")  # with the fields that the run is older than
     with config.unlocked():
         config.update(ConfigDict(stored))
+        for section, field in (name.split(".") for name in GONE):
+            config[section].pop(field, None)
         config.update_from_flattened_dict(changes)
     return from_config(config, learns=False)
 

@@ -282,6 +282,8 @@ BAD = [
     ({"top_k": 0, "domain": "eval"}, "top_k=0: must be at least 1"),
     ({"plan": Plan((4,), (8,), 4)}, "max_new_tokens=24"),
     ({"plan": Plan((40,), (T,), 4)}, "12 prompts"),
+    ({"plan": Plan((4,), (T,), 5)}, "is not for"),
+    ({"plan": Plan((4, 2), (T,), 4, (2,))}, "is not for"),
 ]
 
 
