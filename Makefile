@@ -1,6 +1,7 @@
 # make train   the quickstart: environment, cold start, SAPO, report
 # make smollm2  a Hugging Face directory of SmolLM2-135M-Instruct, models/smollm2
 # make preflight  the pod configs compiled for their TPU pods, docs/preflight.md
+# make storm   60 SIGKILLs at random moments; 15 minutes at most
 # make docs    a static site of the documentation, site/index.html
 # make test    the tests, in the same environment
 # make test-slow  the slow ones; those that compile for TPU need libtpu, which make preflight installs
@@ -9,7 +10,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m sapo_jax.main
 
-.PHONY: train smollm2 preflight docs test test-slow lint format clean
+.PHONY: train smollm2 preflight storm docs test test-slow lint format clean
 
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
@@ -31,6 +32,9 @@ models/smollm2/config.json: $(VENV)/ready
 preflight: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[tpu]"
 	$(BIN)/python -m experiments.pods.run
+
+storm: $(VENV)/ready
+	JAX_PLATFORMS=cpu $(BIN)/python -m experiments.storm.run
 
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -117,6 +117,7 @@ def get_config() -> ConfigDict:
     c.learner.warmup = 0  # updates
     c.learner.weight_decay = 0.0
     c.learner.max_grad_norm = 1.0  # longer gradients are scaled down to it
+    c.learner.max_skipped = 3  # updates in a row with a number that is not finite stop the run
     c.learner.b1 = 0.9
     c.learner.b2 = 0.95
     c.learner.eps = 1e-8

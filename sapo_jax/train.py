@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from sapo_jax.training.checkpoint import Checkpoints
 from sapo_jax.training.engine import Bundle, Streamed
 from sapo_jax.training.experience import SOURCES
 from sapo_jax.training.lease import Lease
-from sapo_jax.training.progress import Clock, Progress, mean_of
+from sapo_jax.training.progress import Clock, Progress, Skips, mean_of
 from sapo_jax.training.settings import Settings
 from sapo_jax.training.stopping import Asked, Finished, Stop
 from sapo_jax.training.workdir import (
@@ -27,12 +27,26 @@ from sapo_jax.training.workdir import (
     check_config,
     check_workdir,
     cut_samples,
+    gaps,
+    read_metrics,
     remove_temporary,
     write_config,
     write_samples,
 )
 
 UPDATING = "updating"
+
+
+class NotFiniteError(RuntimeError):
+    """Runs stopped, since a number of theirs was not finite again and again.
+
+    Attributes:
+      stopped: name of a run's directory → why.
+    """
+
+    def __init__(self, stopped: dict[str, str]):
+        self.stopped = stopped
+        super().__init__("; ".join(f"{name}: {why}" for name, why in stopped.items()))
 
 
 class Edge(NamedTuple):
@@ -74,6 +88,7 @@ def run(settings: Settings, workdir: epath.PathLike) -> epath.Path | None:
       ValueError: the directory belongs to a run with another config, or to something else, or a
         checkpoint that is needed cannot be restored.
       RuntimeError: another process works in the directory.
+      NotFiniteError: see `progress.Skips`.
       cli.Stopped: a signal asked to stop, and the run was saved.
     """
     with Progress(settings.config.iterations, settings.config.name) as bar:
@@ -97,6 +112,7 @@ def run_all(
 
     Raises:
       ValueError, RuntimeError, cli.Stopped: as `run`.
+      NotFiniteError: when the other runs have ended.
     """
     workdir, places = epath.Path(workdir), [epath.Path(place) for place in places]
     runs = [run for engine in engines for run in engine.runs]
@@ -117,15 +133,18 @@ def run_all(
         ):
             edge = Edge(workdir, places, checkpoints, scorer, watchdog, stop, bar)
             try:
-                bundles = _loop(engines, edge)
+                bundles, skips = _loop(engines, edge)
             except Asked:
                 raise stop.leave() from None
+            stopped = {p: skip.why for p, skip in zip(places, skips, strict=True) if skip.why}
             if not alone:
                 checkpoints.wait()
-                startup.keep_last(bundles, places)
+                startup.keep_last(bundles, [None if p in stopped else p for p in places])
         if jax.process_index() == 0:
             for place in places:
                 report(place)
+    if stopped:
+        raise NotFiniteError({place.name: why for place, why in stopped.items()})
 
 
 def report(workdir: epath.Path) -> None:
@@ -140,7 +159,24 @@ def report(workdir: epath.Path) -> None:
         logging.warning("No report of %s: %s: %s", workdir, type(error).__name__, error)
 
 
-def _loop(engines: Sequence[Any], edge: Edge) -> list[Bundle]:
+def _begin(edge: Edge, run: Settings, place: epath.Path, done: int) -> Skips:
+    """Make the files of a run those of its first iterations; says which records are missing."""
+    records = [r for r in read_metrics(place) if r["iteration"] <= done] if done else []
+    skips = Skips(run.config.learner.max_skipped, records)
+    last = records[-1]["iteration"] if skips.why else done
+    if done and (lost := gaps(records, 0 if run.config.eval.every else 1, last)):
+        text = "%s/metrics has no records of the iterations %s: lines or parts of it were lost"
+        logging.warning(text, place, lost)
+    if edge.alone:
+        skips.why = ""  # what stopped it before may be allowed now
+    write_config(place, run.plain)
+    startup.check_shared(place, run.plain)
+    cut_samples(place, done)
+    remove_temporary(place)
+    return skips
+
+
+def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], list[Skips]]:
     """The iterations that are left; the runs as they stand behind them."""
     begun = time.perf_counter()
     runs = [run for engine in engines for run in engine.runs]
@@ -149,23 +185,19 @@ def _loop(engines: Sequence[Any], edge: Edge) -> list[Bundle]:
     stop = edge.stop
     stop.begin(done, bundles)
     edge.checkpoints.tidy(done)
-    for one, place in zip(runs, edge.places, strict=True):
-        write_config(place, one.plain)
-        startup.check_shared(place, one.plain)
-        cut_samples(place, done)
-        remove_temporary(place)
+    skips = [_begin(edge, *each, done) for each in zip(runs, edge.places, strict=True)]
     edge.bar.skip(len(runs) * done)
     if done >= total:
-        return bundles
+        return bundles, skips
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(Metrics(p, first_iteration=done or -1)) for p in edge.places]
         for place in edge.places:
             provenance.write(place)
-        clock = Clock(edge.watchdog.beat, stop.check)
-        startup.warm_up(bundles, edge.scorer, edge.note)
+        clock = Clock(edge.watchdog.beat, stop.pause)
+        startup.warm_up(bundles, edge.scorer, edge.note, edge.alone)
         if done == 0 and c.eval.every:
             zero = {"iteration": 0, "update": 0}
-            _write(edge, logs, [zero | found for found in _evaluate(bundles, edge)])
+            _write(edge, logs, skips, [zero | found for found in _evaluate(bundles, edge)])
         clock.add("startup", time.perf_counter() - begun)
         for iteration in range(done + 1, total + 1):
             clock.iteration, last = iteration, iteration == total
@@ -182,29 +214,36 @@ def _loop(engines: Sequence[Any], edge: Edge) -> list[Bundle]:
                 with clock("eval"):
                     found = _evaluate(bundles, edge)
                 records = [a | b for a, b in zip(records, found, strict=True)]
-            # A run's share of the time: added up over the runs, it is the time that passed.
-            spent = {key: seconds / len(runs) for key, seconds in clock.lap().items()}
-            for record in records:
-                record |= spent
-                tokens = record["length/mean"] * runs[0].sampled
-                record["time/tokens_per_second"] = tokens / record["time/iteration"]
+            _add_times(records, clock.lap(), runs[0].sampled)
             # Metrics and samples first, then the checkpoint: killed in between, the run goes on
             # from the checkpoint before, and what is of later iterations is cut and written anew.
             # The other way round, it would go on behind records that were never written.
-            _write(edge, logs, records)
-            for place, rows in zip(edge.places, samples, strict=True):
-                if rows and (last or iteration % c.log.samples_every == 0):
+            _write(edge, logs, skips, records)
+            for place, skip, rows in zip(edge.places, skips, samples, strict=True):
+                if rows and not skip.why and (last or iteration % c.log.samples_every == 0):
                     write_samples(place, iteration, rows)
             stop.finish(Finished.now(iteration, bundles, records[0].get("eval/pass_at_1")))
+            if all(skip.why for skip in skips):
+                stop.release()
+                break
             # All processes take the same branch: saving is collective.
-            if stop.wants_saving() or last or iteration % c.checkpoint.every == 0:
+            due = iteration % c.checkpoint.every == 0 and not any(skip.doubtful for skip in skips)
+            if stop.wants_saving() or last or due:
                 with clock("checkpoint"):
                     stop.save()
             stop.release()
             edge.bar.step(len(bundles[0].engine.runs))
             if not last:
                 stop.check()
-    return bundles
+    return bundles, skips
+
+
+def _add_times(records: Sequence[dict[str, Any]], spent: dict[str, float], sampled: int) -> None:
+    """A run's share of the time: added up over the runs, it is the time that passed."""
+    for record in records:
+        record |= {key: seconds / len(records) for key, seconds in spent.items()}
+        tokens = record["length/mean"] * sampled
+        record["time/tokens_per_second"] = tokens / record["time/iteration"]
 
 
 def _iterate(
@@ -212,12 +251,12 @@ def _iterate(
     iteration: int,
     clock: Clock,
     scorer: rewards.Scorer,
-    hold: Callable[[], None] = lambda: None,
+    hold: Callable[[], Callable[[], None] | None] = lambda: None,
     tell: Callable[[str, int], None] = lambda doing, number: None,
 ) -> tuple[list[Bundle], list[dict[str, Any]], list[list[dict]]]:
     """One iteration of all runs: the runs after it, and of each run a record and samples.
 
-    It can be left where the clock checks, also between the updates of two runs, since `hold` has
+    It can be left where the clock checks, and between updates by what `hold` returns, which has
     seen to the states that updates take the buffers of.
     """
     collect = SOURCES[bundles[0].engine.runs[0].config.source]
@@ -233,9 +272,10 @@ def _iterate(
         got = finish()
         clock.check()
         if number == 0:
-            hold()
+            between = hold()
+        minibatches = _separated(got.minibatches, between) if between else got.minibatches
         with clock("update"):
-            state, learnt = bundle.engine.learn(bundle.state, got.minibatches)
+            state, learnt = bundle.engine.learn(bundle.state, minibatches)
         after.append(bundle._replace(state=state))
         samples += got.samples
         count = {"iteration": iteration}
@@ -243,16 +283,29 @@ def _iterate(
     return after, records, samples
 
 
+def _separated(minibatches: Sequence[Any], between: Callable[[], None]) -> Iterator[Any]:
+    for minibatch in minibatches:
+        between()
+        yield minibatch
+
+
 def _evaluate(bundles: Sequence[Bundle], edge: Edge) -> list[dict[str, float]]:
     found = []
     for number, bundle in enumerate(bundles):
         edge.tell(bundles, "evaluating", number)
-        found += evaluation.held_out(bundle, edge.scorer, on_segment=edge.stop.check)
+        found += evaluation.held_out(bundle, edge.scorer, on_segment=edge.stop.pause)
     return found
 
 
-def _write(edge: Edge, logs: Sequence[Metrics], records: Sequence[dict[str, Any]]) -> None:
-    """Add a record to the metrics of each run, and show what they have in the mean."""
-    for log, record in zip(logs, records, strict=True):
+def _write(
+    edge: Edge, logs: Sequence[Metrics], skips: Sequence[Skips], records: Sequence[dict[str, Any]]
+) -> None:
+    """Add a record to the metrics of each run that goes on, and show what they have in the mean."""
+    each = zip(edge.places, logs, skips, records, strict=True)
+    going = [run for run in each if not run[2].why]
+    for place, log, skip, record in going:
         log.write(record)
-    edge.bar.show(mean_of(records))
+        skip.add(record)
+        if skip.why and not edge.alone:
+            logging.warning("%s stops. %s", place.name, skip.why)
+    edge.bar.show(mean_of([record for *_, record in going]))

@@ -32,6 +32,14 @@ def nano():
     return config, fakes.perturbed(jax.jit(params.init, static_argnums=0)(config, 0))
 
 
+@pytest.fixture(scope="module")
+def no_plots():
+    """Pages without their plots, which take as long as a tiny run; tests/report looks at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sapo_jax.report.page.plots", fakes.no_plots)
+        yield
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

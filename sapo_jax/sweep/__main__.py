@@ -39,6 +39,8 @@ def main(given: cli.Flags) -> None:
     cli.use_cache(given.config.compilation_cache)
     if schedule.run(parts, given.workdir, job=(index, count)):
         print(_report(given.workdir))
+        if stopped := schedule.stopped(parts, given.workdir):
+            raise RuntimeError(stopped)
     else:
         goes_on = "the same command goes on" if count == 1 else "each job goes on by itself"
         print(f"the sweep is not complete yet: {goes_on}")

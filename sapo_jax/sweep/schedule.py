@@ -18,7 +18,7 @@ from sapo_jax.training.engine import Streamed
 from sapo_jax.training.files import check_directory, read_json, write_json
 from sapo_jax.training.progress import Progress
 from sapo_jax.training.settings import Settings
-from sapo_jax.training.workdir import read_metrics
+from sapo_jax.training.workdir import gaps, read_metrics
 
 MANIFEST, DONE = "manifest.json", "done.json"
 
@@ -82,13 +82,14 @@ def _is_whole(run: Settings, place: epath.Path) -> bool:
     """
     total, saved = run.config.iterations, place / "checkpoints"
     ended = (saved / str(total)).exists() or not saved.exists()
-    return ended and not set(range(1, total + 1)) - {r["iteration"] for r in read_metrics(place)}
+    return ended and not gaps(read_metrics(place), 1, total)
 
 
 def _lost(part: Cohort, place: epath.Path) -> list[tuple[Settings, epath.Path]]:
     """The runs of a cohort that has ended whose directories are not whole."""
-    each = zip(part.runs, (place / name for name in part.names), strict=True)
-    return [one for one in each if not _is_whole(*one)]
+    each, stopped = zip(part.runs, part.names, strict=True), _stopped(place)
+    ended = [(run, place / name) for run, name in each if name not in stopped]
+    return [one for one in ended if not _is_whole(*one)]
 
 
 def _repeat(run: Settings, place: epath.Path, bar: Progress) -> None:
@@ -150,12 +151,25 @@ def _finish(part: Cohort, place: epath.Path, bar: Progress) -> None:
     ended, iterations = _is_done(part, place), part.lead.config.iterations
     if not ended:
         bar.line(f"{place.name}: {len(part.runs)} runs, by {_how(part)}")
-        start = time.time()
-        run_cohort(part, place, bar)
-        record = {"iterations": iterations, "method": part.method}
+        start, record = time.time(), {"iterations": iterations, "method": part.method}
+        try:
+            run_cohort(part, place, bar)
+        except train.NotFiniteError as error:
+            record["stopped"] = error.stopped
         write_json(place / DONE, record | {"seconds": time.time() - start})
     lost = _lost(part, place)
     bar.skip((len(part.runs) - len(lost)) * iterations * ended)
     for run, directory in lost:
         bar.line(f"{place.name}/{directory.name}: records are missing, it runs again, alone")
         _repeat(run, directory, bar)
+
+
+def _stopped(place: epath.Path) -> dict[str, str]:
+    """The runs of a cohort that has ended that stopped before their end, and why."""
+    return (read_json(place / DONE) or {}).get("stopped", {})
+
+
+def stopped(parts: Sequence[Cohort], workdir: epath.PathLike) -> str:
+    """Which runs of a sweep stopped before their end, and why; "" where none did."""
+    every = [_stopped(epath.Path(workdir) / folder(i)) for i in range(len(parts))]
+    return "; ".join(f"{name}: {why}" for found in every for name, why in found.items())

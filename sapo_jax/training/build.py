@@ -201,6 +201,7 @@ def make_hyperparameters(
 ) -> learner.Hyperparameters:
     """What an update is told."""
     options = dict(vars(c.learner))
+    del options["max_skipped"]
     old_logp, replay = options.pop("old_logp"), options["routing_replay"]
     choice("learner.schedule", options["schedule"], learner.SCHEDULES)
     choice("learner.old_logp", old_logp, OLD_LOGP)

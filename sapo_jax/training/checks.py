@@ -35,6 +35,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"
 
 
+COMPUTED = {"objective", "correction", "reward", "sampler", "learner", "eval"}  # on the device
+MAY_BE_INFINITE = {  # no bound
+    "objective.eps_low", "objective.eps_high", "objective.dual_clip", "correction.high",
+    "learner.max_grad_norm",
+}  # fmt: skip
+
+
 def check_sizes(config: Mapping[str, Any]) -> None:
     """Refuse numbers and texts that are too large for anything, before anything reads them.
 
@@ -43,7 +50,12 @@ def check_sizes(config: Mapping[str, Any]) -> None:
     """
     for field, value in flat(config).items():
         if isinstance(value, float) and math.isfinite(value):
-            require(abs(value) < 2.0**128, field, value, "a number of 32 bits, below 3.4e38")
+            held = value == 0 or 2.0**-126 <= abs(value) < 2.0**128
+            allowed = "a number of 32 bits, below 3.4e38 and, but for 0, above 1.2e-38"
+            require(held, field, value, allowed)
+        elif isinstance(value, float) and field.partition(".")[0] in COMPUTED:
+            no_bound = value == math.inf and field in MAY_BE_INFINITE
+            require(no_bound, field, value, "finite")
         elif isinstance(value, int):
             most = MOST.get(field, 2**63 - 1 if field.startswith(OF_TASKS) else LARGEST)
             require(abs(value) <= most, field, value, f"at most {most}")

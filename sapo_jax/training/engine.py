@@ -30,12 +30,14 @@ class Bundle(NamedTuple):
       state: of the engine's runs.
       reference: parameters of their reference policies; None where no KL penalty needs them.
       streams: the training examples of each run.
+      origins: which checkpoint its reference is, and that one's fingerprint; None without one.
     """
 
     engine: Any
     state: TrainState
     reference: Any
     streams: tuple[Stream, ...]
+    origins: tuple[dict | None, ...] = ()
 
 
 class Streamed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ def normal(path: epath.PathLike) -> epath.Path:
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Replace a file as a whole: a killed process leaves the old or the new one.
+    """Replace a file as a whole, for good: a kill or a loss of power leaves the old or the new one.
 
     Of the processes of a run only the first one writes.
     """
@@ -35,7 +36,24 @@ def write_text(path: epath.Path, text: str) -> None:
     else:
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(text)
+        _fsync(temporary)
         temporary.replace(path)
+        _fsync(path.parent)
+
+
+def sync(path: epath.Path) -> None:
+    """Return when all that lies below a path would outlive a loss of power, its name included."""
+    if not is_remote(path):
+        for place in (*pathlib.Path(path).rglob("*"), path, path.parent):
+            _fsync(place)
+
+
+def _fsync(path: epath.Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 LEFT_OVER = {  # by a start that was killed before it wrote down what it is

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -29,6 +30,7 @@ POPULATION_METHODS = ("auto", "map", "vmap", "devices")
 MAY_DIFFER = {
     "iterations", "profile_steps", "compilation_cache", "checkpoint.every", "checkpoint.minutes",
     "log.samples", "log.samples_every", "data.workers", "reward.workers", "distributed.timeout",
+    "learner.max_skipped",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",  # but for the last bits
 }  # fmt: skip
 ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "tensor", "expert")}
@@ -137,21 +139,22 @@ def _check_numbers(c: Any) -> None:
     _bounded(
         c, 1, "iterations", "batch.prompts", "batch.group_size", "batch.minibatches",
         "batch.micro_batches", "batch.oversample", "eval.prompts", "eval.samples",
-        "checkpoint.every", "learner.head_chunk", "log.samples_every", "reward.workers",
+        "checkpoint.every", "learner.head_chunk", "learner.max_skipped", "log.samples_every",
+        "reward.workers",
     )  # fmt: skip
     _bounded(
         c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "sampler.shrink", "eval.every",
         "eval.temperature", "learner.warmup", "learner.weight_decay", "log.samples",
         "profile_steps", "learner.learning_rate", "data.max_prompt_tokens", "data.workers",
         "distributed.timeout", "reward.kl_coef", "reward.max_length", "reward.buffer",
-        "checkpoint.minutes",
+        "checkpoint.minutes", "learner.router_aux_coef",
     )  # fmt: skip
     for field in ("sampler.temperature", "learner.max_grad_norm", "learner.eps"):
         value = operator.attrgetter(field)(c)
         require(value > 0, field, value, "greater than 0")
     for field in ("learner.b1", "learner.b2"):
         value = operator.attrgetter(field)(c)
-        require(0 <= value < 1, field, value, "in [0, 1)")
+        require(0 <= np.float32(value) < 1, field, value, "in [0, 1), in float32 too")
     updates = f"at most {LARGEST // c.batch.minibatches}: updates are counted in 32 bits"
     require(c.iterations * c.batch.minibatches <= LARGEST, "iterations", c.iterations, updates)
     top_k, top_p = c.eval.top_k, c.eval.top_p

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,6 +25,7 @@ from sapo_jax.training.engine import Bundle
 from sapo_jax.training.lease import Lease
 
 PATIENCE = 6.0  # seconds that a loop gets to come to where it can stop
+OFTEN = 2.0  # seconds between two looks of several processes at each other, about
 SHORT = 5.0  # seconds from the first update of an iteration to its end, without a copy
 
 
@@ -88,6 +89,7 @@ class Stop:
         self._held = self._saving = False
         self._seconds = {True: math.inf, False: math.inf}  # see SHORT; with an evaluation, without
         self._evaluates, self._saved_at = False, time.monotonic()
+        self._calls, self._stride, self._begun = 0, 1, time.monotonic()  # of `pause`
         self._saved = 0
         self._finished: Finished | None = None
 
@@ -104,15 +106,30 @@ class Stop:
         if not self._held and distributed.any_process(self._number != 0):
             raise Asked
 
-    def hold(self, *, evaluates: bool) -> None:
-        """Updates are to come, which take the buffers of what is finished."""
+    def pause(self) -> None:
+        """`check` between segments, which may be many: now and then, if it takes a collective."""
+        self._calls += 1
+        if jax.process_count() == 1 or self._calls % self._stride == 0:
+            self.check()
+
+    def hold(self, *, evaluates: bool) -> Callable[[], None] | None:
+        """Updates are to come, which take the buffers of what is finished.
+
+        Returns:
+          What to call between them, which may raise; None where they are short.
+        """
         self._since, self._evaluates = time.monotonic(), evaluates
-        if distributed.any_process(self._seconds[evaluates] > SHORT):
+        each = (self._since - self._begun) / max(1, self._calls)
+        times = [min(self._seconds[evaluates], 1e9), each]
+        expected, each = distributed.all_gather(np.array(times, np.float32)).max(0)
+        self._calls, self._stride = 0, max(1, int(OFTEN / max(each, 1e-3)))
+        if expected > SHORT:
             with self._lock:
                 self._finished = self._finished.copy()
-        else:
-            self._lock.acquire()
-            self._held = True
+            return self.check
+        self._lock.acquire()
+        self._held = True
+        return None
 
     def finish(self, finished: Finished) -> None:
         """An iteration is done and recorded."""
@@ -132,6 +149,7 @@ class Stop:
 
     def release(self) -> None:
         """The next iteration may be left."""
+        self._begun = time.monotonic()
         if self._held:
             self._held = False
             self._lock.release()

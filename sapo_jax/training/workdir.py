@@ -132,6 +132,15 @@ def read_metrics(workdir: epath.PathLike) -> list[dict]:
     return [r for n, p in parts.items() for r in _read_lines(p, may_be_cut=n == max(parts))]
 
 
+def gaps(records: list[dict], first: int, last: int) -> str:
+    """The iterations of a range that have no record, such as "3, 5 to 9"; "" where all have."""
+    lost = sorted(set(range(first, last + 1)) - {record["iteration"] for record in records})
+    starts = [i for i in lost if i - 1 not in set(lost)]
+    ends = [i for i in lost if i + 1 not in set(lost)]
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in pairs)
+
+
 def write_samples(workdir: epath.PathLike, iteration: int, rows: list[dict]) -> None:
     """Store rows of a rollout as samples/iteration-000010.jsonl."""
     path = normal(workdir) / "samples" / f"iteration-{iteration:06d}.jsonl"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -27,6 +28,7 @@ from tests.sampler.test_engine import G, N, P, T, peaked, perturbed_logits, roll
 from tests.test_train import digest, final_state, records
 
 __all__ = ["peaked"]  # a fixture
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 RUNS = axes.zip_(
     axes.axis("seed", 3, 4, 5),
@@ -303,7 +305,12 @@ def test_the_first_update_under_vmap(together):
         advantages = np.random.default_rng(3).standard_normal(16).astype(np.float32)
         batches.append(batch.replace(advantages=advantages))
     arguments = (stack(states), stack(batches), hyperparameters(cohort.runs))
-    after, metrics = jax.device_get(vmapped(learner.update, None, (0,))(*arguments))
+    update, before = vmapped(learner.update, None, (0,)), stack(states)
+    after, metrics = jax.device_get(update(*arguments))
+    lost = [*batches[:2], batches[2].replace(advantages=np.full(16, np.nan, np.float32))]
+    beside, _ = jax.device_get(update(before, stack(lost), arguments[2]))
+    wanted = stack([pick(after, 0), pick(after, 1), pick(before, 2)])
+    jax.tree.map(np.testing.assert_array_equal, beside, wanted)
     for r, (state, batch, checked) in enumerate(zip(states, batches, cohort.runs, strict=True)):
         start = jax.device_get(state.params)
         wanted, own = jax.device_get(learner.update(state, batch, checked.hp))
@@ -320,6 +327,22 @@ def test_the_first_update_under_vmap(together):
     for r in range(3):
         kept = jax.tree.map(np.array_equal, pick(jax.device_get(again), r), pick(after, r))
         assert all(jax.tree.leaves(kept)) == (r == 1)
+
+
+def test_a_run_that_is_not_finite_stops_alone(together, tmp_path):
+    """The runs beside it end as ever; the same command does not start it again."""
+    rates = axes.axis("learner.learning_rate", 1e-4, 1e20)
+    times = {"iterations": 4, "eval.every": 4, "checkpoint.every": 1}
+    parts = cohorts.make(base(**times), rates)
+    for _ in range(2):
+        assert schedule.run(parts, tmp_path)
+        said = schedule.stopped(parts, tmp_path)
+        assert re.fullmatch(r".*=1e\+20: iteration 2, minibatch 2: 3 updates in a row .*", said)
+    healthy, lost = (tmp_path / "cohort-000" / name for name in parts[0].names)
+    assert [r["update/skipped"] for r in read_metrics(healthy)[1:]] == [0, 0, 0, 0]
+    assert (healthy / "checkpoints" / "4").exists()
+    assert [r["update/skipped"] for r in read_metrics(lost)[1:]] == [1, 2]
+    assert not (lost / "checkpoints").exists()
 
 
 def test_a_switch_gives_each_run_its_own_objective(rng):

@@ -1,5 +1,7 @@
 """Wrong configs are refused with the field, its value and what is allowed, before any compile."""
 
+import math
+
 import pytest
 from ml_collections import ConfigDict
 
@@ -92,6 +94,21 @@ WRONG = [
     ({"learner.learning_rate": -1e-3}, "learning_rate=-0.001", "at least 0"),
     ({"learner.b2": 1.0}, "b2=1.0", r"\[0, 1\)"),
     ({"learner.max_grad_norm": 0.0}, "max_grad_norm=0.0", "greater than 0"),
+    ({"learner.learning_rate": 1e308}, "learning_rate=1e+308", "a number of 32 bits"),
+    ({"learner.weight_decay": 1e308}, "weight_decay=1e+308", "a number of 32 bits"),
+    ({"learner.max_grad_norm": 1e39}, "max_grad_norm=1e+39", "a number of 32 bits"),
+    ({"learner.eps": 1e-320}, "eps=1e-320", "a number of 32 bits"),
+    ({"learner.b2": 1 - 1e-9}, "b2=0.999999999", "in float32 too"),
+    ({"learner.router_aux_coef": math.nan}, "router_aux_coef=nan", "finite"),
+    ({"learner.router_aux_coef": -0.1}, "router_aux_coef=-0.1", "at least 0"),
+    ({"learner.max_skipped": 0}, "max_skipped=0", "at least 1"),
+    ({"sampler.temperature": math.inf}, "temperature=inf", "finite"),
+    ({"sampler.temperature": 1e-320}, "temperature=1e-320", "a number of 32 bits"),
+    ({"eval.temperature": 1e-42}, "eval.temperature=1e-42", "a number of 32 bits"),
+    ({"objective.tau_neg": math.inf}, "tau_neg=inf", "finite"),
+    ({"objective.tau_pos": 1e39}, "tau_pos=1e+39", "a number of 32 bits"),
+    ({"reward.accuracy": 1e308}, "accuracy=1e+308", "a number of 32 bits"),
+    (TIS | {"correction.high": 1e300}, "high=1e+300", "a number of 32 bits"),
     ({"iterations": 0}, "iterations=0", "at least 1"),
     ({"seed": -1}, "seed=-1", "at least 0"),
     ({"eval.top_p": 1.5}, "top_p=1.5", r"\(0, 1\]"),
@@ -173,6 +190,12 @@ def test_the_defaults_are_accepted():
     checked = settings.from_config(tiny_config.get_config())
     assert checked.rows == 32
     assert checked.hp.objective.hyperparameters == {"kl_coef": 0.0, "tau_pos": 1.0, "tau_neg": 1.05}
+
+
+def test_what_has_no_bound_may_be_infinite():
+    fields = {"objective.name": "grpo", "objective.eps_high": math.inf}
+    checked = settings.from_config(changed(fields | {"learner.max_grad_norm": math.inf}))
+    assert checked.hp.max_grad_norm == math.inf
 
 
 def test_a_config_is_locked():

@@ -78,7 +78,8 @@ def test_a_long_iteration_leaves_a_copy_behind(saved):
     stop = started()
     iteration_of(stop, 1)
     bundles = stop._finished.bundles
-    stop.hold(evaluates=True)  # for the first time: how long it will take is not known
+    # For the first time: how long it will take is not known.
+    assert stop.hold(evaluates=True) == stop.check
     jax.block_until_ready(update(bundles[0].state))
     assert bundles[0].state["w"].is_deleted()
     bundles[0].streams[0].position = 7
@@ -94,7 +95,7 @@ def test_a_short_iteration_is_waited_for(saved):
     """No copy is taken of every state: where the rest of an iteration is short, it is done."""
     stop = started()
     iteration_of(stop, 1)
-    stop.hold(evaluates=False)
+    assert stop.hold(evaluates=False) is None
     assert not stop._finished.copied
     stop._note(signal.SIGINT)
     stop.check()
@@ -120,6 +121,28 @@ def test_what_is_saved_is_not_saved_again(saved):
     stop.save()
     assert "iteration 1 is saved" in stop.leave().text
     assert len(saved) == 1
+
+
+def test_processes_look_at_each_other_now_and_then(monkeypatch):
+    """Guards against a collective for each of the many segments of a short rollout."""
+    now, looks = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed, "all_gather", lambda x: looks.append(x) or np.asarray(x)[None])
+    stop = started()
+    for number in range(1, 4):
+        looks.clear()
+        for _ in range(100):
+            now[0] += 0.1
+            stop.pause()
+        assert len(looks) == (100 if number == 1 else 5)  # each 2 s, when it is known
+        iteration_of(stop, number)
+    now[0] += 100.0
+    stop.pause()
+    iteration_of(stop, 4)
+    looks.clear()
+    stop.pause()
+    assert len(looks) == 1
 
 
 def test_checkpoints_come_by_time_too(saved, monkeypatch):
