@@ -1,6 +1,7 @@
 """Shared fixtures; compiled programs are cached in .cache/tests between runs."""
 
 import os
+import signal
 
 from jaxlib.version import __version_info__ as version
 
@@ -23,6 +24,10 @@ import pytest
 from sapo_jax import model
 from sapo_jax.model import params
 from tests import fakes
+
+# A shell starts background jobs with SIGINT ignored, which the commands that tests start would
+# inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -47,8 +52,8 @@ def rng():
 
 # What starts late runs on while the other workers have nothing left: the longest files come first.
 FIRST = (
-    "parallel/test_sharding", "sweep/test_population", "test_train", "sampler/test_engine",
-    "learner/test_step", "gradlab/test_lab", "parallel/test_processes",
+    "parallel/test_processes", "parallel/test_sharding", "sweep/test_population", "test_train",
+    "cli/test_own", "objectives/test_loss", "tasks/test_sandbox", "sampler/test_engine",
 )  # fmt: skip
 
 
