@@ -210,10 +210,10 @@ def of_run(workdir: epath.PathLike, changes: Mapping[str, Any] = ONE_DEVICE) -> 
     if stored is None:
         raise ValueError(f"{workdir} has no config.json: name the --workdir of a run")
     config = cli.from_config("base")  # with the fields that the run is older than
+    for section, field in (name.split(".") for name in GONE):
+        stored.get(section, {}).pop(field, None)
     with config.unlocked():
         config.update(ConfigDict(stored))
-        for section, field in (name.split(".") for name in GONE):
-            config[section].pop(field, None)
         config.update_from_flattened_dict(changes)
     return from_config(config, learns=False)
 
