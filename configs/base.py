@@ -108,6 +108,12 @@ def get_config() -> ConfigDict:
     c.sampler.max_new_tokens = 0  # 0: the task's own bound
     c.sampler.temperature = 1.0  # of the learner's log π, too
     c.sampler.slots = 0  # groups' worth of rows in flight; 0: as many as sampler.make_plan takes
+    # Its own shape of the mesh's devices; 0 along all axes: that of config.mesh, else 0 along
+    # `data` takes the rest.
+    c.sampler.mesh = ConfigDict()
+    c.sampler.mesh.data = 0  # rows are split
+    c.sampler.mesh.tensor = 0  # heads, widths, vocabulary and the cache are split
+    c.sampler.mesh.expert = 0  # rows and experts are split
 
     # Learner: AdamW, and what an update computes.
     c.learner = ConfigDict()

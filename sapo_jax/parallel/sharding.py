@@ -77,14 +77,19 @@ def _shapes(devices: int) -> Iterator[dict[str, int]]:
             yield dict(zip(AXES, sizes, strict=True))
 
 
-def _remainders(sizes: Mapping[str, int], dimensions: Iterable[Dimension]) -> Iterator[Dimension]:
+def _remainders(
+    sizes: Mapping[str, int], dimensions: Iterable[Dimension], column: int
+) -> Iterator[Dimension]:
     for dimension in dimensions:
-        if dimension.size % math.prod(sizes.get(a, 1) for a in TABLE[dimension.axis][TRAINING]):
+        if dimension.size % math.prod(sizes.get(a, 1) for a in TABLE[dimension.axis][column]):
             yield dimension
 
 
 def nearest(
-    sizes: Mapping[str, int], devices: int, dimensions: Iterable[Dimension] = ()
+    sizes: Mapping[str, int],
+    devices: int,
+    dimensions: Iterable[Dimension] = (),
+    column: int = TRAINING,
 ) -> dict[str, int] | None:
     """The mesh of so many devices that divides the dimensions and differs least; None if none does.
 
@@ -97,30 +102,30 @@ def nearest(
         apart = sum(abs(math.log(shape[axis] / size)) for axis, size in wanted.items())
         return round(apart, 6), -shape["data"], -shape["fsdp"]  # of equals, the simplest
 
-    fitting = [s for s in _shapes(devices) if not any(_remainders(s, dimensions))]
+    fitting = [s for s in _shapes(devices) if not any(_remainders(s, dimensions, column))]
     return min(fitting, key=distance, default=None)
 
 
-def _suggestion(sizes, devices, dimensions=()):
-    best = nearest(sizes, devices, dimensions)
+def _suggestion(sizes, devices, dimensions=(), column=TRAINING):
+    best = nearest(sizes, devices, dimensions, column)
     found = f"the nearest that works is {describe(best)}" if best else "none works"
     return f"of the meshes of {devices} devices, {found}"
 
 
-def check(mesh: Mesh, dimensions: Iterable[Dimension]) -> None:
-    """Refuse a mesh that does not divide the dimensions.
+def check(mesh: Mesh, dimensions: Iterable[Dimension], column: int = TRAINING) -> None:
+    """Refuse a mesh that does not divide the dimensions, as a column of the table splits them.
 
     Raises:
       ValueError: naming the parameter or field, axis, sizes, and the nearest mesh that works.
     """
     dimensions, sizes = list(dimensions), dict(mesh.shape)
-    for name, axis, size in _remainders(sizes, dimensions):
-        over = [a for a in TABLE[axis][TRAINING] if sizes.get(a, 1) > 1]
+    for name, axis, size in _remainders(sizes, dimensions, column):
+        over = [a for a in TABLE[axis][column] if sizes.get(a, 1) > 1]
         by = " × ".join(repr(a) for a in over)
         count = " × ".join(str(sizes[a]) for a in over)
         raise ValueError(
             f"{name}: axis {axis!r} of size {size} does not divide by the mesh axis {by} of size "
-            f"{count}; {_suggestion(sizes, math.prod(sizes.values()), dimensions)}"
+            f"{count}; {_suggestion(sizes, mesh.size, dimensions, column)}"
         )
 
 
@@ -148,6 +153,24 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else list(devices)
     given = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+    shape = _whole_shape(given, len(devices))
+    return _mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True))
+
+
+def reshape(mesh: Mesh, data: int = 1, tensor: int = 1, expert: int = 1) -> Mesh:
+    """The devices of a mesh as another one, for the sampler, which has no use for `fsdp`.
+
+    In the same order, so that a program can have arrays of both.
+
+    Raises:
+      ValueError: as `make_mesh`.
+    """
+    given = {"data": data, "fsdp": 1, "expert": expert, "tensor": tensor}
+    return _mesh(mesh.devices.reshape(_whole_shape(given, mesh.size)))
+
+
+def _whole_shape(given: Mapping[str, int], devices: int) -> tuple[int, ...]:
+    """Sizes in the order of the axes; what the others leave for one that is −1."""
     for axis, size in given.items():
         if size < 1 and size != -1:
             raise ValueError(f"{axis}={size}: must be at least 1, or -1 for the rest")
@@ -155,14 +178,16 @@ def make_mesh(
     if len(rest) > 1:
         raise ValueError(f"{describe(given)}: only one axis can take the rest (-1)")
     known = math.prod(size for size in given.values() if size > 0)
-    sizes = given | dict.fromkeys(rest, len(devices) // known)
-    if known > len(devices) or math.prod(sizes.values()) != len(devices):
+    sizes = given | dict.fromkeys(rest, devices // known)
+    if known > devices or math.prod(sizes.values()) != devices:
         raise ValueError(
-            f"{describe(given)} does not match the number of devices, {len(devices)}; "
-            f"{_suggestion(given, len(devices))}"
+            f"{describe(given)} does not match the number of devices, {devices}; "
+            f"{_suggestion(given, devices)}"
         )
-    shape = tuple(sizes[axis] for axis in AXES)
-    grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return tuple(sizes[axis] for axis in AXES)
+
+
+def _mesh(grid: np.ndarray) -> Mesh:
     # Stated, because `jax.make_mesh` and `topologies.make_mesh` differ in their default.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -8,6 +8,8 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
+
 from sapo_jax.model import params
 from sapo_jax.parallel import sharding
 from sapo_jax.preflight import costs, hlo
@@ -33,9 +35,8 @@ class Check(NamedTuple):
         return self.value <= self.limit
 
 
-def _part(settings: Settings, axis: str, size: int, *, fsdp: bool) -> int:
+def _part(mesh: Mesh | None, axis: str, size: int, *, fsdp: bool) -> int:
     """What a device has of a dimension, or would have if `fsdp` split nothing."""
-    mesh = settings.mesh
     over = [a for a in sharding.TABLE[axis][0] if fsdp or a != "fsdp"] if mesh else []
     return size // math.prod(mesh.shape[a] for a in over)
 
@@ -45,11 +46,11 @@ def _sizes(shape: Iterable[int]) -> list[int]:
     return sorted(n for n in shape if n > 1)
 
 
-def logits_rows(buffers: Iterable[costs.Buffer], settings: Settings) -> int:
+def logits_rows(buffers: Iterable[costs.Buffer], settings: Settings, mesh: Mesh | None) -> int:
     """Rows of the largest buffer over the vocabulary that does not have a parameter's shape."""
     config = settings.model
-    part = _part(settings, "vocab", config.vocab_size, fsdp=True)
-    width = _part(settings, "embed", config.hidden_size, fsdp=True)
+    part = _part(mesh, "vocab", config.vocab_size, fsdp=True)
+    width = _part(mesh, "embed", config.hidden_size, fsdp=True)
     shapes = itertools.product((part, config.vocab_size), (width, config.hidden_size))
     weights = [_sizes(shape) for shape in shapes]
     found = (hlo.dimensions(b.shape) for b in buffers)
@@ -60,7 +61,7 @@ def logits_rows(buffers: Iterable[costs.Buffer], settings: Settings) -> int:
 def _gathered(spec: params.Spec, settings: Settings) -> list[list[int]]:
     """The sizes of a buffer with a parameter of all layers, whole along `fsdp`."""
     sizes = [
-        _part(settings, axis, n, fsdp=False) if axis in sharding.TABLE else n
+        _part(settings.mesh, axis, n, fsdp=False) if axis in sharding.TABLE else n
         for axis, n in zip(spec.axes, spec.shape, strict=True)
     ]
     found = [_sizes((len(spec.layers), *sizes))]
@@ -118,7 +119,7 @@ def _of_learner(settings: Settings, result: dict[str, Any]) -> list[Check]:
 
 def _of_decode(settings: Settings, result: dict[str, Any]) -> list[Check]:
     """Temporaries, and that what travels is rows on their way to experts, not weights."""
-    memory, mesh = result["memory"], settings.mesh
+    memory, mesh = result["memory"], settings.sampler_mesh
     kinds = memory["kinds"]
     limit = (kinds["cache"] + 0.1 * kinds["sampler's parameters"]) / GIB
     rows = settings.plan.slots[0] * settings.plan.rows[0]
@@ -136,7 +137,7 @@ def checks(settings: Settings, results: Sequence[dict[str, Any]], hbm: float) ->
     found = []
     plan, group = settings.plan, settings.config.batch.group_size
     drawn = max(plan.slots[0] * plan.rows[0], plan.refill * group)
-    logits = max(settings.hp.static.head_chunk, drawn // sharding.parts(settings.mesh))
+    logits = max(settings.hp.static.head_chunk, drawn // sharding.parts(settings.sampler_mesh))
     for r in results:
         name = r["program"]
         total = r["memory"]["total"] / GIB

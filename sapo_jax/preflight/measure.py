@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sapo_jax import model
@@ -60,8 +61,8 @@ def kernels(settings: Settings, program: Program) -> dict[str, costs.Kernel]:
     Which rows of a grouped matmul are computed depends on the routing: here every expert is chosen
     as often as the others.
     """
-    config, devices = settings.model, 1 if settings.mesh is None else settings.mesh.shape["expert"]
-    tokens = program.tokens // sharding.parts(settings.mesh) * devices
+    config, devices = settings.model, 1 if program.mesh is None else program.mesh.shape["expert"]
+    tokens = program.tokens // sharding.parts(program.mesh) * devices
     experts, k = config.num_experts, config.num_experts_per_tok
 
     def grouped(instruction: hlo.Instruction, computation: hlo.Computation) -> float:
@@ -140,7 +141,7 @@ def measure(settings: Settings, name: str, program: Program, chip: chips.Chip) -
         "bytes": traffic,
         "collectives": moved,
         "largest_buffers": [b._asdict() for b in buffers[:12]],
-        "logits_rows": demands.logits_rows(buffers, settings),
+        "logits_rows": demands.logits_rows(buffers, settings, program.mesh),
         "gathered_share": demands.gathered_share(buffers, settings),
         "bounds": bounds,
         "step_seconds": step,
@@ -182,6 +183,11 @@ def largest_micro_batch(settings: Settings, chip: chips.Chip) -> list[dict[str, 
     return tried
 
 
+def _described(mesh: Mesh | None) -> str:
+    sizes = {} if mesh is None else mesh.shape
+    return sharding.describe({axis: n for axis, n in sizes.items() if n > 1}) or "one device"
+
+
 def report(
     settings: Settings,
     topology: str,
@@ -206,12 +212,14 @@ def report(
             except jax.errors.JaxRuntimeError as error:
                 refused[name] = _too_large(error)
     checks = demands.checks(settings, results, chip.hbm)
-    mesh = {} if settings.mesh is None else settings.mesh.shape
+    where = [_described(settings.mesh)]
+    if settings.sampler_mesh != settings.mesh:
+        where.append(f"sampler {_described(settings.sampler_mesh)}")
     return {
         "name": settings.config.name,
         "topology": topology,
         "tpu": tpu,
-        "mesh": sharding.describe({axis: n for axis, n in mesh.items() if n > 1}) or "one device",
+        "mesh": "; ".join(where),
         "chip": chip._asdict(),
         "compiled_with": {
             "jax": jax.__version__,

@@ -32,9 +32,10 @@ class Program:
     """One program.
 
     Attributes:
-      lower: traces it; the result compiles for the platform of the run's mesh.
+      lower: traces it; the result compiles for the platform of its mesh.
       arguments: what it is given, by kind.
       runs: how often an iteration calls it (decode steps: of completions of full length).
+      mesh: the learner's or the sampler's.
       tokens: of one pass through the layers, on all devices together.
       turns: of a loop whose length is known at run time only: the chunks of the head.
       one_turn: its costs are those of one turn of its loop, a decode step.
@@ -46,6 +47,7 @@ class Program:
     lower: Callable[[], jax.stages.Lowered]
     arguments: dict[str, Any]
     runs: float
+    mesh: Mesh | None
     tokens: int = 0
     turns: int = 1
     model_flops: float = 0.0
@@ -122,12 +124,12 @@ def abstract_prompts(settings: Settings) -> Prompts:
         id=Abstract((p,), jnp.uint32), task=Abstract((p,), integers),
         occurrence=Abstract((p,), integers),
     )  # fmt: skip
-    return fed(made, settings.mesh)
+    return fed(made, settings.sampler_mesh)
 
 
 def abstract_decoding(settings: Settings, cache: int = -1) -> decode_state.DecodeState:
     """The decode loop's state with its first slots and the largest cache, or an earlier one."""
-    plan, mesh = settings.plan, settings.mesh
+    plan, mesh = settings.plan, settings.sampler_mesh
     shape = decode_state.Shape(
         plan.slots[0], plan.rows[0], plan.cache[cache], _drawn(settings), settings.width,
         settings.config.batch.group_size, settings.max_new_tokens,
@@ -140,7 +142,7 @@ def abstract_sampler(settings: Settings) -> SamplerParams:
     """The sampler's parameters."""
     config = settings.model
     shapes = jax.eval_shape(lambda x: weights.convert(x, config), params.abstract(config))
-    return placed(shapes, settings.mesh, weights.partition_specs(config))
+    return placed(shapes, settings.sampler_mesh, weights.partition_specs(config))
 
 
 def forward_flops(settings: Settings, tokens: int, keys: float, logits: int) -> float:
@@ -190,21 +192,22 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
     return {
         "score": Program(
             lambda: score.lower(state.params, unscored, hp), parameters | {"rows": unscored},
-            runs=scored * (recompute + settings.needs_reference), tokens=micro_rows * s,
+            runs=scored * (recompute + settings.needs_reference), mesh=hp.static.mesh,
+            tokens=micro_rows * s,
             turns=chunks, model_flops=forward,
             resident=optimizer | rollout | sampler | _reference(settings),
         ),
         "update": Program(
             lambda: learner.update.lower(state, batch, hp),
             parameters | optimizer | {"rows": batch}, runs=options.minibatches,
-            tokens=micro_rows * s, turns=chunks, model_flops=3 * forward,
+            mesh=hp.static.mesh, tokens=micro_rows * s, turns=chunks, model_flops=3 * forward,
             resident=others | _reference(settings),
         ),
     }  # fmt: skip
 
 
 def _sampler_programs(settings: Settings) -> dict[str, Program]:
-    config, mesh, plan = settings.model, settings.mesh, settings.plan
+    config, mesh, plan = settings.model, settings.sampler_mesh, settings.plan
     train = _abstract_state(settings)
     sampler_params, state = abstract_sampler(settings), abstract_decoding(settings)
     smaller = abstract_decoding(settings, -min(2, len(plan.cache)))
@@ -219,7 +222,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
     cache = {"cache": (state.prompt_kv, state.completion_kv)}
     results = state.replace(prompt_kv=None, completion_kv=None)
     sampler = {"sampler's parameters": sampler_params}
-    same = weights.unchanged(train.params, config)
+    same = weights.unchanged(train.params, config, mesh)
     shared = {name: train.params[name] for name in same}
     rest, moved = (
         {name: x for name, x in tree.items() if name not in same}
@@ -228,7 +231,8 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
     rows = plan.slots[0] * plan.rows[0]
     return {
         "to_sampler": Program(
-            lambda: weights.convert.lower(rest, config, mesh), {"parameters": rest}, runs=1,
+            lambda: weights.convert.lower(rest, config, settings.mesh, mesh), {"parameters": rest},
+            runs=1, mesh=mesh,
             resident=optimizer | {"parameters": shared}, result={"sampler's parameters": moved},
         ),
         "prefill": Program(
@@ -237,7 +241,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
                 slots, slots, **static,
             ),
             sampler | {"cache": state.prompt_kv, "rows": (prompts, results)},
-            runs=_drawn(settings) / plan.refill, tokens=plan.refill * n,
+            runs=_drawn(settings) / plan.refill, mesh=mesh, tokens=plan.refill * n,
             model_flops=forward_flops(settings, plan.refill * n, n / 2, plan.refill),
             resident=resident | {"cache": state.completion_kv},
         ),
@@ -247,12 +251,12 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
             ),
             sampler | cache | {"rows": results}, runs=t * _drawn(settings) * group / rows,
             tokens=rows, model_flops=forward_flops(settings, rows, n + t, rows), one_turn=True,
-            resident=resident,
+            mesh=mesh, resident=resident,
         ),
         "grow": Program(
             lambda: decode_state.grow_cache.lower(smaller.completion_kv[0], plan.cache[-1], mesh),
             {"cache": smaller.completion_kv[0]},
-            runs=(len(plan.cache) - 1) * config.num_hidden_layers,
+            runs=(len(plan.cache) - 1) * config.num_hidden_layers, mesh=mesh,
             resident=resident | sampler | {"rows": results}
             | {"cache": (state.prompt_kv, state.completion_kv[1:])},
             result={"cache": state.completion_kv[0]},

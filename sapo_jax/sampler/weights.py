@@ -46,11 +46,14 @@ def partition_specs(config: ModelConfig) -> SamplerParams:
     return SamplerParams(top | {"layers": layers})
 
 
-@partial(jax.jit, static_argnames=("config", "mesh"))
+@partial(jax.jit, static_argnames=("config", "mesh", "target"))
 def convert(
-    learner_params: dict[str, Any], config: ModelConfig, mesh: Mesh | None = None
+    learner_params: dict[str, Any],
+    config: ModelConfig,
+    mesh: Mesh | None = None,
+    target: Mesh | None = None,
 ) -> SamplerParams:
-    """Some of the parameters, "layers" among them, as the sampler reads them."""
+    """Some of the parameters, "layers" among them, from a mesh to the sampler's, ``target``."""
 
     def cast(path, x):  # a router decides in f32, in the sampler as in the learner
         is_router = getattr(path[-1], "key", None) == "router"
@@ -63,24 +66,26 @@ def convert(
     # Stated before and after the move, so that what travels is cast already.
     converted = sharding.constrain(converted, mesh, present(params.partition_specs(config)))
     converted |= {"layers": params.unstack(converted["layers"], config)}
-    return SamplerParams(sharding.constrain(converted, mesh, present(partition_specs(config))))
+    return SamplerParams(sharding.constrain(converted, target, present(partition_specs(config))))
 
 
-def unchanged(learner_params: dict[str, Any], config: ModelConfig) -> set[str]:
+def unchanged(learner_params: dict[str, Any], config: ModelConfig, target: Mesh | None) -> set[str]:
     """Names of parameters, abstract ones too, that have the sampler's dtype and layout already."""
     dtype, mesh = jnp.dtype(config.compute_dtype), sharding.mesh_of(learner_params)
     specs = partition_specs(config)
+    if mesh != target:
+        return set()
 
     def stays(name, value):
         if name == "layers" or value.dtype != dtype:
             return False
-        target = mesh and sharding.named(mesh, specs[name])
-        return mesh is None or value.sharding.is_equivalent_to(target, value.ndim)
+        own = mesh and sharding.named(mesh, specs[name])
+        return mesh is None or value.sharding.is_equivalent_to(own, value.ndim)
 
     return {name for name, value in learner_params.items() if stays(name, value)}
 
 
-def to_sampler(params: Any, config: ModelConfig) -> SamplerParams:
+def to_sampler(params: Any, config: ModelConfig, mesh: Mesh | None = None) -> SamplerParams:
     """Parameters as the sampler reads them: compute dtype, one leaf per layer, no `fsdp`.
 
     Decoding from slices of stacked weights would copy them at each step. What has the dtype and
@@ -89,12 +94,16 @@ def to_sampler(params: Any, config: ModelConfig) -> SamplerParams:
     Args:
       params: the learner's; or the sampler's own, which come back as they are.
       config: the model's shape.
+      mesh: the sampler's, of the same devices in the same order (`sharding.reshape`); by default
+        the learner's.
     """
     if isinstance(params, SamplerParams):
         return params
-    same = {name: jnp.asarray(params[name]) for name in unchanged(params, config)}
+    own = sharding.mesh_of(params)
+    mesh = mesh or own
+    same = {name: jnp.asarray(params[name]) for name in unchanged(params, config, mesh)}
     rest = {name: value for name, value in params.items() if name not in same}
-    return SamplerParams(convert(rest, config, sharding.mesh_of(params)) | same)
+    return SamplerParams(convert(rest, config, own, mesh) | same)
 
 
 def moved_bytes(before: Any, after: SamplerParams) -> int:

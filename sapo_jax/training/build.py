@@ -186,14 +186,34 @@ def make_mesh(c: Any, shape: model.ModelConfig, devices: Sequence[Any] | None) -
     batch = c.batch
     micro = batch.minibatches * batch.micro_batches
     rows = {"a micro-batch": batch.prompts * batch.group_size // micro}
-    if c.source == "rollout":
-        drawn = batch.prompts * batch.oversample
-        rows |= {"batch.prompts": drawn, "sampler.slots": c.sampler.slots}
+    if c.source == "rollout" and not any(c.sampler.mesh.values()):
+        rows |= _sampled(c)
     split = [sharding.Dimension(name, "rows", size) for name, size in rows.items()]
     with _of("mesh"):
         mesh = sharding.make_mesh(**c.mesh, devices=devices)
         sharding.check(mesh, split + params.dimensions(shape))
     return mesh
+
+
+def make_sampler_mesh(c: Any, shape: model.ModelConfig, mesh: Mesh | None) -> Mesh | None:
+    """The mesh, or its devices in the shape that ``sampler.mesh`` says."""
+    sizes = c.sampler.mesh
+    if not any(sizes.values()):
+        return mesh
+    allowed = "0 along all axes where config.mesh has one device"
+    require(mesh is not None, "sampler.mesh", sharding.describe(sizes), allowed)
+    split = [sharding.Dimension(name, "rows", size) for name, size in _sampled(c).items()]
+    with _of("sampler.mesh"):
+        sizes = {axis: size or (-1 if axis == "data" else 1) for axis, size in sizes.items()}
+        own = sharding.reshape(mesh, **sizes)
+        sharding.check(own, split + params.dimensions(shape), sharding.SAMPLER)
+    return own
+
+
+def _sampled(c: Any) -> dict[str, int]:
+    """What the sampler splits by rows."""
+    drawn = c.batch.prompts * c.batch.oversample
+    return {"batch.prompts": drawn, "sampler.slots": c.sampler.slots}
 
 
 def make_hyperparameters(

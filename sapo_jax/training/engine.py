@@ -79,7 +79,8 @@ class Streamed:
 
     def to_sampler(self, params: Any) -> Any:
         """See `sampler.to_sampler`."""
-        return sampler.to_sampler(params, self.runs[0].model)
+        (run,) = self.runs
+        return sampler.to_sampler(params, run.model, run.sampler_mesh)
 
     def rollout(
         self,

@@ -166,7 +166,8 @@ def from_rollout(
         controls = {"iteration": iteration, "warm_up": warm_up, "on_segment": clock.check}
         rollout, ends = engine.rollout(weights, prompts, groups, **controls)
     with clock("logp"):  # needs no rewards: the device works while rows are judged
-        scored = _scored(bundle, engine.call(batch_of, rollout))
+        batch = sharding.place(engine.call(batch_of, rollout), engine.runs[0].mesh)
+        scored = _scored(bundle, batch)
     return partial(_judged, bundle, queries, scored, ends, moved, iteration, clock)
 
 

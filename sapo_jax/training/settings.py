@@ -32,9 +32,12 @@ MAY_DIFFER = {
     "log.samples", "log.samples_every", "data.workers", "reward.workers", "distributed.timeout",
     "learner.max_skipped",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",  # but for the last bits
+    "sampler.mesh.data", "sampler.mesh.tensor", "sampler.mesh.expert",
 }  # fmt: skip
 GONE = {"sampler.shrink"}  # fields that runs of before have
-ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "tensor", "expert")}
+ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "tensor", "expert")} | {
+    f"sampler.mesh.{axis}": 0 for axis in ("data", "tensor", "expert")
+}
 OPEN = {"task", "tasks", "mesh", "template_options"}  # sections read by the names in them
 
 
@@ -54,7 +57,8 @@ class Settings:
       bounds: of the sampler correction, where there is one.
       plan, eval_plan: the sampler's shapes, for training and for evaluation.
       eval_batch: prompts that an evaluation samples at a time.
-      mesh: None on one device.
+      mesh: the learner's; None on one device.
+      sampler_mesh: the same, or the same devices in another shape.
     """
 
     plain: dict[str, Any]
@@ -73,6 +77,7 @@ class Settings:
     eval_plan: sampler.Plan
     eval_batch: int
     mesh: Mesh | None
+    sampler_mesh: Mesh | None
 
     @property
     def task(self) -> Task:
@@ -263,10 +268,11 @@ def from_config(
     shape = build.make_model(c, tokenizer)
     width, room, keep = build.lengths(c, made, tokenizer, shape)
     mesh = build.make_mesh(c, shape, devices)
+    sampler_mesh = build.make_sampler_mesh(c, shape, mesh)
     files = cli.own.fingerprints(
         [c.objective.name, c.reward.function, *(task["name"] for task in build.entries(c).values())]
     )
-    parts = sharding.parts(mesh)
+    parts = sharding.parts(sampler_mesh)
     options = {"slots": c.sampler.slots, "parts": parts}
     plan = partial(sampler.make_plan, max_new_tokens=room, **options)
     # The last batch of an evaluation is filled up, and so is one that the mesh does not divide.
@@ -289,4 +295,5 @@ def from_config(
         eval_plan=plan(eval_batch, group_size=c.eval.samples),
         eval_batch=eval_batch,
         mesh=mesh,
+        sampler_mesh=sampler_mesh,
     )

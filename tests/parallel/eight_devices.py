@@ -15,6 +15,7 @@ from sapo_jax.sampler import Plan, decode, decode_state, sampling
 from sapo_jax.sampler.weights import partition_specs
 from sapo_jax.training import checkpoint, settings, startup
 from sapo_jax.training.engine import Streamed
+from sapo_jax.training.workdir import read_metrics
 from sapo_jax.types import Batch
 from tests import fakes, tiny_config
 
@@ -28,6 +29,11 @@ MESHES = {
 }
 KINDS = {"dense": ("nano", "gspo", {}), "moe": ("nano_moe", "sapo", {})}
 CASES = [(kind, name) for kind in KINDS for name in MESHES]
+ROLLOUTS = [
+    *((*case, {}) for case in CASES),
+    ("dense", "fsdp 8", {"tensor": 4, "data": 2}),
+    ("moe", "data 8", {"tensor": 2, "expert": 4}),
+]
 
 
 def test_there_are_eight_devices():
@@ -53,12 +59,15 @@ def placed(policy, mesh):
     return jax.device_put(weights, params.shardings(config, mesh))
 
 
-def roll(policy, mesh, **kw):
-    """Half of the prompts wait for a slot."""
-    config, _ = policy
+def roll(policy, mesh, own=None, **kw):
+    """Half of the prompts wait for a slot; on the learner's mesh, or from it on one of its own."""
+    config, weights = policy[0], placed(policy, mesh)
     options = {"plan": Plan((8,), (T,), 8), "temperature": 1.0, **kw}
+    if own:
+        mesh = sharding.reshape(mesh, **own)
+        weights = sampler.to_sampler(weights, config, mesh)
     rollout = sampler.rollout(
-        placed(policy, mesh), config, fakes.prompts(P, N), group_size=G, max_new_tokens=T,
+        weights, config, fakes.prompts(P, N), group_size=G, max_new_tokens=T,
         seed=11, iteration=3, **options,
     )  # fmt: skip
     if mesh is not None:
@@ -201,11 +210,11 @@ def near_expert(policy, rollout, row, at):
     return (best[..., -k] - best[..., -k - 1]).min()
 
 
-@pytest.mark.parametrize(("kind", "name"), CASES)
-def test_rollouts_agree_up_to_near_ties(policies, references, kind, name):
+@pytest.mark.parametrize(("kind", "name", "own"), ROLLOUTS)
+def test_rollouts_agree_up_to_near_ties(policies, references, kind, name, own):
     """Slots, caches and the vocabulary split: the same noise, the same rows, the same experts."""
     mesh, policy, expected = sharding.make_mesh(**MESHES[name]), policies[kind], references[kind]
-    got = roll(policy, mesh)
+    got = roll(policy, mesh, own)
     assert expected.mask.sum() > 300
     differs = np.flatnonzero((got.tokens != expected.tokens).any(-1))
     assert len(differs) <= 0.01 * len(got.tokens)
@@ -221,7 +230,7 @@ def test_rollouts_agree_up_to_near_ties(policies, references, kind, name):
         assert (got.routing[same] != expected.routing[same]).mean() < 1e-3
     # Without parameters only the noise decides.
     blank = (policy[0], jax.tree.map(np.zeros_like, policy[1]))
-    np.testing.assert_array_equal(roll(blank, mesh).tokens, roll(blank, None).tokens)
+    np.testing.assert_array_equal(roll(blank, mesh, own).tokens, roll(blank, None).tokens)
 
 
 def test_slots_shrink_and_caches_grow_in_every_part(policies, references):
@@ -327,6 +336,40 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, no_plots):
     for other in results[1:]:
         for key, value in results[0].items():
             np.testing.assert_allclose(other[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+def test_a_run_samples_on_a_mesh_of_its_own(tmp_path, no_plots):
+    """Of fewer parts than the learner's, so that fewer prompts will do; metrics are the same."""
+    fields = {"iterations": 1, "eval.every": 0, "batch.minibatches": 1, "sampler.slots": 0,
+              "batch.prompts": 4}  # fmt: skip
+    records = []
+    for i, mesh in enumerate(({}, {"mesh.fsdp": 8, "sampler.mesh.tensor": 2})):
+        config = tiny_config.get_config()
+        config.update_from_flattened_dict(fields | mesh)
+        train.run(settings.from_config(config), tmp_path / str(i))
+        records += read_metrics(tmp_path / str(i))
+    for key in ("reward/mean", "length/mean", "grad/norm", "sampler/rows_per_token"):
+        np.testing.assert_allclose(records[1][key], records[0][key], rtol=1e-5, err_msg=key)
+
+
+WRONG = [
+    (
+        {"mesh.fsdp": 8, "sampler.mesh.tensor": 3},
+        "config.sampler.mesh: data=-1, .*tensor=3 does not",
+    ),
+    ({"mesh.fsdp": 8, "sampler.mesh.tensor": 8}, "config.sampler.mesh: .*'kv_heads' of size"),
+    ({"mesh.fsdp": 8, "sampler.mesh.data": 8}, "batch.prompts: axis 'rows' of size 4"),
+    ({"mesh.fsdp": 8, "sampler.mesh.tensor": -2}, "tensor=-2: must be at least 1"),
+    ({"sampler.mesh.tensor": 2}, "config.sampler.mesh=.*tensor=2.* must be 0 along all axes"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG)
+def test_a_mesh_of_the_sampler_that_cannot_be_is_refused(fields, message):
+    config = tiny_config.get_config()
+    config.update_from_flattened_dict({"batch.prompts": 4, "sampler.slots": 0} | fields)
+    with pytest.raises(ValueError, match=message):
+        settings.from_config(config)
 
 
 def test_random_parameters_are_those_of_one_device():

@@ -64,6 +64,7 @@ def test_the_programs_are_those_that_train(tmp_path):
     "fields",
     [
         {"mesh.fsdp": 2, "mesh.tensor": 2},
+        {"mesh.fsdp": 2, "mesh.tensor": 2, "sampler.mesh.tensor": 4},
         {"mesh.fsdp": 2, "mesh.expert": 2, "model.preset": "nano_moe",
          "learner.routing_replay": "R2"},
     ],
@@ -215,10 +216,10 @@ def test_logits_of_whole_rows_are_seen():
         costs.Buffer(0, f"f32[{v},{checked.model.hidden_size}]", "fusion", ""),
         costs.Buffer(0, f"f32[8,31,{v}]", "fusion", ""),
     ]
-    assert demands.logits_rows(buffers, checked) == 8 * 31
+    assert demands.logits_rows(buffers, checked, None) == 8 * 31
     # As many rows as a multiple of the model's width: a parameter of that size there is not.
     many = costs.Buffer(0, f"f32[{2 * checked.model.hidden_size},{v}]", "fusion", "")
-    assert demands.logits_rows([many], checked) == 2 * checked.model.hidden_size
+    assert demands.logits_rows([many], checked, None) == 2 * checked.model.hidden_size
 
 
 def test_stored_tables_are_those_of_the_results():
