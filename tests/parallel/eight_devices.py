@@ -338,6 +338,7 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, no_plots):
             np.testing.assert_allclose(other[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
 
 
+@pytest.mark.slow
 def test_a_run_samples_on_a_mesh_of_its_own(tmp_path, no_plots):
     """Of fewer parts than the learner's, so that fewer prompts will do; metrics are the same."""
     fields = {"iterations": 1, "eval.every": 0, "batch.minibatches": 1, "sampler.slots": 0,
