@@ -108,8 +108,8 @@ def get_config() -> ConfigDict:
     c.sampler.max_new_tokens = 0  # 0: the task's own bound
     c.sampler.temperature = 1.0  # of the learner's log π, too
     c.sampler.slots = 0  # groups' worth of rows in flight; 0: as many as sampler.make_plan takes
-    # Its own shape of the mesh's devices; 0 along all axes: that of config.mesh, else 0 along
-    # `data` takes the rest.
+    # A shape of its own for the mesh's devices. 0: where all are, that of c.mesh; else the rest for
+    # data, 1 for the others.
     c.sampler.mesh = ConfigDict()
     c.sampler.mesh.data = 0  # rows are split
     c.sampler.mesh.tensor = 0  # heads, widths, vocabulary and the cache are split

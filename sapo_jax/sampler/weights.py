@@ -73,7 +73,7 @@ def unchanged(learner_params: dict[str, Any], config: ModelConfig, target: Mesh 
     """Names of parameters, abstract ones too, that have the sampler's dtype and layout already."""
     dtype, mesh = jnp.dtype(config.compute_dtype), sharding.mesh_of(learner_params)
     specs = partition_specs(config)
-    if mesh != target:
+    if target is not None and target.size > 1 and target != mesh:
         return set()
 
     def stays(name, value):
@@ -100,7 +100,7 @@ def to_sampler(params: Any, config: ModelConfig, mesh: Mesh | None = None) -> Sa
     if isinstance(params, SamplerParams):
         return params
     own = sharding.mesh_of(params)
-    mesh = mesh or own
+    mesh = own if mesh is None or mesh.size == 1 else mesh
     same = {name: jnp.asarray(params[name]) for name in unchanged(params, config, mesh)}
     rest = {name: value for name, value in params.items() if name not in same}
     return SamplerParams(convert(rest, config, own, mesh) | same)
