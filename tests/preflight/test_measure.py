@@ -64,7 +64,7 @@ def test_the_programs_are_those_that_train(tmp_path):
     "fields",
     [
         {"mesh.fsdp": 2, "mesh.tensor": 2},
-        {"mesh.fsdp": 2, "mesh.tensor": 2, "sampler.mesh.tensor": 4},
+        {"mesh.fsdp": 4, "sampler.mesh.tensor": 2},
         {"mesh.fsdp": 2, "mesh.expert": 2, "model.preset": "nano_moe",
          "learner.routing_replay": "R2"},
     ],
