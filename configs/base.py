@@ -99,7 +99,9 @@ def get_config() -> ConfigDict:
     c.batch.oversample = 1  # draw that many times the prompts, learn from the first with a signal
     c.batch.group_size = 8  # completions per prompt
     c.batch.minibatches = 4  # updates per iteration
-    c.batch.micro_batches = 1  # forward-backward passes per update; memory, not results
+    c.batch.micro_batches = 1  # forward-backward passes per update, at least; memory, not results
+    c.batch.pack = True  # several completions in a row of the update, and no pads; speed
+    c.batch.share_prefix = config_dict.placeholder(bool)  # a group's prompt once; None: if it pays
 
     # Sampler.
     c.sampler = ConfigDict()

@@ -12,6 +12,8 @@ The page of what this wing gives to others:
     learning_rate     of an update, by one of SCHEDULES
     make_minibatches  advantages, KL in the reward, sampler corrections             minibatches.py
     split_rows        rows as minibatches; `select_rows`, some rows as one batch
+    packed_shape      rows without pads, and prompts that are shared: a `PackedShape`;
+    plan, pack        a `Layout` from lengths, on the host; rows into it; `unpack`   packing.py
     score             log π of a batch, by the programs of an update                step.py
     score_routing     the same, and the routing that R2 replays
     update            one optimizer step: (state, batch, hp) → (state, metrics)
@@ -30,6 +32,9 @@ from sapo_jax.learner.optimizer import (
     learning_rate,
     partition_specs,
 )
+from sapo_jax.learner.packing import Layout, pack, plan, unpack
+from sapo_jax.learner.packing import Shape as PackedShape
+from sapo_jax.learner.packing import make_shape as packed_shape
 from sapo_jax.learner.step import (
     end_iteration,
     finish_iteration,
@@ -44,7 +49,8 @@ from sapo_jax.learner.step import (
 )
 
 __all__ = [
-    "SCHEDULES", "Hyperparameters", "Static", "abstract", "end_iteration", "finish_iteration",
-    "forward", "gradient", "init", "learn", "learning_rate", "make_minibatches", "map_rows",
-    "partition_specs", "record", "score", "score_routing", "select_rows", "split_rows", "update",
+    "SCHEDULES", "Hyperparameters", "Layout", "PackedShape", "Static", "abstract", "end_iteration",
+    "finish_iteration", "forward", "gradient", "init", "learn", "learning_rate", "make_minibatches",
+    "map_rows", "pack", "packed_shape", "partition_specs", "plan", "record", "score",
+    "score_routing", "select_rows", "split_rows", "unpack", "update",
 ]  # fmt: skip

@@ -19,9 +19,35 @@ from jax.sharding import PartitionSpec
 from sapo_jax import masked, model, objectives
 from sapo_jax.learner import diagnostics
 from sapo_jax.learner.optimizer import Hyperparameters, learning_rate, optimizer, partition_specs
-from sapo_jax.model import head, routing, transformer
+from sapo_jax.model import head, routing, segments, transformer
 from sapo_jax.parallel import collectives, sharding
-from sapo_jax.types import Batch, Histogram, TrainState, Weighted, merge
+from sapo_jax.types import Batch, Histogram, TrainState, Weighted, add, merge, zero
+
+
+def _head(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[tuple, routing.Summary | None]:
+    """The arguments of `head`'s functions, and what the routers did (None in a dense model)."""
+    static, config, replay = hp.static, hp.static.model, None
+    if static.routing_replay != "none" and config.num_experts:
+        if batch.routing is None:
+            raise ValueError(f"routing_replay={static.routing_replay!r}: the batch has no routing")
+        replay = batch.routing
+    params = model.params.all_gather(params, model.params.table(config), config)
+    hidden_BSD, summary = transformer.hidden(
+        params, config, batch.tokens, batch.segments, remat=static.remat, prefix_BS=batch.prefix,
+        replay_BSLk=replay, summarise=lambda r: routing.summarise(r, _counts(batch), config),
+    )  # fmt: skip
+    rows, width = batch.tokens.shape
+    before_BS = segments.predecessors(batch.segments, batch.prefix)
+    source_BS = before_BS + width * jnp.arange(rows, dtype=jnp.int32)[:, None]
+    mask_BS = batch.mask.at[:, 0].set(False)  # nothing predicts a row's first token
+    tokens = head.Tokens(*(x.reshape(-1) for x in (batch.tokens, source_BS, mask_BS)))
+    weight_VD = model.params.head_weight(params)
+    hidden_XD = hidden_BSD.reshape(-1, config.hidden_size)
+    return (hidden_XD, weight_VD, tokens, jnp.float32(hp.temperature), static.head_chunk), summary
+
+
+def _counts(batch: Batch) -> jax.Array:
+    return segments.multiplicity(batch.segments, batch.prefix)
 
 
 def forward(
@@ -32,30 +58,10 @@ def forward(
     Returns:
       (f32[B, S], f32[B, S], summary): 0 outside the mask; no summary of a dense model.
     """
-    static, config, replay = hp.static, hp.static.model, None
-    if static.routing_replay != "none" and config.num_experts:
-        if batch.routing is None:
-            raise ValueError(f"routing_replay={static.routing_replay!r}: the batch has no routing")
-        replay = batch.routing
-    params = model.params.all_gather(params, model.params.table(config), config)
-    hidden_BSD, summary = transformer.hidden(
-        params, config, batch.tokens, batch.segments, remat=static.remat, replay_BSLk=replay,
-        summarise=lambda r: routing.summarise(r, batch.segments > 0, config),
-    )  # fmt: skip
-    logp_T, entropy_T = head.logp_entropy(
-        hidden_BSD[:, :-1].reshape(-1, config.hidden_size),
-        model.params.head_weight(params),
-        batch.tokens[:, 1:].reshape(-1),
-        batch.mask[:, 1:].reshape(-1),
-        jnp.float32(hp.temperature),
-        static.head_chunk,
-    )
-    rows, width = batch.tokens.shape
-
-    def align(x_T):
-        return jnp.pad(x_T.reshape(rows, width - 1), ((0, 0), (1, 0)))
-
-    return align(logp_T), align(entropy_T), summary
+    arguments, summary = _head(params, batch, hp)
+    logp_T, entropy_T = head.logp_entropy(*arguments)
+    shape = batch.tokens.shape
+    return logp_T.reshape(shape), entropy_T.reshape(shape), summary
 
 
 def _shard_map(function: Callable, hp: Hyperparameters, out_specs: Any) -> Callable:
@@ -65,16 +71,40 @@ def _shard_map(function: Callable, hp: Hyperparameters, out_specs: Any) -> Calla
     return sharding.shard_map(function, hp.static.mesh, in_specs, out_specs)
 
 
-def _micro_batches(batch: Batch, hp: Hyperparameters) -> Batch:
-    """The rows as micro-batches, [M, B/M, ...]."""
-    return jax.tree.map(lambda x: x.reshape(hp.static.micro_batches, -1, *x.shape[1:]), batch)
+def _micro_batches(batch: Batch, hp: Hyperparameters) -> tuple[Any, Callable[[Any], Batch]]:
+    """How many micro-batches are in use on each device, and a function that gives one of them."""
+    m, count, rows = hp.static.micro_batches, batch.count, batch.replace(count=None)
+    split = jax.tree.map(lambda x: x.reshape(m, -1, *x.shape[1:]), rows)
+    return m if count is None else count[0], lambda i: jax.tree.map(lambda x: x[i], split)
+
+
+def _sum(function: Callable[[Batch], Any], micros: tuple[Any, Callable[[Any], Batch]]) -> Any:
+    """The sum over micro-batches of arrays and mergeable reductions."""
+    count, at = micros
+    if isinstance(count, int) and count == 1:
+        return function(at(0))
+    start = zero(jax.eval_shape(lambda: function(at(0))))
+    return jax.lax.fori_loop(0, count, lambda i, total: add(function(at(i)), total), start)
 
 
 def map_rows(function: Callable, params: Any, batch: Batch, hp: Hyperparameters) -> Any:
-    """``function(params, micro-batch, hp)`` of the rows of each device; results are [B, ...]."""
+    """``function(params, micro-batch, hp)`` of the rows of each device; results are [B, ...].
+
+    Those of micro-batches that are not in use are 0.
+    """
 
     def local(params, batch, hp):
-        out = jax.lax.map(lambda micro: function(params, micro, hp), _micro_batches(batch, hp))
+        count, at = _micro_batches(batch, hp)
+        shapes = jax.eval_shape(lambda: function(params, at(0), hp))
+        start = jax.tree.map(
+            lambda x: jnp.zeros((hp.static.micro_batches, *x.shape), x.dtype), shapes
+        )
+
+        def visit(i, out):
+            found = function(params, at(i), hp)
+            return jax.tree.map(lambda x, y: x.at[i].set(y), out, found)
+
+        out = jax.lax.fori_loop(0, count, visit, start)
         return jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], *x.shape[2:]), out)
 
     return _shard_map(local, hp, sharding.spec("rows"))(params, batch, hp)
@@ -99,23 +129,59 @@ def score_routing(
     return map_rows(one, params, batch, hp.replace(routing_replay="none"))
 
 
+def _per_token(batch: Batch, hp: Hyperparameters) -> dict[str, jax.Array]:
+    """What the loss of each token needs besides its log π, [T]."""
+    shape, mask_BS = batch.tokens.shape, batch.mask
+    divisor_BS = objectives.divisors(hp.objective, mask_BS, batch.segments, jnp.float32)
+    advantages = batch.advantages if batch.advantages.ndim == 2 else batch.advantages[:, None]
+    arrays = {
+        "old_logp": batch.old_logp,
+        "advantages": jnp.broadcast_to(advantages, shape),
+        "mask": mask_BS,
+        "ref_logp": batch.ref_logp,
+        "weights": batch.weights,
+        "divisor": jnp.where(mask_BS, divisor_BS, 1),
+    }
+    return {name: x.reshape(-1) for name, x in arrays.items() if x is not None}
+
+
+def _token_losses(kl: str, logp_T: jax.Array, per_token: tuple[dict, Any]) -> jax.Array:
+    own, objective = per_token
+    losses_T = objectives.token_losses(
+        objective, logp_T, own["old_logp"], own["advantages"], own["mask"],
+        ref_logp_T=own.get("ref_logp"), kl=kl, weights_T=own.get("weights"),
+    )  # fmt: skip
+    return losses_T / own["divisor"]
+
+
 def _loss_terms(
     params: Any, batch: Batch, hp: Hyperparameters
 ) -> tuple[dict[str, Any], routing.Summary | None]:
-    logp_BS, entropy_BS, summary = forward(params, batch, hp)
+    arguments, summary = _head(params, batch, hp)
+    by_token = objectives.by_token(hp.objective)
+    if by_token:
+        loss = partial(_token_losses, hp.static.kl)
+        per_token = _per_token(batch, hp), hp.objective
+        numerator, *found = head.token_loss(loss, per_token, *arguments)
+        found = jax.lax.stop_gradient(found)
+    else:
+        found = head.logp_entropy(*arguments)
+    logp_BS, entropy_BS = (x.reshape(batch.tokens.shape) for x in found)
     terms = objectives.policy_terms(
         hp.objective, logp_BS, batch.old_logp, batch.advantages, batch.mask,
         ref_logp_BT=batch.ref_logp, kl=hp.static.kl,
         weights_BT=batch.weights, segments_BT=batch.segments,
     )  # fmt: skip
+    if by_token:  # the same sum, whose gradient is known already
+        terms["loss"] = terms["loss"].replace(numerator=numerator)
     logp_BS, entropy_BS = jax.lax.stop_gradient((logp_BS, entropy_BS))
     terms["policy/entropy"] = masked.mean(entropy_BS, batch.mask)
     if summary is not None:
-        terms |= routing.terms(summary, batch.segments, batch.routing)
+        terms |= routing.terms(summary, _counts(batch), batch.routing)
     return terms | diagnostics.token_terms(hp.objective, logp_BS, batch), summary
 
 
-def _balance(params: Any, micros: Batch, hp: Hyperparameters):
+def _balance(params: Any, micros: tuple, hp: Hyperparameters):
     """The load-balancing loss of a micro-batch as a function of its summary, or None.
 
     Its fractions are those of the whole minibatch, hence one more forward pass; its sum is scaled
@@ -128,8 +194,7 @@ def _balance(params: Any, micros: Batch, hp: Hyperparameters):
         terms, _ = _loss_terms(params, micro, hp)
         return {key: terms[key] for key in ("loss", "router/load", "router/entropy")}
 
-    totals = merge(jax.lax.stop_gradient(jax.lax.map(forward_only, micros)))
-    totals = collectives.merge(totals)
+    totals = collectives.merge(jax.lax.stop_gradient(_sum(forward_only, micros)))
     share_LE = masked.ratio(totals["router/load"])
     layers = share_LE.shape[0]
     tokens = totals["router/entropy"].denominator / layers
@@ -160,14 +225,9 @@ def _gradient(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict
             terms["router/balance"] = loss.replace(numerator=extra)
         return terms["loss"].numerator, terms
 
-    def accumulate(total, micro):
-        grads, terms = jax.grad(numerator, has_aux=True)(params, micro)
-        return jax.tree.map(jnp.add, total, grads), terms
-
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    grads, stacked = jax.lax.scan(accumulate, zeros, micros)
+    grads, terms = _sum(lambda micro: jax.grad(numerator, has_aux=True)(params, micro), micros)
     grads = model.params.psum_gradients(grads, hp.static.model)
-    terms = routing.finish_load(collectives.merge(merge(stacked)))
+    terms = routing.finish_load(collectives.merge(terms))
     count = terms["loss"].denominator
     grads = jax.tree.map(lambda g: masked.ratio(Weighted(g, count.astype(g.dtype))), grads)
     return grads, terms

@@ -86,7 +86,7 @@ def bytes_per_chip(tree: Any) -> int:
 
 
 def abstract_batch(settings: Settings, *, scored: bool) -> Batch:
-    """A minibatch, as it is before scoring or as an update takes it."""
+    """A minibatch, as it is scored or as an update takes it."""
     rows = settings.rows // settings.config.batch.minibatches
     s, shape = settings.width + settings.max_new_tokens, settings.model
     floats = Abstract((rows, s), jnp.float32)
@@ -106,6 +106,10 @@ def abstract_batch(settings: Settings, *, scored: bool) -> Batch:
         weights=floats if scored and settings.bounds else None,
         routing=routing,
     )
+    if settings.packing is not None:
+        lengths = np.zeros((2, rows), int)
+        layout = jax.eval_shape(lambda: learner.plan(*lengths, s, settings.packing))
+        batch = jax.eval_shape(learner.pack, batch, layout)
     return placed(batch, settings.mesh, ROWS)
 
 

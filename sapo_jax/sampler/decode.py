@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.model import attention, transformer
+from sapo_jax.model import attention, segments, transformer
 from sapo_jax.parallel import collectives, sharding
 from sapo_jax.sampler import decode_state, sampling, weights
 from sapo_jax.sampler.decode_state import ROWS, WHOLE, DecodeState
@@ -56,7 +56,7 @@ def _fill_slots(config, truncate, params, prompts, base, controls, state, slot_F
 
     # Pads stand after the prompt, where causal attention never looks: one segment will do.
     segments_FN = jnp.ones_like(tokens_FN)
-    rope = attention.rotary(attention.positions(segments_FN), config)
+    rope = attention.rotary(segments.positions(segments_FN), config)
     x = transformer.embed(params, config, tokens_FN)
     prompt_kv, routings = [], []
     for layer, cache in zip(params["layers"], state.prompt_kv, strict=True):

@@ -15,7 +15,7 @@ from sapo_jax import corrections, learner, model, objectives, tasks
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
-from sapo_jax.model import params, routing
+from sapo_jax.model import attention, params, routing
 from sapo_jax.objectives.kl import KL_ESTIMATORS
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
@@ -23,6 +23,8 @@ from sapo_jax.tasks.base import Task
 from sapo_jax.training.checks import choice, require
 
 OLD_LOGP = ("sampler", "recompute")
+MICRO_TOKENS = {"cpu": 2048}  # of a micro-batch on one device, at most; elsewhere MANY_TOKENS
+MANY_TOKENS = 16384
 NO_REFERENCE = "0 without config.init_from, whose policy is the reference"
 
 
@@ -175,8 +177,39 @@ def make_mesh(c: Any, shape: model.ModelConfig, devices: Sequence[Any] | None) -
     return mesh
 
 
+def make_packing(
+    c: Any, shape: model.ModelConfig, width: int, room: int, mesh: Mesh | None
+) -> learner.PackedShape | None:
+    """How the rows of an update are packed; None where they stay as they are."""
+    batch, parts, platform = c.batch, sharding.parts(mesh), sharding.platform(mesh)
+    kernel = attention.choose(shape.attention, platform)
+    share, pack = batch.share_prefix, batch.pack and kernel != "cudnn"
+    if share:
+        only = "None or False with batch.pack=False"
+        require(batch.pack, "batch.share_prefix", share, only)
+        can = f"None or False with model.attention={kernel!r}, which sees one segment a row"
+        require(kernel in attention.SHARES_PREFIX, "batch.share_prefix", share, can)
+    if not pack:
+        return None
+    if share is None:
+        share = kernel in attention.SHARES_PREFIX
+    group_size = batch.group_size if share and c.source == "rollout" else 1
+    rows = batch.prompts * batch.group_size // batch.minibatches
+    # Micro-batches of fewer tokens than these would not keep the device busy; larger ones would
+    # have room for completions that are longer than most are.
+    whole = rows * (width + room) // (batch.micro_batches * parts)
+    budget = min(MICRO_TOKENS.get(platform, MANY_TOKENS), whole)
+    return learner.packed_shape(
+        rows, width, room, group_size=group_size, budget=budget, parts=parts
+    )
+
+
 def make_hyperparameters(
-    c: Any, shape: model.ModelConfig, objective: objectives.Objective, mesh: Mesh | None
+    c: Any,
+    shape: model.ModelConfig,
+    objective: objectives.Objective,
+    mesh: Mesh | None,
+    packing: learner.PackedShape | None,
 ) -> learner.Hyperparameters:
     """What an update is told."""
     options = dict(vars(c.learner))
@@ -194,7 +227,7 @@ def make_hyperparameters(
         objective=objective,
         temperature=c.sampler.temperature,
         model=shape,
-        micro_batches=c.batch.micro_batches,
+        micro_batches=packing.micro_batches if packing else c.batch.micro_batches,
         kl=c.objective.kl,
         total=0 if options["schedule"] == "constant" else updates,
         router_aux_coef=options.pop("router_aux_coef") or None,

@@ -45,6 +45,7 @@ class Settings:
       width: tokens of room for a prompt, N.
       max_new_tokens: T; rows have N + T tokens.
       bounds: of the sampler correction, where there is one.
+      packing: of the rows of an update; None where they are not packed.
       plan, eval_plan: the sampler's shapes, for training and for evaluation.
       eval_batch: prompts that an evaluation samples at a time.
       mesh: None on one device.
@@ -62,6 +63,7 @@ class Settings:
     width: int
     max_new_tokens: int
     bounds: Mapping[str, float]
+    packing: learner.PackedShape | None
     plan: sampler.Plan
     eval_plan: sampler.Plan
     eval_batch: int
@@ -196,6 +198,7 @@ def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> 
     mesh = build.make_mesh(c, shape, devices)
     parts = sharding.parts(mesh)
     options = {"slots": c.sampler.slots, "shrink": c.sampler.shrink, "parts": parts}
+    packing = build.make_packing(c, shape, width, room, mesh)
     plan = partial(sampler.make_plan, max_new_tokens=room, **options)
     # The last batch of an evaluation is filled up, and so is one that the mesh does not divide.
     eval_batch = -(-min(c.batch.prompts, c.eval.prompts) // parts) * parts
@@ -208,10 +211,11 @@ def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> 
         tokenizer=tokenizer,
         keep=keep,
         model=shape,
-        hp=build.make_hyperparameters(c, shape, objective, mesh),
+        hp=build.make_hyperparameters(c, shape, objective, mesh, packing),
         width=width,
         max_new_tokens=room,
         bounds=build.make_bounds(c),
+        packing=packing,
         plan=plan(c.batch.prompts * c.batch.oversample),
         eval_plan=plan(eval_batch),
         eval_batch=eval_batch,
