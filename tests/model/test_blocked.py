@@ -59,7 +59,7 @@ def test_pads_see_nothing_and_give_nothing(rng):
 
 
 def test_only_blocks_with_something_to_see_are_visited():
-    """Eight segments of a block each: a block visits itself, and the prefix's where there is one."""
+    """Segments of a block each: it visits itself, and the prefix where there is one."""
     n, b = 8, 16
     segments = np.repeat(np.arange(1, n + 1), b)[None]
     prefix = np.where(segments > 1, 1, 0)

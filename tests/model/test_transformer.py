@@ -1,11 +1,11 @@
 """The policy: causality, invariances, the chunked head, and an independent float64 reference."""
 
 import dataclasses
-from functools import partial
 import os
 import pathlib
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
