@@ -79,6 +79,7 @@ def get_config() -> ConfigDict:
     # Reward: R = Σ weight · part, see sapo_jax.rewards.Recipe.
     c.reward = ConfigDict()
     c.reward.accuracy = 1.0  # weight of the task's verdict
+    c.reward.function = ""  # of a file, "my.py:name": takes the verdict's place and weight
     c.reward.format = 0.0  # weight of <think>…</think>, then an answer
     c.reward.overlong = 0.0  # of a soft penalty in the last `buffer` tokens before `max_length`
     c.reward.repetition = 0.0  # of a penalty on repeated n-grams

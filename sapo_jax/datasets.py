@@ -8,6 +8,8 @@ Only preparing downloads; a run reads what is there, or fails at once. No Tensor
 
 from __future__ import annotations
 
+import json
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -132,22 +134,25 @@ def prepare_catalogued(
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_cls(name)
-    if files:
-        for path in files.values():
-            jsonl.read(path)  # the builder's own refusals name no line
+    with tempfile.TemporaryDirectory() as folder:
+        if files:
+            copies = {split: epath.Path(folder) / split for split in files}
+            for split, path in files.items():  # read here: the builder's refusals name no line
+                rows = [json.dumps(row) + "\n" for _, row in jsonl.read(path)]
+                copies[split].write_text("".join(rows))
 
-        class Local(builder, skip_registration=True):
-            """The catalogue's builder on files that are here."""
+            class Local(builder, skip_registration=True):
+                """The catalogue's builder on files that are here."""
 
-            def _split_generators(self, dl_manager):
-                del dl_manager
-                return {k: self._generate_examples(path) for k, path in files.items()}
+                def _split_generators(self, dl_manager):
+                    del dl_manager
+                    return {k: self._generate_examples(path) for k, path in copies.items()}
 
-        Local.name = name
-        builder = Local
-    else:
-        _probe(name, host)
-    return write(builder(data_dir=str(out), file_format="array_record"))
+            Local.name = name
+            builder = Local
+        else:
+            _probe(name, host)
+        return write(builder(data_dir=str(out), file_format="array_record"))
 
 
 def _probe(name: str, host: str) -> None:
@@ -167,11 +172,16 @@ def write(builder: Any) -> epath.Path:
     """Run a TFDS builder, once; returns the directory that ``source`` reads.
 
     Raises:
-      ValueError: the dataset is there already, or what was written is empty.
+      ValueError: the dataset is there already, or something else is in its place, or what was
+        written is empty.
     """
     directory = epath.Path(builder.data_dir)
     if directory.exists():
         raise ValueError(f"{directory} exists already: delete it, or choose another directory")
+    above = directory.parent
+    strange = [p.name for p in above.iterdir() if p.name[0].isalpha()] if above.is_dir() else []
+    if strange or (not above.is_dir() and above.exists()):
+        raise ValueError(f"{above} is no dataset's, it holds {strange[:3]}: choose another --out")
     builder.download_and_prepare()
     for split in builder.info.splits:
         Records(directory, split)

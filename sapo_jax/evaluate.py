@@ -11,11 +11,14 @@ from etils import epath
 
 from sapo_jax import cli, model, rewards, sampler, tasks
 from sapo_jax.data import encode, hf_tokenizer, stream
+from sapo_jax.training import files
+from sapo_jax.training.checks import LARGEST, MOST
 from sapo_jax.training.evaluation import evaluate
 
 FLAGS = cli.Flags("evaluate", __doc__)
 FLAGS.string("hf", "", "Hugging Face directory of the policy.", required=True)
-FLAGS.strings("task", [], "NAME,option=value,… of a set.", required=True)
+FLAGS.strings("task", [], "NAME,option=value,… of a set; NAME may be my.py:MyTask.", required=True)
+FLAGS.string("reward", "", "my.py:name, a reward function whose mean is reported, too.")
 FLAGS.integer("prompts", 512, "At most this many prompts of the test split.", 1)
 FLAGS.integer("samples", 16, "Completions per prompt.", 1)
 FLAGS.number("temperature", 1.0, "Of sampling; 0 is greedy.", 0.0)
@@ -25,14 +28,14 @@ FLAGS.integer("max_prompt_tokens", 512, "Longer prompts are left out.", 1)
 FLAGS.integer("max_new_tokens", 1024, "Room for a completion.", 1)
 FLAGS.integer("batch", 8, "Prompts that are sampled at a time.", 1)
 FLAGS.integer("seed", 0, "Of the sampling noise.", 0)
-FLAGS.integer("workers", 1, "Rows judged at a time, while the device works.", 1)
+FLAGS.integer("workers", 1, "Rows judged at a time.", 1, upper_bound=MOST["reward.workers"])
 FLAGS.enum("dtype", "float32", ["float32", "bfloat16"], "Of everything.")
 FLAGS.boolean("chat", True, "Prompts by the directory's chat template.")
 FLAGS.string("system", "", "System message of each prompt.")
 FLAGS.string("compilation_cache", ".cache/xla", "Compiled programs, reused later; empty: none.")
 FLAGS.string("out", "", "JSON file for the results.")
 RECORDED = (  # in the results
-    "hf", "prompts", "samples", "temperature", "top_k", "top_p", "max_prompt_tokens",
+    "hf", "reward", "prompts", "samples", "temperature", "top_k", "top_p", "max_prompt_tokens",
     "max_new_tokens", "seed", "dtype", "chat", "system",
 )  # fmt: skip
 
@@ -69,7 +72,11 @@ def _evaluate_set(
     examples = list(encode.distinct(task.examples("test"), given.prompts, keep=fits))
     if not examples:
         raise ValueError(f"--task={text}: no prompt fits --max_prompt_tokens={width}")
-    batch = min(given.batch, len(examples))
+    batch, recipe = min(given.batch, len(examples)), rewards.Recipe(function=given.reward)
+    most = LARGEST // (batch * (width + room))
+    if given.samples > most:
+        rows = f"at most {most} with {batch} prompts at a time and rows of {width + room} tokens"
+        raise ValueError(f"--samples={given.samples}: must be {rows}")
     bar = tqdm(total=len(examples), desc=text, unit="prompt", dynamic_ncols=True)
 
     def sample(prompts, on_groups):
@@ -81,7 +88,7 @@ def _evaluate_set(
         bar.update(min(batch, bar.total - bar.n))
         return [sampler.ends(rows)[0]]
 
-    with bar, rewards.Scorer(task, workers=given.workers) as scorer:
+    with bar, rewards.Scorer(task, recipe, workers=given.workers) as scorer:
         controls = {"samples": given.samples, "width": width, "batch": batch}
         (metrics,) = evaluate(sample, scorer, examples, tokenizer, **controls)
     return {"eval/prompts": len(examples), **metrics}
@@ -94,11 +101,19 @@ def _line(text: str, metrics: dict, samples: int) -> str:
         f"mean of {samples} samples of {metrics['eval/prompts']} prompts), "
         f"Pass@{samples} {metrics[f'eval/pass_at_{samples}']:.4f}, "
         f"length {metrics['eval/length_mean']:.1f}"
+        + (f", reward {metrics[own]:.4f}" if (own := "eval/reward_function") in metrics else "")
     )
+
+
+def is_result(content: bytes) -> bool:
+    """Whether a file is what ``--out`` writes."""
+    return content.startswith(b'{\n "settings": {')
 
 
 def main(given: cli.Flags) -> None:
     """Evaluate a model directory on the sets that the flags name."""
+    if given.out:
+        files.check_file(given.out, "--out=", is_result, "an earlier result")
     cli.use_cache(given.compilation_cache)
     config, params = model.hf.load(epath.Path(given.hf).expanduser(), dtype=given.dtype)
     chat = {"chat": given.chat, "system": given.system}
@@ -112,7 +127,7 @@ def main(given: cli.Flags) -> None:
         print(_line(text, found[text], given.samples), flush=True)
     if given.out:
         results = {"settings": {name: given[name].value for name in RECORDED}, "sets": found}
-        epath.Path(given.out).write_text(json.dumps(results, indent=1))
+        files.write_text(files.normal(given.out), json.dumps(results, indent=1))
         print(f"written: {given.out}")
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 from etils import epath
-from ml_collections import ConfigDict
 
 from sapo_jax import cli
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.tokenizer import CharTokenizer
-from sapo_jax.model import hf, params
-from sapo_jax.training import checkpoint, settings
-from sapo_jax.training.workdir import read_config
+from sapo_jax.model import hf, hf_config, params
+from sapo_jax.training import checkpoint, files, settings
 
 FLAGS = cli.Flags("export", __doc__)
 FLAGS.string("workdir", "", "Run directory.", required=True)
@@ -23,20 +23,25 @@ def export(workdir: epath.PathLike, out: epath.PathLike, *, which: str = "latest
 
     Args:
       workdir: of the run.
-      out: the directory to write; weights that lie there are replaced.
+      out: the directory to write, or that of an earlier export, which is replaced.
       which: checkpoint, "latest" or "best".
 
     Returns:
       ``out``.
 
     Raises:
-      ValueError: ``workdir`` is no run, or has no such checkpoint.
+      ValueError: ``workdir`` is no run, or has no such checkpoint, or ``out`` is not its to write.
     """
     workdir, out = epath.Path(workdir).expanduser(), epath.Path(out).expanduser()
-    stored = read_config(workdir)
-    if stored is None:
-        raise ValueError(f"{workdir} has no config.json: name the --workdir of a run")
-    checked = settings.from_config(ConfigDict(stored))
+    checked = settings.of_run(workdir)
+    c, wanted = checked.config, json.loads(json.dumps(hf_config.to_json(checked.model)))
+    sources = {c.init_from, c.model.preset, c.tokenizer.directory} - {""}
+    first = out.resolve() in [epath.Path(source).expanduser().resolve() for source in sources]
+
+    def is_export(path):
+        return not first and files.read_json(path / "config.json") == wanted
+
+    files.check_directory(out, "--out=", is_export, "of an earlier export of this shape")
     wanted = params.abstract(checked.model)
     weights = checkpoint.restore_params(workdir / "checkpoints", wanted, which=which)
     characters = isinstance(checked.tokenizer, CharTokenizer)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from queue import Empty, SimpleQueue
 from threading import Thread, current_thread
@@ -18,6 +18,7 @@ from absl import logging
 
 from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.parallel import distributed
+from sapo_jax.tasks import own
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.types import STOP
 
@@ -73,6 +74,7 @@ class Recipe:
 
     Args:
       accuracy: weight of the task's verdict, in [0, 1]; 0 where the row ran out of length.
+      function: "my.py:name", see `tasks.own.reward`: takes the verdict's place, and its weight.
       format: weight of "``<think>``, ``</think>``, answer", 0 or 1.
       overlong: weight p of the soft penalty min(0, −(|y| − (max_length − buffer)) / buffer),
         from 0 to −1 inside the buffer (DAPO, arXiv 2503.14476, Eq. 13).
@@ -88,6 +90,7 @@ class Recipe:
     """
 
     accuracy: float = 1.0
+    function: str = ""
     format: float = 0.0
     overlong: float = 0.0
     repetition: float = 0.0
@@ -96,8 +99,10 @@ class Recipe:
     max_length: int = 0
     buffer: int = 0
     ngram: int = 4
+    call: Callable | None = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
+        object.__setattr__(self, "call", own.reward(self.function) if self.function else None)
         for name in PARTS:
             weight = getattr(self, name)
             if not 0 <= weight < np.inf:
@@ -112,8 +117,11 @@ class Recipe:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The parts that count, with their weights; accuracy always does."""
-        return {n: getattr(self, n) for n in PARTS if n == "accuracy" or getattr(self, n)}
+        """The parts that are measured, with their weights; accuracy always is."""
+        first = {"accuracy": self.accuracy}
+        if self.call:
+            first = {"accuracy": 0.0, "function": self.accuracy}
+        return first | {n: getattr(self, n) for n in PARTS[1:] if getattr(self, n)}
 
 
 def judge(task: Task, row: Row, recipe: Recipe, index: int = 0) -> dict[str, float]:
@@ -127,6 +135,9 @@ def judge(task: Task, row: Row, recipe: Recipe, index: int = 0) -> dict[str, flo
     if recipe.think:
         judged = row._replace(completion=answer) if thought is not None else None
     values = {
+        "function": lambda: recipe.call(
+            row.example, row.completion, row.finished == STOP, row.length
+        ),
         "accuracy": lambda: _verdict(task, judged, index) if judged else 0.0,
         "format": lambda: float(row.finished == STOP and thought is not None and bool(answer)),
         "overlong": lambda: overlong(row.length, recipe.max_length, recipe.buffer),

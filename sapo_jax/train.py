@@ -22,6 +22,7 @@ from sapo_jax.training.settings import Settings
 from sapo_jax.training.workdir import (
     Metrics,
     check_config,
+    check_workdir,
     cut_samples,
     write_config,
     write_samples,
@@ -58,8 +59,8 @@ def run(settings: Settings, workdir: epath.PathLike) -> epath.Path | None:
       was saved.
 
     Raises:
-      ValueError: the directory belongs to a run with another config, or a checkpoint that is
-        needed cannot be restored.
+      ValueError: the directory belongs to a run with another config, or to something else, or a
+        checkpoint that is needed cannot be restored.
       RuntimeError: another process works in the directory.
     """
     with Progress(settings.config.iterations, settings.config.name) as bar:
@@ -90,6 +91,8 @@ def run_all(
     workdir, places = epath.Path(workdir), [epath.Path(place) for place in places]
     runs = [run for engine in engines for run in engine.runs]
     first = runs[0]
+    for place in places:  # before the lease makes files there
+        check_workdir(place)
     with distributed.only_first(Lease(workdir)):
         for one, place in zip(runs, places, strict=True):
             check_config(place, one.plain, may_differ=one.may_differ)
@@ -113,13 +116,15 @@ def run_all(
 
 
 def report(workdir: epath.Path) -> None:
-    """Write the report, where this machine can draw."""
+    """Write the report, where this machine can draw; the run is complete without it."""
     try:
         from sapo_jax.report.run import write
 
         write(workdir)
     except ImportError as error:
         logging.warning("No report: %s", cli.missing(error))
+    except Exception as error:
+        logging.warning("No report of %s: %s: %s", workdir, type(error).__name__, error)
 
 
 def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], bool]:
@@ -198,7 +203,7 @@ def _iterate(
             state, learnt = bundle.engine.learn(bundle.state, got.minibatches)
         after.append(bundle._replace(state=state))
         samples += got.samples
-        count = {"iteration": iteration, "update": iteration * len(got.minibatches)}
+        count = {"iteration": iteration}
         records += [a | count | b for a, b in zip(learnt, got.metrics, strict=True)]
     return after, records, samples
 

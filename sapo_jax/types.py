@@ -58,6 +58,12 @@ class Batch:
     prefix: jax.Array | None = None  # i32[B, S], segment that a token's own continues; 0: none
     count: jax.Array | None = None  # i32[parts], micro-batches in use; None: all
 
+    @property
+    def advantages_BS(self) -> jax.Array:
+        """The advantage of each token."""
+        own = self.advantages if self.advantages.ndim == 2 else self.advantages[:, None]
+        return jnp.broadcast_to(own, self.tokens.shape)
+
 
 @struct.dataclass
 class TrainState:

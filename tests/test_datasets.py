@@ -1,5 +1,6 @@
 """Datasets are prepared without TensorFlow, read back as written, and refused with a reason."""
 
+import codecs
 import json
 import pickle
 import shutil
@@ -51,15 +52,17 @@ def test_records_come_back_in_the_order_of_the_file(prepared):
 def test_fields_may_have_other_names(tmp_path):
     """The format of AIME sets: ``problem``, and an integer answer; text in any script."""
     path = jsonl(tmp_path / "aime.jsonl", [{"problem": "Où ∑ 数?", "answer": 204, "id": 3}])
+    path.write_bytes(2 * (codecs.BOM_UTF8 + path.read_bytes()))  # two files, one after the other
     fields = {"prompt": "problem", "answer": "answer"}
     out = datasets.prepare_jsonl({"test": path}, tmp_path / "out", fields)
     assert Records(out, "test")[0]["prompt"] == "Où ∑ 数?"
-    assert Records(out, "test")[0]["answer"] == "204"
+    assert [row["answer"] for row in Records(out, "test")] == ["204", "204"]
 
 
 def test_gsm8k_is_parsed_by_the_catalogue(tmp_path):
     worked = "She has 48/2 = <<48/2=24>>24.\nIn all 48+24 = <<48+24=1072>>1,072.\n#### 1,072"
     path = jsonl(tmp_path / "raw.jsonl", [{"question": "How many?", "answer": worked}] * 3)
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
     files = {"train": path, "test": path}
     out = datasets.prepare_catalogued("gsm8k", tmp_path / "out", files)
     assert out == tmp_path / "out" / "gsm8k" / "1.0.0"

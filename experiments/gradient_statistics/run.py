@@ -1,60 +1,55 @@
 """Gradient statistics of a run: its newest policy, moved on by its own updates, in the lab.
 
-    python -m experiments.gradient_statistics.run --workdir=runs/quickstart --name=quickstart
-    python -m experiments.gradient_statistics.run --summarise=quickstart_0,quickstart_moe
+    python -m experiments.gradient_statistics.run --workdir=runs/quickstart --name=mine
+    python -m experiments.gradient_statistics.run --summarise=DIR/a.json,DIR/b.json
 
-`results/<name>.json` and `results/<name>.html`; the second form writes `results/summary.md`.
+The first form writes ``<out>/<name>.json`` after each stage, and at the end the page beside it; the
+second prints one table of several such files.
 """
 
 from __future__ import annotations
 
 import json
-import pathlib
-import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import ConfigDict
+from absl import logging
+from etils import epath
 
-from configs import base
-from sapo_jax import gradlab, learner, objectives, rewards, sampler
+from sapo_jax import cli, gradlab, learner, objectives, rewards, sampler
 from sapo_jax.data import encode
 from sapo_jax.parallel import sharding
-from sapo_jax.report.gradlab import write
 from sapo_jax.training import checkpoint, experience, provenance, settings, startup
 from sapo_jax.training.engine import Streamed
-from sapo_jax.training.progress import Clock
-from sapo_jax.training.workdir import read_config
+from sapo_jax.training.files import write_json
+from sapo_jax.training.progress import Clock, Progress
 from sapo_jax.types import Batch
 
-HERE = pathlib.Path(__file__).parent
 DEFAULT = [
     "sapo", "sapo_softsign", "grpo", "dapo", "gspo", "gmpo", "cispo", "p3o", "reinforce", "maspo",
     "mhpo_unit", "vespo",
 ]  # fmt: skip
-_WORKDIR = flags.DEFINE_string("workdir", None, "Run directory.")
-_NAME = flags.DEFINE_string("name", "quickstart", "Of the files in results/.")
-_OBJECTIVES = flags.DEFINE_list("objectives", DEFAULT, "Presets to compare.")
-_UPDATES = flags.DEFINE_list("updates", ["0", "1", "2", "3", "15"], "Updates since sampling.")
-_RATE = flags.DEFINE_float("learning_rate", None, "Of those updates; the run's by default.")
-_FRESH = flags.DEFINE_integer("fresh", 16, "Fresh samples for each frozen one, at least 16.")
-_FOCUS = flags.DEFINE_string(
-    "focus", "sapo", "The preset whose gate is shown by buckets of tokens."
-)
-_SUMMARISE = flags.DEFINE_list("summarise", [], "Names to put into one table; runs nothing.")
+FLAGS = cli.Flags("experiments.gradient_statistics.run", __doc__)
+FLAGS.string("workdir", "", "Run directory.")
+FLAGS.string("out", "", "Directory of the results; by default gradlab in that of the run.")
+FLAGS.string("name", "gradlab", "Of the files.")
+FLAGS.words("objectives", DEFAULT, "Presets to compare.")
+FLAGS.words("updates", ["0", "1", "2", "3", "15"], "Updates since sampling.")
+FLAGS.number("learning_rate", None, "Of those updates; the run's by default.", 0.0)
+FLAGS.integer("fresh", 16, "Fresh samples for each frozen one.", 16)
+FLAGS.string("focus", "", "Whose gate is shown by buckets of tokens; by default the first.")
+FLAGS.words("summarise", [], "JSON files to put into one table; runs nothing.")
 
 
 def load(workdir: str, learning_rate: float | None = None) -> settings.Settings:
     """The settings of a run, without dynamic sampling, perhaps with another learning rate."""
-    config = base.get_config()
-    with config.unlocked():
-        config.update(ConfigDict(read_config(workdir)))
-        config.batch.oversample = 1
-        config.learner.learning_rate = learning_rate or config.learner.learning_rate
-    return settings.from_config(config)
+    changes = {"batch.oversample": 1}
+    if learning_rate is not None:
+        changes["learner.learning_rate"] = learning_rate
+    return settings.of_run(workdir, changes)
 
 
 def concatenate(parts: tuple[Batch, ...]) -> Batch:
@@ -98,79 +93,99 @@ def in_passes(checked: settings.Settings, rows: int) -> learner.Hyperparameters:
     return checked.hp.replace(micro_batches=checked.hp.static.micro_batches * parts)
 
 
-def measure(lab: gradlab.Lab, algorithms: dict, focus: str) -> dict[str, Any]:
+def measure(
+    lab: gradlab.Lab, algorithms: Mapping, focus: str, updates: int, bar: Progress
+) -> dict[str, Any]:
     """Everything that the lab says at one policy."""
+    bar.note(f"{updates} updates: targets")
     halves = lab.targets()
+    bar.step()
+    bar.note(f"{updates} updates: gradients of {len(algorithms)} algorithms")
     found: dict[str, Any] = {"reward": float(lab.rewards.mean())}
     found["gradients"] = gradlab.compare(lab, halves, algorithms)
+    bar.step()
+    bar.note(f"{updates} updates: tokens")
     found["tokens"] = gradlab.describe(algorithms, lab.params, lab.frozen, lab.hp)
     if focus:
         scored = gradlab.score(lab.params, lab.frozen, lab.hp)
         kinds = gradlab.buckets(*scored, lab.frozen)
         flat = {(kind, name): m for kind, named in kinds.items() for name, m in named.items()}
         found["groups"] = gradlab.compare_buckets(lab, halves, algorithms[focus], flat)
+    bar.step()
     return found
 
 
+def algorithms_of(names: Sequence[str]) -> dict[str, objectives.Objective]:
+    """Objectives by name; an unknown one, or one that lacks a number, is refused."""
+    try:
+        return {name: objectives.resolve(name) for name in names}
+    except ValueError as error:
+        raise ValueError(f"--objectives: {error}") from None
+
+
 def examine(
-    checked: settings.Settings, workdir: str, algorithms: dict, updates: list[int], fresh: int,
-    focus: str,
-) -> dict[str, Any]:  # fmt: skip
+    checked: settings.Settings, workdir: epath.PathLike, algorithms: Mapping, updates: list[int],
+    fresh: int, focus: str,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """The run's policy at several numbers of updates after it sampled the same frozen rows.
 
     Updates are the run's, on the minibatches of other rollouts of the policy that sampled, as far
     as they go: as in training, none of the frozen rows has been learnt from.
+
+    Yields:
+      What is known after each stage, JSON-able; shows a bar meanwhile.
     """
-    c = checked.config
-    prompts, group_size = c.batch.prompts, c.batch.group_size
-    with checkpoint.Checkpoints(pathlib.Path(workdir) / "checkpoints") as checkpoints:
+    c, last = checked.config, max(updates)
+    prompts, samples = c.batch.prompts, fresh * c.batch.group_size
+    with checkpoint.Checkpoints(epath.Path(workdir).expanduser() / "checkpoints") as checkpoints:
         (bundle,), done = startup.start([Streamed(checked)], checkpoints)
-    state, (stream,), iteration = bundle.state, bundle.streams, done + 1
+    state, (stream,) = bundle.state, bundle.streams
     position = stream.position
     examples = stream.take(prompts)
     stream.position = position
-    with rewards.Scorer(checked.task, checked.recipe, workers=c.reward.workers) as scorer:
-
-        def rollouts(count: int) -> list[tuple[Batch, ...]]:
-            collect = experience.from_rollout
-            each = (collect(bundle, iteration + i, Clock(), scorer) for i in range(count))
-            return [finish().minibatches for finish in each]
-
-        first, *others = rollouts(1 + -(-max(updates) // c.batch.minibatches))
-        frozen, queue = concatenate(first), [batch for parts in others for batch in parts]
-        stages = []
-        for k in range(max(updates) + 1):
-            if k in updates:
-                begun = time.monotonic()
-                params = jax.tree.map(jnp.copy, state.params)
-                batch, rewards_B = draw(checked, scorer, params, examples, fresh * group_size, k)
-                hp = in_passes(checked, checked.rows)
-                rows = (params, frozen, batch, rewards_B, prompts, c.advantages, hp)
-                tile = min(16, len(algorithms) + len(gradlab.UNGATED))
-                found = measure(
-                    gradlab.Lab(*rows, tile), algorithms, focus if k == max(updates) else ""
-                )
-                stages.append({"updates": k, **found})
-                print(f"{k} updates: {time.monotonic() - begun:.0f} s", flush=True)
-            if k < max(updates):
-                state, _ = learner.update(state, queue[k], checked.hp)
-    return {
+    found = {
         "run": c.name,
         "model": c.model.preset,
         "seed": c.seed,
-        "iteration": iteration - 1,
+        "iteration": done,
         "trained_with": c.objective.name,
         "learning_rate": c.learner.learning_rate,
         "prompts": prompts,
-        "group_size": group_size,
-        "fresh": fresh * group_size,
+        "group_size": c.batch.group_size,
+        "fresh": samples,
         "focus": focus,
         "provenance": provenance.provenance(),
-        "stages": stages,
+        "stages": [],
     }
+    count = 1 + -(-last // c.batch.minibatches)
+    with (
+        rewards.Scorer(checked.task, checked.recipe, workers=c.reward.workers) as scorer,
+        Progress(count + 4 * len(updates), "gradient lab") as bar,
+    ):
+        rollouts = []
+        for i in range(count):
+            bar.note(f"rollout {i + 1} of {count}")
+            finish = experience.from_rollout(bundle, done + 1 + i, Clock(), scorer)
+            rollouts.append(finish().minibatches)
+            bar.step()
+        frozen, queue = concatenate(rollouts[0]), [b for each in rollouts[1:] for b in each]
+        for k in range(last + 1):
+            if k in updates:
+                bar.note(f"{k} updates: fresh samples")
+                params = jax.tree.map(jnp.copy, state.params)
+                batch, rewards_B = draw(checked, scorer, params, examples, samples, k)
+                bar.step()
+                hp = in_passes(checked, checked.rows)
+                rows = (params, frozen, batch, rewards_B, prompts, c.advantages, hp)
+                lab = gradlab.Lab(*rows, min(16, len(algorithms) + len(gradlab.UNGATED)))
+                stage = measure(lab, algorithms, focus if k == last else "", k, bar)
+                found["stages"].append({"updates": k, **stage})
+                yield found
+            if k < last:
+                state, _ = learner.update(state, queue[k], checked.hp)
 
 
-def summary(names: list[str]) -> str:
+def summary(paths: list[str]) -> str:
     """Fidelities to the expected reward, and of what was removed, from update 3 on, as Markdown."""
     lines = [
         "| run | updates | algorithm | fidelity (95% interval) | minus that of the bare ratio "
@@ -183,39 +198,63 @@ def summary(names: list[str]) -> str:
             return "–"
         return f"{entry['value']:+.2f} ({entry['low']:+.2f} to {entry['high']:+.2f})"
 
-    for name in names:
-        for stage in json.loads((HERE / f"results/{name}.json").read_text())["stages"]:
+    for path in map(epath.Path, paths):
+        for stage in json.loads(path.read_text())["stages"]:
             found = stage["gradients"]
             for i, algorithm in enumerate(found["names"]) if stage["updates"] >= 3 else ():
                 entry, removed = found["fidelity"]["reward"][i], found["removed"]
+                mass = "–" if removed["mass"][i] is None else f"{removed['mass'][i]:.2%}"
                 lines.append(
-                    f"| {name} | {stage['updates']} | {algorithm} | {interval(entry)} "
-                    f"| {interval(entry['difference'])} | {removed['mass'][i]:.2%} "
+                    f"| {path.stem} | {stage['updates']} | {algorithm} | {interval(entry)} "
+                    f"| {interval(entry['difference'])} | {mass} "
                     f"| {interval(removed['reward'][i])} |"
                 )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
 
 
-def main(argv: list[str]) -> None:
+def page(path: epath.Path) -> str:
+    """Write the page of results, where this machine can draw: a line that says where it is."""
+    again = f"python -m sapo_jax.report {path}"
+    try:
+        from sapo_jax.report.gradlab import write
+
+        return f"report: {write(path)}"
+    except ImportError as error:
+        logging.warning("No report: %s", cli.missing(error))
+    except Exception as error:  # the numbers are written: a page is not worth them
+        logging.warning("No report: %s: %s", type(error).__name__, error)
+    return f"no report yet: {again}"
+
+
+def main(given: cli.Flags) -> None:
     """Examine a run, or sum up several."""
-    del argv
-    logging.set_verbosity(logging.WARNING)
-    out = HERE / "results"
-    out.mkdir(exist_ok=True)
-    if _SUMMARISE.value:
-        (out / "summary.md").write_text(summary(_SUMMARISE.value))
-        print(out / "summary.md")
+    if given.summarise:
+        print(summary(given.summarise))
         return
-    if _WORKDIR.value is None or _FRESH.value < 16:
-        raise app.UsageError(f"--workdir is needed, and --fresh={_FRESH.value} at least 16")
-    updates = sorted({int(u) for u in _UPDATES.value})
-    algorithms = {name: objectives.OBJECTIVES[name] for name in _OBJECTIVES.value}
-    checked = load(_WORKDIR.value, _RATE.value)
-    found = examine(checked, _WORKDIR.value, algorithms, updates, _FRESH.value, _FOCUS.value)
-    path = out / f"{_NAME.value}.json"
-    path.write_text(json.dumps(found))
-    print(write(path))
+    if not given.workdir:
+        raise ValueError("--workdir is missing: the directory of a run")
+    if not all(text.isdecimal() for text in given.updates) or not given.updates:
+        raise ValueError(f"--updates={','.join(given.updates)}: must be whole numbers from 0 on")
+    updates, algorithms = sorted(set(map(int, given.updates))), algorithms_of(given.objectives)
+    focus = given.focus or next(iter(algorithms), "")
+    if focus not in algorithms:
+        among = ", ".join(algorithms) or "nothing"
+        raise ValueError(f"--focus={focus}: must be among --objectives, which are {among}")
+    checked = load(given.workdir, given.learning_rate)
+    if checked.supervised:
+        raise ValueError(
+            f"--workdir={given.workdir}: its run has source=demonstrations, no rewards"
+        )
+    samples = given.fresh * checked.config.batch.group_size
+    if samples % 2:
+        raise ValueError(f"--fresh={given.fresh}: must be even, for two halves of {samples}")
+    cli.use_cache(checked.config.compilation_cache)
+    out = epath.Path(given.out or epath.Path(given.workdir) / "gradlab").expanduser()
+    path = out / f"{given.name}.json"
+    for found in examine(checked, given.workdir, algorithms, updates, given.fresh, focus):
+        write_json(path, found)  # after every stage: what is known is not lost
+    print(f"results: {path}\n{page(path)}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, FLAGS)

@@ -48,17 +48,19 @@ def from_config(name: str, function: str = "get_config") -> Any:
             near = f"of those that are shipped, the nearest is {nearest(name, shipped)}"
             raise ValueError(f"there is no such file; {near} (see sapo-jax list configs)")
         path = shipped[name]
-    with _line_of(path):
+    with line_of(path):
         if "configs" not in sys.modules:  # so that any config can import the shipped ones
-            _import("configs", CONFIGS / "__init__.py", [str(CONFIGS), os.path.abspath("configs")])
-        module = _import("config_file", path)
+            import_file(
+                "configs", CONFIGS / "__init__.py", [str(CONFIGS), os.path.abspath("configs")]
+            )
+        module = import_file("config_file", path)
     if not hasattr(module, function):
         raise ValueError(f"{path}: must have a function {function}()")
-    with _line_of(path):
+    with line_of(path):
         return getattr(module, function)(*argument)
 
 
-def _import(name: str, path: pathlib.Path, folders: list[str] | None = None) -> ModuleType:
+def import_file(name: str, path: pathlib.Path, folders: list[str] | None = None) -> ModuleType:
     """Execute a file as a module; with folders, as a package of what lies in them."""
     loader = importlib.machinery.SourceFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(
@@ -70,7 +72,7 @@ def _import(name: str, path: pathlib.Path, folders: list[str] | None = None) -> 
 
 
 @contextlib.contextmanager
-def _line_of(path: pathlib.Path) -> Iterator[None]:
+def line_of(path: pathlib.Path) -> Iterator[None]:
     """Say in which line a config file fails."""
     try:
         yield

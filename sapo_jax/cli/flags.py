@@ -26,6 +26,7 @@ COMMANDS = {  # the module of each, and what it does
 }
 WRONG = {  # what Python says of a value, and what the value must be
     "invalid literal for int": "must be a whole number",
+    "Exceeds the limit": "must be a smaller number",
     "could not convert string to float": "must be a number",
     "Non-boolean argument": "must be true or false",
 }
@@ -35,7 +36,7 @@ class Flags(flags.FlagValues):
     """The flags of one command, apart from those of other commands in the same process.
 
     Args:
-      command: its name in `COMMANDS`.
+      command: its name in `COMMANDS`, or the module of one that is not there.
       text: what --help says first: the docstring of the command's module.
     """
 
@@ -58,7 +59,7 @@ class Flags(flags.FlagValues):
     # Each is called as absl's: (name, default, help, …).
     boolean = partialmethod(_define, flags.DEFINE_boolean)
     enum = partialmethod(_define, flags.DEFINE_enum)
-    integer = partialmethod(_define, flags.DEFINE_integer)
+    integer = partialmethod(_define, flags.DEFINE_integer, upper_bound=2**31 - 1)
     number = partialmethod(_define, flags.DEFINE_float)
     string = partialmethod(_define, flags.DEFINE_string)
     strings = partialmethod(_define, flags.DEFINE_multi_string)
@@ -109,7 +110,8 @@ class Flags(flags.FlagValues):
     def describe(self) -> str:
         """What --help shows: the flags, and the fields of the config that is given, or of base."""
         usage = " ".join(self._shown(name, "=…") for name in self.required)
-        starts = f"sapo-jax {self.command}", f"python -m {COMMANDS[self.command][0]}"
+        module = COMMANDS.get(self.command, (self.command,))[0]
+        starts = [f"sapo-jax {self.command}"] * (self.command in COMMANDS) + [f"python -m {module}"]
         rows = []
         for flag in map(self.__getitem__, self.own):
             default = "" if flag.default in (None, "", []) else f"={flag.default}"

@@ -38,8 +38,15 @@ def flat(config: Mapping[str, Any], prefix: str = "", *, sections: bool = False)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """The name that is most like another."""
-    return difflib.get_close_matches(name, list(names), 1, 0.0)[0]
+    """The name that is most like another, two letters that changed places aside."""
+    name = str(name)[:100].lower()
+    likes = [name, *(name[:i] + name[i : i + 2][::-1] + name[i + 2 :] for i in range(len(name)))]
+
+    def likeness(other: str) -> float:
+        ratios = (difflib.SequenceMatcher(None, x, other.lower(), False).ratio() for x in likes)
+        return max(ratios)
+
+    return max(names, key=likeness)
 
 
 def table(rows: Iterable[Sequence[Any]]) -> list[str]:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
+from sapo_jax.data.chat_template import find_template, render
 from sapo_jax.data.tokenizer import CharTokenizer
 
-ENDS = ("<|im_end|>", "<|endoftext|>")  # stop a completion wherever they are special tokens
-PADDING = 1024  # rows by which a model's vocabulary may exceed its tokenizer's
-TEMPLATE_DATE = (2024, 7, 26)  # what a chat template takes for today: prompts never change by day
-ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+ENDS = (  # stop a completion wherever they are special tokens
+    "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|eot|>",
+    "<|end|>", "<|EOT|>", "<|end_of_turn|>", "<end_of_turn>", "<end_of_utterance>", "<eos>", "</s>",
+    "<｜end▁of▁sentence｜>",
+)  # fmt: skip
+TOKEN_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,94 +101,60 @@ class HFTokenizer:
         )
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
-    """Render a chat template in a sandbox that knows what ``transformers`` offers to templates.
-
-    Raises:
-      ValueError: the template is broken, or refuses the messages.
-    """
-    import jinja2
-
-    try:
-        return _compiled(template).render(messages=list(messages), **variables)
-    except (jinja2.TemplateError, TypeError) as error:
-        raise ValueError(f"the chat template refuses the messages: {error}") from error
-
-
-@functools.cache  # compiling takes a hundred times as long as rendering
-def _compiled(template: str) -> Any:
-    import datetime
-
-    import jinja2
-    import jinja2.ext
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """``{% generation %}`` marks the assistant's words; it leaves them as they are."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body).set_lineno(line)
-
-    def refuse(message):
-        raise jinja2.TemplateError(message)
-
-    def to_json(value, ensure_ascii=False, **options):
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = datetime.datetime(*TEMPLATE_DATE).strftime
-    return environment.from_string(template)
-
-
 def _json(directory: epath.Path, name: str) -> dict:
     path = directory / name
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
 
 
-def _template(directory: epath.Path, config: dict) -> str:
-    """The default template: of its own file, else of tokenizer_config.json."""
-    path = directory / "chat_template.jinja"
-    if path.exists():
-        return path.read_text()
-    template = config.get("chat_template") or ""
-    if isinstance(template, list):
-        template = {t["name"]: t["template"] for t in template}.get("default", "")
-    return template
-
-
-def _text(token: str | dict) -> str:
+def _content(token: str | dict) -> str:
     return token["content"] if isinstance(token, dict) else token
 
 
-def _add_missing(backend: Any, config: dict, directory: epath.Path) -> None:
-    """Tokens that only tokenizer_config.json knows; they keep the ids that it gives them."""
+def _special_tokens(directory: epath.Path, backend: Any, config: dict) -> dict[str, str]:
+    """Special tokens by role; ``backend`` gets those that only other files name.
+
+    As in ``transformers``, special_tokens_map.json and added_tokens.json count where
+    tokenizer_config.json has no ``added_tokens_decoder``. All keep the ids that the files give.
+    """
     import tokenizers
 
-    declared = config.get("added_tokens_decoder", {})
-    for number, token in sorted(declared.items(), key=lambda item: int(item[0])):
-        known = backend.token_to_id(token["content"])
-        if known is None:
-            flags = {k: v for k, v in token.items() if k not in ("content", "__type")}
-            backend.add_tokens([tokenizers.AddedToken(token["content"], **flags)])
-            known = backend.token_to_id(token["content"])
-        if known != int(number):
+    def added(token, special):
+        flags = {k: token[k] for k in TOKEN_FLAGS if k in token} if isinstance(token, dict) else {}
+        return tokenizers.AddedToken(_content(token), **{"special": special, **flags})
+
+    if "added_tokens_decoder" in config:
+        source, named = "tokenizer_config.json", config
+        declared = {int(number): token for number, token in config["added_tokens_decoder"].items()}
+    else:
+        source, named = "added_tokens.json", config | _json(directory, "special_tokens_map.json")
+        declared = {number: token for token, number in _json(directory, source).items()}
+    extra = named.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if isinstance(extra, dict):
+        named, extra = named | extra, []
+    roles = {k: v for k, v in named.items() if k.endswith("_token") and v}
+    roles = {role: token for role, token in roles.items() if isinstance(token, str | dict)}
+    special = {role: _content(token) for role, token in roles.items()}
+    tokens = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    known = {*special.values(), *map(_content, extra)}
+    for _, token in sorted(declared.items(), key=lambda item: item[0]):
+        tokens[_content(token)] = added(token, _content(token) in known)
+    for token in (*roles.values(), *extra):
+        tokens.setdefault(_content(token), added(token, True))
+    for text in special.values():
+        tokens[text].special = True
+    backend.add_tokens(list(tokens.values()))  # of those that it has, the flags change
+    for number, token in declared.items():
+        if (found := backend.token_to_id(_content(token))) != number:
             raise ValueError(
-                f"{directory}: {token['content']!r} has the id {known} by tokenizer.json and "
-                f"{number} by tokenizer_config.json; the files belong to different tokenizers"
+                f"{directory}: {_content(token)!r} has the id {found} by tokenizer.json and "
+                f"{number} by {source}; the files belong to different tokenizers"
             )
+    return special
 
 
 def _stop_ids(directory: epath.Path, backend: Any, eos: str | None) -> tuple[int, ...]:
@@ -229,13 +197,15 @@ def load(
             "(AutoTokenizer.from_pretrained(…).save_pretrained(…) of transformers writes it)"
         )
     try:
-        backend = tokenizers.Tokenizer.from_str(path.read_text())
+        backend = tokenizers.Tokenizer.from_str(path.read_bytes().decode("utf-8-sig"))
     except Exception as error:  # the Rust side raises bare Exceptions
         raise ValueError(f"{path} is no tokenizer: {error}") from None
+    backend.no_truncation()  # whatever the file was saved with
+    backend.no_padding()
     config = _json(directory, "tokenizer_config.json")
-    _add_missing(backend, config, directory)
-    named = _json(directory, "special_tokens_map.json") | config
-    special = {role: _text(named[role]) for role in ROLES if named.get(role)}
+    if config.get("split_special_tokens"):
+        raise ValueError(f"{directory}: split_special_tokens=true would split those of templates")
+    special = _special_tokens(directory, backend, config)
     stop_ids = _stop_ids(directory, backend, special.get("eos_token"))
     if not stop_ids:
         raise ValueError(
@@ -248,7 +218,7 @@ def load(
         pad_id=stop_ids[0] if pad_id is None else pad_id,
         stop_ids=stop_ids,
         vocab_size=1 + max(backend.get_vocab().values()),
-        chat_template=_template(directory, config),
+        chat_template=find_template(directory, config),
         special_tokens=special,
         chat=chat,
         system=system,
@@ -284,15 +254,14 @@ def save_characters(directory: epath.PathLike, tokenizer: CharTokenizer) -> None
 
 
 def check_vocabulary(tokenizer: HFTokenizer, vocab_size: int, directory: Any = "the model") -> None:
-    """Refuse a tokenizer that is not the model's.
+    """Refuse a tokenizer that is not the model's, which may have rows of padding.
 
     Raises:
-      ValueError: it has ids that the model lacks, or so few that the model's was another.
+      ValueError: it has ids that the model lacks.
     """
     largest = max(tokenizer.vocab_size - 1, *tokenizer.stop_ids, tokenizer.pad_id)
-    if largest >= vocab_size or vocab_size - tokenizer.vocab_size > PADDING:
+    if largest >= vocab_size:
         raise ValueError(
             f"the tokenizer does not match {directory}: its ids reach {largest}, the model's "
-            f"vocabulary has {vocab_size} (expected at most {PADDING} rows of padding above "
-            f"{tokenizer.vocab_size} tokens)"
+            f"vocabulary has {vocab_size}"
         )

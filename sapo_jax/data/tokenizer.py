@@ -80,11 +80,12 @@ class CharTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``, with pad and stop ids dropped.
 
+        Ids between the alphabet and the model's vocabulary have no text.
+
         Raises:
-          ValueError: an id is outside the vocabulary.
+          ValueError: a negative id.
         """
         ids = [int(i) for i in ids]
-        for i in ids:
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"token id {i} is outside the vocabulary [0, {self.vocab_size})")
-        return "".join(self.alphabet[i - 2] for i in ids if i >= 2)
+        if min(ids, default=0) < 0:
+            raise ValueError(f"token id {min(ids)} is negative")
+        return "".join(self.alphabet[i - 2] for i in ids if 2 <= i < self.vocab_size)

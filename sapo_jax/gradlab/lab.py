@@ -178,6 +178,11 @@ def _mass(cotangents_KBS: jax.Array) -> np.ndarray:
     return np.abs(np.asarray(cotangents_KBS)).sum((1, 2))
 
 
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """NaN where the whole is 0."""
+    return part / np.where(whole > 0, whole, np.nan)
+
+
 def _column(objective: Objective) -> int:
     """Which of an own target's averages an objective has: 0 per sequence, 1 over tokens."""
     return 0 if objective.aggregation == "seq_mean" else 1
@@ -211,7 +216,7 @@ def compare(lab: Lab, halves: Halves, algorithms: Mapping[str, Objective]) -> di
     removed, _ = lab.products(removed_KBS, halves)
     reference = [_column(objective) for objective in resolved]
     own = [1 + column for column in reference]
-    mass_K = _mass(removed_KBS) / _mass(ungated_KBS)
+    mass_K = _share(_mass(removed_KBS), _mass(ungated_KBS))
     return {
         "names": list(named),
         "aggregation": [o.aggregation for o in resolved],
@@ -251,7 +256,7 @@ def compare_buckets(
             count = len(bucket_QBS)
             products, _ = lab.products(bucket_QBS, halves)
             found = fidelities(products, own * count, [0] * count)
-            found["mass"] = (_mass(bucket_QBS) / total).tolist()
+            found["mass"] = _listed(_share(_mass(bucket_QBS), total))
             whole = {name: [*values, *found[name]] for name, values in whole.items()}
         result[key] = whole
     return result

@@ -1,4 +1,4 @@
-"""What a minibatch shows about the gate: histograms by the sign of the advantage, sampler gap."""
+"""What a minibatch shows: histograms by the sign of the advantage, sampler gap, lost numbers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ from sapo_jax.types import Batch, Histogram, Max
 # Bins of 0.01 with log r = 0, w = 0 and w = 1 in the middle of one, not on an edge.
 LOG_RATIO_EDGES = np.linspace(-0.505, 0.505, 102, dtype=np.float32)
 GATE_EDGES = np.linspace(-0.005, 1.255, 127, dtype=np.float32)
+
+# What has to be finite for an update to be made, in the order in which it comes about.
+STATIONS = ("reward", "old_logp", "ref_logp", "correction", "logits", "loss", "gradient")
+
+
+def nonfinite(logp_BS: jnp.ndarray, batch: Batch) -> Max:
+    """1 for each of the STATIONS up to the logits that is not finite where it counts, else 0."""
+    inputs = (batch.advantages_BS, batch.old_logp, batch.ref_logp, batch.weights, logp_BS)
+    bad = [x is not None and jnp.any(batch.mask & ~jnp.isfinite(x)) for x in inputs]
+    return Max(jnp.stack(bad).astype(jnp.float32))
 
 
 def histogram(values: jnp.ndarray, mask: jnp.ndarray, edges: np.ndarray) -> Histogram:

@@ -18,10 +18,11 @@ from jax.sharding import PartitionSpec
 
 from sapo_jax import masked, model, objectives
 from sapo_jax.learner import diagnostics
+from sapo_jax.learner.diagnostics import STATIONS
 from sapo_jax.learner.optimizer import Hyperparameters, learning_rate, optimizer, partition_specs
 from sapo_jax.model import head, routing, segments, transformer
 from sapo_jax.parallel import collectives, sharding
-from sapo_jax.types import Batch, Histogram, TrainState, Weighted, add, merge, zero
+from sapo_jax.types import Batch, Histogram, Max, TrainState, Weighted, add, merge, zero
 
 
 def _head(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[tuple, routing.Summary | None]:
@@ -131,12 +132,11 @@ def score_routing(
 
 def _per_token(batch: Batch, hp: Hyperparameters) -> dict[str, jax.Array]:
     """What the loss of each token needs besides its log π, [T]."""
-    shape, mask_BS = batch.tokens.shape, batch.mask
+    mask_BS = batch.mask
     divisor_BS = objectives.divisors(hp.objective, mask_BS, batch.segments, jnp.float32)
-    advantages = batch.advantages if batch.advantages.ndim == 2 else batch.advantages[:, None]
     arrays = {
         "old_logp": batch.old_logp,
-        "advantages": jnp.broadcast_to(advantages, shape),
+        "advantages": batch.advantages_BS,
         "mask": mask_BS,
         "ref_logp": batch.ref_logp,
         "weights": batch.weights,
@@ -176,6 +176,7 @@ def _loss_terms(
         terms["loss"] = terms["loss"].replace(numerator=numerator)
     logp_BS, entropy_BS = jax.lax.stop_gradient((logp_BS, entropy_BS))
     terms["policy/entropy"] = masked.mean(entropy_BS, batch.mask)
+    terms["nonfinite"] = diagnostics.nonfinite(logp_BS, batch)
     if summary is not None:
         terms |= routing.terms(summary, _counts(batch), batch.routing)
     return terms | diagnostics.token_terms(hp.objective, logp_BS, batch), summary
@@ -208,6 +209,16 @@ def gradient(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict[
     Numerators and denominators add up, over micro-batches and devices, and are divided once: the
     split changes nothing.
     """
+    numerators, terms = _numerators(params, batch, hp)
+    return _divided(numerators, terms), terms
+
+
+def _divided(numerators: Any, terms: dict[str, Any]) -> Any:
+    count = terms["loss"].denominator
+    return jax.tree.map(lambda g: masked.ratio(Weighted(g, count.astype(g.dtype))), numerators)
+
+
+def _numerators(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict[str, Any]]:
     out_specs = (model.params.partition_specs(hp.static.model), PartitionSpec())
     return _shard_map(_gradient, hp, out_specs)(params, batch, hp)
 
@@ -228,8 +239,6 @@ def _gradient(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict
     grads, terms = _sum(lambda micro: jax.grad(numerator, has_aux=True)(params, micro), micros)
     grads = model.params.psum_gradients(grads, hp.static.model)
     terms = routing.finish_load(collectives.merge(terms))
-    count = terms["loss"].denominator
-    grads = jax.tree.map(lambda g: masked.ratio(Weighted(g, count.astype(g.dtype))), grads)
     return grads, terms
 
 
@@ -237,7 +246,7 @@ def _gradient(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict
 def update(
     state: TrainState, batch: Batch, hp: Hyperparameters
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One optimizer step on one minibatch.
+    """One optimizer step on one minibatch; none where a number is not finite.
 
     Args:
       state: donated; use the one that comes back.
@@ -250,19 +259,29 @@ def update(
     chex.assert_equal_shape([batch.tokens, batch.mask, batch.segments, batch.old_logp])
     parts = hp.static.micro_batches * sharding.parts(hp.static.mesh)
     chex.assert_is_divisible(batch.tokens.shape[0], parts)
-    grads, terms = gradient(state.params, batch, hp)
-    rate = learning_rate(hp, state.update)
-    step = optimizer(hp, rate)
-    updates, opt_state = step.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    one = jnp.float32(1)
+    numerators, terms = _numerators(state.params, batch, hp)
+    grads = _divided(numerators, terms)
+    rate, norm, one = learning_rate(hp, state.update), optax.tree.norm(grads), jnp.float32(1)
+    late = ~jnp.isfinite(jnp.stack([masked.ratio(terms["loss"]), norm]))
+    bad = jnp.concatenate([terms["nonfinite"].value, late.astype(jnp.float32)])
+
+    def move(state):
+        step = optimizer(hp, rate)
+        grads = _divided(numerators, terms)  # again: in one fusion with what follows
+        updates, opt_state = step.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        after = state.replace(update=state.update + 1, params=params, opt_state=opt_state)
+        return after, optax.tree.norm(updates)
+
+    # One NaN would be in every parameter and moment for good.
+    state, moved = jax.lax.cond(bad.any(), lambda state: (state, jnp.zeros_like(norm)), move, state)
     metrics = {
         **terms,
-        "grad/norm": Weighted(optax.tree.norm(grads), one),
-        "grad/update_norm": Weighted(optax.tree.norm(updates), one),
+        "nonfinite": Max(bad),  # by diagnostics.STATIONS
+        "grad/norm": Weighted(norm, one),
+        "grad/update_norm": Weighted(moved, one),
         "learning_rate": Weighted(rate, one),
     }
-    state = state.replace(update=state.update + 1, params=params, opt_state=opt_state)
     return sharding.constrain(state, hp.static.mesh, partition_specs(hp)), metrics
 
 
@@ -282,11 +301,21 @@ def _plain(value: Any) -> Any:
     return float(value)
 
 
-def record(merged: dict, each: list[dict]) -> dict[str, Any]:
-    """What `finish_iteration` gives, on the host, as plain numbers and lists."""
+def record(update: int, merged: dict, each: list[dict]) -> dict[str, Any]:
+    """An iteration on the host, as plain numbers and lists; the other arguments are what
+    `finish_iteration` gives.
+
+    Each minibatch says whether its update was skipped, and what was the first that was not finite.
+    """
     keys = [k for k in each[0] if k.startswith(("policy/", "grad/"))]
-    minibatches = [{k: float(m[k]) for k in keys} for m in each]
-    return {k: _plain(v) for k, v in merged.items()} | {"minibatch": minibatches}
+    minibatches = []
+    for found in each:
+        bad = [name for name, at in zip(STATIONS, found["nonfinite"], strict=True) if at]
+        first = {"update/nonfinite": bad[0]} if bad else {}
+        minibatches.append({k: float(found[k]) for k in keys} | first)
+    skipped = sum("update/nonfinite" in m for m in minibatches)
+    whole = {k: _plain(v) for k, v in merged.items() if k != "nonfinite"}
+    return whole | {"update": int(update), "update/skipped": skipped, "minibatch": minibatches}
 
 
 end_iteration = jax.jit(lambda s: s.replace(iteration=s.iteration + 1), donate_argnums=0)
@@ -305,5 +334,5 @@ def learn(
     for batch in minibatches:
         state, metrics = update(state, batch, hp)
         collected.append(metrics)
-    found = sharding.to_host(finish_iteration(tuple(collected)))
+    found = sharding.to_host((state.update, *finish_iteration(tuple(collected))))
     return end_iteration(state), record(*found)

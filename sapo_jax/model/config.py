@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 
+from sapo_jax.cli import nearest
 from sapo_jax.model.rope import check_scaling
 
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "blocked", "xla", "splash", "cudnn")
 MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2", "llama")
+LARGEST = {"num_hidden_layers": 4096, "num_experts": 2**16}  # each is named; others: 32 bits
 MAY_BE_ZERO = ("pad_token", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
@@ -29,6 +30,7 @@ class ModelConfig:
       norm_topk_prob: divide the k probabilities by their sum.
       stop_tokens: any of these ends a completion, and is part of it.
       pad_token: fills rows after their end; never attended to.
+      bos_token: begins a text in the files of the model; carried along.
       attention: the kernel over whole rows, one of ATTENTION; see `attention.causal`.
       param_dtype, compute_dtype, cache_dtype: storage of the parameters, of activations and
         matmul inputs, of the sampler's keys and values.
@@ -56,6 +58,7 @@ class ModelConfig:
     mlp_only_layers: tuple[int, ...] = ()
     stop_tokens: tuple[int, ...] = (1,)
     pad_token: int = 0
+    bos_token: int | None = None
     attention: str = "auto"
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
@@ -79,8 +82,11 @@ class ModelConfig:
     def _check_fields(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and field.name not in MAY_BE_ZERO and value < 1:
-                raise ValueError(f"model.{field.name}={value}: must be at least 1")
+            if field.type == "int":
+                least, most = field.name not in MAY_BE_ZERO, LARGEST.get(field.name, 2**31 - 1)
+                if not least <= value <= most:
+                    bound = f"at least {least:d}" if value < least else f"at most {most}"
+                    raise ValueError(f"model.{field.name}={value}: must be {bound}")
             if field.name.endswith("_dtype") and value not in DTYPES:
                 raise ValueError(
                     f"model.{field.name}={value!r}: must be one of {', '.join(DTYPES)}"
@@ -180,8 +186,8 @@ def make(preset: str, **overrides) -> ModelConfig:
       ValueError: an unknown preset, or a field out of its domain.
     """
     if preset not in PRESETS:
-        near = difflib.get_close_matches(preset, PRESETS, 1, 0)[0]
         raise ValueError(
-            f"model.preset={preset!r}: must be one of {', '.join(PRESETS)}; the nearest is {near!r}"
+            f"model.preset={preset!r}: must be one of {', '.join(PRESETS)}; the nearest is "
+            f"{nearest(preset, PRESETS)!r}"
         )
     return ModelConfig(**{**PRESETS[preset], **overrides})

@@ -6,7 +6,7 @@ one parameter (twice while the shard is handed to its device).
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -20,69 +20,34 @@ import numpy as np
 
 from sapo_jax.model import hf_config
 from sapo_jax.model.config import ModelConfig
+from sapo_jax.model.hf_tensors import INDEX, SINGLE, Reader
 from sapo_jax.model.params import Spec, shardings, table
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DTYPES = ("F32", "BF16", "F16", "F64")
 CARRIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
-    "generation_config.json",
+    "generation_config.json", "additional_chat_templates",
 )  # fmt: skip
 
 
-class Reader(contextlib.ExitStack):
-    """The tensors of a directory by name, read when asked for.
+def _untie(reader: Reader, config: ModelConfig) -> ModelConfig:
+    """The config as the files are: with a head of its own where theirs differs from the embedding.
 
-    Raises:
-      ValueError: no safetensors file, or one that the index names is missing.
+    Where there is a head alone, it serves for both.
     """
-
-    def __init__(self, directory: pathlib.Path):
-        super().__init__()
-        self.directory, self._open = directory, {}
-        if (directory / INDEX).is_file():
-            self.where = hf_config.read_json(directory / INDEX).get("weight_map", {})
-            for file in sorted(set(self.where.values())):
-                if not (directory / file).is_file():
-                    count = sum(f == file for f in self.where.values())
-                    raise ValueError(
-                        f"{directory / file}: missing shard; {INDEX} places {count} tensors in it"
-                    )
-        elif (directory / SINGLE).is_file():
-            self.where = dict.fromkeys(self._file(SINGLE).keys(), SINGLE)
-        else:
-            raise ValueError(f"{directory}: has neither {SINGLE} nor {INDEX}")
-
-    def _file(self, name: str) -> Any:
-        from safetensors import SafetensorError, safe_open
-
-        if name not in self._open:
-            try:
-                opened = safe_open(self.directory / name, framework="numpy", backend="pread")
-            except SafetensorError as error:
-                raise ValueError(f"{self.directory / name}: damaged: {error}") from None
-            self._open[name] = self.enter_context(opened)
-        return self._open[name]
-
-    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape and dtype of a tensor, from the header alone.
-
-        Raises:
-          ValueError: the index names a tensor that its file does not hold.
-        """
-        from safetensors import SafetensorError
-
-        try:
-            view = self._file(self.where[name]).get_slice(name)
-        except SafetensorError:
-            file = self.directory / self.where[name]
-            raise ValueError(f"{file}: lacks {name}, which {INDEX} places in it") from None
-        return tuple(view.get_shape()), view.get_dtype()
-
-    def tensor(self, name: str) -> np.ndarray:
-        """One tensor."""
-        return self._file(self.where[name]).get_tensor(name)
+    if not config.tie_word_embeddings or HEAD not in reader.where:
+        return config
+    head = reader.where[HEAD]
+    size = head.shape[0]
+    rows = [slice(i, min(i + 4096, size)) for i in range(0, size, 4096)]
+    if reader.where.setdefault(EMBED, head).shape == head.shape and all(
+        np.array_equal(reader.tensor(EMBED, part), reader.tensor(HEAD, part)) for part in rows
+    ):
+        del reader.where[HEAD]
+        return config
+    return dataclasses.replace(config, tie_word_embeddings=False)
 
 
 def _stacked(spec: Spec) -> tuple[int, ...]:
@@ -119,25 +84,23 @@ def _check(reader: Reader, config: ModelConfig) -> None:
     expected = {name: _hf_shape(spec) for spec in specs for _, name in tensors(spec)}
     missing = [name for name in expected if name not in reader.where]
     extra = [
-        name
-        for name in reader.where
+        entry.key
+        for name, entry in reader.where.items()
         if name not in expected and not name.endswith("rotary_emb.inv_freq")
     ]
-    if config.tie_word_embeddings and "lm_head.weight" in extra:
-        extra.remove("lm_head.weight")  # a copy of the embedding
     if missing or extra:
         raise ValueError(
             f"{reader.directory}: tensors do not match config.json"
             + (f"; missing: {_list(missing)}" if missing else "")
-            + (f"; left over: {_list(extra)}" if extra else "")
+            + (f"; left over: {_list(list(dict.fromkeys(extra)))}" if extra else "")
         )
     wrong = []
     for name, shape in expected.items():
-        got, dtype = reader.describe(name)
-        if got != shape:
-            wrong.append(f"{name} is {list(got)}, must be {list(shape)}")
-        elif dtype not in DTYPES:
-            wrong.append(f"{name} is {dtype}, must be one of {'/'.join(DTYPES)}")
+        entry = reader.where[name]
+        if entry.shape != shape:
+            wrong.append(f"{entry.key} is {list(entry.shape)}, must be {list(shape)}")
+        elif entry.dtype not in DTYPES:
+            wrong.append(f"{entry.key} is {entry.dtype}, must be one of {'/'.join(DTYPES)}")
     if wrong:
         raise ValueError(f"{reader.directory}: {_list(wrong)}")
 
@@ -171,6 +134,19 @@ def _read(reader: Reader, spec: Spec, dtype, sharding: Any) -> jax.Array:
     return jax.make_array_from_single_device_arrays(spec.shape, sharding, arrays)
 
 
+def read_config(directory: pathlib.Path, dtype: str) -> ModelConfig:
+    """`hf_config.read`, untied where the weights, if there are any, are not tied.
+
+    Raises:
+      ValueError: as `load`.
+    """
+    config, directory = hf_config.read(directory, dtype), pathlib.Path(directory)
+    if any((directory / name).is_file() for name in (SINGLE, INDEX)):
+        with Reader(directory) as reader:
+            config = _untie(reader, config)
+    return config
+
+
 def load(
     directory: str | pathlib.Path, dtype: Any = "float32", mesh: jax.sharding.Mesh | None = None
 ) -> tuple[ModelConfig, Any]:
@@ -190,11 +166,12 @@ def load(
     """
     directory = pathlib.Path(directory)
     config = hf_config.read(directory, np.dtype(jax.numpy.dtype(dtype)).name)
-    specs, treedef = jax.tree.flatten(table(config))
-    places = [None] * len(specs)
-    if mesh is not None:
-        places = jax.tree.leaves(shardings(config, mesh))
     with Reader(directory) as reader:
+        config = _untie(reader, config)
+        specs, treedef = jax.tree.flatten(table(config))
+        places = [None] * len(specs)
+        if mesh is not None:
+            places = jax.tree.leaves(shardings(config, mesh))
         _check(reader, config)
         leaves = [
             _read(reader, spec, jax.numpy.dtype(dtype), sharding)
@@ -271,8 +248,10 @@ def save(
         index = {"metadata": {"total_size": total}, "weight_map": where}
         (directory / INDEX).write_text(json.dumps(index, indent=1) + "\n")
     if files_from is not None and pathlib.Path(files_from).resolve() != directory.resolve():
-        for name in CARRIED:
-            if (pathlib.Path(files_from) / name).is_file():
-                shutil.copyfile(pathlib.Path(files_from) / name, directory / name)
+        for source in (pathlib.Path(files_from) / name for name in CARRIED):
+            if source.is_dir():
+                shutil.copytree(source, directory / source.name, dirs_exist_ok=True)
+            elif source.is_file():
+                shutil.copyfile(source, directory / source.name)
     content = json.dumps(hf_config.to_json(config), indent=2)
     (directory / "config.json").write_text(content + "\n")

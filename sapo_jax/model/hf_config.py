@@ -17,12 +17,19 @@ ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
 }
 REFUSED = {  # field: the values of it that this model computes
-    "use_sliding_window": (False, None),
-    "hidden_act": ("silu", None),
-    "mlp_bias": (False, None),
+    "hidden_act": ("silu", "swish", None),
     "quantization_config": (None,),
     "partial_rotary_factor": (1, None),
 }
+DEFAULTS = {  # of fields that config.json lacks, as transformers 5.23.0 has them
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+    "qwen3_moe": {
+        "num_key_value_heads": 4, "max_position_embeddings": 32768, "num_experts": 128,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": False,
+    },
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "llama": {"max_position_embeddings": 2048},
+}  # fmt: skip
 SAME = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
     "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "rms_norm_eps",
@@ -44,32 +51,53 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a Hugging Face model directory has one")
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_bytes())  # bytes may begin with a byte order mark
+    except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, must be an object")
     return content
 
 
-def _rope(path: pathlib.Path, found: dict[str, Any]) -> tuple[float, dict[str, Any]]:
-    """θ and scaling, from ``rope_parameters`` or the older ``rope_theta`` and ``rope_scaling``."""
-    given = found.get("rope_parameters") or found.get("rope_scaling") or {}
+def _rope(path: pathlib.Path, found: dict[str, Any], context: int) -> tuple[float, dict[str, Any]]:
+    """θ and scaling; ``rope_scaling`` hides ``rope_parameters``, as in ``transformers``."""
+    given = found.get("rope_scaling") or found.get("rope_parameters") or {}
     values = {k: v for k, v in given.items() if v is not None and k != "type"}
+    if nested := [k for k, v in values.items() if isinstance(v, dict)]:
+        raise ValueError(f"{path}: rope_parameters by kind of layer ({nested[0]}) is not supported")
     values.setdefault("rope_type", given.get("type", "default"))
     theta = values.pop("rope_theta", found.get("rope_theta")) or 10_000.0
     if values.pop("partial_rotary_factor", 1) != 1:
         raise ValueError(f"{path}: partial_rotary_factor other than 1 is not supported")
-    kind, context = values["rope_type"], found.get("max_position_embeddings")
-    if kind in ("llama3", "yarn") and context:
-        values.setdefault("original_max_position_embeddings", context)
-    if kind == "yarn" and context:
-        values.setdefault("factor", context / values["original_max_position_embeddings"])
+    kind, original = values["rope_type"], "original_max_position_embeddings"
+    if kind in ("llama3", "yarn"):
+        values[original] = found.get(original) or values.get(original, context)
+    if kind == "yarn":
+        values.setdefault("factor", context / values[original])
     if kind == "default":
         return theta, {}
     # Files carry parameters of other types along; what a type does not know changes nothing.
     known = set().union({"rope_type"}, *SCALINGS.get(kind, ()))
     return theta, {k: v for k, v in values.items() if k in known or kind not in SCALINGS}
+
+
+def _check_windows(path: pathlib.Path, found: dict[str, Any], context: int) -> None:
+    """Refuse a sliding window that a row can outgrow, in a layer that has one."""
+    if found["model_type"] == "llama" or not found.get("use_sliding_window"):
+        return
+    kinds = found.get("layer_types")
+    if found["model_type"] == "qwen3_moe":
+        slides = True
+    elif kinds:
+        slides = any(kind != "full_attention" for kind in kinds)
+    else:
+        slides = found.get("max_window_layers", 28) < found["num_hidden_layers"]
+    window = found.get("sliding_window", 4096)
+    if slides and window is not None and window < context:
+        raise ValueError(
+            f"{path}: use_sliding_window=True with sliding_window={window} is not supported: must "
+            f"be at least max_position_embeddings={context}"
+        )
 
 
 def _as_tuple(value: Any) -> tuple[int, ...]:
@@ -128,23 +156,28 @@ def read(directory: pathlib.Path, dtype: str) -> ModelConfig:
     for field, allowed in REFUSED.items():
         if found.get(field) not in allowed:
             raise ValueError(f"{path}: {field}={found[field]!r} is not supported")
+    if kind == "llama" and found.get("mlp_bias"):
+        raise ValueError(f"{path}: mlp_bias={found['mlp_bias']!r} is not supported")
     missing = [name for name in REQUIRED if found.get(name) is None]
     if missing:
         raise ValueError(f"{path}: lacks {', '.join(missing)}")
+    if found.get("num_local_experts") is not None:  # its name inside transformers
+        found["num_experts"] = found["num_local_experts"]
     heads = found["num_attention_heads"]
     fields = {
         "num_key_value_heads": heads,
         "head_dim": found["hidden_size"] // heads,
         "tie_word_embeddings": False,
     }
-    fields |= {name: found[name] for name in SAME if found.get(name) is not None}
-    if kind == "qwen3_moe":
-        experts = {"num_experts": found.get("num_local_experts"), "norm_topk_prob": False}
-        experts |= {name: found[name] for name in EXPERTS if found.get(name) is not None}
-        fields |= {name: value for name, value in experts.items() if value is not None}
-    fields["rope_theta"], fields["rope_scaling"] = _rope(path, found)
-    vocab = found["vocab_size"]
+    fields |= {name: value for name, value in DEFAULTS[kind].items() if name not in found}
+    names = SAME + EXPERTS if kind == "qwen3_moe" else SAME
+    fields |= {name: found[name] for name in names if found.get(name) is not None}
+    context = fields.setdefault("max_position_embeddings", 32768)
+    _check_windows(path, found, context)
+    fields["rope_theta"], fields["rope_scaling"] = _rope(path, found, context)
+    vocab, bos = found["vocab_size"], found.get("bos_token_id")
     fields["stop_tokens"], fields["pad_token"] = _tokens(directory, found, vocab)
+    fields["bos_token"] = bos if isinstance(bos, int) else None
     dtypes = dict.fromkeys(("param_dtype", "compute_dtype", "cache_dtype"), dtype)
     try:
         config = ModelConfig(model_type=kind, **fields, **dtypes)
@@ -170,6 +203,8 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
         "pad_token_id": config.pad_token,
         "torch_dtype": config.param_dtype,
     }
+    if config.bos_token is not None:
+        content["bos_token_id"] = config.bos_token
     if config.num_experts:
         content |= {name: getattr(config, name) for name in EXPERTS}
         content["mlp_only_layers"] = list(config.mlp_only_layers)

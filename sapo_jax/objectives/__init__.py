@@ -10,6 +10,7 @@ An objective is data; a new one is a gate and a row of the table in `presets`:
     hyperparameters   scalars, traced: a sweep over τ or ε reuses one executable    presets.py
 
     OBJECTIVES        the presets by name: sapo, grpo, gspo, dapo, cispo, …
+    register, named   one of your own: by a name, or of a file, "my.py:my_objective"
     resolve           a preset or an objective with other hyperparameters, checked
     switch            several objectives as one, of which a traced index chooses
     policy_loss       (loss to minimise, metrics) of one batch
@@ -30,9 +31,17 @@ from sapo_jax.objectives.loss import (
     token_inputs,
     token_losses,
 )
-from sapo_jax.objectives.presets import OBJECTIVES, Objective, Switch, resolve, switch
+from sapo_jax.objectives.presets import (
+    OBJECTIVES,
+    Objective,
+    Switch,
+    named,
+    register,
+    resolve,
+    switch,
+)
 
 __all__ = [
-    "OBJECTIVES", "Objective", "Switch", "by_token", "coefficients", "divisors", "finish",
-    "policy_loss", "policy_terms", "resolve", "switch", "token_inputs", "token_losses",
+    "OBJECTIVES", "Objective", "Switch", "by_token", "coefficients", "divisors", "finish", "named",
+    "policy_loss", "policy_terms", "register", "resolve", "switch", "token_inputs", "token_losses",
 ]  # fmt: skip

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from sapo_jax import cli
 from sapo_jax.objectives import gates
 from sapo_jax.objectives.aggregations import AGGREGATIONS
 from sapo_jax.objectives.ratios import RATIOS
@@ -47,6 +50,9 @@ class Objective:
     kl_against: str = struct.field(pytree_node=False, default="ref")
 
     def __post_init__(self):
+        hp = self.hyperparameters
+        if isinstance(hp, Mapping) and "kl_coef" not in hp:
+            object.__setattr__(self, "hyperparameters", {"kl_coef": 0.0, **hp})
         for field, allowed in (
             ("ratio", RATIOS), ("aggregation", AGGREGATIONS), ("kl_against", ("ref", "old"))
         ):  # fmt: skip
@@ -154,6 +160,81 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
+SHIPPED = frozenset(OBJECTIVES)
+
+
+def register(name: str, objective: Objective | Callable) -> Objective:
+    """Give an objective of your own, or one of a gate alone, a name in this process.
+
+    Raises:
+      ValueError: the name is one of the project's, or what it is given to is no objective.
+    """
+    if name in SHIPPED or not name.isidentifier():
+        text = "must be a new name of letters, digits and _"
+        raise ValueError(f"objectives.register({name!r}, …): {text}")
+    OBJECTIVES[name] = _objective(f"objectives.register({name!r}, …)", objective)
+    return OBJECTIVES[name]
+
+
+def named(name: str) -> Objective:
+    """The objective of a name, or of a file: "my.py:my_objective".
+
+    In a file it is an `Objective`, or a gate, which stands for the objective that has it at the
+    token's ratio, averaged as GRPO does, without hyperparameters.
+
+    Raises:
+      ValueError: an unknown name; of a file, what is no objective, or differs between processes.
+    """
+    if cli.own.is_reference(name):
+        objective = _objective(name, cli.own.load(name))
+        cli.own.agree(f"objective {name!r}", probe, name)
+        return objective
+    if name not in OBJECTIVES:
+        raise ValueError(
+            f"objective={name!r}: must be one of {', '.join(OBJECTIVES)}, or one of a file, "
+            f"my.py:name; the nearest is {cli.nearest(name, OBJECTIVES)!r}"
+        )
+    return OBJECTIVES[name]
+
+
+def _objective(where: str, found: Any) -> Objective:
+    if isinstance(found, Objective):
+        gate = found.gate
+    elif callable(found):
+        gate, found = found, Objective(found, "token", "seq_mean", {})
+    else:
+        raise ValueError(f"{where} is {found!r}: must be an objectives.Objective, or a gate")
+    try:
+        inspect.signature(gate).bind("x", "hp")
+    except TypeError:
+        raise ValueError(f"{where}: the gate must take (x, hp), see objectives.gates") from None
+    return found
+
+
+def probe(name: str) -> dict[str, Callable[[], Any]]:
+    """The calls on whose results processes have to agree, see `cli.own.agree`."""
+
+    def traced() -> list[str]:
+        objective = _objective(name, cli.own.load(name))
+        numbers = {k: 1.0 if v is None else v for k, v in objective.hyperparameters.items()}
+        tokens = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+        shape = gates.TokenInputs(tokens, tokens, tokens, tokens)
+        try:
+            made = jax.make_jaxpr(objective.gate)(shape, numbers)
+        except KeyError as error:
+            raise ValueError(
+                f"the gate needs the hyperparameter {error}: Objective(gate, 'token', 'seq_mean', "
+                f"{{{error}: …}}) declares it"
+            ) from None
+        if [(x.shape, x.dtype) for x in made.out_avals] != [(tokens.shape, tokens.dtype)]:
+            text = ", ".join(map(str, made.out_avals))
+            raise ValueError(f"the gate must return one value a token, f32[2, 3], not {text}")
+        constants = [np.asarray(x).tolist() for x in made.consts]
+        return [re.sub("0x[0-9a-f]+", "", str(made)), str(constants), str(sorted(numbers.items()))]
+
+    return {"its gate": traced}
+
+
 def switch(objectives: Sequence[str] | Mapping[str, Objective]) -> Switch:
     """Several objectives as one, of which the traced hyperparameter ``index`` chooses.
 
@@ -188,24 +269,24 @@ def resolve(objective: str | Objective | Switch, **hyperparameters) -> Objective
     """
     name = objective if isinstance(objective, str) else "objective"
     if isinstance(objective, str):
-        if objective not in OBJECTIVES:
-            near = difflib.get_close_matches(objective, OBJECTIVES, 1, 0)
-            raise ValueError(
-                f"objective={objective!r}: must be one of {', '.join(OBJECTIVES)}; "
-                f"the nearest is {near[0]!r}"
-            )
-        objective = OBJECTIVES[objective]
+        objective = named(objective)
     values = dict(objective.hyperparameters)
     for key in sorted(hyperparameters, key=lambda k: k.count(".")):  # a member's own come last
         meant = [k for k in values if k == key or k.endswith(f".{key}")]
         if not meant:
-            raise ValueError(f"{name} has no hyperparameter {key!r}; it has {', '.join(values)}")
+            near = f"the nearest is {cli.nearest(key, values)!r}"
+            has = f"it has {', '.join(values)}"
+            raise ValueError(f"{name} has no hyperparameter {key!r}; {has}; {near}")
         if hyperparameters[key] is not None:
             values |= dict.fromkeys(meant, hyperparameters[key])
     for key, value in values.items():
         check, text = objective.domain(key)
         if value is None:
             raise ValueError(f"{name} needs the hyperparameter {key!r}: {text}")
-        if not isinstance(value, jax.core.Tracer) and not np.all(check(np.asarray(value))):
+        if isinstance(value, jax.core.Tracer):
+            continue
+        array = np.asarray(value)
+        number = jnp.issubdtype(array.dtype, np.number) and array.dtype.kind != "c"
+        if not number or not np.all(check(array)):
             raise ValueError(f"{name}: {key}={value} must be {text}")
     return objective.with_hyperparameters(values)

@@ -10,11 +10,10 @@ import json
 import sys
 
 import jax
-from etils import epath
 
 from sapo_jax import cli, preflight
 from sapo_jax.report import preflight_tables
-from sapo_jax.training import settings
+from sapo_jax.training import files, settings
 
 FLAGS = cli.Flags("preflight", __doc__)
 FLAGS.config_file()
@@ -24,8 +23,15 @@ FLAGS.boolean("fit", False, "Search the largest micro-batch that fits.")
 FLAGS.string("json", None, "For the results; a run's report shows its preflight.json.")
 
 
+def is_report(content: bytes) -> bool:
+    """Whether a file is what ``--json`` writes."""
+    return content.startswith(b"{") and b'"refused"' in content and b'"checks"' in content
+
+
 def main(given: cli.Flags) -> None:
     """Print the report, write its JSON, and exit with 1 where a demand is not met."""
+    if given.json:
+        files.check_file(given.json, "--json=", is_report, "an earlier report")
     jax.config.update("jax_platforms", "cpu")
     devices, tpu = preflight.devices(given.topology)
     checked = settings.from_config(preflight.stand_in(given.config), devices=devices)
@@ -36,7 +42,7 @@ def main(given: cli.Flags) -> None:
     made = preflight.report(checked, given.topology, given.programs, tpu=tpu)
     print(preflight_tables.text(made))
     if given.json:
-        epath.Path(given.json).write_text(json.dumps(made, indent=1) + "\n")
+        files.write_text(files.normal(given.json), json.dumps(made, indent=1) + "\n")
     sys.exit(bool(made["refused"]) or any(not c["met"] for c in made["checks"]))
 
 

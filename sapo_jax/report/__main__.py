@@ -7,6 +7,8 @@ from types import ModuleType
 from etils import epath
 
 from sapo_jax import cli
+from sapo_jax.training.files import check_file
+from sapo_jax.training.workdir import read_config
 
 SWEEP = ("manifest.json", "report.json")
 RUN = ("metrics", "config.json", "preflight.json")
@@ -28,6 +30,8 @@ def kind_of(path: epath.Path) -> ModuleType:
         return gradlab
     for kind, names in ((sweep, SWEEP), (run, RUN)):
         if any((path / name).exists() for name in names):
+            if kind is run and "model_type" in (read_config(path) or {}):
+                raise ValueError(f"{path} is a model directory, and of no run")
             return kind
     if not path.exists():
         raise ValueError(f"{path} does not exist")
@@ -43,6 +47,7 @@ def main(given: cli.Flags) -> None:
     path = epath.Path(given.path).expanduser()
     kind = kind_of(path)
     if given.picture:
+        check_file(given.picture, "--picture=", lambda content: content[:4] == b"\x89PNG", "a PNG")
         kind.picture(path, epath.Path(given.picture).expanduser())
     print(given.picture or kind.write(path))
 

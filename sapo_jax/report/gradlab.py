@@ -17,7 +17,7 @@ UNGATED = 2  # algorithms that stand first: what the others are compared with
 
 
 def _read(path: epath.PathLike) -> Mapping[str, Any]:
-    found = json.loads(epath.Path(path).read_text())
+    found = json.loads(epath.Path(path).read_bytes())
     if "stages" not in found:
         raise ValueError(f"{path} is no result of the gradient lab: it has no 'stages'")
     return found
@@ -42,7 +42,7 @@ def _tiles(found: Mapping[str, Any]) -> list[Tile]:
         tiles.append(
             Tile("Fidelity of what it removed", *_signed(gradients["removed"]["reward"][i]))
         )
-        mass = f"{gradients['removed']['mass'][i]:.2%}"
+        mass = style.share(gradients["removed"]["mass"][i])
         tiles.append(Tile("Gradient mass removed", mass, "share of Σ|c·A|"))
     moved = last["tokens"]["abs_log_ratio"]
     tiles.append(Tile("Mean |log r|", f"{moved['mean']:.4f}", f"max {moved['max']:.2f}"))
@@ -63,7 +63,7 @@ def _rows(found: Mapping[str, Any]) -> list[list[str]]:
             f"{gradients['norm']['whole'][i]:.3g}",
             " ".join(_signed(entry)),
             " ".join(_signed(entry["difference"])) if i >= UNGATED else "–",
-            f"{gradients['removed']['mass'][i]:.2%}",
+            style.share(gradients["removed"]["mass"][i]),
             " ".join(_signed(gradients["removed"]["reward"][i])),
             *("–" if share is None else f"{share:.1%}" for share in shares),
         ])  # fmt: skip

@@ -127,7 +127,8 @@ def _draw_groups(figure: FigureBase, found: Found) -> None:
 
 def _draw_share(figure: FigureBase, found: Found) -> None:
     def draw(ax: Axes, x: np.ndarray, split: Mapping, chosen: list[int]) -> None:
-        ax.bar(x, [split["removed"]["mass"][i] for i in chosen], color=COLOURS["orange"], width=0.6)
+        mass = np.array([split["removed"]["mass"][i] for i in chosen], float)
+        ax.bar(x, mass, color=COLOURS["orange"], width=0.6)
 
     _by_kind(figure, found, "share of the whole mass", draw)
 
@@ -135,7 +136,7 @@ def _draw_share(figure: FigureBase, found: Found) -> None:
 def _draw_cosines(figure: FigureBase, found: Found) -> None:
     stages = _moved(found)
     tables = [np.array(s["gradients"]["cosine"]["whole"], float) for s in stages]
-    scale = {"vmin": min(0.9, *map(np.nanmin, tables)), "vmax": 1, "cmap": "Blues"}
+    scale = {"vmin": np.nanmin([0.9, *map(np.min, tables)]), "vmax": 1, "cmap": "Blues"}
     for ax, stage, table in zip(style.row(figure, len(stages)), stages, tables, strict=True):
         names = stage["gradients"]["names"]
         style.heat(ax, table, names, names, "{:.2f}", **scale)
@@ -162,7 +163,7 @@ def _draw_layers(figure: FigureBase, found: Found) -> None:
 
 def _draw_norms(figure: FigureBase, found: Found) -> None:
     ax = figure.subplots()
-    _curves(ax, found, lambda g, k: g["norm"]["whole"][k] / g["norm"]["whole"][0])
+    _curves(ax, found, lambda g, k: g["norm"]["whole"][k] / (g["norm"]["whole"][0] or np.nan))
     ax.set_ylabel("length / that of ungated")
     style.logarithmic(ax)
     style.legend(ax, columns=3)
@@ -178,7 +179,9 @@ def _histograms(title: str, kind: str, xlabel: str) -> Panel:
             look = {"fill": True, "alpha": 0.5, "color": COLOURS["blue"]}
             ax.stairs(sides["positive"][kind], edges, label="A > 0", **look)
             ax.stairs(sides["negative"][kind], edges, color=COLOURS["orange"], label="A < 0")
-            ax.set(title=name, yscale="log", ylim=(0.7, None))
+            ax.set(title=name)
+            if any(map(any, (side[kind] for side in sides.values()))):
+                ax.set(yscale="log", ylim=(0.7, None))
         if shown:
             style.label(axes, xlabel, "tokens")
             style.legend(axes[0])
@@ -190,9 +193,12 @@ def _bars(title: str, values: Callable[[Mapping], Mapping], xlabel: str, scale="
     """A bar for each algorithm at the most stale stage; null leaves a gap."""
 
     def draw(figure: FigureBase, found: Found) -> None:
-        ax, last = figure.subplots(), found["stages"][-1]
+        last = found["stages"][-1]
         named = values(last)
         length = np.array(list(named.values()), float)
+        if not (length > 0).any():  # a logarithmic scale needs a number
+            return
+        ax = figure.subplots()
         ax.barh(style.lines(ax, list(named)), length, 0.62, color=[_colour(n) for n in named])
         ax.set(xlabel=f"{xlabel}, {_at(last)}", xscale=scale)
 
@@ -256,7 +262,7 @@ PLOTS = {
     "removed": _forests(
         "Fidelity of what each algorithm removed",
         lambda g: g["removed"]["reward"],
-        lambda g, i: f"{g['names'][i]} ({g['removed']['mass'][i]:.2%})",
+        lambda g, i: f"{g['names'][i]} ({style.share(g['removed']['mass'][i])})",
         "fidelity of what was removed",
         "orange",
     ),

@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 
 import jinja2
 import matplotlib
+from absl import logging
 from etils import epath
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 
 from sapo_jax.report import style
 from sapo_jax.report.style import Panel
+from sapo_jax.training.files import check_file
 
 LIMIT = 4000  # characters of a prompt or completion that are shown
 SIGNS = {"\n": "↵", "\t": "⇥"}
@@ -89,14 +91,27 @@ def svg(slug: str, figure: Figure, title: str) -> Markup:
 
 
 def plots(panels: Mapping[str, Panel], *data: Any) -> dict[str, Plot | None]:
-    """Every panel as it stands in the page; None where there is nothing to draw."""
+    """Every panel as it stands in the page; None where there is nothing to draw, or it fails."""
+
+    def draw(slug: str, panel: Panel) -> Plot | None:
+        if not (figure := style.figure_of(panel, *data)):
+            return None
+        phone = style.figure_of(panel, *data, width=style.NARROW) if panel.wide else None
+        phone = phone and svg(f"{slug}-phone", phone, panel.title)
+        return Plot(panel.title, svg(slug, figure, panel.title), phone)
+
     drawn: dict[str, Plot | None] = dict.fromkeys(panels)
     for slug, panel in panels.items():
-        if figure := style.figure_of(panel, *data):
-            phone = style.figure_of(panel, *data, width=style.NARROW) if panel.wide else None
-            phone = phone and svg(f"{slug}-phone", phone, panel.title)
-            drawn[slug] = Plot(panel.title, svg(slug, figure, panel.title), phone)
+        try:
+            drawn[slug] = draw(slug, panel)
+        except Exception as error:  # a page is worth more than any of its plots
+            logging.warning("No plot %r: %s: %s", panel.title, type(error).__name__, error)
     return drawn
+
+
+def is_page(content: bytes) -> bool:
+    """Whether a file is a page of ours, of any version: their content policy is the same."""
+    return b"default-src 'none'" in content
 
 
 def write(path: epath.Path, template: str, **values: Any) -> epath.Path:
@@ -108,6 +123,7 @@ def write(path: epath.Path, template: str, **values: Any) -> epath.Path:
         **values: What the template shows: ``name``, ``chips``, ``tiles``, ``warning``, ``starts``
             (see `training.provenance`), ``plots`` and what its body asks for.
     """
+    check_file(path, "", is_page, "a report")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sapo_jax.report"),
         extensions=["jinja2.ext.do"],

@@ -109,6 +109,11 @@ def label(axes: Sequence[Axes], xlabel: str, ylabel: str) -> None:
         ax.label_outer()
 
 
+def share(value: float | None) -> str:
+    """A share in per cent; a dash where it was not measured."""
+    return "–" if value is None else f"{value:.2%}"
+
+
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number, not null, text or a list."""
     return isinstance(value, int | float) and math.isfinite(value)

@@ -13,6 +13,7 @@ from sapo_jax.sweep import cohorts, schedule
 
 FLAGS = cli.Flags("sweep", __doc__)
 FLAGS.config_file()
+FLAGS.string("reward", "", "my.py:name, a reward function: short for --config.reward.function.")
 FLAGS.string("workdir", None, "Directory of the sweep, local or gs://…", required=True)
 FLAGS.integer("most", 0, "Runs that train together, at most; 0: all that can.", 0)
 FLAGS.integer("job_index", 0, "Which part of the sweep this process runs.", 0)
@@ -21,6 +22,8 @@ FLAGS.integer("job_count", 1, "Number of processes that share the sweep.", 1)
 
 def main(given: cli.Flags) -> None:
     """Run the sweep of the command line, or go on with it."""
+    if given.reward:
+        given.config.reward.function = given.reward
     index, count = given.job_index, given.job_count
     if index >= count:
         raise ValueError(f"--job_index={index}: must be below --job_count={count}")

@@ -76,7 +76,7 @@ def settings_of(base: ConfigDict, override: Mapping[str, Any]) -> Settings:
         near = nearest(wrong, known)
         text = f"the run {name}: there is no field {wrong!r}; the nearest is {near!r}"
         raise ValueError(text) from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"the run {name}: {error}") from None
     try:
         checked = settings.from_config(config)

@@ -57,6 +57,7 @@ def hyperparameters(runs: Sequence[Settings]) -> Hyperparameters:
     """
     own = [run.config.objective for run in runs]
     names = [f"{o.name}/{o.aggregation}" if o.aggregation else o.name for o in own]
+    names = [name.replace(".", "_") for name in names]  # of a file; a switch has dots of its own
     every, members = [run.hp for run in runs], {}
     for name, hp in zip(names, every, strict=True):
         members.setdefault(name, hp.objective)
@@ -170,5 +171,6 @@ class Population:
             update = vmapped(learner.update, self.mesh, (0,))
             state, metrics = update(state, batch, self.hp)
             collected.append(metrics)
-        found = self.to_host(self.call(learner.finish_iteration, tuple(collected)))
+        finished = self.call(learner.finish_iteration, tuple(collected))
+        found = self.to_host((state.update, *finished))
         return learner.end_iteration(state), [learner.record(*each) for each in found]

@@ -14,7 +14,7 @@ from sapo_jax.parallel import sharding
 from sapo_jax.sweep.cohorts import Cohort
 from sapo_jax.sweep.population import Population
 from sapo_jax.training.engine import Streamed
-from sapo_jax.training.files import read_json, write_json
+from sapo_jax.training.files import check_directory, read_json, write_json
 from sapo_jax.training.progress import Progress
 
 MANIFEST, DONE = "manifest.json", "done.json"
@@ -35,12 +35,22 @@ def manifest_of(parts: Sequence[Cohort]) -> dict:
     return json.loads(json.dumps({"runs": runs}))
 
 
+def is_sweep(workdir: epath.Path) -> bool:
+    """Whether a directory is of a sweep."""
+    stored = read_json(workdir / MANIFEST)
+    runs = stored.get("runs") if isinstance(stored, dict) else None
+    known = isinstance(runs, list) and all(isinstance(run, dict) for run in runs)
+    return known and all("directory" in run for run in runs)
+
+
 def check_manifest(workdir: epath.Path, manifest: dict) -> None:
     """Store the manifest, or refuse another sweep than the one that the directory is of.
 
     Raises:
-      ValueError: the stored manifest has other runs, or runs in other cohorts.
+      ValueError: the directory holds files and is of no sweep, or the stored manifest has other
+        runs, or runs in other cohorts.
     """
+    check_directory(workdir, "--workdir=", is_sweep, f"a sweep's, with its {MANIFEST}")
     path = workdir / MANIFEST
     if not path.exists():
         write_json(path, manifest)
@@ -96,7 +106,6 @@ def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int
       RuntimeError: another process works on the same cohort.
     """
     workdir, (index, count) = epath.Path(workdir), job
-    workdir.mkdir(parents=True, exist_ok=True)
     check_manifest(workdir, manifest_of(parts))
     places = [workdir / folder(i) for i in range(len(parts))]
     mine = list(zip(parts, places, strict=True))[index::count]

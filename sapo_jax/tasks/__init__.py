@@ -28,16 +28,19 @@ A task of your own is a frozen dataclass whose fields are its options, with the 
             word = "".join("abcde"[i] for i in draw(key, [5] * self.length))
             return make_example(f"{word}<", word[::-1], word[::-1])
 
-and a line in TASKS. `chain_sum` is one like it; `jsonl.FileTask` reads problems from files; a
-program is run by `verifiers.sandbox`.
+and a line in TASKS, or `register`, or neither: of a file of yours it is ``make("my.py:Reverse",
+length=3)``, and in a config ``c.task.name = "my.py:Reverse"``. `chain_sum` is one like it;
+`jsonl.FileTask` reads problems from files; a program is run by `verifiers.sandbox`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
+import inspect
+from collections.abc import Callable
 from typing import Any
 
+from sapo_jax import cli
+from sapo_jax.tasks import own
 from sapo_jax.tasks.base import Task
 from sapo_jax.tasks.chain_sum import ChainSum
 from sapo_jax.tasks.countdown import Countdown
@@ -47,7 +50,7 @@ from sapo_jax.tasks.prepared import Gsm8k, Prepared
 from sapo_jax.tasks.programs import Programs
 from sapo_jax.tasks.reasoning import ReasoningGym
 
-__all__ = ["TASKS", "Mixture", "Task", "make"]
+__all__ = ["TASKS", "Mixture", "Task", "make", "register"]
 
 TASKS: dict[str, type] = {
     "chain_sum": ChainSum,
@@ -59,20 +62,56 @@ TASKS: dict[str, type] = {
     "programs": Programs,
 }
 
+SHIPPED = frozenset(TASKS)
 
-def make(name: str, **options: Any) -> Task:
-    """The task of a name, with its options.
+
+def register(name: str, kind: Callable[..., Task] | None = None) -> Callable:
+    """Give a task of your own a name in this process: ``@tasks.register("reverse")``.
 
     Raises:
-      ValueError: unknown name, an option that the task lacks, or a value that it refuses.
+      ValueError: the name is one of the project's, or what it is given to can be no task.
     """
-    if name not in TASKS:
-        nearest = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)[0]
+    if kind is None:
+        return lambda kind: register(name, kind)
+    if name in SHIPPED or not name.isidentifier():
+        raise ValueError(f"tasks.register({name!r}): must be a new name of letters, digits and _")
+    if not callable(kind):
+        raise ValueError(f"tasks.register({name!r}): must get the task's class, not {kind!r}")
+    TASKS[name] = kind
+    return kind
+
+
+def make(name: str, **options: Any) -> Task:
+    """The task of a name, or of a file ("my.py:MyTask"), with its options.
+
+    Raises:
+      ValueError: unknown name, an option that the task lacks, or a value that it refuses; of a task
+        that is not the project's, what it lacks, and what differs between processes.
+    """
+    if cli.own.is_reference(name):
+        kind = cli.own.load(name)
+    elif name in TASKS:
+        kind = TASKS[name]
+    else:
+        near = f"did you mean {cli.nearest(name, TASKS)!r}?"
         raise ValueError(
-            f"unknown task {name!r}; allowed: {', '.join(TASKS)}; did you mean {nearest!r}?"
+            f"unknown task {name!r}; allowed: {', '.join(TASKS)}, or one in a file, my.py:MyTask; "
+            f"{near}"
         )
-    known = [field.name for field in dataclasses.fields(TASKS[name])]
+    if not callable(kind):
+        raise ValueError(f"task {name!r} is {kind!r}: must be the task's class")
+    known = inspect.signature(kind).parameters
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(f"task {name!r} has no option {unknown}; it has {', '.join(known)}")
-    return TASKS[name](**options)
+        near = f"; the nearest is {cli.nearest(unknown[0], known)!r}" if known else ""
+        has = ", ".join(known) or "none"
+        raise ValueError(f"task {name!r} has no option {unknown}; it has {has}{near}")
+    try:
+        task = kind(**options)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"task {name!r} with the options {options}: {error}") from error
+    for option, value in options.items():
+        own.check_type(name, option, value, known[option].annotation)
+    if name not in SHIPPED:
+        own.check(name, task, options)
+    return task

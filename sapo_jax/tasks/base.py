@@ -86,7 +86,8 @@ def check_option(field: str, value: int, low: int, high: int | None = None) -> N
     Raises:
       ValueError: naming the field, the value and what is allowed.
     """
-    if isinstance(value, int) and low <= value and (high is None or value <= high):
+    most = 2**63 - 1 if high is None else high
+    if isinstance(value, int) and low <= value <= most:
         return
     allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
     raise ValueError(f"{field} must be an integer {allowed}, got {value!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ def read(
     *lines, tail = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate([*lines, tail] if tail else lines, start=1):
+        line = line.removeprefix(codecs.BOM_UTF8)  # of the file, or of one that was appended
         if not strict and not line.strip():
             continue
         try:

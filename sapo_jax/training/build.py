@@ -25,6 +25,7 @@ from sapo_jax.training.checks import choice, require
 OLD_LOGP = ("sampler", "recompute")
 MICRO_TOKENS = {"cpu": 2048}  # of a micro-batch on one device, at most; elsewhere MANY_TOKENS
 MANY_TOKENS = 16384
+OF_OBJECTIVE = ("name", "aggregation", "kl")  # fields beside its hyperparameters
 NO_REFERENCE = "0 without config.init_from, whose policy is the reference"
 
 
@@ -37,11 +38,15 @@ def _of(field: str) -> Iterator[None]:
         raise ValueError(f"config.{field}: {error}") from None
 
 
+def entries(c: Any) -> dict[str, Any]:
+    """The tasks as config.tasks lists them, also where there is only one."""
+    return c.tasks or {c.task["name"]: c.task | {"share": 1.0}}
+
+
 def make_tasks(c: Any) -> tuple[dict[str, Task], dict[str, float]]:
     """The tasks by name, with their shares of a batch."""
-    entries = c.tasks or {c.task["name"]: c.task | {"share": 1.0}}
     made, shares = {}, {}
-    for key, entry in entries.items():
+    for key, entry in entries(c).items():
         field = f"tasks.{key}" if c.tasks else "task"
         wanted = "a dictionary of name, share and, if need be, options"
         known = isinstance(entry, dict) and {"name", "share"} <= set(entry)
@@ -112,7 +117,7 @@ def make_model(c: Any, tokenizer: Tokenizer) -> model.ModelConfig:
     for field, value in fields.items():
         require(False, f"model.{field}", value, alone)
     with _of("model.preset"):
-        shape = model.hf_config.read(epath.Path(preset).expanduser(), c.dtype.params)
+        shape = model.hf.read_config(epath.Path(preset).expanduser(), c.dtype.params)
         hf_tokenizer.check_vocabulary(tokenizer, shape.vocab_size, preset)
     return dataclasses.replace(shape, **chosen, **stop)
 
@@ -144,7 +149,7 @@ def lengths(
 def make_objective(c: Any) -> objectives.Objective:
     """The objective with its hyperparameters."""
     fields = dict(vars(c.objective))
-    name, aggregation, kl = (fields.pop(key) for key in ("name", "aggregation", "kl"))
+    name, aggregation, kl = (fields.pop(key) for key in OF_OBJECTIVE)
     if c.source == "demonstrations":
         only = "'reinforce' for source='demonstrations': likelihood is REINFORCE with advantage 1"
         require(name == "reinforce", "objective.name", name, only)

@@ -106,6 +106,9 @@ def evaluate(
             if (task_P == k).any():
                 own = summarise(correct_PN[task_P == k])
                 metrics |= {key.replace("eval/", f"eval/{name}/"): x for key, x in own.items()}
+        if "function" in verdicts[0].parts:
+            own = [verdict.parts["function"] for verdict in verdicts]
+            metrics["eval/reward_function"] = float(np.mean(own))
         return metrics | {"eval/length_mean": float(length_B.mean())}
 
     return [of_policy(r) for r in range(policies)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,6 +38,50 @@ def write_text(path: epath.Path, text: str) -> None:
         temporary.replace(path)
 
 
+LEFT_OVER = {  # by a start that was killed before it wrote down what it is
+    ".lock", "lease.json", "lease.json.tmp", "config.json.tmp", "manifest.json.tmp",
+}  # fmt: skip
+
+
+def check_directory(
+    path: epath.PathLike, flag: str, is_ours: Callable[[epath.Path], bool], what: str
+) -> None:
+    """Refuse to write into a directory that holds files of somebody else.
+
+    Args:
+      path: of the directory; there may be none yet.
+      flag: that named it, with what comes before the value.
+      is_ours: whether a directory that is not empty is `what`.
+
+    Raises:
+      ValueError: it is a file, or neither empty nor ours.
+    """
+    path = normal(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{flag}{path}: is a file; must be a directory")
+    names = {p.name for p in path.iterdir()} if path.exists() else set()
+    if (found := sorted(names - LEFT_OVER)) and not is_ours(path):
+        some = ", ".join(found[:3]) + ", …" * (len(found) > 3)
+        raise ValueError(
+            f"{flag}{path}: holds {some} and is not {what}; must be new, empty, or {what}"
+        )
+
+
+def check_file(
+    path: epath.PathLike, flag: str, is_ours: Callable[[bytes], bool], what: str
+) -> None:
+    """Refuse to replace a file that is not ours, before anything is computed for it.
+
+    Raises:
+      ValueError: it is a directory, or holds anything else than `what`.
+    """
+    path = normal(path)
+    if path.is_dir():
+        raise ValueError(f"{flag}{path}: is a directory; must be a file")
+    if path.exists() and path.read_bytes() and not is_ours(path.read_bytes()):
+        raise ValueError(f"{flag}{path}: exists and is not {what}; must be a new file, or {what}")
+
+
 def write_json(path: epath.PathLike, value: Any) -> None:
     """Store a value as JSON, as a whole."""
     write_text(normal(path), json.dumps(value, indent=2, sort_keys=True) + "\n")
@@ -45,6 +90,6 @@ def write_json(path: epath.PathLike, value: Any) -> None:
 def read_json(path: epath.PathLike) -> Any:
     """What JSON a file holds; None where there is no file."""
     try:
-        return json.loads(normal(path).read_text())
+        return json.loads(normal(path).read_bytes())
     except FileNotFoundError:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
+import inspect
 from collections.abc import Iterator
 
 from sapo_jax import cli, model, tasks
@@ -28,8 +28,8 @@ def task_names() -> Iterator[tuple]:
     """What ``task.name`` names, with its ``task.options``."""
     yield "task", "options", ""
     for name, kind in tasks.TASKS.items():
-        options = ", ".join(field.name for field in dataclasses.fields(kind))
-        yield name, options, kind.__doc__.partition("\n")[0].replace("``", "")
+        text = (inspect.getdoc(kind) or "").partition("\n")[0].replace("``", "")
+        yield name, ", ".join(inspect.signature(kind).parameters), text
 
 
 def configs() -> Iterator[tuple]:

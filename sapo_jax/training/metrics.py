@@ -34,7 +34,11 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "iteration": ("number of rollouts; 0 is the evaluation before the first",),
         "update": ("number of optimizer steps",),
         "learning_rate": ("mean over the iteration's updates",),
-        "minibatch": ("list: what is under policy/ and grad/, of each update",),
+        "update/skipped": ("updates not made, since a number was not finite", "", "0"),
+        "minibatch": (
+            "list: what is under policy/ and grad/, of each update; where it was skipped, "
+            "update/nonfinite is the first that was not finite",
+        ),
         "length/mean": ("mean length of a completion, with its stop token", "tokens"),
         "data/dropped": ("examples so far whose prompt was too long", "", "0"),
         "policy/loss": ("the loss; where ratios are in it, no measure of progress",),
@@ -82,6 +86,10 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "time/to_sampler": ("moving parameters to the sampler", "s"),
         "time/score": ("judging, added up over threads", "s"),
         "time/score_exposed": ("waiting for verdicts", "s", "near 0"),
+    },
+    "reward.function": {"reward/function": ("mean of the reward function", "", "rises")},
+    "an evaluation, reward.function": {
+        "eval/reward_function": ("its mean over held-out completions", "", "rises")
     },
     "reward.format": {
         "reward/format": ("share with a thought in its tags, then an answer", "share", "to 1")

@@ -10,17 +10,19 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sapo_jax import advantages, learner, model, sampler, tasks
+from sapo_jax import advantages, cli, learner, model, sampler, tasks
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.training import build
-from sapo_jax.training.checks import choice, require
+from sapo_jax.training.checks import LARGEST, check_sizes, choice, require
+from sapo_jax.training.workdir import read_config
 
 SOURCES = ("rollout", "demonstrations")
 POPULATION_METHODS = ("auto", "map", "vmap", "devices")
@@ -29,6 +31,7 @@ MAY_DIFFER = {
     "log.samples", "log.samples_every", "data.workers", "reward.workers", "distributed.timeout",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",  # but for the last bits
 }  # fmt: skip
+ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "tensor", "expert")}
 OPEN = {"task", "tasks", "mesh", "template_options"}  # sections read by the names in them
 
 
@@ -37,7 +40,8 @@ class Settings:
     """A checked config, with the objects that its fields describe.
 
     Attributes:
-      plain: the config as a dictionary, as the run directory stores it.
+      plain: the config as a dictionary, as the run directory stores it; with ``files``, the paths
+        and fingerprints of files that it names code of.
       config: the same as frozen dataclasses: ``config.batch.prompts``.
       tasks: what the prompts are of, by name.
       shares: of each task in a batch.
@@ -141,7 +145,7 @@ def _check_numbers(c: Any) -> None:
         c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "sampler.shrink", "eval.every",
         "eval.temperature", "learner.warmup", "learner.weight_decay", "log.samples",
         "profile_steps", "learner.learning_rate", "data.max_prompt_tokens", "data.workers",
-        "distributed.timeout", "reward.kl_coef",
+        "distributed.timeout", "reward.kl_coef", "reward.max_length", "reward.buffer",
     )  # fmt: skip
     for field in ("sampler.temperature", "learner.max_grad_norm", "learner.eps"):
         value = operator.attrgetter(field)(c)
@@ -149,7 +153,8 @@ def _check_numbers(c: Any) -> None:
     for field in ("learner.b1", "learner.b2"):
         value = operator.attrgetter(field)(c)
         require(0 <= value < 1, field, value, "in [0, 1)")
-    require(c.seed < 2**32, "seed", c.seed, "below 2**32")
+    updates = f"at most {LARGEST // c.batch.minibatches}: updates are counted in 32 bits"
+    require(c.iterations * c.batch.minibatches <= LARGEST, "iterations", c.iterations, updates)
     top_k, top_p = c.eval.top_k, c.eval.top_p
     require(top_k is None or top_k >= 1, "eval.top_k", top_k, "at least 1, or None")
     require(top_p is None or 0 < top_p <= 1, "eval.top_p", top_p, "in (0, 1], or None")
@@ -173,6 +178,36 @@ def _check_batch(c: Any) -> None:
     require(slots <= batch.prompts, "sampler.slots", slots, most)
 
 
+def of_run(workdir: epath.PathLike, changes: Mapping[str, Any] = ONE_DEVICE) -> Settings:
+    """The settings that a run was started with, but for ``changes`` of dotted fields.
+
+    Raises:
+      ValueError: there is no run.
+    """
+    stored = read_config(workdir)
+    if stored is None:
+        raise ValueError(f"{workdir} has no config.json: name the --workdir of a run")
+    config = cli.from_config("base")  # with the fields that the run is older than
+    with config.unlocked():
+        config.update(ConfigDict(stored))
+        config.update_from_flattened_dict(changes)
+    return from_config(config)
+
+
+def _check_tokens(c: Any, width: int, room: int, eval_batch: int) -> None:
+    """Refuse rows whose tokens 32 bits do not count, of an iteration or of the evaluation."""
+    sizes = {f"batch.{n}": getattr(c.batch, n) for n in ("prompts", "oversample", "group_size")}
+    largest, rows = max(sizes, key=sizes.get), math.prod(sizes.values())
+    of_eval = ("eval.samples", c.eval.samples, eval_batch)
+    for field, count, others in ((largest, sizes[largest], rows // sizes[largest]), of_eval):
+        most = LARGEST // (others * (width + room))
+        tokens = f"at most {most}, for {others} times as many rows of {width + room} tokens"
+        require(count <= most, field, count, tokens)
+    minibatch = max(2**16, rows // c.batch.minibatches * (width + room))
+    chunk, all_of_them = c.learner.head_chunk, f"at most {minibatch}, as many as there can be"
+    require(chunk <= minibatch, "learner.head_chunk", chunk, all_of_them)
+
+
 def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> Settings:
     """Check a config and build what it describes; compiles nothing.
 
@@ -183,7 +218,9 @@ def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> 
     Raises:
       ValueError: naming the field, its value and what is allowed.
     """
+    check_sizes(config)
     plain = json.loads(config.to_json_best_effort())
+    plain.pop("files", None)  # of a stored config
     c = frozen(plain)
     choice("source", c.source, SOURCES)
     choice("advantages", c.advantages, tuple(advantages.ESTIMATORS))
@@ -196,14 +233,18 @@ def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> 
     shape = build.make_model(c, tokenizer)
     width, room, keep = build.lengths(c, made, tokenizer, shape)
     mesh = build.make_mesh(c, shape, devices)
+    files = cli.own.fingerprints(
+        [c.objective.name, c.reward.function, *(task["name"] for task in build.entries(c).values())]
+    )
     parts = sharding.parts(mesh)
     options = {"slots": c.sampler.slots, "shrink": c.sampler.shrink, "parts": parts}
     packing = build.make_packing(c, shape, width, room, mesh)
     plan = partial(sampler.make_plan, max_new_tokens=room, **options)
     # The last batch of an evaluation is filled up, and so is one that the mesh does not divide.
     eval_batch = -(-min(c.batch.prompts, c.eval.prompts) // parts) * parts
+    _check_tokens(c, width, room, eval_batch)
     return Settings(
-        plain=plain,
+        plain=plain | ({"files": files} if files else {}),
         config=c,
         tasks=made,
         shares=shares,

@@ -7,6 +7,8 @@ axis R on every array, and at their end each its own, as a run alone.
 from __future__ import annotations
 
 import itertools
+import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -54,6 +56,7 @@ def start(
         return learner.init(jax.tree.map(jnp.copy, begin), run.hp)  # the reference stays
 
     runs = [run for engine in engines for run in engine.runs]
+    check_memory(runs[0])
     streams = [open_stream(run, workers=run.config.data.workers) for run in runs]
     if latest is None:
         states = [engine.place(map(first, engine.runs)) for engine in engines]
@@ -68,6 +71,30 @@ def start(
         own = tuple(itertools.islice(rest, len(engine.runs)))
         bundles.append(Bundle(engine, state, reference, own))
     return bundles, latest or 0
+
+
+def check_memory(run: Settings) -> None:
+    """Refuse a policy that the devices have no room for, before XLA looks for it.
+
+    Raises:
+      ValueError: the state and a gradient are larger than a device's memory.
+    """
+
+    def size(tree):
+        leaves = jax.tree.leaves(tree)
+        shapes = [x.sharding.shard_shape(x.shape) if x.sharding else x.shape for x in leaves]
+        return sum(math.prod(s) * x.dtype.itemsize for s, x in zip(shapes, leaves, strict=True))
+
+    state, device = learner.abstract(run.hp), jax.local_devices()[0]
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
+    memory = (device.memory_stats() or {}).get("bytes_limit", machine)
+    needed = size(state) + size(state.params)
+    if needed > memory:
+        raise ValueError(
+            f"config.model: its parameters, moments and gradients take {needed / 2**30:,.1f} GiB "
+            f"of a device, which has {memory / 2**30:,.1f}: must be smaller, or have a config.mesh "
+            "of more devices"
+        )
 
 
 def _restore(

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import secrets
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from etils import epath
 
-from sapo_jax.cli import flat, missing
+from sapo_jax.cli import flat, from_config
 from sapo_jax.tasks import jsonl
-from sapo_jax.training.files import normal, read_json, write_json, write_text
+from sapo_jax.training.files import check_directory, normal, read_json, write_json, write_text
+from sapo_jax.training.tracker import Tracker
 
 PART_LINES = 100
 
@@ -34,6 +32,17 @@ def read_config(workdir: epath.PathLike) -> dict | None:
     return read_json(normal(workdir) / "config.json")
 
 
+def is_run(workdir: epath.PathLike) -> bool:
+    """Whether a directory is of a run: its config.json is none of Hugging Face, say."""
+    config = read_config(workdir)
+    return isinstance(config, dict) and {"iterations", "learner", "sampler"} <= set(config)
+
+
+def check_workdir(workdir: epath.PathLike) -> None:
+    """Refuse a directory that holds files and is of no run."""
+    check_directory(workdir, "--workdir=", is_run, "a run's, with its config.json")
+
+
 def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset[str]) -> None:
     """Refuse to go on with a run under another config than it was started with.
 
@@ -44,9 +53,15 @@ def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset
     if stored is None:
         return
     old, new = flat(stored), flat(json.loads(json.dumps(config)))
-    differences = []
+    defaults = flat(from_config("base").to_dict())  # of fields that are newer than the run
+    files = dict(old.pop("files", [])), dict(new.pop("files", []))
+    differences = [
+        f"{path} has changed: SHA-256 {files[0][path][:12]} then, {now[:12]} now"
+        for path, now in files[1].items()
+        if files[0].get(path, now) != now
+    ]
     for key in sorted((old.keys() | new.keys()) - may_differ):
-        before, now = old.get(key, "(absent)"), new.get(key, "(absent)")
+        before, now = old.get(key, defaults.get(key, "(absent)")), new.get(key, "(absent)")
         if before != now:
             differences.append(f"{key}: stored {before!r}, given {now!r}")
     if differences:
@@ -69,7 +84,7 @@ class Metrics:
         Where nothing was restored, -1 cuts the record of an evaluation before training as well.
         """
         self._directory = normal(workdir) / "metrics"
-        self._part, self._lines, self._events = 0, [], None
+        self._part, self._lines, self._tracker = 0, [], None
         if jax.process_index() > 0:
             return
         parts = _numbered(self._directory, "part")
@@ -81,7 +96,7 @@ class Metrics:
             elif (text := "".join(map(_line, rest))).encode() != path.read_bytes():
                 write_text(path, text)
         self._part = max(_numbered(self._directory, "part"), default=-1) + 1
-        self._events = _tensorboard(normal(workdir) / "tensorboard", first_iteration + 1)
+        self._tracker = Tracker(normal(workdir) / "tensorboard", first_iteration + 1)
 
     def write(self, record: dict) -> None:
         """Add one record of numbers, lists and dicts; non-finite numbers become null."""
@@ -92,29 +107,19 @@ class Metrics:
             self._part, self._lines = self._part + 1, []
         self._lines.append(_line(record))
         write_text(self._directory / f"part-{self._part:05d}.jsonl", "".join(self._lines))
-        for key, value in record.items() if self._events else ():
-            if isinstance(value, (int, float)):
-                self._events.add_scalar(key, value, record["iteration"])
-            elif key.startswith("histogram/") and None not in value["edges"]:
-                self._write_histogram(key, record["iteration"], **value)
+        if self._tracker:
+            self._tracker.write(record)
 
     def close(self) -> None:
         """Flush the TensorBoard events; the JSON lines are already there."""
-        if self._events:
-            self._events.close()
+        if self._tracker:
+            self._tracker.close()
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-    def _write_histogram(self, key: str, step: int, edges: list, counts: list) -> None:
-        middles = np.add(edges[1:], edges[:-1]) / 2
-        moments = sum(counts), np.dot(counts, middles), np.dot(counts, middles**2)
-        self._events.add_histogram_raw(
-            key, edges[0], edges[-1], *moments, edges[1:], counts, global_step=step
-        )
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict]:
@@ -145,20 +150,6 @@ def cut_samples(workdir: epath.PathLike, after_iteration: int) -> None:
     for iteration, path in _numbered(normal(workdir) / "samples", "iteration").items():
         if iteration > after_iteration and jax.process_index() == 0:
             path.unlink()
-
-
-def _tensorboard(directory: epath.Path, purge_step: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-
-        # By default two writers of one second write the same file.
-        name = f".{secrets.token_hex(4)}"
-        return SummaryWriter(
-            os.fspath(directory), purge_step=purge_step, flush_secs=10, filename_suffix=name
-        )
-    except ImportError as error:
-        logging.warning("No TensorBoard events are written: %s", missing(error))
-        return None
 
 
 def _plain(x: Any) -> Any:

@@ -37,10 +37,10 @@ def sapo(monkeypatch, capfd):
 
 
 FLAGS = {
-    "train": "config workdir coordinator processes process",
-    "sweep": "config workdir most job_index job_count",
-    "evaluate": "hf task prompts samples temperature top_k top_p max_prompt_tokens max_new_tokens "
-    "batch seed workers dtype chat system out compilation_cache",
+    "train": "config reward workdir coordinator processes process",
+    "sweep": "config reward workdir most job_index job_count",
+    "evaluate": "hf task reward prompts samples temperature top_k top_p max_prompt_tokens "
+    "max_new_tokens batch seed workers dtype chat system out compilation_cache",
     "export": "workdir out which",
     "report": "picture",
     "preflight": "config topology programs fit json",

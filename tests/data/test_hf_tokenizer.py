@@ -94,12 +94,13 @@ def test_a_template_cannot_read_the_clock_or_the_machine():
         hf_tokenizer.render("{{ messages.__class__.__mro__ }}{{ ''.__class__.mro() }}", [])
 
 
-def small(directory, *, config=(), files=()):
-    """A directory with a tokenizer of a few words."""
-    backend = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?")
-    )
-    backend.add_special_tokens(["<end>"])
+def small(directory, *, config=(), files=(), more=(), added=("<end>",), stored=lambda _: None):
+    """A directory with a tokenizer of a few words; what is no word becomes <unk>, 2."""
+    words = {word: i for i, word in enumerate(("a", "b", "?", *more))}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens(list(added))
+    stored(backend)
     directory.mkdir(exist_ok=True)
     backend.save(str(directory / "tokenizer.json"))
     whole = {"eos_token": {"content": "<end>", "special": True}} | dict(config)
@@ -124,6 +125,11 @@ def test_templates_come_from_either_file(tmp_path):
     named = [{"name": "tools", "template": "T"}, {"name": "default", "template": "D"}]
     config = {"chat_template": named}
     assert hf_tokenizer.load(small(tmp_path, config=config)).chat_template == "D"
+    config = {"chat_template": {"default": "E"}}
+    assert hf_tokenizer.load(small(tmp_path, config=config)).chat_template == "E"
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "default.jinja").write_text("F")
+    assert hf_tokenizer.load(small(tmp_path, config=config)).chat_template == "F"
     files = {"chat_template.jinja": "{{ messages[0].content }} {{ eos_token }}"}
     found = hf_tokenizer.load(small(tmp_path, config=config, files=files), chat=True)
     assert found.encode_prompt("a") == [0, 2, 3] or found.encode_prompt("a")[-1] == 3
@@ -142,7 +148,8 @@ REFUSED = [
         "id 3 by tokenizer.json and 9",
     ),
     ({}, {"vocab_size": 3}, "ids reach 3.*vocabulary has 3"),
-    ({}, {"vocab_size": 151936}, "does not match"),
+    ({"config": {"split_special_tokens": True}}, {}, "split_special_tokens"),
+    ({"added": (), "files": {"added_tokens.json": '{"<end>": 9}'}}, {}, "3 by .* 9 by added_tok"),
     ({"files": {"generation_config.json": '{"eos_token_id": 77}'}}, {}, "ids reach 77"),
 ]
 
@@ -152,6 +159,86 @@ def test_what_is_wrong_is_refused(tmp_path, made, loaded, message):
     directory = small(tmp_path, **made)
     with pytest.raises(ValueError, match=message):
         hf_tokenizer.load(directory, **loaded)
+
+
+STORED = {
+    "cut": lambda backend: backend.enable_truncation(2),
+    "cut on the left": lambda backend: backend.enable_truncation(2, direction="left"),
+    "filled": lambda backend: backend.enable_padding(length=9),
+    "filled up": lambda backend: backend.enable_padding(pad_to_multiple_of=4, direction="left"),
+}
+
+
+@pytest.mark.parametrize("stored", STORED.values(), ids=STORED)
+def test_stored_truncation_and_padding_are_ignored(tmp_path, stored):
+    """A tokenizer that was saved after use would cut every prompt to the length of that use."""
+    found = hf_tokenizer.load(small(tmp_path, stored=stored))
+    assert found.encode_prompt("a b a <end> b") == [0, 1, 0, 3, 1]
+    assert pickle.loads(pickle.dumps(found)).encode("b b b") == [1, 1, 1]
+
+
+CLOSE, TURN = {"content": "<end>", "special": True}, {"content": "<turn>", "special": True}
+BOTH = {"3": CLOSE, "4": TURN}
+OLDER = {"added_tokens.json": '{"<turn>": 4, "<end>": 3}'}
+NAMED = {"special_tokens_map.json": '{"eos_token": {"content": "<end>", "lstrip": false}}'}
+DECLARED = {  # files; ids of "a<turn>b<end> <turn>" and their text, as transformers 5.23.0 has them
+    "decoder": ({"added_tokens_decoder": BOTH}, {}, [0, 4, 1, 3, 4], "a b"),
+    "no special": ({"added_tokens_decoder": {"3": CLOSE, "4": {**TURN, "special": False}}}, {},
+                   [0, 4, 1, 3, 4], "a <turn> b <turn>"),
+    "added_tokens.json": ({}, OLDER, [0, 4, 1, 3, 4], "a <turn> b <turn>"),
+    "its roles": ({"pad_token": "<turn>"}, OLDER, [0, 4, 1, 3, 4], "a b"),
+    "map": ({"eos_token": None}, OLDER | NAMED, [0, 4, 1, 3, 4], "a <turn> b <turn>"),
+    "map over config": ({"eos_token": "b"}, OLDER | NAMED, [0, 4, 1, 3, 4], "a <turn> b <turn>"),
+    "additional": ({"additional_special_tokens": ["<turn>"]}, {}, [0, 4, 1, 3, 4], "a b"),
+    "extra": ({"extra_special_tokens": {"turn_token": "<turn>"}}, {}, [0, 4, 1, 3, 4], "a b"),
+    "own role": ({"turn_token": "<turn>"}, {}, [0, 4, 1, 3, 4], "a b"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("more", [(), ("<end>", "<turn>")], ids=["new ids", "in the vocabulary"])
+@pytest.mark.parametrize("name", DECLARED)
+def test_specials_that_only_other_files_know_stay_whole(tmp_path, name, more):
+    """A chat's own marks in pieces are another prompt, and a completion that never ends."""
+    config, files, ids, text = DECLARED[name]
+    found = hf_tokenizer.load(small(tmp_path, config=config, files=files, more=more, added=()))
+    assert found.encode("a<turn>b<end> <turn>") == ids
+    assert found.decode(ids) == text
+    assert found.stop_ids == (3,)
+    assert (found.special_tokens["eos_token"], found.vocab_size) == ("<end>", 5)
+
+
+def test_flags_come_from_the_config(tmp_path):
+    """tokenizer.json may hold a mark as an ordinary token, or with its spaces."""
+    config = {"added_tokens_decoder": {"3": CLOSE, "4": {**TURN, "lstrip": True}}}
+
+    def stored(backend):
+        backend.add_tokens([tokenizers.AddedToken("<turn>", special=False)])
+
+    found = hf_tokenizer.load(small(tmp_path, config=config, stored=stored))
+    assert found.decode([0, 4, 1]) == "a b"
+
+
+@pytest.mark.parametrize(
+    "end", ["<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>", "<|im_end|>"]
+)
+def test_turns_end_by_the_marks_of_their_family(tmp_path, end):
+    """Llama 3 names <|end_of_text|> its end, and ends every turn with <|eot_id|>."""
+    assert hf_tokenizer.load(small(tmp_path, added=("<end>", end))).stop_ids == (3, 4)
+    assert hf_tokenizer.load(small(tmp_path, more=(end,))).stop_ids == (4,)  # a word like others
+
+
+@pytest.mark.parametrize("vocab_size", [4, 5, 1029, 151_936])
+def test_a_model_may_have_any_rows_of_padding(tmp_path, vocab_size):
+    assert hf_tokenizer.load(small(tmp_path), vocab_size=vocab_size).vocab_size == 4
+
+
+def test_byte_order_marks_are_passed_over(tmp_path):
+    files = {"chat_template.jinja": "{{ messages[0].content }}", "generation_config.json": "{}",
+             "special_tokens_map.json": "{}", "added_tokens.json": '{"<end>": 3}'}  # fmt: skip
+    directory = small(tmp_path, files=files)
+    for path in directory.iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert hf_tokenizer.load(directory, chat=True).encode_prompt("a b") == [0, 1]
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path):

@@ -120,6 +120,69 @@ def test_an_empty_batch_moves_nothing(nano, batch):
     jax.tree.map(np.testing.assert_array_equal, state.params, jax.device_put(weights))
 
 
+def _at(field, value):
+    def damage(params, batch):
+        x = np.array(getattr(batch, field))
+        x[(1, 3) if x.ndim == 2 else 1] = value
+        return params, batch.replace(**{field: x})
+
+    return damage
+
+
+def _weight(value):
+    def damage(params, batch):
+        down = np.array(params["layers"]["down"])
+        down[0, 0, 0] = value
+        return params | {"layers": params["layers"] | {"down": down}}, batch
+
+    return damage
+
+
+LOST = {
+    "reward": (_at("advantages", np.nan), _at("advantages", -np.inf)),
+    "old_logp": (_at("old_logp", np.nan), _at("old_logp", np.inf)),
+    "ref_logp": (_at("ref_logp", np.nan),),
+    "correction": (_at("weights", np.inf),),
+    "logits": (_weight(np.inf), _weight(np.nan)),
+    "loss": (_at("advantages", 3e38),),
+    "gradient": (_at("advantages", 1e30),),
+}
+CASES = [(first, damage) for first, every in LOST.items() for damage in every]
+
+
+@pytest.mark.parametrize(("first", "damage"), CASES)
+def test_what_is_not_finite_moves_nothing(nano, batch, first, damage):
+    """Neither parameters nor moments nor the step; once it is mended, training goes on."""
+    config, weights = nano
+    hp = settings(config)
+    whole = batch.replace(ref_logp=batch.old_logp, weights=np.ones_like(batch.old_logp))
+    healthy = learner.init(jax.tree.map(jnp.copy, weights), hp)
+    params, lost = damage(weights, whole)
+    state = learner.init(jax.tree.map(jnp.array, params), hp)
+    before = jax.device_get(state)
+    state, metrics = learner.update(state, lost, hp)
+    jax.tree.map(np.testing.assert_array_equal, state, before)
+    record = learner.record(state.update, *learner.finish_iteration((metrics,)))
+    assert (record["update"], record["update/skipped"]) == (0, 1)
+    assert record["minibatch"][0]["update/nonfinite"] == first
+    assert record["grad/update_norm"] == 0
+    state, metrics = learner.update(healthy, whole, hp)
+    record = learner.record(state.update, *learner.finish_iteration((metrics,)))
+    assert (record["update"], record["update/skipped"]) == (1, 0)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_what_is_masked_out_may_be_anything(nano, batch):
+    """Padding and rows without a completion count for nothing, whatever stands there."""
+    config, weights = nano
+    state = learner.init(jax.tree.map(jnp.copy, weights), settings(config))
+    batch = batch.replace(old_logp=np.where(batch.mask, batch.old_logp, np.nan))
+    batch.advantages[2] = np.nan
+    state, metrics = learner.update(state, batch, settings(config))
+    assert int(state.update) == 1
+    assert not finish(metrics)[1]["nonfinite"].any()
+
+
 def test_one_executable_for_every_traced_hyperparameter(nano, batch):
     """A sweep over τ, the learning rate or the temperature reuses one program."""
     config, weights = nano

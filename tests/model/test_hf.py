@@ -1,5 +1,6 @@
 """Hugging Face directories: logits of recorded models, round trips, refusals, memory."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -143,12 +144,42 @@ def too_many_words(directory):
     (directory / "tokenizer.json").write_text(json.dumps(words))
 
 
+def fuse(content, *, of=(0, 1, 2), up=True, down=True):
+    for layer in of:
+        at = f"model.layers.{layer}.mlp.experts"
+        parts = {
+            part: np.stack([content[f"{at}.{e}.{part}_proj.weight"] for e in range(6)])
+            for part in ("gate", "up", "down")
+        }
+        fused = [("gate_up", np.concatenate([parts["gate"], parts["up"]], 1), ("gate", "up"))] * up
+        fused += [("down", parts["down"], ("down",))] * down
+        for name, value, members in fused:
+            content[f"{at}.{name}_proj"] = value
+            for e, part in itertools.product(range(6), members):
+                del content[f"{at}.{e}.{part}_proj.weight"]
+
+
+def strip(content, of="model."):
+    for key in [key for key in content if key.startswith(of)]:
+        content[key.removeprefix("model.")] = content.pop(key)
+
+
+def more_experts(content):
+    fuse(content)
+    key = "model.layers.1.mlp.experts.down_proj"
+    content[key] = np.concatenate([content[key]] * 2)
+
+
 BAD = {
     "no config": (lambda d: (d / "config.json").unlink(), "config.json: no such file"),
     "broken config": (lambda d: (d / "config.json").write_text("{"), "config.json: not JSON"),
     "architecture": (change_config(model_type="gpt2"), "'gpt2'.*qwen3, qwen3_moe, qwen2, llama"),
     "field": (change_config(vocab_size="absent"), "lacks vocab_size"),
-    "window": (change_config(use_sliding_window=True), "use_sliding_window=True"),
+    "window": (
+        change_config(use_sliding_window=True, sliding_window=63),
+        "use_sliding_window=True with sliding_window=63 .*least.*64",
+    ),
+    "nested": (change_config(rope_parameters={"full_attention": {}}), "full_attention"),
     "activation": (change_config(hidden_act="gelu"), "hidden_act='gelu'"),
     "scaling": (change_config(rope_parameters={"rope_type": "dynamic", "factor": 2}), "dynamic"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors"),
@@ -156,6 +187,12 @@ BAD = {
     "missing shard": (remove_a_shard, "model-00002-of-.*: missing shard; .* places"),
     "name": (change_tensors(rename), "missing: .*experts.3.up_proj.*left over: .*experts.9.up"),
     "shape": (change_tensors(reshape), r"q_proj.weight is \[32, 31\], must be \[32, 32\]"),
+    "fused": (change_tensors(more_experts), r"left over: model.layers.1.mlp.experts.down_proj$"),
+    "prefix": (
+        change_tensors(lambda c: (c.pop("model.norm.weight"), strip(c))),
+        "missing: model.norm",
+    ),
+    "mlp_bias": (change_config(model_type="llama", mlp_bias=True), "mlp_bias=True"),
     "dtype": (change_tensors(integers), "model.norm.weight is I32, must be one of F32/BF16"),
     "tokenizer": (too_many_words, "largest id is 97, the model's vocabulary has 97"),
 }
@@ -168,17 +205,6 @@ def test_what_does_not_fit_is_refused_by_name(name, tmp_path):
     harm(tmp_path)
     with pytest.raises(ValueError, match=message):
         model.hf.load(tmp_path)
-
-
-def test_a_tied_model_may_carry_a_copy_of_its_head(tmp_path):
-    expected = write_recorded("qwen3_tied", tmp_path)
-
-    def copy(content):
-        content["lm_head.weight"] = content["model.embed_tokens.weight"]
-        content["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
-
-    change_tensors(copy)(tmp_path)
-    close(logits_of(tmp_path), expected)
 
 
 def measure_loading(directory, mesh=None):

@@ -94,6 +94,7 @@ CASES = {
         "qwen3_moe",
         {**EXPERTS, "mlp_only_layers": [0], "tie_word_embeddings": True, **rope("yarn", **YARN)},
     ),
+    "moe_respelled": ("qwen3_moe", {**EXPERTS, "tie_word_embeddings": True}),
     "moe_bias_one_expert": (
         "qwen3_moe",
         {**EXPERTS, "num_experts": 16, "num_experts_per_tok": 1, "attention_bias": True},
@@ -108,6 +109,25 @@ def older(config):
     kind = parameters.pop("rope_type")
     config["rope_scaling"] = None if kind == "default" else {"type": kind, **parameters}
     return config
+
+
+def respelled(config, shapes):
+    """What transformers reads besides what it writes: layers without "model.", the experts of a
+    layer in one tensor, a head of its own in spite of the config, two scalings, other names."""
+    config |= {"rope_scaling": {"type": "yarn", **YARN}, "rope_theta": 5e3, "hidden_act": "swish"}
+    config |= {"use_sliding_window": True, "sliding_window": 64}
+    del config["head_dim"]
+    found = {"lm_head.weight": shapes["model.embed_tokens.weight"]}
+    for key, shape in shapes.items():
+        layer, _, part = key.removeprefix("model.").partition(".experts.")
+        if part.endswith("down_proj.weight"):
+            found[f"{layer}.experts.down_proj"] = (EXPERTS["num_experts"], *shape)
+        elif part:
+            fused = (EXPERTS["num_experts"], 2 * shape[0], shape[1])
+            found[f"{layer}.experts.gate_up_proj"] = fused
+        else:
+            found[layer] = shape
+    return config, found
 
 
 def load(directory):
@@ -174,15 +194,15 @@ def record(name, out):
         folder = pathlib.Path(folder)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         file = folder / "model.safetensors"
-        drawn_weights = {
-            key: drawn.tensor(key, value.shape)
-            for key, value in safetensors.numpy.load_file(file).items()
-        }
-        safetensors.numpy.save_file(drawn_weights, file, metadata={"format": "pt"})
+        shapes = {k: v.shape for k, v in safetensors.numpy.load_file(file).items()}
         content = json.loads((folder / "config.json").read_text())
         if "older" in name:
             content = older(content)
-            (folder / "config.json").write_text(json.dumps(content))
+        if "respelled" in name:
+            content, shapes = respelled(content, shapes)
+        (folder / "config.json").write_text(json.dumps(content))
+        drawn_weights = {key: drawn.tensor(key, shape) for key, shape in shapes.items()}
+        safetensors.numpy.save_file(drawn_weights, file, metadata={"format": "pt"})
         logits = forward(folder)
     shapes = {key: list(value.shape) for key, value in drawn_weights.items()}
     np.savez_compressed(

@@ -4,6 +4,7 @@ import html
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -90,6 +91,45 @@ def test_the_page_holds_every_plot(found, tmp_path):
     value = found["stages"][-1]["gradients"]["fidelity"]["reward"][2]["difference"]["value"]
     assert f"{value:+.3f}".replace("-", "−") in text
     assert gradlab.write(path).read_text() == text  # the same statistics, the same bytes
+
+
+def nothing_measured(value):
+    """The same statistics where every number that can be missing is."""
+    if isinstance(value, dict):
+        absent = dict.fromkeys(("value", "low", "high", "ess", "silenced", "collateral", "spread"))
+        emptied = {key: nothing_measured(each) for key, each in value.items()}
+        for key in ("cosine", "noise_scale", "target_halves", "mass"):
+            if key in value:
+                emptied[key] = jax.tree.map(lambda _: None, value[key])
+        for kind in {"w", "c"} & value.keys():
+            emptied[kind] = [0] * len(value[kind])
+        if "norm" in value:  # a gradient of zeros has a length, and nothing else
+            emptied["norm"] = jax.tree.map(lambda _: 0.0, value["norm"])
+        return emptied | {key: None for key in absent if key in value}
+    return [nothing_measured(each) for each in value] if isinstance(value, list) else value
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_page_of_nothing_but_nulls(found, tmp_path, caplog):
+    """A logarithmic scale of nulls raised; so did shares of nothing: every plot takes them."""
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(nothing_measured(found)))
+    text = gradlab.write(path).read_text()
+    assert 'id="noise"' not in text
+    assert 'id="fidelity"' in text
+    assert not caplog.records
+
+
+def test_a_plot_that_fails_takes_only_itself_down(found, tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise ValueError("Data has no positive values")
+
+    monkeypatch.setitem(PLOTS, "norms", PLOTS["norms"]._replace(draw=fail))
+    (tmp_path / "mine.json").write_text(json.dumps(found))
+    text = gradlab.write(tmp_path / "mine.json").read_text()
+    assert 'id="norms"' not in text
+    assert 'id="fidelity"' in text
+    assert "Length of the gradient" in caplog.text
 
 
 def test_the_picture_is_small(found, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from sapo_jax import datasets, rewards, train
+from sapo_jax import datasets, model, rewards, train
 from sapo_jax.data import encode
 from sapo_jax.tasks import prepared
 from sapo_jax.training import experience, settings, workdir
@@ -95,6 +95,18 @@ def test_a_tokenizer_from_a_directory(dataset, tmp_path):
     fields["tokenizer.chat"] = False
     with pytest.raises(ValueError, match="max_new_tokens=0: must be at least 1"):
         settings.from_config(mixture(dataset, **fields))
+
+
+@pytest.mark.parametrize("vocab_size", [97, 2000])
+def test_characters_in_a_model_of_more(dataset, tmp_path, vocab_size):
+    """A sampled id above the alphabet has no text; it is no reason to fail after compiling."""
+    shape = model.make("nano", vocab_size=vocab_size, stop_tokens=(5,))
+    content = json.dumps(model.hf_config.to_json(shape))
+    (tmp_path / "config.json").write_text(content)
+    checked = settings.from_config(mixture(dataset, **{"model.preset": str(tmp_path)}))
+    assert checked.model.vocab_size == vocab_size > checked.tokenizer.vocab_size
+    assert checked.model.stop_tokens == checked.tokenizer.stop_ids
+    assert checked.tokenizer.decode([vocab_size - 1, *checked.tokenizer.encode("7")]) == "7"
 
 
 def test_prepared_tasks(dataset):

@@ -3,7 +3,8 @@
 import pytest
 from ml_collections import ConfigDict
 
-from sapo_jax.training import settings
+from sapo_jax import cli, model
+from sapo_jax.training import settings, startup
 from tests import fakes, tiny_config
 
 
@@ -79,15 +80,64 @@ WRONG = [
     ({"eval.top_p": 1.5}, "top_p=1.5", r"\(0, 1\]"),
     ({"eval.top_k": 0}, "top_k=0", "at least 1"),
     ({"checkpoint.every": 0}, "checkpoint.every=0", "at least 1"),
+    ({"reward.buffer": -1}, "reward.buffer=-1", "at least 0"),
+    # What would be made, counted or waited for before anything else refuses it.
+    ({"sampler.shrink": 31}, "sampler.shrink=31", "at most 30"),
+    ({"reward.workers": 10**6}, "reward.workers=1000000", "at most 4096"),
+    ({"data.workers": 10**6}, "data.workers=1000000", "at most 1024"),
+    ({"batch.group_size": 10**9}, "batch.group_size=1000000000", "at most 26843545,"),
+    ({"batch.oversample": 10**8}, "batch.oversample=100000000", "at most 6710886,"),
+    ({"batch.prompts": 10**8}, "batch.prompts=100000000", "at most 53687091,"),
+    ({"eval.samples": 10**8}, "eval.samples=100000000", "at most 26843545,"),
+    ({"iterations": 2**30}, "iterations=1073741824", "at most 1073741823"),
+    ({"learner.head_chunk": 2**20}, "learner.head_chunk=1048576", "at most 65536"),
+    ({"model.num_hidden_layers": 10**9}, "num_hidden_layers=1000000000", "at most 4096"),
+    ({"task.options.modulus": 10**20}, "modulus=100000000000000000000", "at most 9"),
+    ({"reward.accuracy": 1e308}, "reward.accuracy=1e+308", "below 3.4e38"),
+    ({"init_from": "a" * 10**6}, "(1000002 characters)", "at most 65536"),
+    ({"tokenizer.directory": "a\0b"}, r"tokenizer.directory='a\x00b'", "none of them NUL"),
 ]
 
 
-@pytest.mark.parametrize(("fields", "value", "allowed"), WRONG, ids=[str(w[0]) for w in WRONG])
+@pytest.mark.parametrize(("fields", "value", "allowed"), WRONG, ids=[w[1] for w in WRONG])
 def test_wrong_configs_are_refused(fields, value, allowed):
     with fakes.Compilations() as compilations, pytest.raises(ValueError, match=allowed) as refusal:
         settings.from_config(changed(fields))
     assert value in str(refusal.value)
     assert compilations.count == 0
+
+
+INTEGERS = [
+    field
+    for field, value in cli.flat(tiny_config.get_config()).items()
+    if (isinstance(value, int) and not isinstance(value, bool))
+    or (value is None and isinstance(model.PRESETS["nano"].get(field[6:]), int))
+    or field == "eval.top_k"
+]
+
+
+def hex_digits(value):
+    """Python writes integers of more than 4300 digits in no other way, pytest's names included."""
+    return hex(value)[:20]
+
+
+@pytest.mark.parametrize("field", INTEGERS)
+@pytest.mark.parametrize("value", [10**20, 2**31, -(10**20), 10**5000], ids=hex_digits)
+def test_no_integer_is_too_large_to_be_refused(field, value):
+    """Guards against lists as long as a number says, and numbers that wrap around on the device."""
+    if value == 2**31 and field in ("seed", "task.options.modulus"):
+        return
+    with pytest.raises(ValueError, match="must be") as refusal:
+        settings.from_config(changed({field: value}))
+    assert len(str(refusal.value)) < 400
+
+
+def test_a_policy_larger_than_the_machine_is_refused():
+    """Before XLA, whose message has a traceback and no field."""
+    checked = settings.from_config(changed({"model.hidden_size": 10**9}))
+    with pytest.raises(ValueError, match=r"config\.model: .* GiB of a device, which has"):
+        startup.check_memory(checked)
+    startup.check_memory(settings.from_config(tiny_config.get_config()))
 
 
 def test_the_defaults_are_accepted():

@@ -194,7 +194,7 @@ def write_records(workdir, first, last):
 
 @pytest.fixture
 def no_tensorboard(monkeypatch):
-    monkeypatch.setattr(workdir, "_tensorboard", lambda *_: None)
+    monkeypatch.setattr(workdir, "Tracker", lambda *_: None)
 
 
 def test_records_are_json_and_exact(tmp_path, no_tensorboard):
@@ -250,7 +250,7 @@ WRITER = """
     import sys
     from sapo_jax.training import workdir
 
-    workdir._tensorboard = lambda *_: None
+    workdir.Tracker = lambda *_: None
     metrics = workdir.Metrics(sys.argv[1], first_iteration=int(sys.argv[2]))
     for iteration in range(int(sys.argv[2]) + 1, 100_000):
         metrics.write({"iteration": iteration, "noise": [iteration] * 300})
@@ -364,3 +364,8 @@ def test_metrics_work_without_tensorboard(tmp_path, monkeypatch):
     write_records(tmp_path, 0, 3)
     assert read_metrics(tmp_path) == [record(i) for i in (1, 2, 3)]
     assert len(warnings) == 1
+
+
+def test_a_byte_order_mark_in_an_edited_config_is_passed_over(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"seed": 3}')
+    assert workdir.read_config(tmp_path) == {"seed": 3}
