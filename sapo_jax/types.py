@@ -59,7 +59,7 @@ class Batch:
     count: jax.Array | None = None  # i32[parts], micro-batches in use; None: all
 
     @property
-    def advantages_BS(self) -> jax.Array:
+    def token_advantages(self) -> jax.Array:
         """The advantage of each token."""
         own = self.advantages if self.advantages.ndim == 2 else self.advantages[:, None]
         return jnp.broadcast_to(own, self.tokens.shape)

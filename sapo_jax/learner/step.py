@@ -136,7 +136,7 @@ def _per_token(batch: Batch, hp: Hyperparameters) -> dict[str, jax.Array]:
     divisor_BS = objectives.divisors(hp.objective, mask_BS, batch.segments, jnp.float32)
     arrays = {
         "old_logp": batch.old_logp,
-        "advantages": batch.advantages_BS,
+        "advantages": batch.token_advantages,
         "mask": mask_BS,
         "ref_logp": batch.ref_logp,
         "weights": batch.weights,
