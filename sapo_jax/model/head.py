@@ -20,6 +20,17 @@ from sapo_jax.model.attention import einsum
 from sapo_jax.parallel import collectives
 
 
+CHUNK, LOGITS = 1024, 40_000_000  # tokens, and entries, of a chunk's logits at most
+
+
+def chunk_size(vocab: int) -> int:
+    """Tokens of a chunk: a power of 2, fewer for a large vocabulary, whose logits are large."""
+    chunk = CHUNK
+    while chunk > 128 and chunk * vocab > LOGITS:
+        chunk //= 2
+    return chunk
+
+
 class Tokens(NamedTuple):
     """The tokens whose log-probability is wanted, T of them.
 
