@@ -1,6 +1,7 @@
 # make train   the quickstart: environment, cold start, SAPO, report
 # make smollm2  a Hugging Face directory of SmolLM2-135M-Instruct, models/smollm2
 # make preflight  the pod configs compiled for their TPU pods, docs/preflight.md
+# make storm   60 SIGKILLs at random moments; 15 minutes at most
 # make docs    a static site of the documentation, site/index.html
 # make bench   how fast it is; make bench-peers, and its peers on the same (their environments first)
 # make test    the tests, in the same environment
@@ -10,7 +11,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m sapo_jax.main
 
-.PHONY: train smollm2 preflight docs bench bench-peers test test-slow lint format clean
+.PHONY: train smollm2 preflight storm docs bench bench-peers test test-slow lint format clean
 
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
@@ -32,6 +33,9 @@ models/smollm2/config.json: $(VENV)/ready
 preflight: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[tpu]"
 	$(BIN)/python -m experiments.pods.run
+
+storm: $(VENV)/ready
+	JAX_PLATFORMS=cpu $(BIN)/python -m experiments.storm.run
 
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -45,9 +45,9 @@ def get_config() -> ConfigDict:
     c.model.attention = "auto"  # "splash" on TPU, else "xla"; "cudnn" for long rows on GPU
 
     c.dtype = ConfigDict()
-    c.dtype.params = "float32"  # or "bfloat16"; so for all three
-    c.dtype.compute = "float32"  # activations and inputs of matmuls
-    c.dtype.cache = "float32"  # the sampler's keys and values
+    c.dtype.params = "float32"  # alone: steps are lost in the rounding of fewer bits
+    c.dtype.compute = "float32"  # or "bfloat16": activations and inputs of matmuls
+    c.dtype.cache = "float32"  # or "bfloat16": the sampler's keys and values
 
     # Mesh: devices along each axis; -1: the rest. All are used, but where every axis is 1.
     c.mesh = ConfigDict()
@@ -56,7 +56,8 @@ def get_config() -> ConfigDict:
     c.mesh.tensor = 1  # heads, widths and vocabulary are split
     c.mesh.expert = 1  # rows and experts are split
 
-    # Objective: the algorithm. None: its own default (sapo-jax list objectives).
+    # Objective: the algorithm. None: its own default. Each has the hyperparameters that
+    # sapo-jax list objectives shows, these and others.
     c.objective = ConfigDict()
     c.objective.name = "sapo"  # sapo-jax list objectives
     c.objective.aggregation = config_dict.placeholder(str)  # seq_mean, token_mean, const_len, …
@@ -118,6 +119,7 @@ def get_config() -> ConfigDict:
     c.learner.warmup = 0  # updates
     c.learner.weight_decay = 0.0
     c.learner.max_grad_norm = 1.0  # longer gradients are scaled down to it
+    c.learner.max_skipped = 3  # updates in a row with a number that is not finite stop the run
     c.learner.b1 = 0.9
     c.learner.b2 = 0.95
     c.learner.eps = 1e-8
@@ -146,6 +148,7 @@ def get_config() -> ConfigDict:
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 20  # iterations; the last is always kept
+    c.checkpoint.minutes = 30.0  # between checkpoints at most, iterations being finished; 0: any
 
     c.log = ConfigDict()
     c.log.samples_every = 10  # iterations between written samples
@@ -153,4 +156,8 @@ def get_config() -> ConfigDict:
 
     c.profile_steps = 0  # iterations to trace with the JAX profiler, after the first two
     c.compilation_cache = ".cache/xla"  # compiled programs, reused by later runs; "" for none
-    return c.lock()
+    c.lock()  # but for what only objectives, tasks and chat templates know
+    c.objective.unlock()
+    c.task.options.unlock()
+    c.tokenizer.template_options.unlock()
+    return c

@@ -40,9 +40,10 @@ be set, or what else it takes; without it the key is not there. `<task>` is a na
 `config.tasks`, `<k>` a number.
 
 Numerators and denominators are added up over micro-batches, devices and minibatches and divided
-once; `minibatch` has the numbers of each update. A number that is not finite is `null`. Times are
-of the wall clock; in a sweep, a run's share of its cohort's. "In a healthy run" is what the runs of
-this repository show: something to compare with first, no law.
+once; `minibatch` has the numbers of each update. A number that is not finite is `null`, and so
+is what an iteration or an update had no token for. Times are of the wall clock; in a sweep, a run's
+share of its cohort's. "In a healthy run" is what the runs of this repository show: something to
+compare with first, no law.
 """
 JUDGING_TEXT = r"""# How answers in mathematics are judged
 

@@ -41,14 +41,21 @@ def targets(text: str, origin: str) -> dict[str, str]:
     return found
 
 
+def _cell(cell: dict) -> str:
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        return source
+    printed = "".join(line for each in cell["outputs"] for line in each.get("text", []))
+    return f"```python\n{source}\n```" + (f"\n\n```text\n{printed.rstrip()}\n```" * bool(printed))
+
+
 def read(path: str) -> str:
     """A file of the repository as Markdown."""
     text = (ROOT / path).read_text()
     if path.endswith(".md"):
         return text
     if path.endswith(".ipynb"):
-        cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(text)["cells"]]
-        return "\n\n".join(s if kind == "markdown" else f"```python\n{s}\n```" for kind, s in cells)
+        return "\n\n".join(map(_cell, json.loads(text)["cells"]))
     return f"# {path}\n\n````{SHOWN.get(pathlib.Path(path).suffix, 'text')}\n{text}\n````\n"
 
 

@@ -1,23 +1,32 @@
-"""Pass@1 and Pass@k of a Hugging Face directory on held-out sets, with bootstrap intervals."""
+"""Pass@1 and Pass@k of a policy on held-out sets, with bootstrap intervals.
+
+The policy is that of a Hugging Face directory (--hf) or of a run (--workdir), whose own tasks,
+tokenizer and numbers are taken where the command line has none.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
 from sapo_jax import cli, model, rewards, sampler, tasks
 from sapo_jax.data import encode, hf_tokenizer, stream
-from sapo_jax.training import files
+from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
+from sapo_jax.model.params import abstract
+from sapo_jax.tasks import Task
+from sapo_jax.training import checkpoint, files, settings
 from sapo_jax.training.checks import LARGEST, MOST
 from sapo_jax.training.evaluation import evaluate
 
 FLAGS = cli.Flags("evaluate", __doc__)
-FLAGS.string("hf", "", "Hugging Face directory of the policy.", required=True)
-FLAGS.strings("task", [], "NAME,option=value,… of a set; NAME may be my.py:MyTask.", required=True)
+FLAGS.string("hf", "", "Hugging Face directory of the policy.")
+FLAGS.string("workdir", "", "Run directory of the policy, in place of --hf.")
+FLAGS.enum("which", "latest", ["latest", "best"], "Checkpoint of the run.")
+FLAGS.strings("task", [], "NAME,option=value,… of a set; NAME may be my.py:MyTask.")
 FLAGS.string("reward", "", "my.py:name, a reward function whose mean is reported, too.")
 FLAGS.integer("prompts", 512, "At most this many prompts of the test split.", 1)
 FLAGS.integer("samples", 16, "Completions per prompt.", 1)
@@ -32,12 +41,16 @@ FLAGS.integer("workers", 1, "Rows judged at a time.", 1, upper_bound=MOST["rewar
 FLAGS.enum("dtype", "float32", ["float32", "bfloat16"], "Of everything.")
 FLAGS.boolean("chat", True, "Prompts by the directory's chat template.")
 FLAGS.string("system", "", "System message of each prompt.")
+FLAGS.string(
+    "template_options", "", "name=value,… for the template, such as enable_thinking=False."
+)
 FLAGS.string("compilation_cache", ".cache/xla", "Compiled programs, reused later; empty: none.")
 FLAGS.string("out", "", "JSON file for the results.")
 RECORDED = (  # in the results
-    "hf", "reward", "prompts", "samples", "temperature", "top_k", "top_p", "max_prompt_tokens",
-    "max_new_tokens", "seed", "dtype", "chat", "system",
+    "hf", "workdir", "which", "reward", "prompts", "samples", "temperature", "top_k", "top_p",
+    "max_prompt_tokens", "max_new_tokens", "seed", "dtype", "chat", "system", "template_options",
 )  # fmt: skip
+EVALUATED = ("prompts", "samples", "temperature", "top_k", "top_p")  # of config.eval
 
 
 def parse_task(text: str) -> tuple[str, dict[str, Any]]:
@@ -46,33 +59,110 @@ def parse_task(text: str) -> tuple[str, dict[str, Any]]:
     Raises:
       ValueError: an option without a value, or with one in JSON.
     """
-    name, *pairs = re.split(r",(?=\w+(?:=|$))", text)
+    name, *pairs = _pairs(text)
+    return name, _options(pairs, f"--task={name}")
+
+
+def parse_template_options(text: str) -> dict[str, Any]:
+    """Options of "name=value,…", or of a dictionary.
+
+    Raises:
+      ValueError: as `parse_task`.
+    """
+    if not text.startswith("{"):
+        return _options(_pairs(text) if text else [], "--template_options")
+    return _options([f"options={text}"], "--template_options")["options"]
+
+
+def _pairs(text: str) -> list[str]:
+    return re.split(r",(?=\w+(?:=|$))", text)
+
+
+def _options(pairs: list[str], flag: str) -> dict[str, Any]:
     options = {}
     for pair in pairs:
         option, equals, value = pair.partition("=")
         if not equals:
-            raise ValueError(f"--task={text}: {pair!r} must be option=value")
+            raise ValueError(f"{flag}: {pair!r} must be option=value")
         try:
             options[option] = cli.literal(value)
         except ValueError as error:
-            raise ValueError(f"--task={name}: {option}={value}: {error}") from None
-    return name, options
+            raise ValueError(f"{flag}: {option}={value}: {error}") from None
+    return options
 
 
-def _evaluate_set(
-    given: cli.Flags, config: model.ModelConfig, params: Any, tokenizer, text: str
-) -> dict:
+class Policy(NamedTuple):
+    """What is evaluated, and on what."""
+
+    config: model.ModelConfig
+    params: Any
+    tokenizer: Tokenizer
+    recipe: rewards.Recipe
+    sets: dict[str, Task]
+
+
+def _sets(given: cli.Flags) -> dict[str, Task]:
+    """The tasks of the command line."""
+    parsed = {text: parse_task(text) for text in given.task}
+    return {text: tasks.make(name, **options) for text, (name, options) in parsed.items()}
+
+
+def _of_directory(given: cli.Flags) -> Policy:
+    """The policy of --hf."""
+    for flag in ("hf", "task"):
+        if not given[flag].value:
+            what = " ".join(given[flag].help.split()).rstrip(".")
+            run = ", or --workdir of a run" if flag == "hf" else ""
+            raise ValueError(f"--{flag} is missing{run}: {what} (see --help)")
+    options = parse_template_options(given.template_options)
+    if options and not given.chat:
+        raise ValueError("--template_options must not stand beside --nochat: no template is used")
+    sets = _sets(given)
+    config, params = model.hf.load(epath.Path(given.hf).expanduser(), dtype=given.dtype)
+    chat = {"chat": given.chat, "system": given.system, "template_options": options}
+    tokenizer = hf_tokenizer.load(given.hf, vocab_size=config.vocab_size, **chat)
+    stop = {"stop_tokens": tokenizer.stop_ids, "pad_token": tokenizer.pad_id}
+    config = dataclasses.replace(config, **stop)
+    return Policy(config, params, tokenizer, rewards.Recipe(function=given.reward), sets)
+
+
+def _of_run(given: cli.Flags) -> Policy:
+    """The policy of --workdir; flags that are not given become what the run has."""
+    for flag in ("hf", "dtype", "chat", "system", "template_options"):
+        if given[flag].present:
+            raise ValueError(f"--{flag} must not stand beside --workdir: the run says it")
+    run = settings.of_run(given.workdir)
+    c, recipe, sets = run.config, run.recipe, _sets(given) or dict(run.tasks)
+    if given.reward:
+        recipe = dataclasses.replace(recipe, function=given.reward)
+    own = {"reward": recipe.function, "seed": c.seed, "dtype": c.dtype.compute}
+    width, room = run.width, run.max_new_tokens
+    if isinstance(run.tokenizer, CharTokenizer):  # other tasks may need more
+        whole = tasks.Mixture(sets)
+        width, room = max(width, whole.max_prompt_chars), max(room, whole.max_completion_chars + 1)
+    own |= {"max_prompt_tokens": width, "max_new_tokens": room}
+    own |= {name: getattr(c.eval, name) for name in EVALUATED}
+    for name, value in own.items():
+        if not given[name].present:
+            given[name].value = value
+    wanted = abstract(run.model)
+    params = checkpoint.restore_params(
+        files.normal(given.workdir) / "checkpoints", wanted, which=given.which
+    )
+    return Policy(run.model, params, run.tokenizer, recipe, sets)
+
+
+def _evaluate_set(given: cli.Flags, policy: Policy, text: str) -> dict:
     """Metrics of one evaluation set."""
     from tqdm import tqdm
 
-    name, options = parse_task(text)
-    task = tasks.make(name, **options)
+    task, tokenizer = policy.sets[text], policy.tokenizer
     width, room = given.max_prompt_tokens, given.max_new_tokens
     fits = stream.Fits(tokenizer, width)
     examples = list(encode.distinct(task.examples("test"), given.prompts, keep=fits))
     if not examples:
         raise ValueError(f"--task={text}: no prompt fits --max_prompt_tokens={width}")
-    batch, recipe = min(given.batch, len(examples)), rewards.Recipe(function=given.reward)
+    batch = min(given.batch, len(examples))
     most = LARGEST // (batch * (width + room))
     if given.samples > most:
         rows = f"at most {most} with {batch} prompts at a time and rows of {width + room} tokens"
@@ -81,14 +171,14 @@ def _evaluate_set(
 
     def sample(prompts, on_groups):
         rows = sampler.rollout(
-            params, config, prompts, group_size=given.samples, max_new_tokens=room,
+            policy.params, policy.config, prompts, group_size=given.samples, max_new_tokens=room,
             temperature=given.temperature, top_k=given.top_k, top_p=given.top_p,
             seed=given.seed, iteration=0, domain="eval", on_groups=on_groups[0],
         )  # fmt: skip
         bar.update(min(batch, bar.total - bar.n))
         return [sampler.ends(rows)[0]]
 
-    with bar, rewards.Scorer(task, recipe, workers=given.workers) as scorer:
+    with bar, rewards.Scorer(task, policy.recipe, workers=given.workers) as scorer:
         controls = {"samples": given.samples, "width": width, "batch": batch}
         (metrics,) = evaluate(sample, scorer, examples, tokenizer, **controls)
     return {"eval/prompts": len(examples), **metrics}
@@ -111,19 +201,18 @@ def is_result(content: bytes) -> bool:
 
 
 def main(given: cli.Flags) -> None:
-    """Evaluate a model directory on the sets that the flags name."""
+    """Evaluate a policy on the sets that the flags name."""
     if given.out:
         files.check_file(given.out, "--out=", is_result, "an earlier result")
+    sampler.sampling.controls(
+        given.temperature, given.top_k, given.top_p
+    )  # refused before it is read
     cli.use_cache(given.compilation_cache)
-    config, params = model.hf.load(epath.Path(given.hf).expanduser(), dtype=given.dtype)
-    chat = {"chat": given.chat, "system": given.system}
-    tokenizer = hf_tokenizer.load(given.hf, vocab_size=config.vocab_size, **chat)
-    stop = {"stop_tokens": tokenizer.stop_ids, "pad_token": tokenizer.pad_id}
-    config = dataclasses.replace(config, **stop)
-    params = sampler.to_sampler(params, config)
+    policy = _of_run(given) if given.workdir else _of_directory(given)
+    policy = policy._replace(params=sampler.to_sampler(policy.params, policy.config))
     found = {}
-    for text in given.task:
-        found[text] = _evaluate_set(given, config, params, tokenizer, text)
+    for text in policy.sets:
+        found[text] = _evaluate_set(given, policy, text)
         print(_line(text, found[text], given.samples), flush=True)
     if given.out:
         results = {"settings": {name: given[name].value for name in RECORDED}, "sets": found}

@@ -32,9 +32,7 @@ def main(given: cli.Flags) -> None:
     if jax.process_index() > 0:
         return
     print(progress.reached(workdir.read_metrics(given.workdir)))
-    if path is None:
-        print("stopped by SIGTERM and saved: the same command goes on")
-    elif path.exists():
+    if path.exists():
         print(f"report: {path}")
     else:
         print(f"no report yet: python -m sapo_jax.report {given.workdir}")

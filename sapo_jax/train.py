@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,16 +19,34 @@ from sapo_jax.training.checkpoint import Checkpoints
 from sapo_jax.training.engine import Bundle, Streamed
 from sapo_jax.training.experience import SOURCES
 from sapo_jax.training.lease import Lease
-from sapo_jax.training.progress import Clock, Progress, mean_of
+from sapo_jax.training.progress import Clock, Progress, Skips, mean_of
 from sapo_jax.training.settings import Settings
+from sapo_jax.training.stopping import Finished, Interrupted, Stop
 from sapo_jax.training.workdir import (
     Metrics,
     check_config,
     check_workdir,
     cut_samples,
+    gaps,
+    read_metrics,
+    remove_temporary,
     write_config,
     write_samples,
 )
+
+UPDATING = "updating"
+
+
+class NotFiniteError(RuntimeError):
+    """Runs stopped, since a number of theirs was not finite again and again.
+
+    Attributes:
+      stopped: name of a run's directory → why.
+    """
+
+    def __init__(self, stopped: dict[str, str]):
+        self.stopped = stopped
+        super().__init__("; ".join(f"{name}: {why}" for name, why in stopped.items()))
 
 
 class Edge(NamedTuple):
@@ -37,7 +57,7 @@ class Edge(NamedTuple):
     checkpoints: Checkpoints
     scorer: rewards.Scorer
     watchdog: distributed.Watchdog
-    preempted: distributed.Preemption
+    stop: Stop
     bar: Progress
 
     @property
@@ -50,22 +70,30 @@ class Edge(NamedTuple):
         self.watchdog.beat(text)
         self.bar.note(text)
 
+    def tell(self, bundles: Sequence[Bundle], doing: str, number: int) -> None:
+        """Say at which of several bundles the work is; where it is updates, one more is done."""
+        if len(bundles) > 1:
+            self.note(f"{doing} run {number + 1} of {len(bundles)}")
+        if number and doing == UPDATING:
+            self.bar.step(len(bundles[0].engine.runs))
+
 
 def run(settings: Settings, workdir: epath.PathLike) -> epath.Path | None:
     """Train, or go on training, in a run directory.
 
     Returns:
-      The path of the report, which process 0 writes; None where SIGTERM asked to stop, and the run
-      was saved.
+      The path of the report, which process 0 writes; None in the others.
 
     Raises:
       ValueError: the directory belongs to a run with another config, or to something else, or a
         checkpoint that is needed cannot be restored.
       RuntimeError: another process works in the directory.
+      NotFiniteError: see `progress.Skips`.
+      cli.Stopped: a signal asked to stop, and the run was saved.
     """
     with Progress(settings.config.iterations, settings.config.name) as bar:
-        whole = run_all([Streamed(settings)], workdir, [workdir], bar)
-    return epath.Path(workdir) / "report.html" if whole and jax.process_index() == 0 else None
+        run_all([Streamed(settings)], workdir, [workdir], bar)
+    return epath.Path(workdir) / "report.html" if jax.process_index() == 0 else None
 
 
 def run_all(
@@ -73,7 +101,7 @@ def run_all(
     workdir: epath.PathLike,
     places: Sequence[epath.PathLike],
     bar: Progress,
-) -> bool:
+) -> None:
     """Train, or go on training, the runs of engines.
 
     Args:
@@ -82,37 +110,41 @@ def run_all(
       places: the directory of each run; `workdir` for a run alone.
       bar: moves by one for each iteration of each run, those of before a restart included.
 
-    Returns:
-      Whether the runs are complete; False where SIGTERM asked to stop, and they were saved.
-
     Raises:
-      ValueError, RuntimeError: as `run`.
+      ValueError, RuntimeError, cli.Stopped: as `run`.
+      NotFiniteError: when the other runs have ended.
     """
     workdir, places = epath.Path(workdir), [epath.Path(place) for place in places]
     runs = [run for engine in engines for run in engine.runs]
-    first = runs[0]
+    first, lease = runs[0], Lease(workdir)
+    alone, minutes = places == [workdir], first.config.checkpoint.minutes
     for place in places:  # before the lease makes files there
         check_workdir(place)
-    with distributed.only_first(Lease(workdir)):
+    with distributed.only_first(lease):
         for one, place in zip(runs, places, strict=True):
             check_config(place, one.plain, may_differ=one.may_differ)
         with (
             Checkpoints(workdir / "checkpoints") as checkpoints,
+            (stop := Stop(checkpoints, lease, minutes, alone=alone)).signals(),
             rewards.Scorer(first.task, first.recipe, workers=first.config.reward.workers) as scorer,
             distributed.Watchdog(
                 first.config.distributed.timeout, index=jax.process_index()
             ) as watchdog,
-            distributed.preemption() as preempted,
         ):
-            edge = Edge(workdir, places, checkpoints, scorer, watchdog, preempted, bar)
-            bundles, whole = _loop(engines, edge)
-            if whole and not edge.alone:
+            edge = Edge(workdir, places, checkpoints, scorer, watchdog, stop, bar)
+            try:
+                bundles, skips = _loop(engines, edge)
+            except Interrupted:
+                raise stop.leave() from None
+            stopped = {p: skip.why for p, skip in zip(places, skips, strict=True) if skip.why}
+            if not alone:
                 checkpoints.wait()
-                startup.keep_last(bundles, places)
-        if whole and jax.process_index() == 0:
+                startup.keep_last(bundles, [None if p in stopped else p for p in places])
+        if jax.process_index() == 0:
             for place in places:
                 report(place)
-    return whole
+    if stopped:
+        raise NotFiniteError({place.name: why for place, why in stopped.items()})
 
 
 def report(workdir: epath.Path) -> None:
@@ -127,80 +159,123 @@ def report(workdir: epath.Path) -> None:
         logging.warning("No report of %s: %s: %s", workdir, type(error).__name__, error)
 
 
-def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], bool]:
-    """The iterations that are left; the runs as they stand, and whether all were done."""
+def _begin(edge: Edge, run: Settings, place: epath.Path, done: int) -> Skips:
+    """Make the files of a run those of its first iterations; says which records are missing."""
+    records = [r for r in read_metrics(place) if r["iteration"] <= done] if done else []
+    skips = Skips(run.config.learner.max_skipped, records)
+    last = records[-1]["iteration"] if skips.why else done
+    if done and (lost := gaps(records, 0 if run.config.eval.every else 1, last)):
+        text = "%s/metrics has no records of the iterations %s: lines or parts of it were lost"
+        logging.warning(text, place, lost)
+    if edge.alone:
+        skips.why = ""  # what stopped it before may be allowed now
+    write_config(place, run.plain)
+    startup.check_shared(place, run.plain)
+    cut_samples(place, done)
+    remove_temporary(place)
+    return skips
+
+
+def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], list[Skips]]:
+    """The iterations that are left; the runs as they stand behind them."""
+    begun = time.perf_counter()
     runs = [run for engine in engines for run in engine.runs]
     c, total = runs[0].config, runs[0].config.iterations
     bundles, done = startup.start(engines, edge.checkpoints, alone=edge.alone)
-    for one, place in zip(runs, edge.places, strict=True):
-        write_config(place, one.plain)
-        startup.check_shared(place, one.plain)
-        cut_samples(place, done)
+    stop = edge.stop
+    stop.begin(done, bundles)
+    edge.checkpoints.tidy(done)
+    skips = [_begin(edge, *each, done) for each in zip(runs, edge.places, strict=True)]
     edge.bar.skip(len(runs) * done)
     if done >= total:
-        return bundles, True
+        return bundles, skips
     with contextlib.ExitStack() as stack:
         logs = [stack.enter_context(Metrics(p, first_iteration=done or -1)) for p in edge.places]
         for place in edge.places:
             provenance.write(place)
-        clock = Clock(edge.watchdog.beat)
-        traced = range(done + 3, done + 3 + c.profile_steps)
-        startup.warm_up(bundles, edge.scorer, edge.note)
+        clock = Clock(edge.watchdog.beat, stop.pause)
+        startup.warm_up(bundles, edge.scorer, edge.note, edge.alone)
         if done == 0 and c.eval.every:
-            start = {"iteration": 0, "update": 0}
-            _write(edge, logs, [start | found for found in _evaluate(bundles, edge.scorer)])
+            zero = {"iteration": 0, "update": 0}
+            _write(edge, logs, skips, [zero | found for found in _evaluate(bundles, edge)])
+        clock.add("startup", time.perf_counter() - begun)
         for iteration in range(done + 1, total + 1):
-            clock.iteration = iteration
+            clock.iteration, last = iteration, iteration == total
+            evaluates = c.eval.every > 0 and (last or iteration % c.eval.every == 0)
             trace = contextlib.nullcontext()
-            if iteration in traced:
+            if 2 < iteration - done <= 2 + c.profile_steps:
                 trace = jax.profiler.trace(str(edge.workdir / "profile"))
             with trace, clock("iteration"):
-                bundles, records, samples = _iterate(bundles, iteration, clock, edge.scorer)
-            last = iteration == total
-            if c.eval.every and (last or iteration % c.eval.every == 0):
+                hold, tell = partial(stop.hold, evaluates=evaluates), partial(edge.tell, bundles)
+                bundles, records, samples = _iterate(
+                    bundles, iteration, clock, edge.scorer, hold, tell
+                )
+            if evaluates:
                 with clock("eval"):
-                    found = _evaluate(bundles, edge.scorer)
+                    found = _evaluate(bundles, edge)
                 records = [a | b for a, b in zip(records, found, strict=True)]
-            # A run's share of the time: added up over the runs, it is the time that passed.
-            spent = {key: seconds / len(runs) for key, seconds in clock.lap().items()}
-            for record in records:
-                record |= spent
-                tokens = record["length/mean"] * runs[0].sampled
-                record["time/tokens_per_second"] = tokens / record["time/iteration"]
+            _add_times(records, clock.lap(), runs[0].sampled)
             # Metrics and samples first, then the checkpoint: killed in between, the run goes on
             # from the checkpoint before, and what is of later iterations is cut and written anew.
             # The other way round, it would go on behind records that were never written.
-            _write(edge, logs, records)
-            for place, rows in zip(edge.places, samples, strict=True):
-                if rows and (last or iteration % c.log.samples_every == 0):
+            _write(edge, logs, skips, records)
+            for place, skip, rows in zip(edge.places, skips, samples, strict=True):
+                if rows and not skip.why and (last or iteration % c.log.samples_every == 0):
                     write_samples(place, iteration, rows)
-            # All processes take the same branch: saving is collective.
-            stop = distributed.any_process(edge.preempted.requested)
-            if last or stop or iteration % c.checkpoint.every == 0:
-                with clock("checkpoint"):
-                    score = records[0].get("eval/pass_at_1")
-                    startup.save(
-                        edge.checkpoints, iteration, bundles, alone=edge.alone, score=score
-                    )
-            edge.bar.step(len(runs))
-            if stop:
+            stop.finish(Finished.now(iteration, bundles, records[0].get("eval/pass_at_1")))
+            if all(skip.why for skip in skips):
+                stop.release()
                 break
-    return bundles, iteration == total
+            # All processes take the same branch: saving is collective.
+            due = iteration % c.checkpoint.every == 0 and not any(skip.doubtful for skip in skips)
+            if stop.wants_saving() or last or due:
+                with clock("checkpoint"):
+                    stop.save()
+            stop.release()
+            edge.bar.step(len(bundles[0].engine.runs))
+            if not last:
+                stop.check()
+    return bundles, skips
+
+
+def _add_times(records: Sequence[dict[str, Any]], spent: dict[str, float], sampled: int) -> None:
+    """A run's share of the time: added up over the runs, it is the time that passed."""
+    for record in records:
+        record |= {key: seconds / len(records) for key, seconds in spent.items()}
+        tokens = record["length/mean"] * sampled
+        record["time/tokens_per_second"] = tokens / record["time/iteration"]
 
 
 def _iterate(
-    bundles: Sequence[Bundle], iteration: int, clock: Clock, scorer: rewards.Scorer
+    bundles: Sequence[Bundle],
+    iteration: int,
+    clock: Clock,
+    scorer: rewards.Scorer,
+    hold: Callable[[], Callable[[], None] | None] = lambda: None,
+    tell: Callable[[str, int], None] = lambda doing, number: None,
 ) -> tuple[list[Bundle], list[dict[str, Any]], list[list[dict]]]:
-    """One iteration of all runs: the runs after it, and of each run a record and samples."""
+    """One iteration of all runs: the runs after it, and of each run a record and samples.
+
+    It can be left where the clock checks, and between updates by what `hold` returns, which has
+    seen to the states that updates take the buffers of.
+    """
     collect = SOURCES[bundles[0].engine.runs[0].config.source]
     # Threads judge the rows of a bundle while the device goes on with those behind it: all of them
     # sample before the first one waits for verdicts.
-    started = [collect(bundle, iteration, clock, scorer) for bundle in bundles]
+    started = []
+    for number, bundle in enumerate(bundles):
+        tell("sampling", number)
+        started.append(collect(bundle, iteration, clock, scorer))
     after, records, samples = [], [], []
-    for bundle, finish in zip(bundles, started, strict=True):
+    for number, (bundle, finish) in enumerate(zip(bundles, started, strict=True)):
+        tell(UPDATING, number)
         got = finish()
+        clock.check()
+        if number == 0:
+            between = hold()
+        minibatches = _separated(got.minibatches, between) if between else got.minibatches
         with clock("update"):
-            state, learnt = bundle.engine.learn(bundle.state, got.minibatches)
+            state, learnt = bundle.engine.learn(bundle.state, minibatches)
         after.append(bundle._replace(state=state))
         samples += got.samples
         count = {"iteration": iteration}
@@ -208,12 +283,29 @@ def _iterate(
     return after, records, samples
 
 
-def _evaluate(bundles: Sequence[Bundle], scorer: rewards.Scorer) -> list[dict[str, float]]:
-    return [found for bundle in bundles for found in evaluation.held_out(bundle, scorer)]
+def _separated(minibatches: Sequence[Any], between: Callable[[], None]) -> Iterator[Any]:
+    for minibatch in minibatches:
+        between()
+        yield minibatch
 
 
-def _write(edge: Edge, logs: Sequence[Metrics], records: Sequence[dict[str, Any]]) -> None:
-    """Add a record to the metrics of each run, and show what they have in the mean."""
-    for log, record in zip(logs, records, strict=True):
+def _evaluate(bundles: Sequence[Bundle], edge: Edge) -> list[dict[str, float]]:
+    found = []
+    for number, bundle in enumerate(bundles):
+        edge.tell(bundles, "evaluating", number)
+        found += evaluation.held_out(bundle, edge.scorer, on_segment=edge.stop.pause)
+    return found
+
+
+def _write(
+    edge: Edge, logs: Sequence[Metrics], skips: Sequence[Skips], records: Sequence[dict[str, Any]]
+) -> None:
+    """Add a record to the metrics of each run that goes on, and show what they have in the mean."""
+    each = zip(edge.places, logs, skips, records, strict=True)
+    going = [run for run in each if not run[2].why]
+    for place, log, skip, record in going:
         log.write(record)
-    edge.bar.show(mean_of(records))
+        skip.add(record)
+        if skip.why and not edge.alone:
+            logging.warning("%s stops. %s", place.name, skip.why)
+    edge.bar.show(mean_of([record for *_, record in going]))

@@ -2,11 +2,19 @@
 
 import os
 
+from jaxlib.version import __version_info__ as version
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/tests")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-# The programs of tests are small and many: LLVM's optimisations take longer than they save.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# The programs of tests are small and many: to compile them well takes longer than it saves. With an
+# empty XLA_FLAGS in the environment they are compiled as for users, which takes four times as long.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1"
+    + ("" if version >= (0, 11) else " --xla_cpu_use_fusion_emitters=false"),
+)
 
 import jax
 import numpy as np
@@ -24,6 +32,14 @@ def nano():
     return config, fakes.perturbed(jax.jit(params.init, static_argnums=0)(config, 0))
 
 
+@pytest.fixture(scope="module")
+def no_plots():
+    """Pages without their plots, which take as long as a tiny run; tests/report looks at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sapo_jax.report.page.plots", fakes.no_plots)
+        yield
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
@@ -31,8 +47,8 @@ def rng():
 
 # What starts late runs on while the other workers have nothing left: the longest files come first.
 FIRST = (
-    "parallel/test_sharding", "sweep/test_population", "test_train", "sampler/test_engine",
-    "learner/test_step", "gradlab/test_lab", "parallel/test_processes",
+    "parallel/test_processes", "parallel/test_sharding", "sweep/test_population", "test_train",
+    "cli/test_own", "objectives/test_loss", "tasks/test_sandbox", "sampler/test_engine",
 )  # fmt: skip
 
 

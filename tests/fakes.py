@@ -40,6 +40,11 @@ def prompts(count, width, seed=0, vocab=VOCAB):
     return Prompts(tokens, length, np.arange(100, 100 + count, dtype=np.uint32), length * 0)
 
 
+def no_plots(panels, *_):
+    """What `page.plots` returns where there is nothing to draw."""
+    return dict.fromkeys(panels)
+
+
 class Compilations:
     """Counts XLA compilations (or loads of compiled programs) inside its context, also by name."""
 

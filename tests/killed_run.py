@@ -1,5 +1,6 @@
 """The tiny run as a process that kills itself at a given place."""
 
+import hashlib
 import os
 import signal
 import sys
@@ -8,7 +9,7 @@ import jax
 
 from sapo_jax import sampler, train
 from sapo_jax.learner import step
-from sapo_jax.training import checkpoint, settings
+from sapo_jax.training import checkpoint, settings, stopping
 from tests import tiny_config
 
 
@@ -18,6 +19,12 @@ def _die():
 
 def _ask_to_stop():
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _hang():
+    """Stay in C, where no handler of Python is called, and let other threads run."""
+    _ask_to_stop()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 
 
 def _kill_at(place: str, iteration: int) -> None:
@@ -34,7 +41,9 @@ def _kill_at(place: str, iteration: int) -> None:
             return whole(*arguments, **options)
 
         sampler.rollout = rollout
-    elif place == "minibatch":
+    elif place in ("minibatch", "hangs"):
+        if place == "hangs":
+            stopping.SHORT, stopping.PATIENCE = 0.0, 0.5  # with a copy of what it started from
         update, calls = step.update, [-2]  # two calls belong to the warm-up
 
         def second(*arguments):
@@ -42,7 +51,7 @@ def _kill_at(place: str, iteration: int) -> None:
             calls[0] += 1
             if calls[0] == 2 * iteration:
                 jax.block_until_ready(out)
-                _die()
+                _die() if place == "minibatch" else _hang()
             return out
 
         step.update = second

@@ -8,6 +8,7 @@ import pytest
 from sapo_jax import evaluate, rewards, tasks
 from sapo_jax.data import encode
 from sapo_jax.data.tokenizer import CharTokenizer
+from sapo_jax.tasks import own
 from sapo_jax.training import evaluation
 from sapo_jax.types import LENGTH, STOP
 
@@ -39,8 +40,9 @@ def test_intervals_cover_the_truth(rng):
     assert 0.88 <= covered / 200 <= 0.99
 
 
-def test_evaluation_counts_every_prompt_once():
+def test_evaluation_counts_every_prompt_once(monkeypatch):
     """The last batch is filled up with repeats, which must not be counted."""
+    monkeypatch.setattr(own, "reward", lambda _: lambda example, text, finished, length: -length)
     task = tasks.make("chain_sum", terms=2)
     tokenizer = CharTokenizer(task.alphabet)
     examples = encode.held_out(task.examples("test"), 7)
@@ -64,11 +66,12 @@ def test_evaluation_counts_every_prompt_once():
         on_groups[0](index, *by_group)
         return [mask.sum(-1)]
 
-    with rewards.Scorer(task) as scorer:
+    with rewards.Scorer(task, rewards.Recipe(function="my.py:brief")) as scorer:
         (metrics,) = evaluation.evaluate(
             sample, scorer, examples, tokenizer, samples=2, width=task.max_prompt_chars, batch=4
         )
     assert metrics["eval/pass_at_1"] == pytest.approx(5 / 7)
+    assert metrics["eval/reward_function"] == -metrics["eval/length_mean"]
 
 
 def test_tasks_of_the_command_line():
@@ -77,3 +80,19 @@ def test_tasks_of_the_command_line():
     assert evaluate.parse_task(text) == ("reasoning_gym", options)
     with pytest.raises(ValueError, match="'terms' must be option=value"):
         evaluate.parse_task("chain_sum,terms")
+
+
+@pytest.mark.parametrize(
+    "text", ["enable_thinking=False,level='a'", "{'enable_thinking': False, 'level': 'a'}"]
+)
+def test_options_of_the_template(text):
+    assert evaluate.parse_template_options(text) == {"enable_thinking": False, "level": "a"}
+    assert evaluate.parse_template_options("") == {}
+
+
+@pytest.mark.parametrize("text", ["enable_thinking", "thinking=false", '{"thinking": false}'])
+def test_options_that_would_not_be_what_they_seem(text):
+    with pytest.raises(
+        ValueError, match=r"--template_options: .*must be (option=value|written as)"
+    ):
+        evaluate.parse_template_options(text)

@@ -1,6 +1,7 @@
 """Policies out of a run and into the next: Hugging Face directories all the way."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,13 +9,25 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import export, learner, model, train
+from sapo_jax import evaluate, export, learner, model, train
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.model import params
 from sapo_jax.training import checkpoint, settings
 from sapo_jax.training.workdir import read_metrics
 from tests import tiny_config
 from tests.training.test_metrics import check
+
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+OWN = """
+from sapo_jax.tasks.chain_sum import ChainSum
+
+class Doubled(ChainSum):
+    name = "doubled"
+
+    def verify(self, example, completion):
+        return super().verify(example, completion)
+"""
 
 
 def settings_of(**fields):
@@ -89,12 +102,16 @@ def test_a_run_goes_on_from_the_directory(first, tmp_path):
 
 def test_a_directory_is_evaluated_from_the_command_line(first, tmp_path):
     _, root = first
-    out = tmp_path / "found.json"
+    out, policy = tmp_path / "found.json", tmp_path / "policy"
+    shutil.copytree(root / "policy", policy)
+    asked = "{{ messages[0].content if level == 2 and plain else raise_exception('no options') }}"
+    (policy / "chat_template.jinja").write_text(asked)
     task = "chain_sum,terms=2,modulus=10"
     command = [
-        sys.executable, "-m", "sapo_jax.evaluate", f"--hf={root / 'policy'}", f"--task={task}",
-        "--nochat", "--prompts=6", "--batch=4", "--samples=3", "--max_prompt_tokens=8",
-        "--max_new_tokens=5", "--compilation_cache=.cache/tests", f"--out={out}",
+        sys.executable, "-m", "sapo_jax.evaluate", f"--hf={policy}", f"--task={task}",
+        "--template_options=plain=True,level=2", "--prompts=6", "--batch=4", "--samples=3",
+        "--max_prompt_tokens=8", "--max_new_tokens=5", "--compilation_cache=.cache/tests",
+        f"--out={out}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -103,11 +120,51 @@ def test_a_directory_is_evaluated_from_the_command_line(first, tmp_path):
     assert found["eval/prompts"] == 6
     assert 0 <= found["eval/pass_at_1_low"] <= found["eval/pass_at_1"] <= 1
     assert found["eval/pass_at_1"] <= found["eval/pass_at_3"]
+    assert json.loads(out.read_text())["settings"]["template_options"] == "plain=True,level=2"
     assert f"Pass@1 {found['eval/pass_at_1']:.4f} (95% interval" in done.stdout
     command[4] = "--task=chain_sum,terms"
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "'terms' must be option=value" in done.stderr
+
+
+def evaluated(out, *arguments):
+    """What the command writes, in this process."""
+    for name in evaluate.FLAGS.own:
+        evaluate.FLAGS[name].unparse()
+    common = [f"--out={out}", "--compilation_cache="]
+    evaluate.main(evaluate.FLAGS.parse(["evaluate", *arguments, *common]))
+    return json.loads(out.read_text())
+
+
+def test_a_run_is_evaluated_without_an_export(first, tmp_path):
+    """By its own tasks and numbers it gets what it recorded itself; others can be given."""
+    checked, root = first
+    own = evaluated(tmp_path / "own.json", f"--workdir={root / 'run'}")
+    assert own["settings"]["max_new_tokens"] == checked.max_new_tokens
+    last = read_metrics(root / "run")[-1]
+    (found,) = own["sets"].values()
+    assert found.pop("eval/prompts") == checked.config.eval.prompts
+    assert found == {key: last[key] for key in found}
+    (tmp_path / "my.py").write_text(OWN)
+    other = evaluated(
+        tmp_path / "other.json", f"--workdir={root / 'run'}", "--prompts=4", "--samples=2",
+        f"--task={tmp_path}/my.py:Doubled", "--task=chain_sum,terms=2",
+    )  # fmt: skip
+    assert [each["eval/prompts"] for each in other["sets"].values()] == [4, 4]
+    assert "eval/pass_at_2" in other["sets"]["chain_sum,terms=2"]
+
+
+def test_what_says_a_policy_twice_or_never_is_refused(first, tmp_path):
+    _, root = first
+    for arguments, message in (
+        (["--task=chain_sum"], "--hf is missing, or --workdir of a run"),
+        ([f"--workdir={root / 'run'}", f"--hf={root}"], "--hf must not stand beside --workdir"),
+        ([f"--workdir={root / 'run'}", "--nochat"], "--chat must not stand beside --workdir"),
+        ([f"--workdir={tmp_path}"], "has no config.json: name the --workdir of a run"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluated(tmp_path / "out.json", *arguments)
 
 
 REFUSED = [

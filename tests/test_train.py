@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from absl import logging
 
 from sapo_jax import learner, rewards, train
 from sapo_jax.model import params
@@ -20,6 +22,8 @@ from sapo_jax.training.lease import Lease
 from sapo_jax.training.workdir import read_metrics, read_samples
 from tests import fakes, tiny_config
 from tests.training.test_metrics import check
+
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 def run(workdir, **fields):
@@ -57,6 +61,7 @@ def whole(tmp_path_factory):
     """An uninterrupted run in a process of its own, like those that are killed."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     assert spawn(workdir).wait() == 0
+    assert "<svg" in (workdir / "report.html").read_text()
     return workdir
 
 
@@ -67,27 +72,27 @@ def spawn(workdir, stop_at=None):
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
 
-STOPS = ["rollout 5", "minibatch 5", "checkpoint 6", "rollout 2", "sigterm 4"]
+STOPS = ["rollout 5", "minibatch 5", "checkpoint 6", "rollout 2", "sigterm 5", "hangs 5"]
 
 
 @pytest.mark.parametrize("stop", STOPS)
 def test_a_killed_run_ends_like_an_uninterrupted_one(whole, stop, tmp_path):
-    """SIGKILL in a rollout, in minibatch 2, in a checkpoint write; or SIGTERM; then again.
+    """SIGKILL in a rollout, in minibatch 2, in a checkpoint write; or SIGTERM, in a rollout or
+    in an update that does not end; then again.
 
     Noise keyed by process state, a data stream that restarts, or metrics kept from iterations that
     are run again would all show.
     """
     workdir = tmp_path / "run"
-    asked = stop.startswith("sigterm")
-    assert spawn(workdir, stop).wait() == (0 if asked else -signal.SIGKILL)
-    if asked:  # in iteration 4, of which it kept nothing otherwise
+    asked = stop.startswith(("sigterm", "hangs"))
+    assert spawn(workdir, stop).wait() == (143 if asked else -signal.SIGKILL)
+    if asked:  # of iteration 4 it kept nothing otherwise
         assert (workdir / "checkpoints" / "4").exists()
         assert not (workdir / "report.html").exists()
     assert not (workdir / "checkpoints" / "6").exists()
-    assert spawn(workdir).wait() == 0
+    checked = run(workdir)  # a third process; the programs that it has compiled serve all stops
     assert records(workdir) == records(whole)
     assert digest(workdir) == digest(whole)
-    checked = settings.from_config(tiny_config.get_config())
     (state, meta), (expected, expected_meta) = (final_state(w, checked) for w in (workdir, whole))
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     assert meta == expected_meta
@@ -177,6 +182,75 @@ def test_recomputed_old_logp_and_reference_kl(tmp_path):
     record = read_metrics(tmp_path / "run")[0]
     assert record["policy/ratio_max"] == pytest.approx(1, abs=1e-6)
     assert record["policy/kl_ref"] == pytest.approx(0, abs=1e-9)
+    # The reference trains on: it is another policy then.
+    learnt = {"reward.overlong": 1.0, "reward.buffer": 6, "reward.max_length": 6}
+    shutil.rmtree(tmp_path / "start")
+    run(tmp_path / "start", iterations=2, **{"eval.every": 0}, **learnt)
+    moved = r"init_from=.*start' is not the reference .* \w+ of iteration 1, now \w+ of iteration 2"
+    with pytest.raises(ValueError, match=moved):
+        run(tmp_path / "run", **fields | {"iterations": 2})
+
+
+SHAPED = {"reward.overlong": 1.0, "reward.buffer": 6, "reward.max_length": 6}
+
+
+def test_a_run_whose_numbers_are_not_finite_stops(tmp_path):
+    """Updates are skipped and counted, then the run says where it stops; what it saved is healthy.
+
+    An overflow in the second update of the first iteration; every update behind it is skipped.
+    """
+    fields = SHAPED | {"learner.learning_rate": 1e20, "checkpoint.every": 1}
+    for most, where in ((2, "iteration 2, minibatch 1: 2"), (3, "iteration 2, minibatch 2: 3")):
+        why = f"{where} updates in a row were skipped .*; the first was the gradient in iteration 1"
+        with pytest.raises(train.NotFiniteError, match=why):
+            run(tmp_path / "run", **fields | {"learner.max_skipped": most})
+        lines = read_metrics(tmp_path / "run")
+        assert [(r["update"], r.get("update/skipped", 0)) for r in lines] == [
+            (0, 0),
+            (1, 1),
+            (1, 2),
+        ]
+        assert lines[-1]["minibatch"][1]["update/nonfinite"] == "gradient"
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_starting_from_what_is_not_finite_is_refused(whole, tmp_path, monkeypatch):
+    def lost(*arguments, **options):
+        found = checkpoint.restore_params(*arguments, **options)
+        return found | {"embed": found["embed"].at[3, 5].set(np.nan)}
+
+    monkeypatch.setattr(startup, "restore_params", lost)
+    with pytest.raises(ValueError, match=r"init_from=.*: params/embed is not finite"):
+        run(tmp_path / "run", init_from=str(whole))
+
+
+def test_damage_falls_back_to_the_checkpoint_before(tmp_path, monkeypatch):
+    """Of the newest checkpoint, and of records: what is lost is done again, or named."""
+    warnings = []
+    monkeypatch.setattr(logging, "warning", lambda text, *more: warnings.append(text % more))
+    monkeypatch.setattr(checkpoint.Checkpoints, "_prune", lambda *_: None)
+    workdir = tmp_path / "run"
+    run(workdir, **SHAPED)
+    expected, saved = records(workdir), workdir / "checkpoints" / "6"
+    (file,) = saved.glob("state/ocdbt.process_0/d/*")
+    whole = bytearray(file.read_bytes())
+    whole[len(whole) // 2] ^= 16
+    file.write_bytes(whole)
+    run(workdir, **SHAPED)
+    assert records(workdir) == expected
+    assert any(
+        "6 in" in w and "fails its checksum; see" in w and "iteration 3" in w for w in warnings
+    )
+    assert (saved.with_name("6.damaged")).exists()
+    assert saved.exists()
+    parts = sorted((workdir / "metrics").iterdir())
+    parts[0].unlink()
+    parts[1].write_bytes(b"\0" * 99)
+    warnings.clear()
+    run(workdir, **SHAPED)
+    assert warnings == [
+        f"{workdir}/metrics has no records of the iterations 0 to 6: lines or parts of it were lost"
+    ]
 
 
 def test_what_is_rejected_moves_nothing(tmp_path):

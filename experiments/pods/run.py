@@ -2,8 +2,8 @@
 
     make preflight
 
-Results go to results/<config>-<topology>.json, the tables made of them to docs/preflight.md;
-``--table`` writes the tables from the results that are there.
+Results go to results/<config>-<topology>.json, the tables made of them to docs/preflight.md, and
+what the runs take to docs/pods.md; ``--table`` writes them from the results that are there.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from __future__ import annotations
 import itertools
 import json
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
 
 from absl import app, flags
 
+from sapo_jax import cli
+from sapo_jax.preflight import chips
 from sapo_jax.report.preflight_tables import GIB, markdown, markdown_table, of_model
 
 _TABLE = flags.DEFINE_bool("table", False, "Only write the tables.")
@@ -29,6 +32,8 @@ PODS = (
     ("qwen3_30b_a3b_v5p", "v5p:4x4x4"),
     ("qwen3_30b_a3b_v5p", "v5p:4x4x8"),
 )
+PRICES = {"v5e": 1.2, "v6e": 2.7, "v5p": 4.2}  # dollars a chip and hour, on demand in the US
+RUNS = re.compile(r"(?<=<!-- runs -->\n).*?(?=<!-- /runs -->)", re.DOTALL)  # in docs/pods.md
 INTRODUCTION = """# Preflight
 
     pip install "jax[tpu]"    # brings the compiler for TPUs; no TPU is needed
@@ -142,6 +147,21 @@ def summary(reports: list[dict[str, Any]]) -> str:
     return markdown_table([columns, *map(_in_short, reports)])
 
 
+def runs(reports: list[dict[str, Any]]) -> str:
+    """Hours and dollars of whole runs, for docs/pods.md: bounds from below, as the times are."""
+    lines = [("config", "chips", "an iteration, s", "iterations", "hours", "chip-hours", "dollars")]
+    for report in reports:
+        kind, count = chips.parse(report["topology"])
+        iterations = cli.from_config(f"pod/{report['name']}").iterations
+        hours = report["iteration_seconds"] * iterations / 3600
+        numbers = (iterations, hours, hours * count, hours * count * PRICES[kind])
+        where = f"`{report['name']}`", f"{count} × {kind} (`{report['topology']}`)"
+        lines.append(
+            (*where, f"{report['iteration_seconds']:.0f}", *(f"{x:,.0f}" for x in numbers))
+        )
+    return markdown_table(lines)
+
+
 def page(reports: list[dict[str, Any]]) -> str:
     """docs/preflight.md."""
     said = f"{summary(reports)}\n{verdict(reports)}\n\n{effort(reports)}\n"
@@ -162,7 +182,9 @@ def main(argv: list[str]) -> None:
             subprocess.run([*command, f"--json={_path(config, topology)}"], check=False, cwd=ROOT)
     reports = stored()
     (ROOT / "docs" / "preflight.md").write_text(page(reports))
-    print("written: docs/preflight.md")
+    pods = ROOT / "docs" / "pods.md"
+    pods.write_text(RUNS.sub(runs(reports), pods.read_text()))
+    print("written: docs/preflight.md, docs/pods.md")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ if __name__ == "__main__":
 """
 
 from sapo_jax.cli import own
-from sapo_jax.cli.configs import from_config, shipped_configs
+from sapo_jax.cli.configs import OPEN, from_config, make_room, shipped_configs
 from sapo_jax.cli.flags import COMMANDS, Flags
 from sapo_jax.cli.process import missing, run, use_cache
+from sapo_jax.cli.signals import Stopped
 from sapo_jax.cli.text import flat, literal, nearest, table
 
 __all__ = [
-    "COMMANDS", "Flags", "flat", "from_config", "literal", "missing", "nearest", "own", "run",
-    "shipped_configs", "table", "use_cache",
+    "COMMANDS", "OPEN", "Flags", "Stopped", "flat", "from_config", "literal", "make_room",
+    "missing", "nearest", "own", "run", "shipped_configs", "table", "use_cache",
 ]  # fmt: skip

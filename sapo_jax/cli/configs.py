@@ -10,9 +10,11 @@ import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
+
+from ml_collections import ConfigDict, config_dict
 
 from sapo_jax.cli.text import nearest
 
@@ -21,6 +23,9 @@ PACKAGE = pathlib.Path(__file__).parents[1]
 CONFIGS = next(
     filter(pathlib.Path.is_dir, (PACKAGE / "configs", PACKAGE.parent / "configs")), PACKAGE
 )
+
+# The fields in these sections are those of what config.objective.name, config.task.name, … name.
+OPEN = re.compile(r"(objective|(?:task|tasks\.[^.]+)\.options|tokenizer\.template_options)\.(\w+)")
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
@@ -58,6 +63,27 @@ def from_config(name: str, function: str = "get_config") -> Any:
         raise ValueError(f"{path}: must have a function {function}()")
     with line_of(path):
         return getattr(module, function)(*argument)
+
+
+def make_room(config: ConfigDict, fields: Iterable[str]) -> None:
+    """Let a config have fields that only the objective, or a task, of a run knows.
+
+    Of other fields nothing changes, and so of those that have a value of a plain type.
+    """
+    with config.unlocked():
+        for parents, key in (match.groups() for match in map(OPEN.fullmatch, fields) if match):
+            section = config
+            for name in parents.split("."):
+                if name == "options" and name not in section:
+                    section.options = ConfigDict(type_safe=False)
+                section = section[name] if name in section else ConfigDict()
+            held = section.get_type(key) if key in section else None
+            plain = (float, str) if parents == "objective" else (bool, int, float, str)
+            if held not in plain:
+                value = section.get(key)
+                if key in section:
+                    del section[key]  # a field keeps its type
+                section[key] = config_dict.FieldReference(value, object)
 
 
 def import_file(name: str, path: pathlib.Path, folders: list[str] | None = None) -> ModuleType:

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sapo_jax.cli.configs import CONFIGS, from_config
+from sapo_jax.cli.configs import CONFIGS, OPEN, from_config, make_room
 from sapo_jax.cli.text import flat, literal, nearest, table
 
 COMMANDS = {  # the module of each, and what it does
@@ -68,9 +68,11 @@ class Flags(flags.FlagValues):
     def config_file(self) -> None:
         """Define --config, and by it a flag --config.<field> for each field of the experiment."""
         text = "The experiment: a shipped one by name (sapo-jax list configs), or a file."
-        self._define(config_flags.DEFINE_config_file, "config", None, text, required=True)
+        new = {"accept_new_attributes": True, "lock_config": False}  # see _ConfigParser
+        self._define(config_flags.DEFINE_config_file, "config", None, text, required=True, **new)
         self["config"].parser = _ConfigParser()
         config_flags.register_flag_parser_for_type(ConfigDict, _DictionaryParser())
+        config_flags.register_flag_parser_for_type(object, _LiteralParser())
 
     def parse(self, argv: Sequence[str]) -> Flags:
         """Take the values of the command line, ``sys.argv``; what is wrong there ends the process.
@@ -81,6 +83,8 @@ class Flags(flags.FlagValues):
             if flag.name not in self:
                 self[flag.name] = flag
         flags.FLAGS.mark_as_parsed()
+        if "config" in self:
+            self["config"].parser.fields = _fields_of(argv)
         try:
             _, *rest = self(argv)
             for name, argument in zip(self.positional, rest, strict=False):
@@ -90,8 +94,7 @@ class Flags(flags.FlagValues):
         except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
             if any(re.match(r"--?v(erbosity)?\b", argument) for argument in argv):
                 raise
-            strange = isinstance(error, KeyError | AttributeError) and self._unknown_field(argv)
-            refuse(strange or _wrong_value(error))
+            refuse(_wrong_value(error))
         if self.help:
             print(self.describe())
             sys.exit()
@@ -148,23 +151,28 @@ class Flags(flags.FlagValues):
             return f"--{name}: of which config? --config=… must come first"
         return f"unknown flag --{name}; the nearest is --{nearest(name, self.own)}"
 
-    def _unknown_field(self, argv: Sequence[str]) -> str | None:
-        config = self["config"].parser.config if "config" in self else None
-        known = flat(config, sections=True) if config else {}
-        for field in re.findall(r"^--?(?:no)?config\.([^=\n]+)", "\n".join(argv), re.M):
-            if known and field not in known:
-                near = f"the nearest is --config.{nearest(field, known)}"
-                return f"--config.{field}: there is no such field; {near}"
-        return None
+
+def _fields_of(argv: Sequence[str]) -> list[str]:
+    return re.findall(r"^--?(?:no)?config\.([^=\n]+)", "\n".join(argv), re.M)
 
 
 class _ConfigParser(flags.ArgumentParser):
     config: ConfigDict | None = None
+    fields: Sequence[str] = ()  # that the command line sets
 
     def parse(self, name: str) -> ConfigDict:
         self.config = from_config(name)
         if not isinstance(self.config, ConfigDict):
             raise ValueError(f"get_config() must return a ConfigDict, not {self.config!r}")
+        known = flat(self.config, sections=True)
+        for field in self.fields:
+            section, _, _ = field.rpartition(".")
+            if section.endswith(".options"):
+                section = section.removesuffix(".options")
+            if field not in known and not (OPEN.fullmatch(field) and section in known):
+                near = f"the nearest is --config.{nearest(field, known)}"
+                raise ValueError(f"--config.{field}: there is no such field; {near}")
+        make_room(self.config, self.fields)
         return self.config.lock()
 
 
@@ -176,8 +184,15 @@ class _DictionaryParser(flags.ArgumentParser):
         return ConfigDict(value)
 
 
+class _LiteralParser(flags.ArgumentParser):
+    def parse(self, argument: str) -> Any:
+        number = argument.lstrip("+-") in ("inf", "nan")
+        return float(argument) if number else literal(argument)
+
+
 def _wrong_value(error: Exception) -> str:
     text = " ".join(str(error.args[-1] if error.args else error).split()).removeprefix("flag ")
+    text = re.sub(r"^--config=.*?: (?=--config\.)", "", text)
     for start, meaning in WRONG.items():
         text = re.sub(f": .{{0,2}}{start}.*", f": {meaning}", text)
     return text

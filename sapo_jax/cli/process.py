@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from absl import app, logging
 
 from sapo_jax.cli.configs import PACKAGE
 from sapo_jax.cli.flags import Flags
+from sapo_jax.cli.signals import Signals, Stopped
 
 EXTRAS = {  # of the package, with the modules that they bring
     "plots": ("jinja2", "markupsafe", "matplotlib", "tensorboardX"),
@@ -25,7 +27,8 @@ def run(
     """Run a command: parse, call ``main(given)``, and turn what it refuses into one line.
 
     Args:
-      main: raises ValueError, RuntimeError or OSError where the user is to read why.
+      main: raises ValueError, RuntimeError or OSError where the user is to read why. It is left by
+        SIGTERM with the status 143, by Ctrl-C with 130.
       given: the flags, as defined.
       failed: called with the exit status before a failed command ends.
     """
@@ -35,7 +38,14 @@ def run(
         if not verbose:
             logging.set_verbosity(logging.WARNING)
         try:
-            main(given)
+            with Signals():
+                main(given)
+        except (Stopped, KeyboardInterrupt) as error:
+            stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+            print(stopped.text, file=sys.stderr)
+            if failed:
+                failed(stopped.code)
+            sys.exit(stopped.code)
         except Exception as error:
             internal = type(error).__name__ == "JaxRuntimeError"
             foreseen = isinstance(error, ValueError | RuntimeError | OSError | ModuleNotFoundError)

@@ -31,17 +31,21 @@ def distinct(
     return list(found.values())
 
 
-def held_out(examples: Sequence[Example], count: int, **which: Any) -> list[Example]:
+def held_out(
+    examples: Sequence[Example], count: int, *, total: int | None = None, **which: Any
+) -> list[Example]:
     """A fixed evaluation set: `distinct` examples, of which there must be ``count``.
 
     Raises:
-      ValueError: the split has fewer.
+      ValueError: the split has fewer; ``total`` is config.eval.prompts, if some are of other tasks.
     """
     found = distinct(examples, count, **which)
     if len(found) < count:
         fitting = " that have room" if which.get("keep") else ""
+        whose = f"{count} of them are of a task whose" if (total or count) > count else "the"
         raise ValueError(
-            f"eval.prompts={count}: the split holds only {len(found)} distinct prompts{fitting}"
+            f"config.eval.prompts={total or count}: must be smaller: {whose} test split holds only "
+            f"{len(found)} distinct prompts{fitting}"
         )
     return found
 

@@ -13,13 +13,13 @@ import numpy as np
 
 from sapo_jax import learner, objectives
 from sapo_jax.gradlab.pull import cotangents
+from sapo_jax.learner.diagnostics import GATE_EDGES
 from sapo_jax.model import params, transformer, vocab
 from sapo_jax.objectives import OBJECTIVES, Objective
 from sapo_jax.types import Batch
 
 NEAR = (0.01, 0.05, 0.1, 0.2)  # |log r| beyond which a token counts as off-policy
 LOG_RATIO_BINS = (0.0, 0.01, 0.05, 0.2, np.inf)
-GATE_EDGES = np.linspace(-0.005, 1.605, 162)  # w and c; bins of 0.01 with 0 and 1 in their middle
 
 
 @jax.jit

@@ -11,9 +11,15 @@ from sapo_jax import masked, objectives
 from sapo_jax.objectives import Objective, Switch
 from sapo_jax.types import Batch, Histogram, Max
 
-# Bins of 0.01 with log r = 0, w = 0 and w = 1 in the middle of one, not on an edge.
-LOG_RATIO_EDGES = np.linspace(-0.505, 0.505, 102, dtype=np.float32)
-GATE_EDGES = np.linspace(-0.005, 1.255, 127, dtype=np.float32)
+# Four bins a decade of the distance from log r = 0 and from w = 1: near the policy that sampled,
+# where log r is 0.01, a smooth gate differs from 1 by 1e-5. 0 and 1 are in the middle of a bin, and
+# so is w = 0, a token that is silenced.
+_NEAR = np.geomspace(1e-6, 0.1, 21)
+_FAR = np.geomspace(1e-5, 10, 25)
+LOG_RATIO_EDGES = np.concatenate([-_FAR[::-1], _FAR]).astype(np.float32)
+GATE_EDGES = np.concatenate(
+    [[-1e-6, 1e-6], np.linspace(0.1, 0.8, 8), 1 - _NEAR[::-1], 1 + _NEAR, [1.2, 1.4, 1.6]]
+).astype(np.float32)
 
 # What has to be finite for an update to be made, in the order in which it comes about.
 STATIONS = ("reward", "old_logp", "ref_logp", "correction", "logits", "loss", "gradient")
@@ -48,10 +54,10 @@ def token_terms(
     )
     c_BS, counted_BS = objectives.coefficients(objective, inputs, batch.mask)
     gate_BS = c_BS / jnp.exp(inputs.log_ratio)
-    gap_BS = masked.keep(jnp.abs(logp_BS - batch.sampler_logp), batch.mask)
+    gap_BS = jnp.abs(logp_BS - batch.sampler_logp)
     terms = {
         "sampler/logp_gap_mean": masked.mean(gap_BS, batch.mask),
-        "sampler/logp_gap_max": Max(jnp.max(gap_BS)),
+        "sampler/logp_gap_max": Max(jnp.max(jnp.where(batch.mask, gap_BS, -jnp.inf))),
     }
     for sign, side_BS in (("pos", inputs.advantages > 0), ("neg", inputs.advantages < 0)):
         chosen_BS = counted_BS & side_BS

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sapo_jax import advantages, corrections
+from sapo_jax import advantages, corrections, masked
 from sapo_jax.objectives.kl import sequence_kl
 from sapo_jax.parallel import sharding
-from sapo_jax.types import Batch
+from sapo_jax.types import Batch, Weighted
 
 
 @partial(jax.jit, static_argnames=("parts", "mesh"))
@@ -49,7 +49,8 @@ def make_minibatches(
 ) -> tuple[tuple[Batch, ...], dict[str, jax.Array]]:
     """Minibatches with advantages and weights.
 
-    A = estimator(R − kl_coef · Σ_t KL_t), the sum over the completion, at π_old.
+    A = estimator(R − kl_coef · Σ_t KL_t), the sum over the completion, at π_old; equality and
+    scale are decided on R (see `advantages`).
 
     Args:
       batch: an iteration's rows with their log-probabilities; its advantages are not looked at.
@@ -64,18 +65,23 @@ def make_minibatches(
       mesh: over which each of them is split.
 
     Returns:
-      (minibatches, metrics): ``reward/kl``, ``correction/…``, where there are any.
+      (minibatches, metrics): ``reward/kl``, ``correction/…``, where there are any; NaN where no
+      token counts.
     """
-    metrics = {}
+    metrics, penalty_B = {}, None
     if batch.ref_logp is not None:
         kl_B = sequence_kl(batch.old_logp, batch.ref_logp, batch.mask, kl)
-        rewards_B = rewards_B - kl_coef * kl_B
-        metrics["reward/kl"] = kl_B.mean()
-    batch = batch.replace(advantages=advantages.ESTIMATORS[estimator](rewards_B, group_size))
+        penalty_B = kl_coef * kl_B
+        rows = jnp.sum(batch.mask.any(-1), dtype=kl_B.dtype)
+        metrics["reward/kl"] = masked.ratio(Weighted(jnp.sum(kl_B), rows))
+    advantages_B = advantages.ESTIMATORS[estimator](rewards_B, group_size, penalty_B)
+    batch = batch.replace(advantages=advantages_B)
     if correction != "none":
         weights_BS, cut = corrections.weights(
             correction, batch.old_logp, batch.sampler_logp, batch.mask,
             segments_BT=batch.segments, **bounds,
         )  # fmt: skip
         batch, metrics = batch.replace(weights=weights_BS), metrics | cut
+    counted = batch.mask.any()  # 0 would read as a measurement
+    metrics = {key: jnp.where(counted, value, jnp.nan) for key, value in metrics.items()}
     return split_rows(batch, parts, mesh), metrics

@@ -22,7 +22,17 @@ from sapo_jax.learner.diagnostics import STATIONS
 from sapo_jax.learner.optimizer import Hyperparameters, learning_rate, optimizer, partition_specs
 from sapo_jax.model import head, routing, segments, transformer
 from sapo_jax.parallel import collectives, sharding
-from sapo_jax.types import Batch, Histogram, Max, TrainState, Weighted, add, merge, zero
+from sapo_jax.types import (
+    Batch,
+    Histogram,
+    Max,
+    TrainState,
+    Weighted,
+    add,
+    is_reduction,
+    merge,
+    zero,
+)
 
 
 def _head(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[tuple, routing.Summary | None]:
@@ -246,7 +256,7 @@ def _gradient(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict
 def update(
     state: TrainState, batch: Batch, hp: Hyperparameters
 ) -> tuple[TrainState, dict[str, Any]]:
-    """One optimizer step on one minibatch; none where a number is not finite.
+    """One optimizer step on one minibatch; none where no token counts, or a number is not finite.
 
     Args:
       state: donated; use the one that comes back.
@@ -254,14 +264,14 @@ def update(
       hp: hyperparameters.
 
     Returns:
-      (state, metrics): metrics as mergeable reductions, see `objectives.finish`.
+      (state, metrics): metrics as mergeable reductions, see `masked`.
     """
     chex.assert_equal_shape([batch.tokens, batch.mask, batch.segments, batch.old_logp])
     parts = hp.static.micro_batches * sharding.parts(hp.static.mesh)
     chex.assert_is_divisible(batch.tokens.shape[0], parts)
     numerators, terms = _numerators(state.params, batch, hp)
     grads = _divided(numerators, terms)
-    rate, norm, one = learning_rate(hp, state.update), optax.tree.norm(grads), jnp.float32(1)
+    rate, norm = learning_rate(hp, state.update), optax.tree.norm(grads)
     late = ~jnp.isfinite(jnp.stack([masked.ratio(terms["loss"]), norm]))
     bad = jnp.concatenate([terms["nonfinite"].value, late.astype(jnp.float32)])
 
@@ -273,26 +283,44 @@ def update(
         after = state.replace(update=state.update + 1, params=params, opt_state=opt_state)
         return after, optax.tree.norm(updates)
 
-    # One NaN would be in every parameter and moment for good.
-    state, moved = jax.lax.cond(bad.any(), lambda state: (state, jnp.zeros_like(norm)), move, state)
+    # One NaN would be in every parameter and moment for good; without a token, moments and decay
+    # would still move the parameters.
+    counted = terms["loss"].denominator > 0
+    skip = bad.any() | ~counted
+    state, moved = jax.lax.cond(skip, lambda state: (state, jnp.zeros_like(norm)), move, state)
+    one = counted.astype(jnp.float32)
     metrics = {
         **terms,
         "nonfinite": Max(bad),  # by diagnostics.STATIONS
         "grad/norm": Weighted(norm, one),
         "grad/update_norm": Weighted(moved, one),
-        "learning_rate": Weighted(rate, one),
+        "learning_rate": Weighted(rate * one, one),
     }
     return sharding.constrain(state, hp.static.mesh, partition_specs(hp)), metrics
 
 
 @jax.jit
 def finish_iteration(metrics: tuple) -> tuple[dict, list[dict]]:
-    """Metrics of an iteration, merged over its minibatches, and those of each minibatch."""
-    loss, merged = objectives.finish(merge(jax.tree.map(lambda *x: jnp.stack(x), *metrics)))
-    each = [objectives.finish(m) for m in metrics]
+    """Metrics of an iteration, merged over its minibatches, and those of each minibatch.
+
+    Where no token was counted, means are NaN: 0 would read as a measurement.
+    """
+
+    def values(terms):
+        empty = terms["loss"].denominator == 0
+
+        def value(x):
+            if isinstance(x, Weighted):
+                return jnp.where(empty & (x.denominator == 0), jnp.nan, masked.ratio(x))
+            return masked.value(x)
+
+        found = jax.tree.map(value, terms, is_leaf=is_reduction)
+        return {"policy/loss": found.pop("loss"), **found}
+
+    each = [values(m) for m in metrics]
     # Later minibatches compare the sampler with a policy that has moved on.
-    gap = {k: v for k, v in each[0][1].items() if k.startswith("sampler/")}
-    return {"policy/loss": loss, **merged, **gap}, [{"policy/loss": x, **m} for x, m in each]
+    gap = {k: v for k, v in each[0].items() if k.startswith("sampler/")}
+    return values(merge(jax.tree.map(lambda *x: jnp.stack(x), *metrics))) | gap, each
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,8 @@
 What lies where:
 
     config, hf_config    the shape: hashable, in Hugging Face's terms; its JSON
-    params, hf           one table: shape, axes, initial value, HF name; files in and out
+    params               one table: shape, axes, initial value, HF name
+    hf, hf_tensors       files in and out
     transformer          a layer, and the scan over layers
     attention, splash    over whole rows (splash: on TPU), and over the sampler's cache
     rope                 rotary frequencies, and their scaling to longer contexts

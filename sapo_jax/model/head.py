@@ -19,7 +19,6 @@ from sapo_jax.model import vocab
 from sapo_jax.model.attention import einsum
 from sapo_jax.parallel import collectives
 
-
 CHUNK, LOGITS = 1024, 40_000_000  # tokens, and entries, of a chunk's logits at most
 
 

@@ -32,29 +32,31 @@ class Reader(contextlib.ExitStack):
     As in ``transformers``, one file goes before an index, and files say themselves what they hold.
 
     Raises:
-      ValueError: no safetensors file, or one that the index names is missing or damaged.
+      ValueError: no safetensors file, one that the index names is missing or damaged, or two keys
+        for a tensor.
     """
 
     def __init__(self, directory: pathlib.Path):
         super().__init__()
         self.directory, self._open = directory, {}
         if (directory / SINGLE).is_file():
-            files = [SINGLE]
+            places = [SINGLE]
         elif (directory / INDEX).is_file():
-            files = list(hf_config.read_json(directory / INDEX).get("weight_map", {}).values())
+            places = list(hf_config.read_json(directory / INDEX).get("weight_map", {}).values())
         else:
             raise ValueError(f"{directory}: has neither {SINGLE} nor {INDEX}")
-        for file in files:
+        self.where: dict[str, Entry] = {}
+        for file in sorted(set(places)):
             if not (directory / file).is_file():
+                count = places.count(file)
                 raise ValueError(
-                    f"{directory / file}: missing shard; {INDEX} places {files.count(file)} "
-                    "tensors in it"
+                    f"{directory / file}: missing shard; {INDEX} places {count} tensors in it"
                 )
-        self.where = {
-            name: entry
-            for file in sorted(set(files))
-            for name, entry in _entries(self._file(file), file)
-        }
+            for name, entry in _entries(self._file(file), file):
+                if self.where.setdefault(name, entry).key != entry.key:
+                    same = f"{self.where[name].key} and {entry.key}"
+                    raise ValueError(f"{directory}: {same} are the same tensor: must be one")
+                self.where[name] = entry
 
     def _file(self, name: str) -> Any:
         from safetensors import SafetensorError, safe_open

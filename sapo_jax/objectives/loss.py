@@ -10,14 +10,14 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sapo_jax import masked
 from sapo_jax.objectives.aggregations import aggregate, divisor
 from sapo_jax.objectives.gates import TokenInputs
-from sapo_jax.objectives.kl import kl_estimate, kl_to_old
+from sapo_jax.objectives.kl import KL_ESTIMATORS, kl_estimate, kl_to_old
 from sapo_jax.objectives.presets import Objective, Switch, resolve
 from sapo_jax.objectives.ratios import LOG_RATIO_BOUND, RATIOS, bounded, clip_tokens, finite_logp
 from sapo_jax.types import Max, Min
@@ -38,6 +38,49 @@ def _of_the_chosen(function: Callable) -> Callable:
     return call
 
 
+def check_arrays(logp_BT, old_logp_BT, advantages_B, mask_BT, **optional: Any) -> None:
+    """Refuse what is not of the shapes and dtypes that `policy_loss` documents.
+
+    Raises:
+      ValueError: naming the argument.
+    """
+    given = {"logp": logp_BT, "old_logp": old_logp_BT, "advantages": advantages_B, "mask": mask_BT}
+    given |= {name: x for name, x in optional.items() if x is not None}
+    for name, x in given.items():
+        if not hasattr(x, "dtype") or not hasattr(x, "shape"):
+            raise ValueError(f"{name} is of {type(x).__name__}: must be an array")
+    shape, dtype = logp_BT.shape, logp_BT.dtype
+    if dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(f"logp has dtype {dtype}: objectives take float32 or float64")
+    if len(shape) != 2:
+        raise ValueError(f"logp has shape {shape}: must be [B, T]")
+    kinds = {"mask": (jnp.bool_, "bool"), "segments": (jnp.integer, "integers")}
+    for name, x in given.items():
+        kind, text = kinds.get(name, (dtype, f"{dtype}, as logp is"))
+        if not jnp.issubdtype(x.dtype, kind):
+            raise ValueError(f"{name} has dtype {x.dtype}: must be {text}")
+        if x.shape != shape and not (name == "advantages" and x.shape == shape[:1]):
+            also = f"{shape[:1]} or " if name == "advantages" else ""
+            raise ValueError(f"{name} has shape {x.shape}: must be {also}{shape}, of logp")
+
+
+def _check_values(mask_BT, weights_BT, segments_BT) -> None:
+    """Refuse weights and segments out of their ranges; traced values are not looked at."""
+    traced = isinstance(mask_BT, jax.core.Tracer)
+    if weights_BT is not None and not (traced or isinstance(weights_BT, jax.core.Tracer)):
+        weights = np.asarray(weights_BT)[np.asarray(mask_BT)]
+        if not np.all((weights >= 0) & (weights < np.inf)):
+            raise ValueError(f"weights has {weights.min()}, {weights.max()}: must be ≥ 0, finite")
+    if segments_BT is not None and not (traced or isinstance(segments_BT, jax.core.Tracer)):
+        segments, width = np.asarray(segments_BT), segments_BT.shape[1]
+        inside = segments[np.asarray(mask_BT)]
+        if not np.all((segments >= 0) & (segments <= width)) or not np.all(inside >= 1):
+            raise ValueError(
+                f"segments has ids from {segments.min()} to {segments.max()}: must be 1..{width} "
+                "under the mask, and 0 elsewhere or one of these"
+            )
+
+
 @_of_the_chosen
 def token_inputs(
     objective: Objective,
@@ -50,15 +93,9 @@ def token_inputs(
     """What the gate sees, and where the reduced log-ratio was clipped to ±20 (bool[B, T]).
 
     Raises:
-      ValueError, AssertionError: wrong dtypes or shapes.
+      ValueError: wrong dtypes or shapes.
     """
-    dtype = logp_BT.dtype
-    if dtype not in (jnp.float32, jnp.float64):
-        raise ValueError(f"logp has dtype {dtype}: objectives take float32 or float64")
-    chex.assert_type([old_logp_BT, advantages_B], dtype)
-    chex.assert_rank([logp_BT, mask_BT], 2)
-    chex.assert_equal_shape([logp_BT, old_logp_BT, mask_BT])
-    chex.assert_rank(advantages_B, {1, 2})
+    check_arrays(logp_BT, old_logp_BT, advantages_B, mask_BT, segments=segments_BT)
     advantages_BT = advantages_B if advantages_B.ndim == 2 else advantages_B[:, None]
     advantages_BT = masked.keep(jnp.broadcast_to(advantages_BT, logp_BT.shape), mask_BT)
     logp_BT = finite_logp(logp_BT, mask_BT)
@@ -226,18 +263,27 @@ def policy_loss(
       mask_BT: bool[B, T], the tokens that exist; a row with none counts in no denominator.
       ref_logp_BT: log π_ref for the KL penalty.
       kl: its estimator, k1, k2 or k3.
-      weights_BT: importance corrections: multiply the surrogate, never a denominator.
-      segments_BT: i32[B, T], ids 1.. of packed sequences, 0 on padding; one a row by default.
+      weights_BT: importance corrections ≥ 0: multiply the surrogate, never a denominator.
+      segments_BT: i32[B, T], ids 1..T of packed sequences, 0 on padding; one a row by default.
       **hyperparameters: override the preset's; None means the preset's value. May be traced.
 
     Returns:
       (loss to minimise, metrics of this batch).
 
     Raises:
-      ValueError: an unknown objective or hyperparameter, a value out of its domain, a dtype other
-        than f32 or f64, kl_coef ≠ 0 without ref_logp_BT (p3o, whose KL is to π_old, excepted).
+      ValueError: an unknown objective, estimator or hyperparameter, a value out of its domain or no
+        scalar, arrays of other shapes or dtypes, kl_coef ≠ 0 without ref_logp_BT (p3o, whose KL is
+        to π_old, excepted).
     """
     objective = resolve(objective, **hyperparameters)
+    for key, value in objective.hyperparameters.items():
+        if np.shape(value) != ():
+            raise ValueError(f"{key} has shape {np.shape(value)}: must be a scalar")
+    if kl not in KL_ESTIMATORS:
+        raise ValueError(f"kl={kl!r}: must be one of {', '.join(KL_ESTIMATORS)}")
+    more = {"ref_logp": ref_logp_BT, "weights": weights_BT, "segments": segments_BT}
+    check_arrays(logp_BT, old_logp_BT, advantages_B, mask_BT, **more)
+    _check_values(mask_BT, weights_BT, segments_BT)
     if ref_logp_BT is None and objective.needs_reference:
         raise ValueError("kl_coef ≠ 0 needs ref_logp_BT, the reference's log-probabilities")
     terms = policy_terms(

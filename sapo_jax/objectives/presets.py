@@ -19,12 +19,14 @@ from sapo_jax.objectives import gates
 from sapo_jax.objectives.aggregations import AGGREGATIONS
 from sapo_jax.objectives.ratios import RATIOS
 
-_POSITIVE = (lambda v: v > 0, "a number > 0")
-_NOT_NEGATIVE = (lambda v: v >= 0, "a number ≥ 0")
+_POSITIVE = (lambda v: (v > 0) & (v < np.inf), "a number > 0, finite")
+_NOT_NEGATIVE = (lambda v: (v >= 0) & (v < np.inf), "a number ≥ 0, finite")
+_DISTANCE = (lambda v: v >= 0, "a number ≥ 0 (inf: no bound)")
 DOMAINS = {
     **dict.fromkeys(("tau", "tau_pos", "tau_neg", "sigma", "bound", "scale"), _POSITIVE),
     **dict.fromkeys(("k_pos", "k_neg", "lambda_pos", "lambda_neg"), _POSITIVE),
-    **dict.fromkeys(("eps_low", "eps_high", "kl_coef", "alpha", "beta"), _NOT_NEGATIVE),
+    **dict.fromkeys(("kl_coef", "alpha", "beta"), _NOT_NEGATIVE),
+    **dict.fromkeys(("eps_low", "eps_high"), _DISTANCE),
     "dual_clip": (lambda v: v > 1, "a number > 1 (inf switches it off)"),
     "max_length": (lambda v: v >= 1, "a number ≥ 1"),
 }  # hyperparameter: a test of its value, and what that asks for in words

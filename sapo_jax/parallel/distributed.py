@@ -6,7 +6,6 @@ import contextlib
 import faulthandler
 import importlib.util
 import os
-import signal
 import sys
 import threading
 import time
@@ -122,30 +121,6 @@ class Watchdog:
                 )
                 faulthandler.dump_traceback()  # where the threads are
                 os._exit(HUNG)
-
-
-class Preemption:
-    """Whether SIGTERM has been received."""
-
-    def __init__(self):
-        self.requested = False
-
-    def _note(self, *_: object) -> None:
-        self.requested = True
-
-
-@contextlib.contextmanager
-def preemption() -> Iterator[Preemption]:
-    """Take SIGTERM as a request to save and stop, while the context is open."""
-    seen = Preemption()
-    if threading.current_thread() is not threading.main_thread():
-        yield seen  # signals belong to the main thread
-        return
-    before = signal.signal(signal.SIGTERM, seen._note)
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def all_gather(value: np.ndarray) -> np.ndarray:

@@ -172,19 +172,20 @@ def _draw_norms(figure: FigureBase, found: Found) -> None:
 def _histograms(title: str, kind: str, xlabel: str) -> Panel:
     def draw(figure: FigureBase, found: Found) -> None:
         tokens = found["stages"][-1]["tokens"]
-        shown = [n for n in SHOWN if n in tokens["algorithms"]]
-        axes = style.row(figure, len(shown), sharex=True, sharey=True) if shown else []
-        for ax, name in zip(axes, shown, strict=True):
-            sides, edges = tokens["algorithms"][name]["histograms"], tokens["gate_edges"]
+        edges, algorithms = tokens["gate_edges"], tokens["algorithms"]
+        sides = {n: algorithms[n]["histograms"] for n in SHOWN if n in algorithms}
+        counts = {n: [s[side][kind] for side in ("positive", "negative")] for n, s in sides.items()}
+        if not np.any([*counts.values()]):
+            return
+        axes = style.row(figure, len(counts), sharex=True, sharey=True)
+        for ax, (name, (positive, negative)) in zip(axes, counts.items(), strict=True):
             look = {"fill": True, "alpha": 0.5, "color": COLOURS["blue"]}
-            ax.stairs(sides["positive"][kind], edges, label="A > 0", **look)
-            ax.stairs(sides["negative"][kind], edges, color=COLOURS["orange"], label="A < 0")
-            ax.set(title=name)
-            if any(map(any, (side[kind] for side in sides.values()))):
-                ax.set(yscale="log", ylim=(0.7, None))
-        if shown:
-            style.label(axes, xlabel, "tokens")
-            style.legend(axes[0])
+            ax.stairs(positive, edges, label="A > 0", **look)
+            ax.stairs(negative, edges, color=COLOURS["orange"], label="A < 0")
+            ax.set(title=name, yscale="log", ylim=(0.7, None))
+        style.by_bin(axes[0], edges, np.sum([*counts.values()], (0, 1)))
+        style.label(axes, xlabel, "tokens")
+        style.legend(axes[0])
 
     return Panel(title, draw, wide=True)
 

@@ -16,7 +16,7 @@ from sapo_jax.report.run_plots import Config, Records
 from sapo_jax.report.style import Panel, is_number
 from sapo_jax.training import provenance
 from sapo_jax.training.files import read_json
-from sapo_jax.training.workdir import read_config, read_metrics, read_samples
+from sapo_jax.training.workdir import gaps, read_config, read_metrics, read_samples
 
 SAMPLES = 24
 RIGHT = 0.5  # a completion with a larger reward counts as right
@@ -89,13 +89,15 @@ def _tiles(records: Records) -> list[Tile]:
 
 
 def _warning(records: Records) -> str:
-    """Metrics that were not finite, and since when."""
+    """Metrics that were not finite or not measured, and since when."""
     first: dict[str, int] = {}
     for record in records:
         for key in (k for k, v in record.items() if v is None):
             first.setdefault(key, record["iteration"])
     where = ", ".join(f"{key} (first in iteration {first[key]})" for key in sorted(first))
-    return f"Not finite at times, and left out of the plots: {where}." if where else ""
+    lost = gaps(records, 1, records[-1]["iteration"]) if records else ""
+    notes = [f"Not finite or not measured, and left out of the plots: {where}."] if where else []
+    return " ".join(notes + ([f"No records of the iterations {lost}."] if lost else []))
 
 
 def _head(config: Config) -> dict[str, Any]:

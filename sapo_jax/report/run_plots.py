@@ -21,7 +21,8 @@ Curve = tuple[str, str, str]  # metric key, colour, label
 
 POINTS = 800  # longer curves are binned: the eye sees no difference and the page stays small
 SMOOTHED = 40  # curves this long are drawn with their running mean
-PHASES = {  # of an iteration, in their order
+PHASES = {  # of a run, in their order
+    "startup": "ink",
     "rollout": "blue",
     "score": "amber",
     "logp": "soft",
@@ -181,26 +182,29 @@ def _histograms(title: str, kind: str, xlabel: str) -> Panel:
     signs = (("pos", "blue", "A > 0"), ("neg", "orange", "A < 0"))
 
     def draw(figure: FigureBase, records: Records, config: Config) -> None:
-        held = [r for r in records if any(counts_of(r, f"histogram/{kind}_{s[0]}") for s in signs)]
-        if not held:
+        found = [
+            [counts_of(r, f"histogram/{kind}_{sign}") for sign, _, _ in signs] for r in records
+        ]
+        edges = [h[1] for each in found for h in each if h][-1:]
+        if not edges:
             return
-        picked = sorted({0, len(held) // 2, len(held) - 1})
-        axes = style.row(figure, len(picked), sharex=True, sharey=True)
-        shown = []
-        for ax, record in zip(axes, [held[i] for i in picked], strict=True):
-            ax.set_title(f"iteration {record['iteration']}")
-            ax.xaxis.set_major_locator(MaxNLocator(4, prune="both"))
-            for sign, colour, label in signs:
-                if histogram := counts_of(record, f"histogram/{kind}_{sign}"):
-                    counts, edges = histogram
+        # Before a restart, an older version may have counted between other edges.
+        held = [
+            (record["iteration"], [h and h[0] for h in each])
+            for record, each in zip(records, found, strict=True)
+            if any(each) and all(h is None or np.array_equal(h[1], edges[0]) for h in each)
+        ]
+        held = [held[i] for i in sorted({0, len(held) // 2, len(held) - 1})]
+        axes = style.row(figure, len(held), sharex=True, sharey=True)
+        for ax, (iteration, each) in zip(axes, held, strict=True):
+            ax.set_title(f"iteration {iteration}")
+            for counts, (sign, colour, label) in zip(each, signs, strict=True):
+                if counts is not None:
                     fill = {"fill": sign == "pos", "alpha": 0.5 if sign == "pos" else 1.0}
-                    ax.stairs(counts, edges, color=COLOURS[colour], label=label, **fill)
-                    some = counts > 0
-                    shown.append((edges[:-1][some].min(), edges[1:][some].max(), counts.max()))
-        lows, highs, tops = zip(*shown, strict=True)
-        span = max(highs) - min(lows)
-        margin = max(0.03 * span, (10 * np.diff(edges).max() - span) / 2)  # 10 bars at least
-        axes[0].set(xlim=(min(lows) - margin, max(highs) + margin), ylim=(0.7, 2 * max(tops)))
+                    ax.stairs(counts, edges[0], color=COLOURS[colour], label=label, **fill)
+        seen = np.array([c for _, each in held for c in each if c is not None])
+        style.by_bin(axes[0], edges[0], seen.sum(0))
+        axes[0].set_ylim(0.7, 2 * seen.max())
         style.logarithmic(axes[0])
         style.label(axes, xlabel, "tokens")
         style.legend(axes[0])
@@ -228,7 +232,7 @@ def _draw_gate(figure: FigureBase, records: Records, config: Config) -> None:
 
 
 def _draw_phases(figure: FigureBase, records: Records, config: Config) -> None:
-    spent = [seconds(r) for r in records]
+    spent = [seconds(r) | {"startup": 0.0} for r in records]  # as long as many iterations
     if not any(sum(s.values()) for s in spent):
         return
     ax = _axes(figure, records, "seconds per iteration")

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 # Okabe and Ito's palette, safe for colour-blind readers. In the page each colour is a CSS variable
 # of its name, so that the plots follow the reader's light or dark scheme.
@@ -190,3 +190,24 @@ def logarithmic(ax: Axes, shown: tuple[float, float] = (math.inf, 0)) -> None:
     ax.yaxis.set_major_locator(LogLocator(subs=subs))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}" if v > 2 * FLOOR else "0"))
     ax.yaxis.set_minor_locator(NullLocator())
+
+
+def by_bin(ax: Axes, edges: np.ndarray, counts: np.ndarray) -> None:
+    """A scale on which the bins of a histogram are equally wide, over those that hold something.
+
+    Ticks are at 0, at 1 and at the roundest edges, a fifth of the width apart.
+    """
+    places, some = np.arange(len(edges)), np.flatnonzero(counts)
+    spare = max(1, (10 - (some[-1] - some[0] + 1)) // 2)  # 10 bars at least
+    low, high = max(some[0] - spare, 0), min(some[-1] + 1 + spare, len(edges) - 1)
+    forward, back = (lambda x: np.interp(x, edges, places)), (lambda i: np.interp(i, places, edges))
+    ticks: list[float] = []
+    for value in sorted([0, 1, *edges], key=lambda v: (v not in (0, 1), len(f"{abs(v):.6g}"))):
+        place = forward(value)
+        apart = all(abs(place - forward(t)) >= (high - low) / 5 for t in ticks)
+        if low <= place <= high and edges[0] <= value <= edges[-1] and apart:
+            ticks.append(value)
+    ax.set_xscale("function", functions=(forward, back))
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.6g}".replace("-", "−")))
+    ax.set_xlim(edges[low], edges[high])

@@ -10,7 +10,7 @@ from etils import epath
 from sapo_jax.report import page, style
 from sapo_jax.report import sweep_plots as plots
 from sapo_jax.report.page import Tile
-from sapo_jax.report.sweep_stats import COLLAPSES, Run, summarise, varied
+from sapo_jax.report.sweep_stats import COLLAPSES, Run, leaders, summarise, varied
 from sapo_jax.training import provenance
 from sapo_jax.training.files import read_json, write_json
 from sapo_jax.training.workdir import read_metrics
@@ -39,7 +39,7 @@ def _with_interval(entry: Mapping[str, Any] | None, *, signed: bool = False) -> 
     if entry is None or entry["mean"] is None:
         return "–"
     mean, low, high = (_percent(entry[k], signed=signed) for k in ("mean", "low", "high"))
-    return f"{mean} ({low} to {high})"
+    return mean if entry["low"] is None else f"{mean} ({low} to {high})"
 
 
 def _finals(found: Found) -> list[list[str]]:
@@ -78,11 +78,14 @@ def _runs(found: Found, workdir: epath.Path) -> list[list]:
 def _tiles(found: Found) -> list[Tile]:
     settings, tiles = found["settings"], []
     count = sum(len(entry["runs"]) for entry in settings)
-    known = [entry for entry in settings if entry["pass_at_1"]["mean"] is not None]
-    if known:
-        best = max(known, key=lambda entry: entry["pass_at_1"]["mean"])
-        note = f"{plots.label(found, best['setting'])}; {_with_interval(best['pass_at_1'])} %"
-        tiles.append(Tile("Best mean Pass@1", f"{best['pass_at_1']['mean']:.1%}", note))
+    if best := leaders(settings):
+        first, *others = (plots.label(found, entry["setting"]) for entry in best)
+        note = f"{first}; {_with_interval(best[0]['pass_at_1'])} %"
+        if others:
+            more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+            note = f"not told apart by their seeds: {', '.join([first, *others[:3]])}{more}"
+        label = "Highest mean Pass@1" if others else "Best mean Pass@1"
+        tiles.append(Tile(label, f"{best[0]['pass_at_1']['mean']:.1%}", note))
     tiles.append(Tile("Runs", f"{count}", f"{len(settings)} settings"))
     lost = sum(len(entry["collapse"]["reward"]["steps"]) for entry in settings)
     tiles.append(Tile("Reward collapsed", f"{lost / count:.0%}", f"of {count} runs"))

@@ -47,7 +47,8 @@ def _curves(title: str, key: str, ylabel: str, *, scale: int = 1) -> Panel:
             curve = entry["curves"].get(key) or {"iteration": []}
             if not (x := curve["iteration"]):
                 continue
-            mean, low, high = (scale * np.array(curve[k]) for k in ("mean", "low", "high"))
+            keys = ("mean", "low", "high")
+            mean, low, high = (scale * np.array(curve[k], float) for k in keys)
             if count <= MOST_BANDS:
                 ax.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
             marker = "o" if len(x) <= FEW else ""
@@ -75,7 +76,7 @@ def _by_setting(figure: FigureBase, found: Found, ylabel: str) -> Axes:
 
 def _points(ax: Axes, x: float, shares: list[float], mean: Mapping[str, Any], colour: Any) -> None:
     """A point for each run, in per cent, over the mean with its interval."""
-    low, middle, high = (100 * mean[key] for key in ("low", "mean", "high"))
+    low, middle, high = (100 * np.array(mean[key], float) for key in ("low", "mean", "high"))
     spread = x + np.linspace(-0.14, 0.14, len(shares)) * (len(shares) > 1)
     ax.scatter(spread, 100 * np.array(shares), s=14, color=colour, alpha=0.75)
     ax.plot([x, x], [low, high], color=colour, linewidth=5, alpha=0.3)
@@ -99,7 +100,7 @@ def _draw_differences(figure: FigureBase, found: Found) -> None:
     )
     ax.text(0, 0, "reference", ha="center", va="bottom", fontsize=7.5, color=COLOURS["grey"])
     ax.axhline(0, color=COLOURS["soft"], linewidth=1)
-    reference = {run["seed"]: run["pass_at_1"] for run in first["runs"]}
+    reference = sweep_stats.ends_of(first)
     for i, (entry, colour) in enumerate(_coloured(found)):
         if entry["difference"]:
             pairs = [(run["pass_at_1"], reference.get(run["seed"])) for run in entry["runs"]]

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sapo_jax.training.bootstrap import interval
+from sapo_jax.training.progress import WALL
 
 LOST_REWARD, LOST_ENTROPY, LEAST = 0.5, 0.1, 0.05  # see `collapse`
+FEWEST = 3  # seeds of an interval: resampling two tells of nothing between them
 COLLAPSES = ("reward", "entropy", "finite")
 CURVES = ("eval/pass_at_1", "reward/mean", "policy/entropy", "length/mean")
 
@@ -58,11 +60,10 @@ def series(records: Records, key: str) -> dict[int, float]:
 
 
 def mean_of(values: Sequence[float]) -> dict[str, float | None]:
-    """The mean over seeds with its interval; null of nothing."""
-    if not len(values):
-        return dict.fromkeys(("mean", "low", "high"))
-    low, high = interval(np.array(values))
-    return {"mean": float(np.mean(values)), "low": low, "high": high}
+    """The mean over seeds with its interval; null of nothing, and no interval of too few."""
+    low, high = interval(np.array(values)) if len(values) >= FEWEST else (None, None)
+    mean = float(np.mean(values)) if len(values) else None
+    return {"mean": mean, "low": low, "high": high}
 
 
 def curve(runs: Sequence[Run], key: str) -> dict[str, list]:
@@ -79,15 +80,36 @@ def final(records: Records, key: str = "eval/pass_at_1") -> float | None:
     return found[max(found)] if found else None
 
 
-def paired(runs: Sequence[Run], reference: Sequence[Run]) -> dict[str, Any] | None:
-    """Final Pass@1 minus that of the reference, seed by seed, with the interval of the mean."""
-    others = {run.overrides.get("seed"): final(run.records) for run in reference}
-    pairs = [(final(run.records), others.get(run.overrides.get("seed"))) for run in runs]
+def paired(
+    ends: Mapping[Any, float | None], reference: Mapping[Any, float | None]
+) -> dict[str, Any] | None:
+    """Final Pass@1 by seed minus that of the reference, with the interval of the mean."""
+    pairs = [(end, reference.get(seed)) for seed, end in ends.items()]
     differences = np.array([a - b for a, b in pairs if a is not None and b is not None])
     if not len(differences):
         return None
     better = float((differences > 0).mean())
     return {"pairs": len(differences), "better": better, **mean_of(differences)}
+
+
+def ends_of(entry: Mapping[str, Any]) -> dict[Any, float | None]:
+    """The final Pass@1 of a setting's runs by seed."""
+    return {run["seed"]: run["pass_at_1"] for run in entry["runs"]}
+
+
+def leaders(settings: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The setting with the highest mean Pass@1, and those that are not told apart from it.
+
+    A setting is told apart where the interval of its paired difference, seed by seed, is below 0.
+    """
+    known = [entry for entry in settings if entry["pass_at_1"]["mean"] is not None]
+    known.sort(key=lambda entry: -entry["pass_at_1"]["mean"])
+    found = known[:1]
+    for entry in known[1:]:
+        difference = paired(ends_of(entry), ends_of(known[0]))
+        if difference is None or difference["high"] is None or difference["high"] >= 0:
+            found.append(entry)
+    return found
 
 
 def smoothed(values: Iterable[float], window: int) -> np.ndarray:
@@ -131,7 +153,9 @@ def collapse(records: Records) -> dict[str, int | None]:
         bad_N = mean_N < LOST_ENTROPY * mean_N[window - 1]
         found["entropy"] = _for_good(bad_N, list(entropy))
     # A number that is not finite is null in a record; a metric that a run lacks is no key of it.
-    broken = [r for r in trained if None in (r.get("policy/loss", 0), r.get("grad/norm", 0))]
+    # Null, too, is what an iteration does not measure whose groups all lack a signal.
+    updated = (r for r in trained if r.get("advantage/kept_groups") != 0)
+    broken = [r for r in updated if None in (r.get("policy/loss", 0), r.get("grad/norm", 0))]
     found["finite"] = min((r["iteration"] for r in broken), default=None)
     return found
 
@@ -150,8 +174,7 @@ def collapses(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
     """Everything that the report shows, as JSON holds it; the first setting is the reference."""
     groups = group(runs)
-    reference = next(iter(groups.values()))
-    settings = []
+    settings: list[dict[str, Any]] = []
     for key, members in groups.items():
         ends = [final(run.records) for run in members]
         settings.append({
@@ -167,17 +190,19 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
                 for run, end in zip(members, ends, strict=True)
             ],
             "pass_at_1": mean_of([end for end in ends if end is not None]),
-            "difference": None if members is reference else paired(members, reference),
+            "difference": None,
             "collapse": collapses(members),
             "curves": {k: curve(members, k) for k in CURVES if series(members[0].records, k)},
         })  # fmt: skip
+    first, *others = settings
+    for entry in others:
+        entry["difference"] = paired(ends_of(entry), ends_of(first))
     return {"settings": settings, "hours": hours(runs)}
 
 
 def hours(runs: Sequence[Run]) -> float:
-    """Time that the iterations, evaluations and checkpoints of all runs took, in hours."""
-    keys = ("time/iteration", "time/eval", "time/checkpoint")
-    return sum(r.get(key) or 0 for run in runs for r in run.records for key in keys) / 3600
+    """Time that all runs took, in hours."""
+    return sum(r.get(key) or 0 for run in runs for r in run.records for key in WALL) / 3600
 
 
 def varied(found: Mapping[str, Any]) -> list[str]:

@@ -30,15 +30,13 @@ from sapo_jax.types import Prompts, Rollout
 OnGroups = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 
 
-def _check(prompts, config, group_size, max_new_tokens, temperature, domain, truncate) -> None:
+def _check(prompts, config, group_size, max_new_tokens, domain, truncate) -> None:
     """Refuse what cannot be sampled, before anything is compiled."""
     chex.assert_rank(prompts.tokens, 2)
     chex.assert_shape([prompts.length, prompts.id], prompts.tokens.shape[:1])
     width = prompts.tokens.shape[1]
     if group_size < 1 or max_new_tokens < 1:
         raise ValueError(f"{group_size=}, {max_new_tokens=}: must be at least 1")
-    if not temperature >= 0:
-        raise ValueError(f"{temperature=}: must be ≥ 0 (0 is greedy)")
     if truncate and domain == "train":
         raise ValueError(
             "top_k and top_p are for evaluation: in the domain 'train' the sampler must draw from "
@@ -81,13 +79,15 @@ def rollout(
     plan: Plan | None = None,
     on_groups: OnGroups | None = None,
     warm_up: Callable[[str], None] | None = None,
+    on_segment: Callable[[], None] | None = None,
 ) -> Rollout:
     """Sample G completions of each prompt.
 
     Args:
       params: the learner's parameters, or those of `to_sampler`; on a mesh, so is the rollout.
       config: the model's shape; names the stop tokens.
-      prompts: P prompts; the same prompt draws the same noise wherever it stands.
+      prompts: P prompts; a prompt draws the same noise wherever it stands, and other noise where it
+        stands again.
       group_size: G.
       max_new_tokens: completions end here, or with the first stop token.
       temperature: divides the logits; 0 is greedy.
@@ -103,6 +103,7 @@ def rollout(
         i32[g, G]), NumPy arrays; each prompt comes once. With warm_up, all come at the end.
       warm_up: compile every program of the plan instead of sampling, and call this with a line
         about each; the result is a rollout without completions.
+      on_segment: called between segments of decoding; may raise, which leaves the rollout.
 
     Returns:
       Rollout of B = P·G rows of S = N + max_new_tokens tokens, those of one prompt adjacent.
@@ -111,11 +112,11 @@ def rollout(
       ValueError: an argument out of its domain.
     """
     truncate = top_k is not None or top_p is not None
-    _check(prompts, config, group_size, max_new_tokens, temperature, domain, truncate)
+    _check(prompts, config, group_size, max_new_tokens, domain, truncate)
     p, width = prompts.tokens.shape
     mesh = sharding.mesh_of(params)
     plan = _checked(plan, p, max_new_tokens, mesh)
-    prompts = sharding.place(prompts, mesh)
+    prompts = sharding.place(sampling.with_occurrence(prompts), mesh)
     controls = sampling.controls(temperature, top_k, top_p)
     params = to_sampler(params, config)
     base = sampling.base_key(np.uint32(seed), domain, np.int32(iteration))
@@ -137,7 +138,7 @@ def rollout(
     if warm_up:
         host.compile_all(warm_up)
     else:
-        host.run()
+        host.run(on_segment or (lambda: None))
     return decode_state.to_rollout(config, host.state.results, prompts, np.int32(iteration), mesh)
 
 
@@ -161,13 +162,14 @@ class _Host:
     mesh: Mesh | None
     fresh: tuple[np.ndarray, Any] | None = None
 
-    def run(self) -> None:
+    def run(self, on_segment: Callable[[], None]) -> None:
         """Sample until all prompts are done."""
         self.refill()
         while not self.slots.idle.all():
             self.shrink()
             self.grow()
             self.decode()
+            on_segment()
             self.refill()
         self.report()
 

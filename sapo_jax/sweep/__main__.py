@@ -15,6 +15,7 @@ FLAGS = cli.Flags("sweep", __doc__)
 FLAGS.config_file()
 FLAGS.string("reward", "", "my.py:name, a reward function: short for --config.reward.function.")
 FLAGS.string("workdir", None, "Directory of the sweep, local or gs://…", required=True)
+FLAGS.strings("axis", [], "FIELD=VALUE,…: only the runs with one of these; once or more.")
 FLAGS.integer("most", 0, "Runs that train together, at most; 0: all that can.", 0)
 FLAGS.integer("job_index", 0, "Which part of the sweep this process runs.", 0)
 FLAGS.integer("job_count", 1, "Number of processes that share the sweep.", 1)
@@ -28,6 +29,7 @@ def main(given: cli.Flags) -> None:
     if index >= count:
         raise ValueError(f"--job_index={index}: must be below --job_count={count}")
     overrides = cli.from_config(given["config"].config_filename, "get_sweep")
+    overrides = cohorts.restrict(overrides, given.axis)
     parts = cohorts.make(given.config, overrides, most=given.most)
     if count > len(parts):
         raise ValueError(
@@ -37,6 +39,8 @@ def main(given: cli.Flags) -> None:
     cli.use_cache(given.config.compilation_cache)
     if schedule.run(parts, given.workdir, job=(index, count)):
         print(_report(given.workdir))
+        if stopped := schedule.stopped(parts, given.workdir):
+            raise RuntimeError(stopped)
     else:
         goes_on = "the same command goes on" if count == 1 else "each job goes on by itself"
         print(f"the sweep is not complete yet: {goes_on}")

@@ -15,7 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sapo_jax.axes import Overrides
-from sapo_jax.cli import flat, nearest
+from sapo_jax.cli import flat, literal, make_room, nearest
 from sapo_jax.sweep.population import choose
 from sapo_jax.training import settings
 from sapo_jax.training.checks import require
@@ -52,6 +52,27 @@ class Cohort:
         return self.runs[0]
 
 
+def restrict(sweep: Overrides, axes: Sequence[str]) -> Overrides:
+    """The runs of a sweep that have one of the values of each "field=value,…".
+
+    Raises:
+      ValueError: no run has the field, or a value of it, or all of them together.
+    """
+    for text in axes:
+        field, _, values = text.partition("=")
+        known = {key: [run[key] for run in sweep if key in run] for run in sweep for key in run}
+        if field not in known:
+            fields = f"a field of the sweep, which are {', '.join(known)}" if known else "left out"
+            raise ValueError(f"--axis={text}: must be FIELD=VALUE,… of {fields}")
+        wanted = [literal(value) for value in values.split(",")]
+        for value in wanted:
+            if value not in known[field]:
+                has = ", ".join(map(str, dict.fromkeys(known[field])))
+                raise ValueError(f"--axis={text}: no run has {field}={value}; they have {has}")
+        sweep = [run for run in sweep if field in run and run[field] in wanted]
+    return sweep
+
+
 def name_of(override: Mapping[str, Any]) -> str:
     """The directory of a run: ``objective.tau_neg=1.05,seed=3``."""
     text = ",".join(f"{field}={value}" for field, value in override.items())
@@ -69,6 +90,7 @@ def settings_of(base: ConfigDict, override: Mapping[str, Any]) -> Settings:
     """
     config, name = copy.deepcopy(base), name_of(override)
     try:
+        make_room(config, override)
         config.update_from_flattened_dict(override)
     except (KeyError, AttributeError):
         known = flat(base.to_dict())

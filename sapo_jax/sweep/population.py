@@ -136,8 +136,10 @@ class Population:
         iteration: int,
         domain: str = "train",
         warm_up: Callable[[str], None] | None = None,
+        on_segment: Callable[[], None] | None = None,
     ) -> tuple[Rollout, list[Ends]]:
-        """All prompts at once; their groups are reported when the last run is sampled."""
+        """All prompts at once, in one segment; groups are reported when all runs are sampled."""
+        del on_segment
         each, first = [run.sampling(domain) for run in self.runs], self.runs[0].sampling(domain)
         top = {name: first.get(name) for name in ("top_k", "top_p")}
         seed_R = np.array([own["seed"] for own in each], np.uint32)
@@ -147,7 +149,7 @@ class Population:
             np.full(len(self.runs), warm_up is None),
             weights,
             self.runs[0].model,
-            stack(prompts),
+            stack(map(sampling.with_occurrence, prompts)),
             rollouts.base_keys(seed_R, domain, np.int32(iteration)),
             stack([sampling.controls(own["temperature"], **top) for own in each]),
             np.int32(iteration),

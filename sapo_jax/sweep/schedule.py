@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 
@@ -16,6 +17,8 @@ from sapo_jax.sweep.population import Population
 from sapo_jax.training.engine import Streamed
 from sapo_jax.training.files import check_directory, read_json, write_json
 from sapo_jax.training.progress import Progress
+from sapo_jax.training.settings import Settings
+from sapo_jax.training.workdir import gaps, read_metrics
 
 MANIFEST, DONE = "manifest.json", "done.json"
 
@@ -36,8 +39,10 @@ def manifest_of(parts: Sequence[Cohort]) -> dict:
 
 
 def is_sweep(workdir: epath.Path) -> bool:
-    """Whether a directory is of a sweep."""
+    """Whether a directory is of a sweep: by its manifest, or since it holds cohorts alone."""
     stored = read_json(workdir / MANIFEST)
+    if stored is None:
+        return all(re.fullmatch(r"cohort-\d+", path.name) for path in workdir.iterdir())
     runs = stored.get("runs") if isinstance(stored, dict) else None
     known = isinstance(runs, list) and all(isinstance(run, dict) for run in runs)
     return known and all("directory" in run for run in runs)
@@ -70,6 +75,30 @@ def _is_done(part: Cohort, place: epath.Path) -> bool:
     return done.get("iterations") == part.lead.config.iterations
 
 
+def _is_whole(run: Settings, place: epath.Path) -> bool:
+    """Whether the directory of a run that has ended has every iteration.
+
+    Its checkpoints may have been deleted altogether, but not end too early.
+    """
+    total, saved = run.config.iterations, place / "checkpoints"
+    ended = (saved / str(total)).exists() or not saved.exists()
+    return ended and not gaps(read_metrics(place), 1, total)
+
+
+def _lost(part: Cohort, place: epath.Path) -> list[tuple[Settings, epath.Path]]:
+    """The runs of a cohort that has ended whose directories are not whole."""
+    each, stopped = zip(part.runs, part.names, strict=True), _stopped(place)
+    ended = [(run, place / name) for run, name in each if name not in stopped]
+    return [one for one in ended if not _is_whole(*one)]
+
+
+def _repeat(run: Settings, place: epath.Path, bar: Progress) -> None:
+    """Train a run again, alone, whose directory was deleted."""
+    if (place / "checkpoints" / str(run.config.iterations)).exists():
+        (place / "checkpoints").rmtree()  # it would end at once, without what was lost
+    train.run_all([Streamed(run)], place, [place], bar)
+
+
 def _how(part: Cohort) -> str:
     if part.method != "devices":
         return part.method
@@ -77,7 +106,7 @@ def _how(part: Cohort) -> str:
     return f"devices ({used} of {all_of_them}, as many as divide the runs)"
 
 
-def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> bool:
+def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> None:
     """Train, or go on training, the runs of a cohort in the directories ``<workdir>/<name>``.
 
     These hold what a run alone leaves, its last checkpoint included: any of them can be evaluated,
@@ -87,7 +116,7 @@ def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> bool:
         engines = [Streamed(run) for run in cohort.runs]
     else:
         engines = [Population(cohort.runs, cohort.method)]
-    return train.run_all(engines, workdir, [workdir / name for name in cohort.names], bar)
+    train.run_all(engines, workdir, [workdir / name for name in cohort.names], bar)
 
 
 def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int] = (0, 1)) -> bool:
@@ -109,17 +138,38 @@ def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int
     check_manifest(workdir, manifest_of(parts))
     places = [workdir / folder(i) for i in range(len(parts))]
     mine = list(zip(parts, places, strict=True))[index::count]
-    sizes = [len(part.runs) * part.lead.config.iterations for part, _ in mine]
-    done = [_is_done(*each) for each in mine]
-    with Progress(sum(sizes), workdir.name) as bar:
-        bar.skip(sum(size for size, ended in zip(sizes, done, strict=True) if ended))
-        for (part, place), ended in zip(mine, done, strict=True):
-            if ended:
-                continue
-            bar.line(f"{place.name}: {len(part.runs)} runs, by {_how(part)}")
-            start = time.time()
-            if not run_cohort(part, place, bar):
-                break
-            record = {"iterations": part.lead.config.iterations, "method": part.method}
-            write_json(place / DONE, record | {"seconds": time.time() - start})
-    return all(_is_done(*each) for each in zip(parts, places, strict=True))
+    iterations = sum(len(part.runs) * part.lead.config.iterations for part, _ in mine)
+    with Progress(iterations, workdir.name) as bar:
+        for part, place in mine:
+            _finish(part, place, bar)
+    every = zip(parts, places, strict=True)
+    return all(_is_done(*each) and not _lost(*each) for each in every)
+
+
+def _finish(part: Cohort, place: epath.Path, bar: Progress) -> None:
+    """Train what is left of a cohort."""
+    ended, iterations = _is_done(part, place), part.lead.config.iterations
+    if not ended:
+        bar.line(f"{place.name}: {len(part.runs)} runs, by {_how(part)}")
+        start, record = time.time(), {"iterations": iterations, "method": part.method}
+        try:
+            run_cohort(part, place, bar)
+        except train.NotFiniteError as error:
+            record["stopped"] = error.stopped
+        write_json(place / DONE, record | {"seconds": time.time() - start})
+    lost = _lost(part, place)
+    bar.skip((len(part.runs) - len(lost)) * iterations * ended)
+    for run, directory in lost:
+        bar.line(f"{place.name}/{directory.name}: records are missing, it runs again, alone")
+        _repeat(run, directory, bar)
+
+
+def _stopped(place: epath.Path) -> dict[str, str]:
+    """The runs of a cohort that has ended that stopped before their end, and why."""
+    return (read_json(place / DONE) or {}).get("stopped", {})
+
+
+def stopped(parts: Sequence[Cohort], workdir: epath.PathLike) -> str:
+    """Which runs of a sweep stopped before their end, and why; "" where none did."""
+    every = [_stopped(epath.Path(workdir) / folder(i)) for i in range(len(parts))]
+    return "; ".join(f"{name}: {why}" for found in every for name, why in found.items())

@@ -1,4 +1,4 @@
-"""Chain sum: add and subtract from left to right, every step written out."""
+"""Chain sum: add and subtract from left to right modulo 100, every step written out."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from sapo_jax import corrections, learner, model, objectives, tasks
+from sapo_jax.cli import nearest
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
@@ -30,12 +31,12 @@ NO_REFERENCE = "0 without config.init_from, whose policy is the reference"
 
 
 @contextlib.contextmanager
-def _of(field: str) -> Iterator[None]:
-    """Refusals inside the context name the field."""
+def _of(field: str, *, named: bool = False) -> Iterator[None]:
+    """Refusals inside the context name the field; if they do by themselves, only ``config.``."""
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"config.{field}: {error}") from None
+        raise ValueError(f"config.{error}" if named else f"config.{field}: {error}") from None
 
 
 def entries(c: Any) -> dict[str, Any]:
@@ -67,6 +68,10 @@ def make_tasks(c: Any) -> tuple[dict[str, Task], dict[str, float]]:
     require(abs(total - 1) < 1e-6, "tasks", shares, f"shares that add up to 1, not {total:g}")
     least = f"at least {len(made)}, one of each task"
     require(c.eval.prompts >= len(made), "eval.prompts", c.eval.prompts, least)
+    for key in made if c.eval.every else ():
+        size, part = len(made[key].examples("test")), int(shares[key] * c.eval.prompts)
+        most = f"at most {int(size / shares[key])}, for the test split of {key} has {size} prompts"
+        require(part <= size, "eval.prompts", c.eval.prompts, most)
     return made, shares
 
 
@@ -101,6 +106,9 @@ def make_model(c: Any, tokenizer: Tokenizer) -> model.ModelConfig:
         "compute_dtype": c.dtype.compute,
         "cache_dtype": c.dtype.cache,
     }
+    for field, value in vars(c.dtype).items():
+        choice(f"dtype.{field}", value, model.config.DTYPES)
+    choice("model.attention", chosen["attention"], model.config.ATTENTION)
     stop = {"stop_tokens": tokenizer.stop_ids, "pad_token": tokenizer.pad_id}
     if is_hf(c.init_from):
         same = f"{c.init_from!r} too, whose config.json gives the shape of the weights there"
@@ -110,9 +118,9 @@ def make_model(c: Any, tokenizer: Tokenizer) -> model.ModelConfig:
         require("/" not in preset, "model.preset", preset, f"one of {names}")
         if "vocab_size" in model.PRESETS.get(preset, {}):
             fields["vocab_size"] = max(model.PRESETS[preset]["vocab_size"], tokenizer.vocab_size)
-        return model.make(
-            preset, **{"vocab_size": tokenizer.vocab_size, **fields, **chosen, **stop}
-        )
+        with _of("model", named=True):
+            vocab_size = {"vocab_size": tokenizer.vocab_size}
+            return model.make(preset, **vocab_size | fields | chosen | stop)
     alone = "None: the shape is that of config.model.preset, a Hugging Face directory"
     for field, value in fields.items():
         require(False, f"model.{field}", value, alone)
@@ -156,6 +164,14 @@ def make_objective(c: Any) -> objectives.Objective:
     choice("objective.kl", kl, KL_ESTIMATORS)
     given = {key: value for key, value in fields.items() if value is not None}
     with _of("objective"):
+        known = [*objectives.named(name).hyperparameters, *OF_OBJECTIVE]
+        for key, value in given.items():
+            if key not in known:
+                near = f"the nearest is {nearest(key, known)!r}"
+                has = f"it has {', '.join(known[: -len(OF_OBJECTIVE)])}"
+                raise ValueError(f"{name} has no hyperparameter {key!r}; {has}; {near}")
+            if isinstance(value, int) and not isinstance(value, bool):
+                given[key] = float(value)  # programs are of their types
         objective = objectives.resolve(name, **given)
         if aggregation is not None:
             objective = dataclasses.replace(objective, aggregation=aggregation)
@@ -218,6 +234,7 @@ def make_hyperparameters(
 ) -> learner.Hyperparameters:
     """What an update is told."""
     options = dict(vars(c.learner))
+    del options["max_skipped"]
     old_logp, replay = options.pop("old_logp"), options["routing_replay"]
     choice("learner.schedule", options["schedule"], learner.SCHEDULES)
     choice("learner.old_logp", old_logp, OLD_LOGP)
@@ -262,7 +279,5 @@ def make_recipe(c: Any, room: int) -> Recipe:
     kl_coef, kl, _ = (fields.pop(name) for name in ("kl_coef", "kl", "workers"))
     choice("reward.kl", kl, KL_ESTIMATORS)
     require(kl_coef == 0 or c.init_from != "", "reward.kl_coef", kl_coef, NO_REFERENCE)
-    try:
+    with _of("reward", named=True):
         return Recipe(**{**fields, "max_length": fields["max_length"] or room})
-    except ValueError as error:  # it names the field
-        raise ValueError(f"config.{error}") from None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import json
+import zlib
 from concurrent import futures
 from typing import Any
 
@@ -13,20 +13,27 @@ from etils import epath
 from orbax.checkpoint import path as orbax_path
 from orbax.checkpoint import v1 as ocp
 
-from sapo_jax.training.files import is_remote, normal
+from sapo_jax.parallel import distributed
+from sapo_jax.training.digest import digests, file_of, lost, named
+from sapo_jax.training.files import is_remote, normal, sync
 
 FORMAT, STATE = "sapo_jax/1", "state"
 UNFINISHED = orbax_path.atomicity_types.TMP_DIR_SUFFIX
 COMMIT_FILE = orbax_path.atomicity_types.COMMIT_SUCCESS_FILE
 _is_committed = orbax_path.step.is_path_finalized
+DAMAGED = ".damaged"
 Leaves = dict[str, str]  # path in the state → dtype and shape
+
+
+class DamagedError(ValueError):
+    """A checkpoint that does not read back as it was saved."""
 
 
 class Checkpoints:
     """The checkpoints ``<directory>/<iteration>/`` of one run; leaving the context waits.
 
     A checkpoint is deleted only after a newer one is committed and was read back. Reading leaves
-    the directory as it is: what a killed save left behind is removed at the first save.
+    the directory as it is: what a kill left behind is removed by `tidy`, or at the first save.
     """
 
     def __init__(self, directory: epath.PathLike):
@@ -41,18 +48,28 @@ class Checkpoints:
     def __exit__(self, *exception: object) -> None:
         self.wait()
 
-    def save(self, iteration: int, state: Any, meta: dict, *, score: float | None = None) -> None:
-        """Start saving a pytree of arrays; on return the caller may donate its buffers.
+    def save(
+        self,
+        iteration: int,
+        state: Any,
+        meta: dict,
+        *,
+        score: float | None = None,
+        finite: bool = False,
+    ) -> None:
+        """Start saving a pytree of arrays, each with a checksum; on return the caller may donate
+        its buffers.
 
         Args:
           iteration: number of finished iterations, above that of every checkpoint so far.
           state: what to save.
           meta: JSON-able dict, such as the data position, handed back by `restore`.
           score: held-out score of this state, higher is better.
+          finite: whether to refuse a state that is not.
 
         Raises:
-          ValueError: the iteration is not new, ``meta`` or ``score`` changes in JSON, or the
-            previous save cannot be read back.
+          ValueError: the iteration is not new, ``meta`` or ``score`` changes in JSON, the
+            previous save cannot be read back, or the state is not finite.
         """
         given = {"format": FORMAT, "score": None if score is None else float(score), "meta": meta}
         record = json.loads(json.dumps(given, default=str))  # `meta` may change during the save
@@ -72,7 +89,14 @@ class Checkpoints:
                 f"cannot save iteration {iteration} into {self.directory}, which holds iteration "
                 f"{newest}; expected a later one: resume from {newest}, or use another directory"
             )
-        path = self.directory / str(iteration)
+        path, found = self.directory / str(iteration), digests(state)
+        if finite and lost(found):
+            raise ValueError(
+                f"iteration {iteration} is not saved: {lost(found)} is not finite; "
+                f"{self.directory} keeps the iterations {sorted(self._scores)}"
+            )
+        record["checksums"] = {name: digest.checksum for name, digest in found.items()}
+        record["checksum"] = _checksum(record)
         response = ocp.save_checkpointables_async(path, {STATE: state}, custom_metadata=record)
         self._saving = self._thread.submit(self._finish, path, response, record, _leaves(state))
 
@@ -86,38 +110,62 @@ class Checkpoints:
         if saving is not None:
             saving.result()
 
-    def latest(self) -> int | None:
-        """Newest committed iteration, or None."""
-        return max(self._committed(), default=None)
+    def latest(self, *, before: float = float("inf")) -> int | None:
+        """Newest committed iteration, below ``before``, or None."""
+        return max((i for i in self.committed() if i < before), default=None)
 
     def best(self) -> int | None:
         """Iteration with the highest score (the newest of equals), or None if none was scored."""
-        return _best(self._read_scores())
+        return _best(self._read_scores(strict=True))
 
-    def restore(self, iteration: int, abstract_state: Any) -> tuple[Any, dict]:
+    def set_aside(self, iteration: int) -> None:
+        """Make a damaged checkpoint none, in process 0; its files stay, but on object stores."""
+        path = self.directory / str(iteration)
+        if jax.process_index() == 0 and is_remote(path):
+            (path / COMMIT_FILE).unlink()
+        elif jax.process_index() == 0:
+            path.rename(path.with_name(path.name + DAMAGED))
+
+    def restore(
+        self, iteration: int, abstract_state: Any, *, finite: bool = False
+    ) -> tuple[Any, dict]:
         """Read a checkpoint back, bit for bit.
 
         Args:
           iteration: one of the committed, for instance ``latest()``.
           abstract_state: pytree of `jax.ShapeDtypeStruct`; without a sharding, leaves go to the
             default device.
+          finite: whether to refuse a state that is not.
 
         Returns:
           The state, of the same pytree type, and the ``meta`` of its save.
 
         Raises:
-          ValueError: there is no such checkpoint, it is damaged or another program's, or a name,
-            shape or dtype is not the wanted one.
+          DamagedError: it is not what was saved, or not finite.
+          ValueError: there is no such checkpoint, it is another program's, or a name, shape or
+            dtype is not the wanted one.
         """
         path = self.directory / str(iteration)
-        if iteration not in (committed := self._committed()):
+        if iteration not in (committed := self.committed()):
             raise ValueError(
                 f"nothing to restore: {path} is no finished checkpoint; {self.directory} holds the "
                 f"iterations {committed}: name one of those or another directory"
             )
         record, stored = _read(path)
         _check_leaves(path, stored, _leaves(abstract_state))
-        return _load(path, abstract_state), record["meta"]
+        return _load(path, abstract_state, record, finite=finite), record["meta"]
+
+    def tidy(self, restored: int) -> None:
+        """Remove what kills left behind: unfinished saves, and checkpoints that have a successor.
+
+        Args:
+          restored: the iteration that was read back; later ones stay, and so does the best.
+        """
+        self._scores = self._read_scores()
+        distributed.any_process(False)  # nothing goes while another process reads it
+        if jax.process_index() == 0:
+            self._remove_unfinished()
+        self._prune(restored)
 
     def _finish(self, path: epath.Path, response: Any, record: dict, leaves: Leaves) -> None:
         # Commit, read back, and only then delete: at any moment a checkpoint that can be read lies
@@ -129,18 +177,29 @@ class Checkpoints:
             raise
         if jax.process_index() == 0 and _read(path) != (record, leaves):
             raise _damaged(path, "it does not read back as what was saved")
+        sync(path)
         self._scores[int(path.name)] = record["score"]
-        self._prune()
+        self._prune(max(self._scores))
 
-    def _committed(self) -> list[int]:
+    def committed(self) -> list[int]:
+        """The iterations that have a finished checkpoint."""
         numbered = [p for p in _entries(self.directory) if p.name.isdecimal()]
         return sorted(i for p in numbered if str(i := int(p.name)) == p.name and _is_committed(p))
 
-    def _read_scores(self) -> dict[int, float | None]:
-        return {i: _read(self.directory / str(i))[0]["score"] for i in self._committed()}
+    def _read_scores(self, *, strict: bool = False) -> dict[int, float | None]:
+        def score(iteration):
+            try:
+                return _read(self.directory / str(iteration))[0]["score"]
+            except DamagedError:
+                if strict:
+                    raise
+                return None  # an older one that is damaged stops no run
 
-    def _prune(self) -> None:
-        for iteration in sorted(set(self._scores) - {max(self._scores), _best(self._scores)}):
+        return {iteration: score(iteration) for iteration in self.committed()}
+
+    def _prune(self, restored: int) -> None:
+        older = {iteration for iteration in self._scores if iteration < restored}
+        for iteration in sorted(older - {_best(self._scores)}):
             if jax.process_index() == 0:
                 _delete(self.directory / str(iteration))
             del self._scores[iteration]
@@ -154,11 +213,11 @@ class Checkpoints:
                 path.rmtree()
 
 
-def restore_params(directory: Any, abstract_params: Any, *, which: str = "latest") -> Any:
-    """Read only the ``params`` of the state in another run's directory of checkpoints.
+def find(directory: Any, *, which: str = "latest") -> int:
+    """The iteration of the newest or best checkpoint of a run's directory of checkpoints.
 
-    ``abstract_params`` is a pytree of `jax.ShapeDtypeStruct`, ``which`` is "latest", or "best" for
-    the highest score. Raises ValueError as `Checkpoints.restore` does, and when none was scored.
+    Raises:
+      ValueError: there is none.
     """
     choices = {"latest": Checkpoints.latest, "best": Checkpoints.best}
     if which not in choices:
@@ -172,10 +231,24 @@ def restore_params(directory: Any, abstract_params: Any, *, which: str = "latest
             f"named by iteration (saved with a score for best), found {found[:8] or 'nothing'}: "
             "name the directory of checkpoints of a run that saved one"
         )
-    path, wanted = directory / str(iteration), {"params": abstract_params}
-    stored = {k: v for k, v in _read(path)[1].items() if k.startswith("params/")}
+    return iteration
+
+
+def restore_params(
+    directory: Any, abstract_params: Any, *, which: str = "latest", iteration: int | None = None
+) -> Any:
+    """Read only the ``params`` of the state in another run's directory of checkpoints.
+
+    ``abstract_params`` is a pytree of `jax.ShapeDtypeStruct`, ``which`` is "latest", or "best" for
+    the highest score; ``iteration`` names one instead. Raises ValueError as `Checkpoints.restore`
+    does, and when none was scored.
+    """
+    iteration = find(directory, which=which) if iteration is None else iteration
+    path, wanted = normal(directory) / str(iteration), {"params": abstract_params}
+    record, leaves = _read(path)
+    stored = {k: v for k, v in leaves.items() if k.startswith("params/")}
     _check_leaves(path, stored, _leaves(wanted))
-    return _load(path, wanted)["params"]
+    return _load(path, wanted, record)["params"]
 
 
 def _read(path: epath.Path) -> tuple[dict, Leaves]:
@@ -185,17 +258,24 @@ def _read(path: epath.Path) -> tuple[dict, Leaves]:
     except ocp.errors.InvalidLayoutError as error:
         raise (_damaged(path, error) if (path / STATE).exists() else _foreign(path)) from error
     record, state = stored.custom_metadata or {}, stored.metadata.get(STATE)
+    if record.get("checksum", (right := _checksum(record))) != right:
+        raise _damaged(path, f"the record in {path / '_CHECKPOINT_METADATA'} fails its checksum")
     ours = record.get("format") == FORMAT
     if ours and state is not None:
         return record, _leaves(state)
     # Orbax answers an unreadable file with None and a log line, not with an exception.
     if ours or (STATE in stored.metadata and stored.init_timestamp_nsecs is None):
-        raise _damaged(path, "its metadata cannot be read")
+        raise _damaged(path, f"the metadata in {STATE} cannot be read")
     raise _foreign(path)
 
 
-def _load(path: epath.Path, abstract: Any) -> Any:
-    """The arrays named by ``abstract``, which may be part of those stored."""
+def _checksum(record: dict) -> int:
+    whole = {key: value for key, value in record.items() if key != "checksum"}
+    return zlib.crc32(json.dumps(whole, sort_keys=True).encode())
+
+
+def _load(path: epath.Path, abstract: Any, record: dict, *, finite: bool = False) -> Any:
+    """The arrays named by ``abstract``, which may be part of those stored, as they were saved."""
     device = jnp.zeros(()).sharding
     placed = jax.tree.map(
         lambda x: x if x.sharding else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
@@ -205,18 +285,25 @@ def _load(path: epath.Path, abstract: Any) -> Any:
     context.pytree.loading.partial_load = True
     try:
         with context:
-            return ocp.load(path, placed, checkpointable_name=STATE)
+            loaded = ocp.load(path, placed, checkpointable_name=STATE)
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise  # the device is at fault, not the file
     except Exception as error:  # Orbax raises bare Exceptions for missing and truncated files
         raise _damaged(path, error) from error
+    saved = record.get("checksums", {})  # none of before there were any
+    for name, digest in digests(loaded).items():
+        if saved.get(name, digest.checksum) != digest.checksum:
+            raise _damaged(
+                path, f"{name} fails its checksum; see {STATE}/{file_of(path / STATE, name)}"
+            )
+        if finite and not digest.finite:
+            raise _damaged(path, f"{name} is not finite")
+    return loaded
 
 
 def _leaves(tree: Any) -> Leaves:
     """The same for a state and for the plain dicts and lists that Orbax describes it by."""
-    named = jax.tree_util.tree_leaves_with_path(tree)
-    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {name(path): f"{x.dtype}{list(x.shape)}" for path, x in named}
+    return {name: f"{x.dtype}{list(x.shape)}" for name, x in named(tree).items()}
 
 
 def _check_leaves(path: epath.Path, stored: Leaves, wanted: Leaves) -> None:
@@ -237,9 +324,9 @@ def _best(scores: dict[int, float | None]) -> int | None:
     return max(((s, i) for i, s in scores.items() if s is not None), default=(0, None))[1]
 
 
-def _damaged(path: epath.Path, why: object) -> ValueError:
-    return ValueError(
-        f"checkpoint of iteration {path.name} in {path.parent} is damaged: {str(why)[:200]}; "
+def _damaged(path: epath.Path, why: object) -> DamagedError:
+    return DamagedError(
+        f"checkpoint of iteration {path.name} in {path.parent} is damaged: {str(why)[:300]}; "
         f"expected every file of a finished save; to go on from an older one, delete or move {path}"
     )
 

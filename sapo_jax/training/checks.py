@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import keyword
 import math
+import operator
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sapo_jax.cli import flat, nearest
+from ml_collections import ConfigDict
+
+from sapo_jax.cli import OPEN, flat, from_config, nearest
 
 LARGEST = 2**31 - 1  # counts are i32 on the device
 MOST = {"seed": 2**32 - 1, "sampler.shrink": 30, "reward.workers": 4096, "data.workers": 1024}
 OF_TASKS = ("task.", "tasks.", "tokenizer.template_options.")  # what others read: up to 64 bits
 CHARACTERS = 2**16
+INSIDE = ("task.options.", "tasks.", "tokenizer.template_options.")  # fields of others' names
+TYPES = {
+    bool: (bool, "True or False"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    str: (str, "text"),
+    ConfigDict: (dict, "a section, or a dictionary"),
+}
 
 
 def shown(value: Any) -> str:
@@ -23,6 +35,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"
 
 
+COMPUTED = {"objective", "correction", "reward", "sampler", "learner", "eval"}  # on the device
+MAY_BE_INFINITE = {  # no bound
+    "objective.eps_low", "objective.eps_high", "objective.dual_clip", "correction.high",
+    "learner.max_grad_norm",
+}  # fmt: skip
+
+
 def check_sizes(config: Mapping[str, Any]) -> None:
     """Refuse numbers and texts that are too large for anything, before anything reads them.
 
@@ -31,13 +50,47 @@ def check_sizes(config: Mapping[str, Any]) -> None:
     """
     for field, value in flat(config).items():
         if isinstance(value, float) and math.isfinite(value):
-            require(abs(value) < 2.0**128, field, value, "a number of 32 bits, below 3.4e38")
+            held = value == 0 or 2.0**-126 <= abs(value) < 2.0**128
+            allowed = "a number of 32 bits, below 3.4e38 and, but for 0, above 1.2e-38"
+            require(held, field, value, allowed)
+        elif isinstance(value, float) and field.partition(".")[0] in COMPUTED:
+            no_bound = value == math.inf and field in MAY_BE_INFINITE
+            require(no_bound, field, value, "finite")
         elif isinstance(value, int):
             most = MOST.get(field, 2**63 - 1 if field.startswith(OF_TASKS) else LARGEST)
             require(abs(value) <= most, field, value, f"at most {most}")
         elif isinstance(value, str):
             characters = f"at most {CHARACTERS} characters, none of them NUL"
             require(len(value) <= CHARACTERS and "\0" not in value, field, value, characters)
+
+
+def check_fields(plain: Mapping[str, Any]) -> None:
+    """Refuse a config that lacks a field, has one too many, or one of another type.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    base, given = from_config("base"), flat(plain, sections=True)
+    wanted = flat(base, sections=True)
+    for field in given:
+        key = field.rpartition(".")[2]
+        named = OPEN.fullmatch(field) and key.isidentifier() and not keyword.iskeyword(key)
+        if not (field in wanted or named or field.startswith(INSIDE)):
+            near = f"the nearest is {nearest(field, wanted)!r}"
+            raise ValueError(f"config.{field}: there is no such field; {near}")
+    for field in wanted:
+        if field not in given:
+            if field == "task.options":
+                continue
+            raise ValueError(f"config.{field} is missing: a config starts from configs/base.py")
+        section, _, key = field.rpartition(".")
+        kind = operator.attrgetter(section)(base).get_type(key) if section else base.get_type(key)
+        value = given[field]
+        if value is None and wanted[field] is None:
+            continue
+        kinds, text = TYPES[kind]
+        proper = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+        require(proper, field, value, text)
 
 
 def require(condition: bool, field: str, value: Any, allowed: str) -> None:

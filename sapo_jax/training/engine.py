@@ -30,12 +30,14 @@ class Bundle(NamedTuple):
       state: of the engine's runs.
       reference: parameters of their reference policies; None where no KL penalty needs them.
       streams: the training examples of each run.
+      origins: which checkpoint its reference is, and that one's fingerprint; None without one.
     """
 
     engine: Any
     state: TrainState
     reference: Any
     streams: tuple[Stream, ...]
+    origins: tuple[dict | None, ...] = ()
 
 
 class Streamed:
@@ -82,6 +84,7 @@ class Streamed:
         iteration: int,
         domain: str = "train",
         warm_up: Callable[[str], None] | None = None,
+        on_segment: Callable[[], None] | None = None,
     ) -> tuple[Rollout, list[Ends]]:
         """See `sampler.rollout`; prompts, ``on_groups`` and ends are of each run."""
         (run,) = self.runs
@@ -93,6 +96,7 @@ class Streamed:
             domain=domain,
             on_groups=self.join(on_groups),
             warm_up=warm_up,
+            on_segment=on_segment,
             **run.sampling(domain),
         )
         return rollout, [sampler.ends(rollout)]

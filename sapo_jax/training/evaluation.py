@@ -115,7 +115,10 @@ def evaluate(
 
 
 def held_out(
-    bundle: Bundle, scorer: rewards.Scorer, warm_up: Callable[[str], None] | None = None
+    bundle: Bundle,
+    scorer: rewards.Scorer,
+    warm_up: Callable[[str], None] | None = None,
+    on_segment: Callable[[], None] | None = None,
 ) -> list[dict[str, float]]:
     """Metrics of each run on the fixed evaluation set; the same noise at every iteration."""
     engine, run = bundle.engine, bundle.engine.runs[0]
@@ -123,7 +126,8 @@ def held_out(
 
     def sample(prompts, on_groups):
         every, controls = [prompts] * len(on_groups), {"iteration": 0, "domain": "eval"}
-        _, ends = engine.rollout(weights, every, on_groups, warm_up=warm_up, **controls)
+        controls |= {"warm_up": warm_up, "on_segment": on_segment}
+        _, ends = engine.rollout(weights, every, on_groups, **controls)
         return [length_B for length_B, _ in ends]
 
     return evaluate(
@@ -146,5 +150,5 @@ def test_set(run: Settings, count: int) -> list[Example]:
     return [
         example
         for k in sorted(parts)
-        for example in encode.held_out(sources[k], parts[k], keep=run.keep, task=k)
+        for example in encode.held_out(sources[k], parts[k], total=count, keep=run.keep, task=k)
     ]

@@ -137,7 +137,8 @@ def _selected(run: Settings, rewards_B: np.ndarray) -> tuple[np.ndarray, np.ndar
     sizes = run.config.batch
     if sizes.oversample == 1:
         return np.arange(len(rewards_B), dtype=np.int32), np.ones(len(rewards_B), bool), {}
-    rows_B, signal_B = advantages.informative(rewards_B, sizes.group_size, sizes.prompts)
+    controls = sizes.group_size, sizes.prompts, sizes.minibatches
+    rows_B, signal_B = advantages.informative(rewards_B, *controls)
     return rows_B, signal_B, {"advantage/kept_groups": float(signal_B.mean())}
 
 
@@ -199,7 +200,7 @@ def from_rollout(
     moved = float(sampler.moved_bytes(params, weights) / len(queries))
     with clock("rollout"):
         prompts, groups = ([getattr(q, name) for q in queries] for name in ("prompts", "groups"))
-        controls = {"iteration": iteration, "warm_up": warm_up}
+        controls = {"iteration": iteration, "warm_up": warm_up, "on_segment": clock.check}
         rollout, ends = engine.rollout(weights, prompts, groups, **controls)
     with clock("logp"):  # needs no rewards: the device works while rows are judged
         lengths = list(map(_lengths, engine.runs, queries, ends))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ def normal(path: epath.PathLike) -> epath.Path:
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Replace a file as a whole: a killed process leaves the old or the new one.
+    """Replace a file as a whole, for good: a kill or a loss of power leaves the old or the new one.
 
     Of the processes of a run only the first one writes.
     """
@@ -35,7 +36,24 @@ def write_text(path: epath.Path, text: str) -> None:
     else:
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(text)
+        _fsync(temporary)
         temporary.replace(path)
+        _fsync(path.parent)
+
+
+def sync(path: epath.Path) -> None:
+    """Return when all that lies below a path would outlive a loss of power, its name included."""
+    if not is_remote(path):
+        for place in (*pathlib.Path(path).rglob("*"), path, path.parent):
+            _fsync(place)
+
+
+def _fsync(path: epath.Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 LEFT_OVER = {  # by a start that was killed before it wrote down what it is
@@ -87,9 +105,22 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     write_text(normal(path), json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: epath.PathLike) -> Any:
-    """What JSON a file holds; None where there is no file."""
+def read_json(path: epath.PathLike, kind: type = dict) -> Any:
+    """What JSON a file holds; None where there is no file.
+
+    Raises:
+      ValueError: naming the file: it is a directory, no JSON, or not of the kind.
+    """
+    path = normal(path)
     try:
-        return json.loads(normal(path).read_bytes())
-    except FileNotFoundError:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: is a directory; must be a JSON file") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not JSON, {error}; repair or remove it") from None
+    if not isinstance(value, kind):
+        wanted = "an object" if kind is dict else "a list"
+        raise ValueError(f"{path}: holds {type(value).__name__}, must hold {wanted}")
+    return value

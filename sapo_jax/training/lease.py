@@ -40,6 +40,7 @@ class Lease:
             "started": time.time(),
         }
         self._lock: int | None = None
+        self._lost = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -61,6 +62,11 @@ class Lease:
             self._file.unlink()
         self._close_lock()
 
+    def check(self) -> None:
+        """Raise RuntimeError if another process has taken the lease."""
+        if self._lost:
+            raise RuntimeError(f"another process took {self._workdir}: nothing more is written")
+
     def _take_lock(self) -> None:
         self._lock = os.open(self._workdir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -80,6 +86,7 @@ class Lease:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             try:
                 if self._read().get("token", self._mine["token"]) != self._mine["token"]:
+                    self._lost = True
                     logging.error("Another process took the lease of %s: stopping.", self._workdir)
                     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
                         os._exit(1)  # in the background of a script, no interrupt would arrive

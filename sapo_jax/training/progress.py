@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 
-WALL = ("time/iteration", "time/eval", "time/checkpoint")  # disjoint; their sum is the run's time
+# Disjoint; their sum is the run's time.
+WALL = ("time/startup", "time/iteration", "time/eval", "time/checkpoint")
 
 
 class Clock:
@@ -20,11 +21,12 @@ class Clock:
 
     Args:
       beat: called with the place whenever a phase starts or ends.
+      check: called where a phase can be left, by raising.
     """
 
-    def __init__(self, beat: Callable[[str], None] = str):
+    def __init__(self, beat: Callable[[str], None] = str, check: Callable[[], None] = lambda: None):
         self._seconds: dict[str, float] = {}
-        self._beat = beat
+        self._beat, self.check = beat, check
         self.iteration = 0
 
     @contextlib.contextmanager
@@ -80,8 +82,9 @@ class Progress:
         self._bar.write(text)
 
     def note(self, text: str) -> None:
-        """Show what is going on in place of the numbers."""
-        self._bar.set_postfix_str(text)
+        """Show what is going on in place of the numbers; in a log, until iterations show it."""
+        bar = self._bar
+        bar.set_postfix_str(text, refresh=sys.stderr.isatty() or bar.n == bar.initial)
 
     def show(self, record: dict) -> None:
         """Show a record of metrics; the last Pass@1 stays until there is a new one."""
@@ -92,6 +95,8 @@ class Progress:
             "pass@1": self._pass_at_1,
         }
         parts = [f"{name} {value:.3f}" for name, value in shown.items() if value is not None]
+        if record.get("update/skipped"):
+            parts.append(f"{record['update/skipped']:g} updates skipped")
         if "length/mean" in record:
             parts.append(f"length {record['length/mean']:.1f}")
         if "time/tokens_per_second" in record:
@@ -109,10 +114,46 @@ class Progress:
 
 
 def mean_of(records: Sequence[dict]) -> dict[str, float]:
-    """What the bar shows, as means over runs."""
+    """What the bar shows, as means over runs, and how many updates they skipped."""
     keys = ("reward/mean", "policy/loss", "eval/pass_at_1", "length/mean", "time/tokens_per_second")
-    known = [key for key in keys if all(key in record for record in records)]
-    return {key: float(np.mean([record[key] for record in records])) for key in known}
+    known = [key for key in keys if all(record.get(key) is not None for record in records)]
+    means = {key: float(np.mean([record[key] for record in records])) for key in known}
+    return means | {"update/skipped": sum(record.get("update/skipped", 0) for record in records)}
+
+
+class Skips:
+    """The updates that a run has skipped in a row, because a number was not finite.
+
+    Args:
+      most: so many of them stop the run.
+      records: of its iterations so far.
+
+    Attributes:
+      why: the run has to stop; "" while it has not.
+    """
+
+    def __init__(self, most: int, records: Sequence[dict]):
+        self.why, self._most, self._row = "", most, []
+        for record in records:
+            self.add(record)
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the last update was skipped, and the run goes on: no state to keep for good."""
+        return bool(self._row) and not self.why
+
+    def add(self, record: dict) -> None:
+        """An iteration more."""
+        for index, minibatch in enumerate(record.get("minibatch") or (), start=1):
+            first = minibatch.get("update/nonfinite")
+            where = f"iteration {record['iteration']}, minibatch {index}"
+            self._row = [*self._row, f"{first} in {where}"] if first else []
+            if len(self._row) >= self._most and not self.why:
+                self.why = (
+                    f"{where}: {len(self._row)} updates in a row were skipped "
+                    f"(config.learner.max_skipped={self._most}), of numbers that are not finite; "
+                    f"the first was the {self._row[0]}"
+                )
 
 
 def reached(records: list[dict]) -> str:

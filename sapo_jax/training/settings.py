@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -18,17 +19,18 @@ from sapo_jax import advantages, cli, learner, model, sampler, tasks
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.parallel import sharding
-from sapo_jax.rewards import Recipe
+from sapo_jax.rewards import PARTS, Recipe
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.training import build
-from sapo_jax.training.checks import LARGEST, check_sizes, choice, require
+from sapo_jax.training.checks import LARGEST, check_fields, check_sizes, choice, require
 from sapo_jax.training.workdir import read_config
 
 SOURCES = ("rollout", "demonstrations")
 POPULATION_METHODS = ("auto", "map", "vmap", "devices")
 MAY_DIFFER = {
-    "iterations", "profile_steps", "compilation_cache", "checkpoint.every",
+    "iterations", "profile_steps", "compilation_cache", "checkpoint.every", "checkpoint.minutes",
     "log.samples", "log.samples_every", "data.workers", "reward.workers", "distributed.timeout",
+    "learner.max_skipped",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",  # but for the last bits
 }  # fmt: skip
 ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "tensor", "expert")}
@@ -139,20 +141,22 @@ def _check_numbers(c: Any) -> None:
     _bounded(
         c, 1, "iterations", "batch.prompts", "batch.group_size", "batch.minibatches",
         "batch.micro_batches", "batch.oversample", "eval.prompts", "eval.samples",
-        "checkpoint.every", "learner.head_chunk", "log.samples_every", "reward.workers",
+        "checkpoint.every", "learner.head_chunk", "learner.max_skipped", "log.samples_every",
+        "reward.workers",
     )  # fmt: skip
     _bounded(
         c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "sampler.shrink", "eval.every",
         "eval.temperature", "learner.warmup", "learner.weight_decay", "log.samples",
         "profile_steps", "learner.learning_rate", "data.max_prompt_tokens", "data.workers",
         "distributed.timeout", "reward.kl_coef", "reward.max_length", "reward.buffer",
+        "checkpoint.minutes", "learner.router_aux_coef",
     )  # fmt: skip
     for field in ("sampler.temperature", "learner.max_grad_norm", "learner.eps"):
         value = operator.attrgetter(field)(c)
         require(value > 0, field, value, "greater than 0")
     for field in ("learner.b1", "learner.b2"):
         value = operator.attrgetter(field)(c)
-        require(0 <= value < 1, field, value, "in [0, 1)")
+        require(0 <= np.float32(value) < 1, field, value, "in [0, 1), in float32 too")
     updates = f"at most {LARGEST // c.batch.minibatches}: updates are counted in 32 bits"
     require(c.iterations * c.batch.minibatches <= LARGEST, "iterations", c.iterations, updates)
     top_k, top_p = c.eval.top_k, c.eval.top_p
@@ -168,14 +172,33 @@ def _check_batch(c: Any) -> None:
     divisor = f"a divisor of {rows}, the rows of a minibatch"
     divides = rows % batch.micro_batches == 0
     require(divides, "batch.micro_batches", batch.micro_batches, divisor)
-    if c.source == "rollout" and c.advantages in ("group", "leave_one_out"):
-        compared = f"at least 2 for advantages={c.advantages!r}, which compare the rows of a group"
-        require(batch.group_size >= 2, "batch.group_size", batch.group_size, compared)
     alone = c.advantages != "reinforce_pp" or batch.oversample == 1
     only = "1 with advantages='reinforce_pp', which compare all rows"
     require(alone, "batch.oversample", batch.oversample, only)
     most = f"at most batch.prompts={batch.prompts}"
     require(slots <= batch.prompts, "sampler.slots", slots, most)
+
+
+def _check_learning(c: Any) -> None:
+    """Refuse what would train and learn nothing, or rounding errors."""
+    masters = "'float32': steps are lost in bfloat16's rounding; dtype.compute may be 'bfloat16'"
+    require(c.dtype.params == "float32", "dtype.params", c.dtype.params, masters)
+    if c.source != "rollout":
+        return
+    reward, size, own = c.reward, c.batch.group_size, c.advantages
+    if own == "reinforce_pp":
+        rows = c.batch.prompts * size
+        require(rows >= 2, "batch.prompts", c.batch.prompts, f"at least 2 with {size} row each")
+    else:
+        compared = f"at least 2 for advantages={own!r}, which compare the rows of a group"
+        require(size >= 2, "batch.group_size", size, compared)
+    signals = [getattr(reward, part) for part in PARTS]
+    signals += [reward.kl_coef, c.objective.kl_coef]
+    require(any(signals), "reward.accuracy", reward.accuracy, "above 0: no other part has a weight")
+    rounded = reward.kl_coef and "bfloat16" in (c.dtype.compute, c.dtype.cache)
+    only = "'recompute' with reward.kl_coef in bfloat16: the sampler's rounding is no KL"
+    recompute = c.learner.old_logp == "recompute"
+    require(recompute or not rounded, "learner.old_logp", c.learner.old_logp, only)
 
 
 def of_run(workdir: epath.PathLike, changes: Mapping[str, Any] = ONE_DEVICE) -> Settings:
@@ -191,7 +214,7 @@ def of_run(workdir: epath.PathLike, changes: Mapping[str, Any] = ONE_DEVICE) -> 
     with config.unlocked():
         config.update(ConfigDict(stored))
         config.update_from_flattened_dict(changes)
-    return from_config(config)
+    return from_config(config, learns=False)
 
 
 def _check_tokens(c: Any, width: int, room: int, eval_batch: int) -> None:
@@ -208,12 +231,15 @@ def _check_tokens(c: Any, width: int, room: int, eval_batch: int) -> None:
     require(chunk <= minibatch, "learner.head_chunk", chunk, all_of_them)
 
 
-def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> Settings:
+def from_config(
+    config: ConfigDict, *, devices: Sequence[Any] | None = None, learns: bool = True
+) -> Settings:
     """Check a config and build what it describes; compiles nothing.
 
     Args:
       config: the experiment.
       devices: those of the mesh, such as a topology description's; by default all of this run.
+      learns: refuse, too, what would learn nothing; not of runs that are only looked at.
 
     Raises:
       ValueError: naming the field, its value and what is allowed.
@@ -221,12 +247,15 @@ def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> 
     check_sizes(config)
     plain = json.loads(config.to_json_best_effort())
     plain.pop("files", None)  # of a stored config
+    check_fields(plain)
     c = frozen(plain)
     choice("source", c.source, SOURCES)
     choice("advantages", c.advantages, tuple(advantages.ESTIMATORS))
     choice("population.method", c.population.method, POPULATION_METHODS)
     _check_numbers(c)
     _check_batch(c)
+    if learns:
+        _check_learning(c)
     made, shares = build.make_tasks(c)
     tokenizer = build.make_tokenizer(c, made)
     objective = build.make_objective(c)

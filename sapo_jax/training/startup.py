@@ -15,13 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from etils import epath
 
 from sapo_jax import learner, rewards
 from sapo_jax.model import hf, params
 from sapo_jax.parallel import distributed
 from sapo_jax.training import build, evaluation
-from sapo_jax.training.checkpoint import Checkpoints, restore_params
+from sapo_jax.training.checkpoint import Checkpoints, DamagedError, find, restore_params
+from sapo_jax.training.digest import digests, fingerprint, lost
 from sapo_jax.training.engine import Bundle, Streamed, pick, stack
 from sapo_jax.training.experience import SOURCES, open_stream
 from sapo_jax.training.progress import Clock
@@ -43,34 +45,48 @@ def start(
     Raises:
       ValueError: what is needed cannot be restored.
     """
-    latest = distributed.broadcast_from_first(checkpoints.latest())
+    lead = engines[0].runs[0]
+    if lead.config.eval.every:  # whether there are enough distinct prompts, before any compile
+        evaluation.test_set(lead, lead.config.eval.prompts)
+    check_memory(lead)
+    runs = [run for engine in engines for run in engine.runs]
+    found = _restore_newest(engines, checkpoints, alone)
+    latest, states, metas = found or (0, [], [{} for _ in runs])
     given: dict[str, Any] = {}  # read and placed once for all runs that start from it
 
-    def weights(run):
-        if run.config.init_from not in given:
-            given[run.config.init_from] = Streamed(run).place([_weights(run)])
-        return given[run.config.init_from]
+    def weights(run, origin):
+        key = run.config.init_from
+        if key not in given:
+            params, now = _weights(run, origin)
+            given[key] = Streamed(run).place([params]), now
+        params, now = given[key]
+        if origin and origin["fingerprint"] != now["fingerprint"]:
+            raise ValueError(
+                f"config.init_from={key!r} is not the reference that the run started with: then "
+                f"{_described(origin)}, now {_described(now)}; put it back, or start another "
+                "--workdir"
+            )
+        return params
 
     def first(run):
-        begin = weights(run) if run.config.init_from else random_parameters(run)
+        begin = weights(run, None) if run.config.init_from else random_parameters(run)
         return learner.init(jax.tree.map(jnp.copy, begin), run.hp)  # the reference stays
 
-    runs = [run for engine in engines for run in engine.runs]
-    check_memory(runs[0])
-    streams = [open_stream(run, workers=run.config.data.workers) for run in runs]
-    if latest is None:
+    if found is None:
         states = [engine.place(map(first, engine.runs)) for engine in engines]
-    else:
-        states, positions = _restore(engines, checkpoints, latest, alone)
-        for stream, position in zip(streams, positions, strict=True):
-            stream.position = position
-    bundles, rest = [], iter(streams)
+    bundles, rest = [], iter(metas)
     for engine, state in zip(engines, states, strict=True):
-        referred = engine.runs[0].needs_reference
-        reference = engine.place(map(weights, engine.runs)) if referred else None
-        own = tuple(itertools.islice(rest, len(engine.runs)))
-        bundles.append(Bundle(engine, state, reference, own))
-    return bundles, latest or 0
+        own = list(itertools.islice(rest, len(engine.runs)))
+        streams = [open_stream(run, workers=run.config.data.workers) for run in engine.runs]
+        for stream, meta in zip(streams, own, strict=True):
+            stream.position = meta.get("position", stream.position)
+        reference, origins = None, [None for _ in own]
+        if engine.runs[0].needs_reference:
+            stored = [meta.get("reference") for meta in own]  # None in checkpoints of before
+            reference = engine.place(map(weights, engine.runs, stored))
+            origins = [given[run.config.init_from][1] for run in engine.runs]
+        bundles.append(Bundle(engine, state, reference, tuple(streams), tuple(origins)))
+    return bundles, latest
 
 
 def check_memory(run: Settings) -> None:
@@ -97,39 +113,79 @@ def check_memory(run: Settings) -> None:
         )
 
 
+def _restore_newest(
+    engines: Sequence[Any], checkpoints: Checkpoints, alone: bool
+) -> tuple[int, list[TrainState], list[dict]] | None:
+    """The newest checkpoint that is whole: iteration, states of engines, meta of each run.
+
+    Raises:
+      DamagedError: every checkpoint is.
+    """
+    while (latest := distributed.broadcast_from_first(checkpoints.latest())) is not None:
+        damage = None
+        try:
+            found = _restore(engines, checkpoints, latest, alone)
+        except DamagedError as error:
+            damage = error
+        if not distributed.any_process(damage is not None):
+            return latest, *found
+        damage = damage or DamagedError(f"another process cannot read the checkpoint of {latest}")
+        older = distributed.broadcast_from_first(checkpoints.latest(before=latest))
+        if older is None:
+            raise damage
+        logging.warning("%s. Going on from iteration %d; it is set aside.", damage, older)
+        checkpoints.set_aside(latest)
+    return None
+
+
 def _restore(
     engines: Sequence[Any], checkpoints: Checkpoints, iteration: int, alone: bool
 ) -> tuple[list[TrainState], list[dict]]:
-    """The states of the engines, and the positions of all streams."""
+    """The states of the engines, and what else is known of each run."""
     wanted = learner.abstract(engines[0].runs[0].hp)
     if alone:
-        state, meta = checkpoints.restore(iteration, wanted)
-        return [engines[0].place([state])], [meta["position"]]
+        state, meta = checkpoints.restore(iteration, wanted, finite=True)
+        return [engines[0].place([state])], [meta]
     count, where = sum(len(engine.runs) for engine in engines), engines[0].where
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=where), wanted
     )
-    state, meta = checkpoints.restore(iteration, wanted)
+    state, meta = checkpoints.restore(iteration, wanted, finite=True)
     state = jax.device_get(state)
     each = (pick(state, r) for r in range(count))
     states = [engine.place([next(each) for _ in engine.runs]) for engine in engines]
-    return states, meta["positions"]
+    return states, [{key[:-1]: of_runs[r] for key, of_runs in meta.items()} for r in range(count)]
 
 
 def save(
     checkpoints: Checkpoints,
     iteration: int,
     bundles: Sequence[Bundle],
+    positions: Sequence[dict],
     *,
     alone: bool,
     score: float | None = None,
 ) -> None:
-    """Start saving what `start` restores; ``score`` is of a run alone."""
-    positions = [stream.position for bundle in bundles for stream in bundle.streams]
+    """Start saving what `start` restores: runs and where their streams are.
+
+    A score is of a run alone.
+
+    Raises:
+      ValueError: a number of a state is not finite.
+    """
+    metas = _metas(bundles, positions)
     if alone:
-        checkpoints.save(iteration, bundles[0].state, {"position": positions[0]}, score=score)
-    else:
-        checkpoints.save(iteration, stack(each_state(bundles)), {"positions": positions})
+        checkpoints.save(iteration, bundles[0].state, metas[0], score=score, finite=True)
+        return
+    meta = {f"{key}s": [meta[key] for meta in metas] for key in metas[0]}
+    checkpoints.save(iteration, stack(each_state(bundles)), meta, finite=True)
+
+
+def _metas(bundles: Sequence[Bundle], positions: Sequence[dict]) -> list[dict]:
+    """What is saved of each run besides its state."""
+    origins = [o for b in bundles for o in b.origins or [None] * len(b.streams)]
+    each = zip(positions, origins, strict=True)
+    return [{"position": at} | ({"reference": origin} if origin else {}) for at, origin in each]
 
 
 def each_state(bundles: Sequence[Bundle]) -> list[TrainState]:
@@ -137,15 +193,20 @@ def each_state(bundles: Sequence[Bundle]) -> list[TrainState]:
     return [state for b in bundles for state in b.engine.to_host(b.state)]
 
 
-def keep_last(bundles: Sequence[Bundle], places: Sequence[epath.Path]) -> None:
-    """The last checkpoint of each run of a cohort, in its directory, as a run alone leaves it."""
-    streams = [stream for bundle in bundles for stream in bundle.streams]
-    for state, stream, place in zip(each_state(bundles), streams, places, strict=True):
+def keep_last(bundles: Sequence[Bundle], places: Sequence[epath.Path | None]) -> None:
+    """The last checkpoint of each run of a cohort, in its directory, as a run alone leaves it.
+
+    None stands for a run that stopped.
+    """
+    metas = _metas(bundles, [stream.position for b in bundles for stream in b.streams])
+    for state, meta, place in zip(each_state(bundles), metas, places, strict=True):
+        if place is None:
+            continue
         with Checkpoints(place / "checkpoints") as own:
             iteration = int(state.iteration)
             if own.latest() != iteration:
-                score = read_metrics(place)[-1].get("eval/pass_at_1")
-                own.save(iteration, state, {"position": stream.position}, score=score)
+                (*_, last) = read_metrics(place) or [{}]  # none where the directory was deleted
+                own.save(iteration, state, meta, score=last.get("eval/pass_at_1"), finite=True)
 
 
 def random_parameters(run: Settings) -> Any:
@@ -157,12 +218,29 @@ def random_parameters(run: Settings) -> Any:
     return jax.jit(params.init, static_argnums=0, out_shardings=places)(shape, seed)
 
 
-def _weights(run: Settings) -> Any:
-    """The parameters that ``init_from`` names: of a Hugging Face directory, or of a run."""
-    source = epath.Path(run.config.init_from).expanduser()
+def _weights(run: Settings, origin: dict | None) -> tuple[Any, dict]:
+    """The parameters that ``init_from`` names, and which they are.
+
+    Of a run they are those of the checkpoint that ``origin`` names, while it is there.
+    """
+    source, iteration = epath.Path(run.config.init_from).expanduser(), None
     if build.is_hf(run.config.init_from):
-        return hf.load(source, dtype=run.config.dtype.params, mesh=run.mesh)[1]
-    return restore_params(source / "checkpoints", learner.abstract(run.hp).params)
+        weights = hf.load(source, dtype=run.config.dtype.params, mesh=run.mesh)[1]
+    else:
+        directory, iteration = source / "checkpoints", (origin or {}).get("checkpoint")
+        if iteration not in Checkpoints(directory).committed():
+            iteration = find(directory)
+        weights = restore_params(directory, learner.abstract(run.hp).params, iteration=iteration)
+    found = digests({"params": weights})
+    if lost(found):
+        text = f"config.init_from={run.config.init_from!r}: {lost(found)} is not finite"
+        raise ValueError(f"{text}; must be a policy whose numbers are")
+    return weights, {"checkpoint": iteration, "fingerprint": fingerprint(found)}
+
+
+def _described(origin: dict) -> str:
+    of = "" if origin["checkpoint"] is None else f" of iteration {origin['checkpoint']}"
+    return origin["fingerprint"] + of
 
 
 def check_shared(workdir: epath.Path, config: dict) -> None:
@@ -181,7 +259,12 @@ def check_shared(workdir: epath.Path, config: dict) -> None:
         )
 
 
-def warm_up(bundles: Sequence[Bundle], scorer: rewards.Scorer, note: Callable[[str], None]) -> None:
+def warm_up(
+    bundles: Sequence[Bundle],
+    scorer: rewards.Scorer,
+    note: Callable[[str], None],
+    alone: bool = True,
+) -> None:
     """Compile every program by one iteration and one evaluation on completions of length 0.
 
     Runs whose hyperparameters differ in values only share theirs.
@@ -196,6 +279,12 @@ def warm_up(bundles: Sequence[Bundle], scorer: rewards.Scorer, note: Callable[[s
 
         got = SOURCES[config.source](fresh, 0, Clock(), scorer, say)()
         say("update")
-        engine.learn(jax.tree.map(jnp.copy, bundle.state), got.minibatches)
+        state, _ = engine.learn(jax.tree.map(jnp.copy, bundle.state), got.minibatches)
+        if alone:
+            digests(state)
         if config.eval.every:
             evaluation.held_out(bundle, scorer, say)
+    if not alone:
+        states = each_state(bundles)
+        digests(stack(states))
+        digests(states[0])

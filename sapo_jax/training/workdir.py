@@ -132,6 +132,17 @@ def read_metrics(workdir: epath.PathLike) -> list[dict]:
     return [r for n, p in parts.items() for r in _read_lines(p, may_be_cut=n == max(parts))]
 
 
+def gaps(records: list[dict], first: int, last: int) -> str:
+    """The iterations of a range that have no record, such as "3, 5 to 9"; "" where all have."""
+    found = {record["iteration"] for record in records} | {last + 1}
+    spans, start = [], first
+    for i in range(first, last + 2):
+        if i in found:
+            spans += [(start, i - 1)] if start < i else []
+            start = i + 1
+    return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in spans)
+
+
 def write_samples(workdir: epath.PathLike, iteration: int, rows: list[dict]) -> None:
     """Store rows of a rollout as samples/iteration-000010.jsonl."""
     path = normal(workdir) / "samples" / f"iteration-{iteration:06d}.jsonl"
@@ -150,6 +161,15 @@ def cut_samples(workdir: epath.PathLike, after_iteration: int) -> None:
     for iteration, path in _numbered(normal(workdir) / "samples", "iteration").items():
         if iteration > after_iteration and jax.process_index() == 0:
             path.unlink()
+
+
+def remove_temporary(workdir: epath.PathLike) -> None:
+    """Remove files that a kill left half written; that of the lease is under way."""
+    workdir = normal(workdir)
+    for folder in (workdir, workdir / "metrics", workdir / "samples"):
+        for path in folder.glob("*.tmp") if folder.exists() else ():
+            if path.name != "lease.json.tmp" and jax.process_index() == 0:
+                path.unlink()
 
 
 def _plain(x: Any) -> Any:

@@ -38,9 +38,10 @@ def sapo(monkeypatch, capfd):
 
 FLAGS = {
     "train": "config reward workdir coordinator processes process",
-    "sweep": "config reward workdir most job_index job_count",
-    "evaluate": "hf task reward prompts samples temperature top_k top_p max_prompt_tokens "
-    "max_new_tokens batch seed workers dtype chat system out compilation_cache",
+    "sweep": "config reward workdir axis most job_index job_count",
+    "evaluate": "hf workdir which task reward prompts samples temperature top_k top_p "
+    "max_prompt_tokens max_new_tokens batch seed workers dtype chat system template_options out "
+    "compilation_cache",
     "export": "workdir out which",
     "report": "picture",
     "preflight": "config topology programs fit json",
@@ -107,6 +108,14 @@ WRONG = [  # command line, and what the one line says
     (f"train {TINY} --config.learner.remat=x", "learner.remat=x: must be true or false"),
     (f"train {TINY} --config.task.options={{'terms':true}}", "task.options=", "True, False, None"),
     (f"train {TINY} --config.task.options=3", "task.options=3: must be a dictionary"),
+    (f"train {TINY} --config.tasks.a.options.terms=3", "tasks.a.options.terms: there is no such"),
+    (f"train {TINY} --config.objective.a-b=3", "--config.objective.a-b: there is no such field"),
+    (f"train {TINY} --config.task.options.slip=true", "slip=true", "True, False, None"),
+    (f"train {TINY} --workdir=RUN/x --config.task.options.slp=1", "['slp']", "nearest is 'slip'"),
+    (f"train {TINY} --workdir=RUN/x --config.objective.k_pos=1", "no hyperparameter 'k_pos'"),
+    (f"train {TINY} --workdir=RUN/x --config.dtype.compute=f16", "config.dtype.compute='f16'"),
+    (f"train {TINY} --workdir=RUN/x --config.objective.name=gpro", "the nearest is 'grpo'"),
+    (f"train {TINY} --workdir=RUN/x --config.model.head_dim=3", "config.model.head_dim=3"),
     ("train --config.seed=3", "--config.seed: of which config?"),
     (f"train {TINY} --workdir=RUN/x --config.objective.tau_neg=-1", "tau_neg=-1.0", "> 0"),
     (f"train {TINY} --workdir=RUN/x --process=1", "--coordinator, --processes missing"),
@@ -116,6 +125,7 @@ WRONG = [  # command line, and what the one line says
     ("report RUN/nothing", "RUN/nothing does not exist"),
     ("report RUN", "nothing to show in RUN"),
     ("report RUN more", "unknown argument 'more'"),
+    ("evaluate --task=chain_sum", "--hf is missing, or --workdir of a run"),
     ("evaluate --hf=RUN", "--task is missing: NAME,option=value"),
     ("evaluate --hf=RUN --task=chain_sum", "RUN/config.json: no such file"),
     ("export --workdir=RUN --out=RUN/x", "RUN has no config.json: name the --workdir"),
@@ -127,6 +137,33 @@ WRONG = [  # command line, and what the one line says
     ("list", "WHAT is missing", "presets|tasks"),
     ("list taskz", "--what=taskz", "presets|tasks"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("line", "fields"),
+    [
+        ("--config.objective.name=mhpo --config.objective.k_pos=3", {"objective.k_pos": 3}),
+        ("--config.objective.name=mhpo --config.objective.k_pos 3", {"objective.k_pos": 3}),
+        ("--config.objective.beta=.5 --config.objective.beta=.25", {"objective.beta": 0.25}),
+        ("--config.objective.scale=inf", {"objective.scale": float("inf")}),
+        ("--config.task.options.slip=.5", {"task.options.slip": 0.5}),
+        ("--config.task.options={} --config.task.options.terms=3", {"task.options.terms": 3}),
+        ("--config.task.options.directory=data/x", {"task.options.directory": "data/x"}),
+        ("--config.task.options.levels={'a':1}", {"task.options.levels.a": 1}),
+        (
+            "--config.tokenizer.template_options.enable_thinking=False",
+            {"tokenizer.template_options.enable_thinking": False},
+        ),
+    ],
+)
+def test_what_only_the_objective_or_the_task_knows_has_a_flag(line, fields, monkeypatch):
+    """Fields that no config lists, of every objective and every task, one of your own too."""
+    given = cli.Flags("train", "")
+    given.config_file()
+    argv = ["train", TINY, *line.split()]
+    monkeypatch.setattr(sys, "argv", argv)
+    found = cli.flat(given.parse(argv).config)
+    assert {field: found[field] for field in fields} == fields
 
 
 @pytest.mark.parametrize("case", WRONG, ids=[case[0][:60] for case in WRONG])

@@ -7,6 +7,7 @@ import pytest
 
 from sapo_jax import cli, objectives, rewards, tasks, train
 from sapo_jax.objectives import presets
+from sapo_jax.tasks import own
 from sapo_jax.tasks.chain_sum import ChainSum
 from sapo_jax.training import settings, workdir
 from tests import tiny_config
@@ -16,6 +17,7 @@ MINE = """
 import random, time
 from dataclasses import dataclass
 from sapo_jax.objectives import presets
+from sapo_jax.tasks import own
 from sapo_jax.tasks.chain_sum import ChainSum
 
 COUNT = []
@@ -53,6 +55,7 @@ class Empty:
 three = 3
 
 def shorter(completion, answer):
+    print("this is no answer")
     return -0.5 * len(completion)
 
 def everything(prompt, completion, answer, example, finished, length):
@@ -86,9 +89,6 @@ def hangs(completion):
 def ends(completion):
     raise SystemExit
 
-def prints(completion):
-    print("hello")
-    return 1
 """
 OBJECTIVES = '''
 import jax.numpy as jnp
@@ -133,8 +133,6 @@ WRONG_TASKS = [
     ("ByChance", r"examples\('\w+'\) is not the same in every process: .*chance"),
     ("OneArgument", r"must have the method verify\(example, completion\)"),
     ("Raises", "verify.*raises IndexError"),
-    ("TooMuch", r"verify must return a number in \[0, 1\], got 2.0"),
-    ("Letters", r"the alphabet lacks \['\+'"),
     ("Empty", "lacks name, alphabet, max_prompt_chars, max_completion_chars, examples, verify"),
     ("three", "is 3: must be the task's class"),
     ("Sum", "the nearest is my.py:Sums"),
@@ -146,6 +144,20 @@ WRONG_TASKS = [
 def test_tasks_that_break_their_promises_are_refused(mine, name, message):
     with pytest.raises(ValueError, match=message):
         tasks.make(f"my.py:{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("Raises", IndexError, "out of range"),
+        ("TooMuch", ValueError, r"verify must return a number in \[0, 1\], got 2.0"),
+        ("Letters", ValueError, r"the alphabet lacks \['\+'"),
+    ],
+)
+def test_what_a_process_finds_by_itself(mine, name, error, message):
+    """Without the processes, of which one says the same."""
+    with pytest.raises(error, match=message):
+        [call() for call in own.probe(f"my.py:{name}", {}).values()]
 
 
 @pytest.mark.parametrize(
@@ -169,9 +181,8 @@ def test_a_task_of_a_file(mine):
     assert pickle.loads(pickle.dumps(task)) == task
     import cloudpickle  # what workers that read ahead get, which cannot import the file by a name
 
-    assert b"_generate" in cloudpickle.dumps(task.examples("train"))
-    assert b"def verify" not in (text := cloudpickle.dumps(tasks.make("my.py:Sums")))
-    assert b"own_my" in text
+    assert b"ByHash" not in (text := cloudpickle.dumps(task))
+    assert b"__dataclass_fields__" in text  # the class itself
 
 
 WRONG_REWARDS = [
@@ -180,8 +191,6 @@ WRONG_REWARDS = [
     ("by_calls", "is not the same in every process: .*earlier calls"),
     ("of_lists", "takes prompts, completions: must take some of prompt, completion, answer"),
     ("text", "returned 'good' for .*must be a finite number"),
-    ("nothing", "returned None for .*must be a finite number"),
-    ("infinite", "returned inf for .*must be a finite number"),
     ("hangs", "does not end within 3 s"),
     ("ends", "ends the process that calls it"),
     ("three", "is 3: must be a function"),
@@ -206,9 +215,11 @@ def test_a_reward_takes_the_place_of_the_verdict(mine):
     total_B, metrics = rewards.combine(parts, recipe)
     assert total_B.tolist() == [-1.0, -len(example.demonstration)]
     assert metrics["reward/accuracy"] == 0.5
-    every = rewards.Recipe(function="my.py:everything")
-    assert rewards.judge(task, rows[0], every)["function"] == len(example.prompt) + 4
-    assert rewards.Recipe(function="my.py:prints").call(example, "", True, 0) == 1.0
+    every = own._reward("my.py:everything")
+    assert every(example, "1", True, 2) == len(example.prompt) + 4
+    for name, value in (("nothing", "None"), ("infinite", "inf")):
+        with pytest.raises(ValueError, match=rf"returned {value} for '1'.*must be a finite number"):
+            own._reward(f"my.py:{name}")(example, "1", True, 2)
     with pytest.raises(ValueError, match=r"'shorter': must be a function of a file, my.py:name"):
         rewards.Recipe(function="shorter")
 
@@ -267,24 +278,24 @@ def config(folder, **fields):
     return settings.from_config(c)
 
 
-def test_a_run_remembers_the_files(tmp_path):
+def test_a_run_remembers_the_files(tmp_path, monkeypatch):
     """And does not go on where one of them has changed."""
-    own, gate = tmp_path / "my.py", tmp_path / "mine.py"
-    own.write_text(MINE)
+    code, gate = tmp_path / "my.py", tmp_path / "mine.py"
+    code.write_text(MINE)
     gate.write_text(OBJECTIVES)
-    fields = {"reward.function": f"{own}:shorter"}
+    monkeypatch.setattr(train, "report", lambda _: None)
+    fields = {"reward.function": f"{code}:shorter", "eval.every": 0}
     both = config(tmp_path, **fields, **{"objective.name": f"{gate}:my_objective"})
-    assert dict(both.plain["files"]).keys() == {str(own), str(gate)}
+    assert dict(both.plain["files"]).keys() == {str(code), str(gate)}
     checked, run = config(tmp_path, **fields), tmp_path / "run"
     train.run(checked, run)
-    start, end = workdir.read_metrics(run)
-    conditions = "reward.function", "an evaluation, reward.function"
-    check([start, end], "", "source=rollout", "an evaluation", "eval.every", *conditions)
+    (end,) = workdir.read_metrics(run)
+    check(end, "", "source=rollout", "reward.function")
     assert end["reward/mean"] == pytest.approx(end["reward/function"], rel=1e-6)
-    assert end["reward/function"] < -0.4 > start["eval/reward_function"]
+    assert end["reward/function"] < -0.4
     assert settings.of_run(run).plain == checked.plain
     train.run(config(tmp_path, **fields), run)  # complete, and the files are the same
-    own.write_text(MINE.replace("-0.5", "-0.25"))
+    code.write_text(MINE.replace("-0.5", "-0.25"))
     with pytest.raises(ValueError, match=r"my.py has changed: SHA-256 .* then, .* now"):
         train.run(config(tmp_path, **fields), run)
 

@@ -1,6 +1,7 @@
 """What turns judged rows into minibatches: KL in the reward, corrections, dynamic sampling."""
 
 import numpy as np
+import pytest
 
 from sapo_jax import advantages, corrections
 from sapo_jax.learner import minibatches
@@ -39,6 +40,20 @@ def test_kl_in_the_reward_is_a_sum_over_the_completion(rng):
     assert np.any(got[4:])  # a KL gives a signal where all rewards are equal
 
 
+@pytest.mark.parametrize("estimator", sorted(advantages.ESTIMATORS))
+def test_a_small_kl_changes_little(rng, estimator):
+    """Also where all rewards of a group are equal: its rounding errors are not normalised."""
+    whole = rows(rng)
+    bare, near, far = (
+        np.concatenate([half.advantages for half in judged(whole, c, estimator=estimator)[0]])
+        for c in (0.0, 1e-5, 1e-2)
+    )
+    # To the last bit: one of the two is compiled as a whole.
+    np.testing.assert_allclose(bare, advantages.ESTIMATORS[estimator](REWARDS, 2), rtol=1.2e-7)
+    assert 0 < np.abs(near - bare).max() < 1e-3
+    np.testing.assert_allclose((far - bare) / 1e-2, (near - bare) / 1e-5, atol=0.05)
+
+
 def test_whitening_is_over_the_whole_iteration(rng):
     """Advantages by minibatch would differ for the estimator that compares all rows."""
     whole = rows(rng)
@@ -68,3 +83,16 @@ def test_taken_rows_without_a_signal_count_nowhere(rng):
     np.testing.assert_array_equal(taken.old_logp, whole.old_logp[picked])
     np.testing.assert_array_equal(taken.mask[:4], MASK[:4])
     assert not np.any(taken.mask[4:])
+
+
+def test_metrics_are_of_the_rows_that_count(rng):
+    """Rows without a signal would pull the mean KL to 0; of none at all there is no mean."""
+    whole = rows(rng)
+    some = whole.replace(mask=MASK & (np.arange(8) < 4)[:, None])
+    d = np.where(some.mask, whole.old_logp - whole.ref_logp, 0).sum(-1)
+    controls = {"correction": "token_tis", "high": 1.1}
+    _, metrics = judged(some, 0.3, **controls)
+    assert float(metrics["reward/kl"]) == pytest.approx(d[:4].mean(), abs=1e-6)
+    _, metrics = judged(whole.replace(mask=np.zeros_like(MASK)), 0.3, **controls)
+    assert set(metrics) > {"reward/kl", "correction/cut"}
+    assert np.isnan(list(metrics.values())).all()

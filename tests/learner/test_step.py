@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from sapo_jax import learner, objectives
+from sapo_jax.learner import diagnostics
 from sapo_jax.masked import finish
 from sapo_jax.model import params
 from sapo_jax.objectives import policy_loss
@@ -54,14 +55,24 @@ def plain_loss(weights, batch, hp):
     return policy_loss(hp.objective, logp, batch.old_logp, batch.advantages, batch.mask)[0]
 
 
-@pytest.mark.parametrize("name", ["sapo", "gspo", "dapo", "dr_grpo"])
+PRESETS = ("sapo", "gspo", "dapo", "dr_grpo")
+expected_gradient = jax.jit(jax.value_and_grad(plain_loss))
+
+
+@pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("micro", [1, 2, 8])
 def test_gradient_is_that_of_the_plain_loss_for_any_split(nano, batch, name, micro):
-    """Dividing per micro-batch, or by the number of micro-batches, is the classic mistake."""
+    """Dividing per micro-batch, or by the number of micro-batches, is the classic mistake.
+
+    The presets are members of a switch, and share one program for each split.
+    """
     config, weights = nano
-    hp = settings(config, name, micro_batches=micro)
-    loss, expected = jax.jit(jax.value_and_grad(plain_loss))(weights, batch, hp)
-    grads, terms = jax.jit(learner.gradient)(weights, batch, hp)
+    hp = settings(config, name)
+    loss, expected = expected_gradient(weights, batch, hp)
+    either = {"index": PRESETS.index(name), "max_length": 8.0}
+    objective = objectives.resolve(objectives.switch(PRESETS), **either)
+    shared = hp.replace(objective=objective, micro_batches=micro)
+    grads, terms = jax.jit(learner.gradient)(weights, batch, shared)
     assert float(finish(terms)[0]) == pytest.approx(float(loss), abs=1e-6)
     scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), grads, expected)
@@ -109,15 +120,48 @@ def test_padding_width_changes_nothing(nano, batch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), grads, padded)
 
 
-def test_an_empty_batch_moves_nothing(nano, batch):
-    """No token, no denominator: the gradient is 0, not NaN."""
+@pytest.mark.parametrize("before", [0, 2])
+def test_an_empty_batch_moves_nothing(nano, batch, before):
+    """No token, no step: Adam's moments and weight decay would move the parameters without one."""
+    config, weights = nano
+    hp = dataclasses.replace(settings(config), weight_decay=0.1, schedule="linear", total=9)
+    nothing = batch.replace(mask=np.zeros_like(batch.mask))
+    state = learner.init(jax.tree.map(jnp.copy, weights), hp)
+    for _ in range(before):
+        state, _ = learner.update(state, batch, hp)
+    expected = jax.device_get(state)
+    state, metrics = learner.update(state, nothing, hp)
+    assert float(finish(metrics)[1]["grad/norm"]) == 0
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), expected)
+
+
+def test_what_was_not_measured_is_no_number(nano, batch):
+    """An entropy of 0 would read as a collapse; means leave the empty minibatches out."""
     config, weights = nano
     hp = settings(config)
     nothing = batch.replace(mask=np.zeros_like(batch.mask))
-    state = learner.init(jax.tree.map(jnp.copy, weights), hp)
-    state, metrics = learner.update(state, nothing, hp)
-    assert float(finish(metrics)[1]["grad/norm"]) == 0
-    jax.tree.map(np.testing.assert_array_equal, state.params, jax.device_put(weights))
+
+    def learnt(*minibatches):
+        state, record = learner.learn(
+            learner.init(jax.tree.map(jnp.copy, weights), hp), minibatches, hp
+        )
+        return int(state.update), record
+
+    (one, alone), (same, both), (none, empty) = (
+        learnt(batch), learnt(batch, nothing), learnt(nothing)
+    )  # fmt: skip
+    assert (one, same, none) == (1, 1, 0)
+    assert (alone["update"], both["update"], empty["update"]) == (1, 1, 0)
+    first, last = both.pop("minibatch")
+    assert [first] == alone.pop("minibatch")
+    assert both == alone
+    assert empty["update/skipped"] == 0  # that counts what is not finite
+    for found in (last, *empty.pop("minibatch"), empty):
+        for key, value in found.items():
+            if key.startswith("histogram/"):
+                assert not any(value["counts"])
+            elif not key.startswith("update"):
+                assert not np.isfinite(value), key
 
 
 def _at(field, value):
@@ -181,6 +225,13 @@ def test_what_is_masked_out_may_be_anything(nano, batch):
     state, metrics = learner.update(state, batch, settings(config))
     assert int(state.update) == 1
     assert not finish(metrics)[1]["nonfinite"].any()
+
+
+def test_parameters_of_few_bits_are_refused(nano):
+    """In bfloat16 0.4% of the parameters move at a learning rate of 1e-6."""
+    config, weights = nano
+    with pytest.raises(ValueError, match=r"params/embed in bfloat16: must be float32"):
+        learner.init(jax.tree.map(jnp.bfloat16, weights), settings(config))
 
 
 def test_one_executable_for_every_traced_hyperparameter(nano, batch):
@@ -247,6 +298,26 @@ def test_sampler_gap_and_histograms_count_tokens(nano, batch):
             assert values[f"histogram/{name}_{sign}"].counts.sum() == tokens
     assert 0 < values["policy/entropy"] <= np.log(VOCAB)
     assert values["sampler/logp_gap_max"] >= values["sampler/logp_gap_mean"] > 0
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e-2, 0.3])
+def test_histograms_show_something_at_any_staleness(rng, spread):
+    """Bins of 0.01 had all gate weights of a run near its sampler in one, whatever the gate did."""
+    log_ratio = jnp.asarray(rng.normal(0, spread, 4000), jnp.float32)
+    gate = 1 / jnp.cosh(1.05 * jnp.expm1(log_ratio) / 2) ** 2
+    mask = jnp.ones(4000, bool)
+    for values, edges in (
+        (log_ratio, diagnostics.LOG_RATIO_EDGES), (gate, diagnostics.GATE_EDGES)
+    ):  # fmt: skip
+        counts = np.asarray(diagnostics.histogram(values, mask, edges).counts)
+        assert counts.sum() == 4000
+        assert spread < 1e-2 or (counts > 40).sum() >= 8
+        assert (counts > 0).sum() >= 3
+    exact = diagnostics.histogram(jnp.array([0.0, 1.0]), jnp.ones(2, bool), diagnostics.GATE_EDGES)
+    for value in (0, 1):  # silenced tokens, and those that count fully, have a bin of their own
+        (place,) = np.flatnonzero(np.diff(value < diagnostics.GATE_EDGES))
+        assert exact.counts[place] == 1
+        assert np.diff(diagnostics.GATE_EDGES)[place] < 1e-5
 
 
 def test_recomputed_old_logp_is_bitwise_what_the_update_sees(nano, batch):

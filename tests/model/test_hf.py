@@ -164,6 +164,10 @@ def strip(content, of="model."):
         content[key.removeprefix("model.")] = content.pop(key)
 
 
+def double(content):
+    content["norm.weight"] = content["model.norm.weight"] * 3
+
+
 def more_experts(content):
     fuse(content)
     key = "model.layers.1.mlp.experts.down_proj"
@@ -192,6 +196,7 @@ BAD = {
         change_tensors(lambda c: (c.pop("model.norm.weight"), strip(c))),
         "missing: model.norm",
     ),
+    "twice": (change_tensors(double), "model.norm.weight and norm.weight are the same tensor"),
     "mlp_bias": (change_config(model_type="llama", mlp_bias=True), "mlp_bias=True"),
     "dtype": (change_tensors(integers), "model.norm.weight is I32, must be one of F32/BF16"),
     "tokenizer": (too_many_words, "largest id is 97, the model's vocabulary has 97"),

@@ -447,6 +447,46 @@ def test_wrong_arguments_are_refused(args, kwargs, message):
         policy_loss(*args, x, x, jnp.ones(2), jnp.ones((2, 3), bool), **kwargs)
 
 
+ARRAYS = {
+    "logp_BT": jnp.full((2, 3), -1.0), "old_logp_BT": jnp.full((2, 3), -1.0),
+    "advantages_B": jnp.ones(2), "mask_BT": jnp.ones((2, 3), bool),
+}  # fmt: skip
+BAD_ARRAYS = [
+    ({"logp_BT": [[-1.0] * 3] * 2}, "logp is of list: must be an array"),
+    ({"logp_BT": jnp.ones(3)}, r"logp has shape \(3,\): must be \[B, T\]"),
+    ({"logp_BT": jnp.ones((2, 3), int)}, "logp has dtype int32: .*float32 or float64"),
+    ({"old_logp_BT": jnp.ones((1, 3))}, r"old_logp has shape \(1, 3\): must be \(2, 3\)"),
+    ({"old_logp_BT": jnp.ones((2, 3), "bfloat16")}, "old_logp has dtype bfloat16: must be float32"),
+    ({"advantages_B": jnp.ones(3)}, r"advantages has shape \(3,\): must be \(2,\) or \(2, 3\)"),
+    ({"advantages_B": jnp.ones((2, 1))}, r"advantages has shape \(2, 1\)"),
+    ({"advantages_B": 1.0}, "advantages is of float: must be an array"),
+    ({"advantages_B": np.ones(2, int)}, "advantages has dtype int64: must be float32"),
+    ({"mask_BT": jnp.ones((2, 3))}, "mask has dtype float32: must be bool"),
+    ({"mask_BT": jnp.ones((2, 3), int)}, "mask has dtype int32: must be bool"),
+    ({"mask_BT": jnp.ones(2, bool)}, r"mask has shape \(2,\): must be \(2, 3\)"),
+    ({"ref_logp_BT": jnp.ones((2, 4)), "kl_coef": 0.1}, r"ref_logp has shape \(2, 4\)"),
+    ({"ref_logp_BT": jnp.ones((2, 3), "float16")}, "ref_logp has dtype float16"),
+    ({"kl": "k4"}, "kl='k4': must be one of k1, k2, k3"),
+    ({"weights_BT": jnp.ones(2)}, r"weights has shape \(2,\)"),
+    ({"weights_BT": -jnp.ones((2, 3))}, "weights has -1.0, -1.0: must be ≥ 0"),
+    ({"weights_BT": jnp.full((2, 3), jnp.nan)}, "weights has nan"),
+    ({"segments_BT": jnp.ones((2, 3))}, "segments has dtype float32: must be integers"),
+    ({"segments_BT": jnp.full((2, 3), 4)}, r"segments has ids from 4 to 4: must be 1\.\.3"),
+    ({"segments_BT": jnp.zeros((2, 3), int)}, "ids from 0 to 0: .*under the mask"),
+    ({"tau_pos": jnp.ones(2)}, r"tau_pos has shape \(2,\): must be a scalar"),
+    ({"tau_pos": "1"}, "tau_pos=1 must be a number > 0"),
+    ({"tau_pso": 1.0}, "the nearest is 'tau_pos'"),
+    ({"objective": "gpro"}, "the nearest is 'grpo'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_ARRAYS)
+def test_arrays_of_other_shapes_dtypes_and_ranges_are_refused(changes, message):
+    """Else they broadcast, or are cast, and give a number that is no loss of anything."""
+    with pytest.raises(ValueError, match=message):
+        policy_loss(**{"objective": "sapo"} | ARRAYS | changes)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_is_refused(dtype):
     """bf16 log-probabilities near −2 carry 1.6% of ratio noise, above GSPO's whole band."""

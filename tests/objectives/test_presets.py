@@ -115,6 +115,8 @@ WRONG = [
     ((["sapo", "grpo"],), {"index": 0.5}, r"integer"),
     ((["sapo", "grpo"],), {"sapo.eps_low": 0.2}, "grpo.eps_low"),
     ((["sapo", "grpo"],), {"tau_neg": -1.0}, "sapo.tau_neg=-1.0 must be a number > 0"),
+    ((["sapo", "grpo"],), {"tau_neg": np.inf}, "tau_neg=inf must be a number > 0, finite"),
+    ((["sapo", "grpo"],), {"kl_coef": np.inf}, "kl_coef=inf must be a number ≥ 0, finite"),
     ((["sapo", "dr_grpo"],), {}, "dr_grpo.max_length"),
 ]
 

@@ -13,11 +13,15 @@ import numpy as np
 from sapo_jax import cli, learner, rewards, train
 from sapo_jax.masked import finish
 from sapo_jax.parallel import distributed, sharding
+from sapo_jax.report import page
 from sapo_jax.training import settings, startup
 from sapo_jax.types import Batch
-from tests import killed_run, tiny_config
+from tests import fakes, killed_run, tiny_config
 
 DEVICES, AT = 4, 3  # devices of a process; the iteration in which things happen
+SIGNALS = {
+    "dies": (signal.SIGKILL, AT), "stops": (signal.SIGSTOP, AT), "is asked": (signal.SIGTERM, 4),
+}  # fmt: skip
 
 
 def resolved(**fields):
@@ -89,19 +93,18 @@ def main_(workdir, port, index, what):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", DEVICES)
     index, found = int(index), []
+    page.plots = fakes.no_plots
     # A busy machine is slow to start; where a time-out is waited for, it is short all the same.
     timeout = 30.0 if what == "hangs" else 600.0
     distributed.start(f"127.0.0.1:{port}", 2, index, timeout=10)
     cli.use_cache(str(pathlib.Path(".cache/tests").resolve()))
     checked = resolved(**{"mesh.data": 2, "mesh.fsdp": 4, "distributed.timeout": timeout})
-    if what == "killed":
-        killed_run._kill_at("rollout", AT)
-    elif index == 1 and what in ("dies", "stops"):
+    if index == 1 and what in SIGNALS:
         rollout = killed_run.sampler.rollout
-        number = signal.SIGKILL if what == "dies" else signal.SIGSTOP
+        number, at = SIGNALS[what]
 
         def fatal(*arguments, **options):
-            if options["iteration"] == AT:
+            if options["iteration"] == at:
                 os.kill(os.getpid(), number)
             return rollout(*arguments, **options)
 

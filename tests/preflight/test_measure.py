@@ -226,6 +226,7 @@ def test_stored_tables_are_those_of_the_results():
     reports = run.stored()
     assert (run.ROOT / "docs" / "preflight.md").read_text() == run.page(reports)
     assert "Every demand is met" in run.verdict(reports)
+    assert run.RUNS.findall((run.ROOT / "docs" / "pods.md").read_text()) == [run.runs(reports)]
 
 
 @pytest.mark.parametrize(

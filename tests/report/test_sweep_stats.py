@@ -71,18 +71,59 @@ def test_collapse_is_for_good():
     assert 50 < sweep_stats.collapse(records(steady, entropy=entropy))["entropy"] <= 60
     found = sweep_stats.collapse(records(steady, broken=7))
     assert found == {"reward": None, "entropy": None, "finite": 7}
+    empty = records(steady)
+    empty[5] |= {"advantage/kept_groups": 0.0, "policy/loss": None, "grad/norm": None}
+    assert sweep_stats.collapse(empty)["finite"] is None  # an iteration that had no update
     shares = sweep_stats.collapses([run_of(1.0, 0, 0.5), run_of(1.0, 1, 0.5, broken=3)])
     assert shares["finite"] == {"share": 0.5, "median": 3.0, "steps": [3]}
 
 
 def test_a_curve_is_the_mean_over_what_all_runs_have():
-    runs = [run_of(1.0, s, ends) for s, ends in ((0, 0.2), (1, 0.4))]
+    runs = [run_of(1.0, s, ends) for s, ends in ((0, 0.2), (1, 0.3), (2, 0.4))]
     runs[1].records.insert(1, {"iteration": 3, "eval/pass_at_1": 0.9})
     curve = sweep_stats.curve(runs, "eval/pass_at_1")
     assert curve["iteration"] == [0, 20]
     np.testing.assert_allclose(curve["mean"], [0.1, 0.3])
     assert curve["low"][1] == pytest.approx(0.2)
     assert curve["high"][1] == pytest.approx(0.4)
+
+
+def test_two_seeds_have_no_interval(tmp_path):
+    """A "95%" of resamples of two values is their range, whatever they are."""
+    runs = [run_of(t, s, 0.2 + 0.4 * s + t / 10) for t in (1.0, 2.0) for s in (0, 1)]
+    found = sweep_stats.summarise(runs)
+    for entry in found["settings"]:
+        bounds = [entry["pass_at_1"], *([entry["difference"]] if entry["difference"] else [])]
+        for each in bounds:
+            assert each["mean"] is not None
+            assert each["low"] is each["high"] is None
+    assert set(found["settings"][0]["curves"]["reward/mean"]["low"]) == {None}
+    (tmp_path / "report.json").write_text(json.dumps(found))
+    text = sweep.write(tmp_path).read_text()
+    assert ">50.0<" in text
+    assert "50.0 (" not in text
+    sweep.picture(tmp_path, tmp_path / "p.png")
+
+
+TIES = [
+    ([[0.5, 0.6, 0.7], [0.5, 0.6, 0.7]], 2),  # the same
+    ([[0.5, 0.6, 0.7], [0.7, 0.5, 0.61]], 2),  # seeds disagree
+    ([[0.5, 0.6], [0.7, 0.8]], 2),  # two pairs tell nothing apart
+    ([[0.5, 0.6, 0.7], [0.6, 0.7, 0.8]], 1),
+    ([[0.6, 0.7, 0.8], [0.5, 0.6, 0.7], [0.6, 0.7, 0.8]], 2),
+]
+
+
+@pytest.mark.parametrize(("ends", "count"), TIES)
+def test_a_tie_has_no_crown(ends, count, tmp_path):
+    """The first of equal settings was "best"; now a best is ahead of the others seed by seed."""
+    runs = [run_of(float(t), s, e) for t, each in enumerate(ends, 1) for s, e in enumerate(each)]
+    found = sweep_stats.summarise(runs)
+    assert len(sweep_stats.leaders(found["settings"])) == count
+    (tmp_path / "report.json").write_text(json.dumps(found))
+    text = sweep.write(tmp_path).read_text()
+    assert ("Best mean Pass@1" in text) == (count == 1)
+    assert ("not told apart by their seeds: " in text) == (count > 1)
 
 
 def test_grids_of_two_dimensional_sweeps():

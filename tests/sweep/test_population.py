@@ -1,19 +1,23 @@
 """Populations: a run among others is the run alone, nothing compiles twice, resume, grouping."""
 
 import json
+import os
+import re
+import shutil
+import signal
 import threading
 
 import jax
 import numpy as np
 import pytest
 
-from sapo_jax import axes, learner, objectives, rewards, train
+from sapo_jax import axes, cli, learner, objectives, rewards, train
 from sapo_jax.learner import step
 from sapo_jax.model import params
 from sapo_jax.sampler import sampling
 from sapo_jax.sweep import cohorts, rollouts, schedule
 from sapo_jax.sweep.population import Population, hyperparameters, to_sampler, vmapped
-from sapo_jax.training import experience, startup
+from sapo_jax.training import experience, startup, stopping
 from sapo_jax.training.engine import Bundle, Streamed, pick, stack
 from sapo_jax.training.lease import Lease
 from sapo_jax.training.progress import Clock
@@ -24,6 +28,7 @@ from tests.sampler.test_engine import G, N, P, T, peaked, perturbed_logits, roll
 from tests.test_train import digest, final_state, records
 
 __all__ = ["peaked"]  # a fixture
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 RUNS = axes.zip_(
     axes.axis("seed", 3, 4, 5),
@@ -41,10 +46,11 @@ class Bar:
     """Counts what a progress bar would show."""
 
     def __init__(self):
-        self.steps, self.notes, self.shown = 0, [], []
+        self.steps, self.moved, self.notes, self.shown = 0, [], [], []
 
     def step(self, count):
         self.steps += count
+        self.moved.append(count)
 
     skip = step
 
@@ -69,7 +75,7 @@ def together(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch, fakes.Compilations() as compiled:
         patch.setattr(startup, "warm_up", counted)
-        assert schedule.run_cohort(cohort, workdir, bar)
+        schedule.run_cohort(cohort, workdir, bar)
         late.__exit__()
     return workdir, cohort, bar, compiled, late
 
@@ -130,10 +136,10 @@ def test_every_run_has_its_own_values(together):
 def test_a_population_goes_on_where_it_stopped(together, tmp_path):
     """5 iterations, then again for 10: one checkpoint holds parameters and positions of all."""
     (short,) = cohorts.make(base(iterations=5), RUNS)
-    assert schedule.run_cohort(short, tmp_path, Bar())
+    schedule.run_cohort(short, tmp_path, Bar())
     whole, cohort, *_ = together
     bar = Bar()
-    assert schedule.run_cohort(cohort, tmp_path, bar)
+    schedule.run_cohort(cohort, tmp_path, bar)
     assert bar.steps == 30
     for name in cohort.names:
         assert records(tmp_path / name) == records(whole / name)
@@ -299,7 +305,12 @@ def test_the_first_update_under_vmap(together):
         advantages = np.random.default_rng(3).standard_normal(16).astype(np.float32)
         batches.append(batch.replace(advantages=advantages))
     arguments = (stack(states), stack(batches), hyperparameters(cohort.runs))
-    after, metrics = jax.device_get(vmapped(learner.update, None, (0,))(*arguments))
+    update, before = vmapped(learner.update, None, (0,)), stack(states)
+    after, metrics = jax.device_get(update(*arguments))
+    lost = [*batches[:2], batches[2].replace(advantages=np.full(16, np.nan, np.float32))]
+    beside, _ = jax.device_get(update(before, stack(lost), arguments[2]))
+    wanted = stack([pick(after, 0), pick(after, 1), pick(before, 2)])
+    jax.tree.map(np.testing.assert_array_equal, beside, wanted)
     for r, (state, batch, checked) in enumerate(zip(states, batches, cohort.runs, strict=True)):
         start = jax.device_get(state.params)
         wanted, own = jax.device_get(learner.update(state, batch, checked.hp))
@@ -311,6 +322,27 @@ def test_the_first_update_under_vmap(together):
         np.testing.assert_allclose(
             pick(metrics, r)["grad/norm"].numerator, own["grad/norm"].numerator, rtol=1e-5
         )
+    batches[1] = batches[1].replace(mask=np.zeros_like(batches[1].mask))  # nothing to learn from
+    again = vmapped(learner.update, None, (0,))(after, stack(batches), arguments[2])[0]
+    for r in range(3):
+        kept = jax.tree.map(np.array_equal, pick(jax.device_get(again), r), pick(after, r))
+        assert all(jax.tree.leaves(kept)) == (r == 1)
+
+
+def test_a_run_that_is_not_finite_stops_alone(together, tmp_path):
+    """The runs beside it end as ever; the same command does not start it again."""
+    rates = axes.axis("learner.learning_rate", 1e-4, 1e20)
+    times = {"iterations": 4, "eval.every": 4, "checkpoint.every": 1}
+    parts = cohorts.make(base(**times), rates)
+    for _ in range(2):
+        assert schedule.run(parts, tmp_path)
+        said = schedule.stopped(parts, tmp_path)
+        assert re.fullmatch(r".*=1e\+20: iteration 2, minibatch 2: 3 updates in a row .*", said)
+    healthy, lost = (tmp_path / "cohort-000" / name for name in parts[0].names)
+    assert [r["update/skipped"] for r in read_metrics(healthy)[1:]] == [0, 0, 0, 0]
+    assert (healthy / "checkpoints" / "4").exists()
+    assert [r["update/skipped"] for r in read_metrics(lost)[1:]] == [1, 2]
+    assert not (lost / "checkpoints").exists()
 
 
 def test_a_switch_gives_each_run_its_own_objective(rng):
@@ -355,7 +387,7 @@ def test_a_population_by_vmap_goes_on_where_it_stopped(tmp_path):
 
     def trained(iterations, place):
         (cohort,) = cohorts.make(base(**fields, **times, iterations=iterations), runs)
-        assert schedule.run_cohort(cohort, place, Bar())
+        schedule.run_cohort(cohort, place, Bar())
         return cohort
 
     trained(1, tmp_path / "parts")
@@ -426,6 +458,42 @@ KILLS = [
 ]
 
 
+def asked(patch, module, name, calls):
+    """SIGTERM arrives in the call of that number."""
+    function, left = getattr(module, name), [calls]
+
+    def with_signal(*arguments, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **options)
+
+    patch.setattr(module, name, with_signal)
+
+
+ASKED = [
+    ("update", 12, "1"),  # of the second run in iteration 2, when the first has lost its buffers
+    ("update", 5, "1"),  # the same, when nothing new is to be saved
+    ("finish_iteration", 9, "3"),
+]
+
+
+def test_a_sweep_that_is_asked_to_stop_keeps_what_is_finished(swept, tmp_path):
+    """In the middle of updates, before which the states of all runs were copied; and at the end
+    every run is as if nothing had happened."""
+    whole, (part, _), _ = swept
+    for name, calls, saved in ASKED:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stopping, "SHORT", 0.0)  # so that all iterations are long
+            asked(patch, step, name, calls)
+            with pytest.raises(cli.Stopped, match="143"):
+                schedule.run_cohort(part, tmp_path, Bar())
+        assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [saved]
+    schedule.run_cohort(part, tmp_path, Bar())
+    for name in part.names:
+        assert records(tmp_path / name) == records(whole / "cohort-000" / name)
+
+
 def test_a_killed_sweep_loses_and_repeats_nothing(swept, tmp_path):
     """Killed five times, then left alone: every run as if nothing had happened, none done twice."""
     whole, parts, _ = swept
@@ -446,6 +514,49 @@ def test_a_killed_sweep_loses_and_repeats_nothing(swept, tmp_path):
         assert digest(tmp_path / run["directory"]) == digest(whole / run["directory"])
         assert (tmp_path / run["directory"] / "report.html").exists()
     assert {p: p.stat().st_mtime_ns for p in first} == first
+
+
+def test_a_deleted_run_is_noticed_and_repeated(swept, tmp_path):
+    """Of a sweep that had ended nothing was looked at; a run of a map comes back bit for bit."""
+    whole, parts, _ = swept
+    shutil.copytree(whole, tmp_path / "sweep")
+    deleted, cut = (tmp_path / "sweep/cohort-000" / parts[0].names[r] for r in (1, 2))
+    before = records(deleted), records(cut)
+    shutil.rmtree(deleted)
+    shutil.rmtree(cut / "metrics")
+    with pytest.MonkeyPatch.context() as patch:
+        kill(patch, train, "write_samples", 2)
+        with pytest.raises(KilledError):
+            schedule.run(parts, tmp_path / "sweep")
+    assert schedule.run(parts, tmp_path / "sweep")
+    assert (records(deleted), records(cut)) == before
+    assert digest(deleted) == digest(whole / deleted.relative_to(tmp_path / "sweep"))
+
+
+def test_a_sweep_is_restricted_by_its_values():
+    sweep = tiny_sweep.get_sweep()
+    assert cohorts.restrict(sweep, []) == sweep
+    found = cohorts.restrict(sweep, ["seed=3,5", "objective.tau_neg=2"])
+    assert found == [{"objective.tau_neg": 2.0, "seed": seed} for seed in (3, 5)]
+    for text, message in (
+        ("seed=7", "--axis=seed=7: no run has seed=7; they have 3, 4, 5"),
+        ("sed=3", "--axis=sed=3: must be FIELD=VALUE,… of a field of the sweep, which are obj"),
+        ("seed", "--axis=seed: no run has seed=; they have 3, 4, 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cohorts.restrict(sweep, [text])
+    apart = axes.zip_(axes.axis("seed", 1, 2), axes.axis("learner.b1", 0.8, 0.9))
+    with pytest.raises(ValueError, match=r"learner.b1=0.9: no run has learner.b1=0.9; .* 0.8"):
+        cohorts.restrict(apart, ["seed=1", "learner.b1=0.9"])
+
+
+def test_the_bar_moves_while_the_runs_of_a_map_train(together):
+    """Run by run, not once an iteration of all of them; and says at which of them it is."""
+    _, cohort, bar, _, _ = together
+    assert bar.steps == 30
+    assert bar.moved.count(1) == 30
+    for doing in ("sampling", "updating", "evaluating"):
+        assert f"{doing} run 2 of {len(cohort.runs)}" in bar.notes
 
 
 def test_jobs_share_a_sweep(swept, tmp_path):

@@ -1,8 +1,10 @@
 """Checkpoints come back bit for bit, survive kills, and refuse what does not fit."""
 
 import gc
+import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from etils import epath
 
 from sapo_jax.training import checkpoint
 from sapo_jax.training.checkpoint import Checkpoints, restore_params
+from sapo_jax.training.digest import digests
 from sapo_jax.types import TrainState
 
 ROOT = pathlib.Path(checkpoint.__file__).parents[2]
@@ -121,6 +124,28 @@ def test_keeps_the_best_and_the_latest(tmp_path):
     assert (checkpoints.latest(), checkpoints.best()) == (8, 7)
 
 
+def test_what_a_kill_left_is_removed_at_the_next_start(tmp_path, monkeypatch):
+    """Guards against old checkpoints that stay for ever: killed between commit and pruning, in a
+    save, or in a deletion, in a run that has nothing more to save."""
+    state = make_state()
+    checkpoints = Checkpoints(tmp_path)
+    monkeypatch.setattr(Checkpoints, "_prune", lambda *_: None)  # killed before
+    for iteration, score in {1: 0.5, 2: 0.25, 3: 0.25, 5: 0.125}.items():
+        checkpoints.save(iteration, state, {}, score=score)
+        checkpoints.wait()
+    monkeypatch.undo()
+    for name in ("4", "6"):
+        (tmp_path / f"{name}{checkpoint.UNFINISHED}123").mkdir()
+    again = Checkpoints(tmp_path)
+    again.tidy(3)  # 5 is damaged, say
+    assert names(tmp_path) == ["1", "3", "5"]
+    again.tidy(5)
+    assert names(tmp_path) == ["1", "5"]
+    again.save(7, state, {}, score=1.0)
+    again.wait()
+    assert names(tmp_path) == ["7"]
+
+
 def test_without_scores_only_the_latest_is_kept(tmp_path):
     """Guards against taking a missing score for a number."""
     with Checkpoints(tmp_path) as checkpoints:
@@ -151,6 +176,27 @@ def test_predecessor_stays_until_its_successor_reads_back(tmp_path, monkeypatch)
     shutil.rmtree(tmp_path / "2")
     restored, _ = Checkpoints(tmp_path).restore(1, abstract(make_state()))
     assert_same(restored, make_state(1))
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_predecessor_goes(tmp_path, monkeypatch):
+    """Guards against a loss of power that takes the new one, when the old one is gone."""
+    synced, fsync = set(), os.fsync
+
+    def noted(file):
+        synced.add(os.path.realpath(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    def delete(path):
+        new = tmp_path / "2"
+        assert synced >= {str(p) for p in (*new.rglob("*"), new, tmp_path)}
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, make_state(), {})
+        checkpoints.wait()
+        monkeypatch.setattr(os, "fsync", noted)
+        monkeypatch.setattr(checkpoint, "_delete", delete)
+        checkpoints.save(2, make_state(), {})
+    assert synced
 
 
 KILLED = """
@@ -348,3 +394,100 @@ def test_save_refuses_what_would_not_come_back(tmp_path):
             with pytest.raises(ValueError, match=r"holds iteration 5; expected a later one"):
                 checkpoints.save(iteration, state, {})
     assert names(tmp_path) == ["5"]
+
+
+def flip(path, name, bit=3):
+    """Another bit in the middle of the stored bytes of an array."""
+    whole = bytearray(path.read_bytes())
+    where = next(i for i in range(len(whole)) if name in whole[i : i + len(name)])
+    whole[where + len(name) // 2] ^= 1 << bit
+    path.write_bytes(whole)
+
+
+def noise(seed):
+    """Bytes that no compression shortens, so that they stand in a file as they are."""
+    return np.random.default_rng(seed).integers(0, 2**32, 4096, np.uint32)
+
+
+@pytest.mark.parametrize("name", ["params/layers/a", "opt_state/mu", "params/b"])
+def test_a_flipped_bit_names_the_parameter_and_its_file(tmp_path, name):
+    """Guards against weights that are silently others than those saved, and against a message
+    that leaves open which disk block to look at."""
+    state = {"params": {"layers": {"a": noise(0)}, "b": noise(1)}, "opt_state": {"mu": noise(2)}}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(4, state, {"position": 3})
+    value = {"params/layers/a": noise(0), "params/b": noise(1), "opt_state/mu": noise(2)}[name]
+    (file,) = (p for p in tmp_path.rglob("d/*") if value.tobytes()[:64] in p.read_bytes())
+    flip(file, value.tobytes())
+    place = re.escape(f"{file.relative_to(tmp_path / '4')}")
+    damaged = rf"iteration 4 in {tmp_path} is damaged: {name} fails its checksum; see {place}"
+    with pytest.raises(ValueError, match=damaged):
+        checkpoints.restore(4, abstract(state))
+    wanted = abstract(state)["params"]
+    if name.startswith("params"):
+        with pytest.raises(ValueError, match=damaged):
+            restore_params(tmp_path, wanted)
+    else:  # what is not read is not looked at
+        jax.tree.map(
+            np.testing.assert_array_equal, restore_params(tmp_path, wanted), state["params"]
+        )
+
+
+def test_a_changed_record_is_damage(tmp_path):
+    """Guards against a data position or a score with another digit."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(4, {"params": jnp.ones(3)}, {"position": 3}, score=0.5)
+    path = tmp_path / "4" / "_CHECKPOINT_METADATA"
+    whole = path.read_text()
+    for before, after in (('"position": 3', '"position": 2'), ('"score": 0.5', '"score": 0.7')):
+        path.write_text(whole.replace(before, after))
+        with pytest.raises(ValueError, match="_CHECKPOINT_METADATA fails its checksum"):
+            checkpoints.restore(4, {"params": jax.ShapeDtypeStruct((3,), jnp.float32)})
+
+
+def test_checkpoints_without_checksums_are_read(tmp_path, monkeypatch):
+    """Guards against runs that an older version has saved and that cannot go on."""
+    state = make_state(1)
+    monkeypatch.setattr(checkpoint, "digests", lambda tree: {})
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(4, state, {})
+    path = tmp_path / "4" / "_CHECKPOINT_METADATA"
+    stored = json.loads(path.read_text())
+    record = stored["custom_metadata"]
+    assert record.pop("checksums") == {}
+    record.pop("checksum")
+    path.write_text(json.dumps(stored))
+    monkeypatch.undo()
+    assert_same(checkpoints.restore(4, abstract(state))[0], state)
+    assert_same(restore_params(tmp_path, abstract(state).params), state.params)
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    """Guards against a NaN that replaces the last healthy state."""
+    healthy = {"params": {"a": jnp.ones(3), "b": jnp.ones((2, 2), jnp.bfloat16)}}
+    lost = {"params": healthy["params"] | {"b": jnp.full((2, 2), jnp.inf, jnp.bfloat16)}}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, healthy, {}, finite=True)
+        with pytest.raises(ValueError, match=r"2 is not saved: params/b is not finite; .* \[1\]"):
+            checkpoints.save(2, lost, {}, finite=True)
+        checkpoints.save(3, lost, {})
+    assert names(tmp_path) == ["3"]
+    with pytest.raises(ValueError, match="params/b is not finite"):
+        checkpoints.restore(3, abstract(lost), finite=True)
+
+
+BITS = [np.float32, jnp.bfloat16, np.int32, np.uint8, bool]
+
+
+@pytest.mark.parametrize("dtype", BITS)
+def test_a_checksum_sees_each_bit_and_each_place(dtype):
+    """Guards against sums in which two elements may change places, or high bits are lost."""
+    x = np.random.default_rng(0).integers(0, 2, (3, 4)).astype(dtype)
+    others = [x.T.reshape(3, 4), np.roll(x, 1, 0), np.roll(x, 1, 1)]
+    for bit in range(8 * x.dtype.itemsize if dtype is not bool else 1):
+        other = x.copy()
+        raw = other.view(np.uint8).reshape(-1)
+        raw[5 * x.dtype.itemsize + bit // 8] ^= 1 << bit % 8
+        others.append(other)
+    found = [digests({"x": y})["x"].checksum for y in [x, *others]]
+    assert len(set(found)) == len(found)

@@ -1,7 +1,7 @@
 """The table of metric keys says what runs write, no more and no less.
 
 `check` is called where tests train: in test_train, test_build, test_routing, test_export
-and test_own.
+and test_own; an evaluation alone in test_evaluate.
 """
 
 from sapo_jax import rewards
@@ -15,7 +15,7 @@ CHECKED = {
     "a model with experts": "test_routing", "a model with experts, source=rollout": "test_routing",
     "learner.router_aux_coef": "test_routing", "an evaluation": "test_export",
     "sapo_jax.evaluate": "test_export", "reward.function": "test_own",
-    "an evaluation, reward.function": "test_own",
+    "an evaluation, reward.function": "test_evaluate",
     **dict.fromkeys((f"reward.{part}" for part in rewards.PARTS[1:]), "test_train"),
 }  # fmt: skip
 

@@ -1,9 +1,11 @@
 """Wrong configs are refused with the field, its value and what is allowed, before any compile."""
 
+import math
+
 import pytest
 from ml_collections import ConfigDict
 
-from sapo_jax import cli, model
+from sapo_jax import cli, model, train
 from sapo_jax.training import settings, startup
 from tests import fakes, tiny_config
 
@@ -21,8 +23,24 @@ def changed(fields):
 
 HALF = {"name": "countdown", "share": 0.5}
 TIS = {"correction.name": "token_tis", "learner.old_logp": "recompute"}
+ROUNDED = {"reward.kl_coef": 0.1, "init_from": "somewhere"}
 WRONG = [
     ({"objective.name": "sap"}, "'sap'", "nearest is 'sapo'"),
+    ({"objective.name": "gpro"}, "'gpro'", "nearest is 'grpo'"),
+    ({"objective.k_pos": 3.0}, "'k_pos'", "sapo has no .*nearest is 'tau_pos'"),
+    ({"objective.nmae": "grpo"}, "'nmae'", "nearest is 'name'"),
+    ({"objective.name": "mhpo", "objective.k_pos": "x"}, "k_pos=x", "a number > 0"),
+    ({"objective.name": "mhpo", "objective.k_pos": True}, "k_pos=True", "a number > 0"),
+    ({"objective.not-a-name": 3.0}, "not-a-name", "there is no such field"),
+    ({"learner.lerning_rate": 1.0}, "lerning_rate", "nearest is 'learner.learning_rate'"),
+    ({"dtype.compute": "int8"}, "dtype.compute='int8'", "nearest is"),
+    ({"dtype.cache": "float64"}, "dtype.cache='float64'", "float32, bfloat16"),
+    ({"model.attention": "flash"}, "model.attention='flash'", "nearest is 'splash'"),
+    ({"model.head_dim": 3}, "model.head_dim=3", "even"),
+    ({"task.options.digits": "2"}, "digits", "'2'"),
+    ({"task": {"name": "prepared", "options": {"directory": 3}}}, "directory", "3"),
+    ({"task": {"name": "countdown", "options": {"numbers": True}}}, "got True", "an integer"),
+    ({"reward.function": "brief"}, "function='brief'", "of a file, my.py:name"),
     ({"objective.tau_neg": -1.0}, "tau_neg=-1.0", "> 0"),
     ({"objective.tau_pos": 0.0}, "tau_pos=0.0", "> 0"),
     ({"objective.name": "grpo", "objective.tau_pos": 1.0}, "'tau_pos'", "eps_low, eps_high"),
@@ -45,6 +63,24 @@ WRONG = [
     ({"advantages": "grop"}, "'grop'", "nearest is 'group'"),
     ({"batch.group_size": 1}, "group_size=1", "at least 2"),
     ({"batch.group_size": 0}, "group_size=0", "at least 1"),
+    # What would learn nothing, or rounding errors.
+    ({"advantages": "mean", "batch.group_size": 1}, "group_size=1", "at least 2"),
+    (
+        {
+            "advantages": "reinforce_pp",
+            "batch.group_size": 1,
+            "batch.prompts": 1,
+            "batch.minibatches": 1,
+            "sampler.slots": 0,
+        },
+        "prompts=1",
+        "at least 2 with 1 row each",
+    ),
+    ({"reward.accuracy": 0.0}, "accuracy=0.0", "above 0"),
+    ({"dtype.params": "bfloat16"}, "dtype.params='bfloat16'", "'float32'"),
+    ({"dtype.params": "bfloat16", "source": "demonstrations"}, "'bfloat16'", "'float32'"),
+    (ROUNDED | {"dtype.compute": "bfloat16"}, "old_logp='sampler'", "'recompute'"),
+    (ROUNDED | {"dtype.cache": "bfloat16"}, "old_logp='sampler'", "'recompute'"),
     ({"batch.prompts": 7}, "prompts=7", "multiple of batch.minibatches=2"),
     ({"batch.micro_batches": 3}, "micro_batches=3", "divisor of 16"),
     ({"sampler.slots": 9}, "slots=9", "at most batch.prompts=8"),
@@ -65,6 +101,8 @@ WRONG = [
     ({"tasks": {"a": HALF | {"share": 0.3}}}, "tasks.a.share=0.3", "whole number of the 8"),
     ({"tasks": {"a": HALF | {"share": 0}}}, "tasks.a.share=0", r"in \(0, 1\]"),
     ({"tasks": {"a": HALF, "b": HALF}, "eval.prompts": 1}, "prompts=1", "at least 2"),
+    ({"eval.prompts": 5000}, "eval.prompts=5000", "at most 4096, for the test split of chain_sum"),
+    ({"tasks": {"a": HALF, "b": HALF}, "eval.prompts": 8194}, "=8194", "at most 8192"),
     ({"tasks": {"a": HALF | {"name": "cuntdown"}}}, "tasks.a: unknown", "mean 'countdown'"),
     ({"data.max_prompt_tokens": -1}, "max_prompt_tokens=-1", "at least 0"),
     ({"data.workers": -1}, "workers=-1", "at least 0"),
@@ -75,6 +113,21 @@ WRONG = [
     ({"learner.learning_rate": -1e-3}, "learning_rate=-0.001", "at least 0"),
     ({"learner.b2": 1.0}, "b2=1.0", r"\[0, 1\)"),
     ({"learner.max_grad_norm": 0.0}, "max_grad_norm=0.0", "greater than 0"),
+    ({"learner.learning_rate": 1e308}, "learning_rate=1e+308", "a number of 32 bits"),
+    ({"learner.weight_decay": 1e308}, "weight_decay=1e+308", "a number of 32 bits"),
+    ({"learner.max_grad_norm": 1e39}, "max_grad_norm=1e+39", "a number of 32 bits"),
+    ({"learner.eps": 1e-320}, "eps=1e-320", "a number of 32 bits"),
+    ({"learner.b2": 1 - 1e-9}, "b2=0.999999999", "in float32 too"),
+    ({"learner.router_aux_coef": math.nan}, "router_aux_coef=nan", "finite"),
+    ({"learner.router_aux_coef": -0.1}, "router_aux_coef=-0.1", "at least 0"),
+    ({"learner.max_skipped": 0}, "max_skipped=0", "at least 1"),
+    ({"sampler.temperature": math.inf}, "temperature=inf", "finite"),
+    ({"sampler.temperature": 1e-320}, "temperature=1e-320", "a number of 32 bits"),
+    ({"eval.temperature": 1e-42}, "eval.temperature=1e-42", "a number of 32 bits"),
+    ({"objective.tau_neg": math.inf}, "tau_neg=inf", "finite"),
+    ({"objective.tau_pos": 1e39}, "tau_pos=1e+39", "a number of 32 bits"),
+    ({"reward.accuracy": 1e308}, "accuracy=1e+308", "a number of 32 bits"),
+    (TIS | {"correction.high": 1e300}, "high=1e+300", "a number of 32 bits"),
     ({"iterations": 0}, "iterations=0", "at least 1"),
     ({"seed": -1}, "seed=-1", "at least 0"),
     ({"eval.top_p": 1.5}, "top_p=1.5", r"\(0, 1\]"),
@@ -104,6 +157,18 @@ def test_wrong_configs_are_refused(fields, value, allowed):
     with fakes.Compilations() as compilations, pytest.raises(ValueError, match=allowed) as refusal:
         settings.from_config(changed(fields))
     assert value in str(refusal.value)
+    assert str(refusal.value).startswith("config.")
+    assert compilations.count == 0
+
+
+def test_too_few_distinct_held_out_prompts_are_refused_before_any_compile(tmp_path):
+    """One minute of compiling came first; a set of enough examples may still repeat itself."""
+    few = settings.from_config(changed({"task.options.terms": 2, "eval.prompts": 1000}))
+    with (
+        fakes.Compilations() as compilations,
+        pytest.raises(ValueError, match=r"config.eval.prompts=1000: must be smaller: the test"),
+    ):
+        train.run(few, tmp_path)
     assert compilations.count == 0
 
 
@@ -146,8 +211,37 @@ def test_the_defaults_are_accepted():
     assert checked.hp.objective.hyperparameters == {"kl_coef": 0.0, "tau_pos": 1.0, "tau_neg": 1.05}
 
 
+def test_what_has_no_bound_may_be_infinite():
+    fields = {"objective.name": "grpo", "objective.eps_high": math.inf}
+    checked = settings.from_config(changed(fields | {"learner.max_grad_norm": math.inf}))
+    assert checked.hp.max_grad_norm == math.inf
+
+
 def test_a_config_is_locked():
     """A misspelt field in a config file is an error, not a new field."""
     config = tiny_config.get_config()
     with pytest.raises(AttributeError, match="learner"):
         config.lerner = ConfigDict()
+
+
+def test_a_config_lacks_nothing_and_keeps_its_types():
+    """One that was put together by hand is refused where the configs' own types would have been."""
+    plain = tiny_config.get_config().to_dict()
+    for section, field, value, message in (
+        ("batch", "prompts", "8", r"config.batch.prompts='8': must be a whole number"),
+        ("batch", "prompts", 8.0, r"config.batch.prompts=8.0: must be a whole number"),
+        ("learner", "remat", 1, r"config.learner.remat=1: must be True or False"),
+        ("learner", "b1", None, r"config.learner.b1=None: must be a number"),
+        ("model", "preset", ["nano"], r"config.model.preset=\['nano'\]: must be text"),
+        ("sampler", "slots", None, r"config.sampler.slots=None: must be a whole number"),
+    ):
+        config = ConfigDict(plain | {section: plain[section] | {field: value}})
+        with pytest.raises(ValueError, match=message):
+            settings.from_config(config)
+        del config[section][field]
+        with pytest.raises(ValueError, match=f"config.{section}.{field} is missing"):
+            settings.from_config(config)
+    with pytest.raises(ValueError, match=r"config.log is missing"):
+        settings.from_config(ConfigDict({k: v for k, v in plain.items() if k != "log"}))
+    with pytest.raises(ValueError, match=r"config.log=3: must be a section"):
+        settings.from_config(ConfigDict(plain | {"log": 3}))

@@ -302,6 +302,34 @@ def test_only_a_cut_last_line_is_forgiven(tmp_path, no_tensorboard):
         read_metrics(tmp_path)
 
 
+def test_gaps_are_named():
+    """Guards against a report of what remains that passes for the whole."""
+    assert workdir.gaps([record(i) for i in (0, 1, 4, 6)], 0, 9) == "2 to 3, 5, 7 to 9"
+    assert workdir.gaps([record(i) for i in range(10)], 0, 9) == ""
+    assert workdir.gaps([], 1, 2) == "1 to 2"
+
+
+def test_records_are_on_the_disk_before_they_have_their_name(tmp_path, no_tensorboard, monkeypatch):
+    """Guards against a loss of power after which a file has its name and nothing in it."""
+    synced, fsync, replace = [], os.fsync, os.replace
+
+    def noted(file):
+        synced.append(os.path.realpath(f"/proc/self/fd/{file}"))
+        fsync(file)
+
+    def checked(old, new):
+        assert os.path.realpath(old) in synced
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "replace", checked)
+    write_records(tmp_path, 0, 1)
+    assert synced[-2:] == [
+        str(tmp_path / "metrics/part-00000.jsonl.tmp"),
+        str(tmp_path / "metrics"),
+    ]
+
+
 def test_samples_come_back_and_are_cut(tmp_path):
     """Guards against samples of iterations that a resumed run has not reached yet."""
     assert workdir.read_samples(tmp_path) == []
@@ -317,6 +345,17 @@ def test_samples_come_back_and_are_cut(tmp_path):
     assert workdir.read_samples(tmp_path) == expected
     workdir.cut_samples(tmp_path, 9)
     assert workdir.read_samples(tmp_path) == workdir.read_samples(tmp_path, 2) != []
+
+
+def test_half_written_files_of_a_killed_run_go(tmp_path):
+    """Guards against .tmp files that stay for ever, and against the removal of other files."""
+    half = ["config.json.tmp", "metrics/part-00003.jsonl.tmp", "samples/iteration-000004.jsonl.tmp"]
+    whole = ["lease.json.tmp", "metrics/part-00003.jsonl", "checkpoints/x.tmp"]
+    for name in half + whole:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    workdir.remove_temporary(tmp_path)
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")) == sorted(whole)
 
 
 def read_events(directory):

@@ -1,0 +1,1 @@
+"""How far the sampler's log-probabilities are from the learner's."""
