@@ -119,8 +119,7 @@ def _forward_rows(rows: Rows) -> tuple[jax.Array, jax.Array]:
             mixed = _einsum("rKQt,rtKd->rKQd", weights.astype(v_rtKd.dtype), v_rtKd)
             return higher, total, out * decay[..., None] + mixed
 
-            # Above what hides a key: a query without any has weights of 0.
-
+        # Above what hides a key: a query without any has weights of 0.
         start = jnp.full((r, kv, g * b), NEGATIVE / 10), jnp.zeros((r, kv, g * b))
         high, total, out = _over(visits, i, visit, (*start, jnp.zeros((r, kv, g * b, d))))
         safe = jnp.where(total > 0, total, 1)
