@@ -101,9 +101,12 @@ def visit(step: Callable, x: Any, xs: Any, config: ModelConfig) -> tuple[Any, An
     """`jax.lax.scan`, or on a CPU the steps one by one where the model has few layers.
 
     There, stacking what the backward pass needs costs a fifth of an update; it is a part of the
-    program's size on accelerators, and of compile time in deep models.
+    program's size on accelerators, and of compile time in deep models. Experts stay in the scan: one
+    by one, XLA rounds them otherwise with a gradient than without, and a first update that replays
+    the old policy's routing would not be on-policy to the bit.
     """
-    if collectives.platform() != "cpu" or config.num_hidden_layers > UNROLLED:
+    scanned = config.num_hidden_layers > UNROLLED or config.num_experts > 0
+    if collectives.platform() != "cpu" or scanned:
         return jax.lax.scan(step, x, xs)
     # Unstacked, not indexed: the gradient is then one concatenation, not a sum of padded parts.
     each, outs = zip(*map(jnp.unstack, jax.tree.leaves(xs)), strict=True), []
