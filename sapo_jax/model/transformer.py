@@ -100,10 +100,9 @@ UNROLLED = 8  # layers, at most, that a CPU's program holds one by one
 def visit(step: Callable, x: Any, xs: Any, config: ModelConfig) -> tuple[Any, Any]:
     """`jax.lax.scan`, or on a CPU the steps one by one where the model has few layers.
 
-    There, stacking what the backward pass needs costs a fifth of an update; it is a part of the
-    program's size on accelerators, and of compile time in deep models. Experts stay in the scan: one
-    by one, XLA rounds them otherwise with a gradient than without, and a first update that replays
-    the old policy's routing would not be on-policy to the bit.
+    There, stacking what the backward pass needs costs a fifth of an update. Experts stay in the
+    scan: one by one, XLA rounds them otherwise with a gradient than without, and a first update
+    that replays the old policy's routing would not be on-policy to the bit.
     """
     scanned = config.num_hidden_layers > UNROLLED or config.num_experts > 0
     if collectives.platform() != "cpu" or scanned:

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax import learner, objectives
+from sapo_jax import learner, model, objectives
 from sapo_jax.learner import packing
 from sapo_jax.masked import finish
 from sapo_jax.types import Batch
+from tests import fakes
 from tests.fakes import VOCAB
 
 GROUPS, G, N, T = 4, 4, 5, 9
@@ -106,21 +107,50 @@ def test_gradients_are_those_of_plain_rows(nano, batch, lengths, names, group_si
     gradient = jax.jit(learner.gradient)
     for index, name in enumerate(names):
         at = {"objective": objectives.resolve(switch, index=index)}
-        want, terms = gradient(weights, batch, plain.replace(**at))
-        got, packed_terms = gradient(weights, packed, of_packed.replace(**at))
-        scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want))
-        assert scale > 0, name
-        jax.tree.map(
-            lambda a, b, scale=scale: np.testing.assert_allclose(a, b, atol=1e-5 * scale), got, want
-        )
-        (loss, metrics), (packed_loss, packed_metrics) = finish(terms), finish(packed_terms)
-        assert float(packed_loss) == pytest.approx(float(loss), rel=1e-5, abs=1e-6)
-        assert packed_metrics.keys() == metrics.keys()
-        for key in metrics:
-            if key != "nonfinite" and not key.startswith("histogram/"):
-                assert float(packed_metrics[key]) == pytest.approx(
-                    float(metrics[key]), rel=1e-4, abs=2e-6
-                ), (name, key)
+        want = gradient(weights, batch, plain.replace(**at))
+        same(gradient(weights, packed, of_packed.replace(**at)), want, name)
+
+
+def same(got, want, name=None):
+    """Gradients, and the metrics that come with them, to f32 rounding."""
+    (got, packed_terms), (want, terms) = got, want
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(want))
+    assert scale > 0, name
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), got, want)
+    (loss, metrics), (packed_loss, packed_metrics) = finish(terms), finish(packed_terms)
+    assert float(packed_loss) == pytest.approx(float(loss), rel=1e-5, abs=1e-6)
+    assert packed_metrics.keys() == metrics.keys()
+    for key in metrics:
+        if key not in ("nonfinite", "router/load") and not key.startswith("histogram/"):
+            assert float(packed_metrics[key]) == pytest.approx(
+                float(metrics[key]), rel=1e-4, abs=2e-6
+            ), (name, key)
+
+
+@pytest.mark.parametrize("group_size", [1, G])
+@pytest.mark.parametrize("replay", ["none", "R3"])
+def test_experts_are_replayed_and_balanced_as_in_plain_rows(
+    rng, batch, lengths, replay, group_size
+):
+    config = model.make("nano_moe", vocab_size=VOCAB, max_position_embeddings=64)
+    weights, sized = fakes.weights(config, 0.2), shape(group_size)
+    experts = rng.permuted(
+        np.broadcast_to(np.arange(config.num_experts), (B, S, 2, config.num_experts)), axis=-1
+    )[..., : config.num_experts_per_tok]
+    lengths[0][-1] = batch.segments[-1] = 0  # a row without a completion is not there
+    shared = np.repeat(experts[::G], G, 0)  # a prompt is routed once
+    prompt = (np.arange(S) < lengths[0][:, None])[..., None, None]
+    exists = np.asarray(batch.segments > 0)[..., None, None]
+    routing = np.where(exists, np.where(prompt, shared, experts), -1).astype(np.int8)
+    batch = batch.replace(routing=routing)
+    hp = learner.Hyperparameters(
+        objectives.resolve("sapo"), 1e-3, 0.0, 1e9, 1.0, model=config, head_chunk=16,
+        routing_replay=replay, router_aux_coef=0.1,
+    )  # fmt: skip
+    packed = learner.pack(batch, packing.plan(*lengths, S, sized))
+    gradient = jax.jit(learner.gradient)
+    got = gradient(weights, packed, hp.replace(micro_batches=sized.micro_batches))
+    same(got, gradient(weights, batch, hp))
 
 
 @pytest.mark.parametrize("group_size", [1, G])
