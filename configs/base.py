@@ -126,7 +126,7 @@ def get_config() -> ConfigDict:
     c.learner.old_logp = "sampler"  # "sampler": its own; "recompute": the learner's, one more pass
     c.learner.routing_replay = "none"  # "none", "R2" (old policy), "R3" (sampler)
     c.learner.router_aux_coef = 0.0  # weight of the load-balancing loss
-    c.learner.head_chunk = 1024  # rows whose logits exist at a time
+    c.learner.head_chunk = 0  # tokens whose logits exist at a time; 0: by the vocabulary
     c.learner.remat = False  # recompute activations in the backward pass; memory, not results
 
     # Evaluation on held-out prompts.

@@ -122,7 +122,7 @@ def loss_head(*, bare: bool, vocab: int = 151_936, width: int = 256, tokens: int
     hidden = jnp.asarray(rng.normal(size=(tokens, width)), jnp.float32)
     weight = jnp.asarray(rng.normal(0, 0.02, (vocab, width)), jnp.float32)
     targets = jnp.asarray(rng.integers(0, vocab, tokens), jnp.int32)
-    chunk = head.chunk_size(vocab)
+    chunk = head.chunk_size(vocab, "cpu")
 
     def ours(hidden, weight):
         index = jnp.arange(tokens, dtype=jnp.int32)

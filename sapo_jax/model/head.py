@@ -19,13 +19,15 @@ from sapo_jax.model import vocab
 from sapo_jax.model.attention import einsum
 from sapo_jax.parallel import collectives
 
-CHUNK, LOGITS = 1024, 40_000_000  # tokens, and entries, of a chunk's logits at most
+CHUNK = 1024  # tokens whose logits exist at a time, at most
+LOGITS = {"cpu": 40_000_000}  # entries of them, at most; elsewhere MANY_LOGITS
+MANY_LOGITS = 160_000_000
 
 
-def chunk_size(vocab: int) -> int:
+def chunk_size(vocab: int, platform: str) -> int:
     """Tokens of a chunk: a power of 2, fewer for a large vocabulary, whose logits are large."""
     chunk = CHUNK
-    while chunk > 128 and chunk * vocab > LOGITS:
+    while chunk > 128 and chunk * vocab > LOGITS.get(platform, MANY_LOGITS):
         chunk //= 2
     return chunk
 

@@ -16,7 +16,7 @@ from sapo_jax.cli import nearest
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
-from sapo_jax.model import attention, params, routing
+from sapo_jax.model import attention, head, params, routing
 from sapo_jax.objectives.kl import KL_ESTIMATORS
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
@@ -245,6 +245,9 @@ def make_hyperparameters(
     only = "'recompute' with learner.routing_replay='R2', which records the old policy's routing"
     require(recompute, "learner.old_logp", old_logp, only)
     updates = c.iterations * c.batch.minibatches
+    options["head_chunk"] = options["head_chunk"] or head.chunk_size(
+        shape.vocab_size, sharding.platform(mesh)
+    )
     return learner.Hyperparameters(
         objective=objective,
         temperature=c.sampler.temperature,

@@ -141,15 +141,14 @@ def _check_numbers(c: Any) -> None:
     _bounded(
         c, 1, "iterations", "batch.prompts", "batch.group_size", "batch.minibatches",
         "batch.micro_batches", "batch.oversample", "eval.prompts", "eval.samples",
-        "checkpoint.every", "learner.head_chunk", "learner.max_skipped", "log.samples_every",
-        "reward.workers",
+        "checkpoint.every", "learner.max_skipped", "log.samples_every", "reward.workers",
     )  # fmt: skip
     _bounded(
         c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "sampler.shrink", "eval.every",
         "eval.temperature", "learner.warmup", "learner.weight_decay", "log.samples",
-        "profile_steps", "learner.learning_rate", "data.max_prompt_tokens", "data.workers",
-        "distributed.timeout", "reward.kl_coef", "reward.max_length", "reward.buffer",
-        "checkpoint.minutes", "learner.router_aux_coef",
+        "profile_steps", "learner.head_chunk", "learner.learning_rate", "data.max_prompt_tokens",
+        "data.workers", "distributed.timeout", "reward.kl_coef", "reward.max_length",
+        "reward.buffer", "checkpoint.minutes", "learner.router_aux_coef",
     )  # fmt: skip
     for field in ("sampler.temperature", "learner.max_grad_norm", "learner.eps"):
         value = operator.attrgetter(field)(c)
