@@ -92,7 +92,8 @@ def total(function: Callable[[Batch], Any], micros: MicroBatches) -> Any:
     if isinstance(count, int) and count == 1:
         return function(at(0))
     start = zero(jax.eval_shape(lambda: function(at(0))))
-    return jax.lax.fori_loop(0, count, lambda i, total: add(function(at(i)), total), start)
+    with jax.named_scope("micro_batches"):
+        return jax.lax.fori_loop(0, count, lambda i, total: add(function(at(i)), total), start)
 
 
 def map_rows(function: Callable, params: Any, batch: Batch, hp: Hyperparameters) -> Any:
@@ -112,7 +113,8 @@ def map_rows(function: Callable, params: Any, batch: Batch, hp: Hyperparameters)
             found = function(params, at(i), hp)
             return jax.tree.map(lambda x, y: x.at[i].set(y), out, found)
 
-        out = jax.lax.fori_loop(0, count, visit, start)
+        with jax.named_scope("micro_batches"):
+            out = jax.lax.fori_loop(0, count, visit, start)
         return jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], *x.shape[2:]), out)
 
     return shard_map(local, hp, sharding.spec("rows"))(params, batch, hp)

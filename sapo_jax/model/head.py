@@ -84,7 +84,8 @@ def _visit(
         found = (h_CD, z_CV, y_C[:, None] == ids_V, logp_C, total_C[:, None], entropy_C)
         return body(_Chunk(index_C, source_C, *found), carry)
 
-    return jax.lax.fori_loop(0, chunks, visit, start)
+    with jax.named_scope("head_chunks"):
+        return jax.lax.fori_loop(0, chunks, visit, start)
 
 
 def _record(c: _Chunk, out: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
