@@ -124,8 +124,12 @@ def test_what_does_not_fit_is_told_and_a_micro_batch_that_fits_is_found(monkeypa
         return {"memory": {"total": 2**32 * rows}}
 
     monkeypatch.setattr("sapo_jax.preflight.measure.measure", measure)
-    checked, chip = tiny(), chips.CHIPS["v5e"]
-    tried = preflight.largest_micro_batch(checked, chip)
+    checked, chip = tiny(**{"batch.pack": False}), chips.CHIPS["v5e"]
+
+    def settings_of(micro_batches):
+        return tiny(**{"batch.pack": False, "batch.micro_batches": micro_batches})
+
+    tried = preflight.largest_micro_batch(settings_of, chip)
     assert [(t["rows"], t["fits"]) for t in tried] == [(1, True), (2, True), (4, False)]
     assert "--config.batch.micro_batches=8" in preflight_tables.fit_text(tried, chip.hbm)
     found = preflight.report(checked, "v5e:1x1", ["update"], tpu=False)
