@@ -222,7 +222,7 @@ def _counts_up(module: Module, body: Computation, index: int) -> bool:
 
 def _turns(loop: Instruction, unknown: Mapping[str, int]) -> int:
     """Turns of a loop by the innermost of the scopes around it that ``unknown`` has, else 1."""
-    scopes = re.findall(r"\w+", (re.search(r'op_name="([^"]*)"', loop.rest) or ("", ""))[1])
+    scopes = re.findall(r"\w+", loop.op_name)
     return next((unknown[name] for name in reversed(scopes) if name in unknown), 1)
 
 
