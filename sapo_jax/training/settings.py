@@ -33,6 +33,7 @@ MAY_DIFFER = {
     "learner.max_skipped",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",  # but for the last bits
 }  # fmt: skip
+GONE = {"sampler.shrink"}  # fields that runs of before have
 ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "tensor", "expert")}
 OPEN = {"task", "tasks", "mesh", "template_options"}  # sections read by the names in them
 
@@ -109,7 +110,7 @@ class Settings:
     def may_differ(self) -> frozenset[str]:
         """Fields that may change when a run is started again: no result depends on them."""
         fixed_length = self.config.learner.schedule != "constant"
-        return frozenset(MAY_DIFFER - ({"iterations"} if fixed_length else set()))
+        return frozenset(GONE | MAY_DIFFER - ({"iterations"} if fixed_length else set()))
 
     @property
     def rows(self) -> int:
@@ -144,7 +145,7 @@ def _check_numbers(c: Any) -> None:
         "checkpoint.every", "learner.max_skipped", "log.samples_every", "reward.workers",
     )  # fmt: skip
     _bounded(
-        c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "sampler.shrink", "eval.every",
+        c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "eval.every",
         "eval.temperature", "learner.warmup", "learner.weight_decay", "log.samples",
         "profile_steps", "learner.head_chunk", "learner.learning_rate", "data.max_prompt_tokens",
         "data.workers", "distributed.timeout", "reward.kl_coef", "reward.max_length",
@@ -210,6 +211,8 @@ def of_run(workdir: epath.PathLike, changes: Mapping[str, Any] = ONE_DEVICE) -> 
     if stored is None:
         raise ValueError(f"{workdir} has no config.json: name the --workdir of a run")
     config = cli.from_config("base")  # with the fields that the run is older than
+    for section, field in (name.split(".") for name in GONE):
+        stored.get(section, {}).pop(field, None)
     with config.unlocked():
         config.update(ConfigDict(stored))
         config.update_from_flattened_dict(changes)
@@ -265,7 +268,7 @@ def from_config(
         [c.objective.name, c.reward.function, *(task["name"] for task in build.entries(c).values())]
     )
     parts = sharding.parts(mesh)
-    options = {"slots": c.sampler.slots, "shrink": c.sampler.shrink, "parts": parts}
+    options = {"slots": c.sampler.slots, "parts": parts}
     packing = build.make_packing(c, shape, width, room, mesh)
     plan = partial(sampler.make_plan, max_new_tokens=room, **options)
     # The last batch of an evaluation is filled up, and so is one that the mesh does not divide.
@@ -285,8 +288,8 @@ def from_config(
         max_new_tokens=room,
         bounds=build.make_bounds(c),
         packing=packing,
-        plan=plan(c.batch.prompts * c.batch.oversample),
-        eval_plan=plan(eval_batch),
+        plan=plan(c.batch.prompts * c.batch.oversample, group_size=c.batch.group_size),
+        eval_plan=plan(eval_batch, group_size=c.eval.samples),
         eval_batch=eval_batch,
         mesh=mesh,
     )
