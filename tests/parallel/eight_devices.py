@@ -167,8 +167,9 @@ def test_one_update_agrees_with_one_device(policies, references, on_one, kind, n
         assert counts.pop("all-reduce") > 0
         assert not any(counts.values()), counts
     if name == "fsdp 8":  # once forward and once backward; gradients once
-        assert 0 < counts["all-gather"] <= 2 * split
-        assert 0 < counts["reduce-scatter"] <= split
+        times = policies[kind][0].num_hidden_layers if kind == "dense" else 1  # the others scan
+        assert 0 < counts["all-gather"] <= 2 * split * times
+        assert 0 < counts["reduce-scatter"] <= split * times
 
 
 @pytest.mark.slow
@@ -340,9 +341,8 @@ def test_a_run_goes_on_on_another_mesh(tmp_path, no_plots):
 
 @pytest.mark.slow
 def test_a_run_samples_on_a_mesh_of_its_own(tmp_path, no_plots):
-    """Of fewer parts than the learner's, so that fewer prompts will do; metrics are the same."""
-    fields = {"iterations": 1, "eval.every": 0, "batch.minibatches": 1, "sampler.slots": 0,
-              "batch.prompts": 4}  # fmt: skip
+    """Of fewer parts than the learner's, so that fewer slots will do; the metrics are the same."""
+    fields = {"iterations": 1, "eval.every": 0, "batch.minibatches": 1, "sampler.slots": 4}
     records = []
     for i, mesh in enumerate(({}, {"mesh.fsdp": 8, "sampler.mesh.tensor": 2})):
         config = tiny_config.get_config()
@@ -359,7 +359,7 @@ WRONG = [
         "config.sampler.mesh: data=-1, .*tensor=3 does not",
     ),
     ({"mesh.fsdp": 8, "sampler.mesh.tensor": 8}, "config.sampler.mesh: .*'kv_heads' of size"),
-    ({"mesh.fsdp": 8, "sampler.mesh.data": 8}, "batch.prompts: axis 'rows' of size 4"),
+    ({"mesh.fsdp": 8, "sampler.mesh.data": 8}, "sampler.slots: axis 'rows' of size 4"),
     ({"mesh.fsdp": 8, "sampler.mesh.tensor": -2}, "tensor=-2: must be at least 1"),
     ({"sampler.mesh.tensor": 2}, "config.sampler.mesh=.*tensor=2.* must be 0 along all axes"),
 ]
@@ -368,7 +368,7 @@ WRONG = [
 @pytest.mark.parametrize(("fields", "message"), WRONG)
 def test_a_mesh_of_the_sampler_that_cannot_be_is_refused(fields, message):
     config = tiny_config.get_config()
-    config.update_from_flattened_dict({"batch.prompts": 4, "sampler.slots": 0} | fields)
+    config.update_from_flattened_dict({"batch.minibatches": 1} | fields)
     with pytest.raises(ValueError, match=message):
         settings.from_config(config)
 
