@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,14 +10,15 @@ from etils import epath
 from sapo_jax.report import gradlab_plots as plots
 from sapo_jax.report import page, style
 from sapo_jax.report.page import Tile
+from sapo_jax.training.files import read_json
 
 PICTURED = ("fidelity", "removed", "groups")
 UNGATED = 2  # algorithms that stand first: what the others are compared with
 
 
 def _read(path: epath.PathLike) -> Mapping[str, Any]:
-    found = json.loads(epath.Path(path).read_bytes())
-    if "stages" not in found:
+    found = read_json(path)
+    if not found.get("stages"):
         raise ValueError(f"{path} is no result of the gradient lab: it has no 'stages'")
     return found
 
