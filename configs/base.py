@@ -45,9 +45,9 @@ def get_config() -> ConfigDict:
     c.model.attention = "auto"  # "splash" on TPU, else "xla"; "cudnn" for long rows on GPU
 
     c.dtype = ConfigDict()
-    c.dtype.params = "float32"  # or "bfloat16"; so for all three
-    c.dtype.compute = "float32"  # activations and inputs of matmuls
-    c.dtype.cache = "float32"  # the sampler's keys and values
+    c.dtype.params = "float32"  # alone: steps are lost in the rounding of fewer bits
+    c.dtype.compute = "float32"  # or "bfloat16": activations and inputs of matmuls
+    c.dtype.cache = "float32"  # or "bfloat16": the sampler's keys and values
 
     # Mesh: devices along each axis; -1: the rest. All are used, but where every axis is 1.
     c.mesh = ConfigDict()

@@ -3,6 +3,10 @@
 Rows of one prompt are adjacent. A group whose rewards are all equal carries no signal and gets
 exactly 0; this is decided by max = min, since the float standard deviation of equal numbers is a
 rounding error, which dividing by turns into advantages of order 1.
+
+A penalty, such as the KL in the reward, is subtracted by the estimators, not before: equality and
+the scale are those of the rewards alone. Where these are equal, up to rounding, the penalty's scale
+is 1. So advantages are continuous in the penalty, whose rounding errors are never normalised.
 """
 
 from __future__ import annotations
@@ -27,12 +31,36 @@ def _grouped(rewards_B: jax.Array, group_size: int, at_least: int) -> jax.Array:
     return rewards_B.reshape(-1, group_size)
 
 
-def _zero_if_equal(advantages_PG: jax.Array, rewards_PG: jax.Array) -> jax.Array:
-    equal_P1 = rewards_PG.max(-1, keepdims=True) == rewards_PG.min(-1, keepdims=True)
-    return jnp.where(equal_P1, 0, advantages_PG).reshape(-1)
+def _penalty_scale(high: jax.Array, low: jax.Array, scale: jax.Array | float) -> jax.Array:
+    """What divides a penalty, from the largest and smallest reward, and what divides rewards."""
+    rounding = 1e-6 * jnp.maximum(jnp.abs(high), jnp.abs(low))
+    return jnp.where(high - low <= rounding, 1, scale)
 
 
-def group(rewards_B: jax.Array, group_size: int, *, ddof: int = 1, eps: float = 1e-6) -> jax.Array:
+def _centred(
+    rewards_PG: jax.Array, penalty_B: jax.Array | None, scale_P1: jax.Array | float = 1.0
+) -> jax.Array:
+    """(R − penalty − mean) / scale within each group, f[B]."""
+
+    def centre(x_PG):
+        return x_PG - x_PG.mean(-1, keepdims=True)
+
+    high_P1, low_P1 = rewards_PG.max(-1, keepdims=True), rewards_PG.min(-1, keepdims=True)
+    advantages_PG = jnp.where(high_P1 == low_P1, 0, centre(rewards_PG) / scale_P1)
+    if penalty_B is not None:
+        penalty_PG = centre(penalty_B.reshape(rewards_PG.shape))
+        advantages_PG -= penalty_PG / _penalty_scale(high_P1, low_P1, scale_P1)
+    return advantages_PG.reshape(-1)
+
+
+def group(
+    rewards_B: jax.Array,
+    group_size: int,
+    penalty_B: jax.Array | None = None,
+    *,
+    ddof: int = 1,
+    eps: float = 1e-6,
+) -> jax.Array:
     """Group-normalised advantages: A = (R − mean) / (std + ε) within each group.
 
     Source: GRPO, arXiv 2402.03300, section 4.1; the sample standard deviation (ddof 1) as in TRL
@@ -41,22 +69,24 @@ def group(rewards_B: jax.Array, group_size: int, *, ddof: int = 1, eps: float = 
     Args:
       rewards_B: f[B], the rows of a prompt adjacent.
       group_size: G ≥ 2 (≥ 1 + ddof).
+      penalty_B: f[B], subtracted from the rewards, whose std stays.
       ddof: 1 for the sample, 0 for the population standard deviation.
       eps: added to the standard deviation.
 
     Returns:
-      f[B], exactly 0 in groups whose rewards are all equal.
+      f[B], exactly 0 in groups whose rewards are all equal, but for the penalty.
 
     Raises:
       ValueError: the group size is too small or does not divide B.
     """
     rewards_PG = _grouped(rewards_B, group_size, max(2, 1 + ddof))
-    centred_PG = rewards_PG - rewards_PG.mean(-1, keepdims=True)
     std_P1 = rewards_PG.std(-1, ddof=ddof, keepdims=True)
-    return _zero_if_equal(centred_PG / (std_P1 + eps), rewards_PG)
+    return _centred(rewards_PG, penalty_B, std_P1 + eps)
 
 
-def leave_one_out(rewards_B: jax.Array, group_size: int) -> jax.Array:
+def leave_one_out(
+    rewards_B: jax.Array, group_size: int, penalty_B: jax.Array | None = None
+) -> jax.Array:
     """Leave-one-out advantages: A_i = R_i − mean_{j ≠ i} R_j.
 
     Source: RLOO, arXiv 2402.14740, section 2.2.
@@ -64,39 +94,42 @@ def leave_one_out(rewards_B: jax.Array, group_size: int) -> jax.Array:
     Args:
       rewards_B: f[B], the rows of a prompt adjacent.
       group_size: G ≥ 2.
+      penalty_B: f[B], subtracted from the rewards.
 
     Returns:
-      f[B], exactly 0 in groups whose rewards are all equal.
+      f[B], exactly 0 in groups whose rewards are all equal, but for the penalty.
 
     Raises:
       ValueError: the group size is too small or does not divide B.
     """
-    rewards_PG = _grouped(rewards_B, group_size, 2)
-    centred_PG = rewards_PG - rewards_PG.mean(-1, keepdims=True)
-    return _zero_if_equal(centred_PG * group_size / (group_size - 1), rewards_PG)
+    return mean(rewards_B, group_size, penalty_B) * group_size / (group_size - 1)
 
 
-def mean(rewards_B: jax.Array, group_size: int) -> jax.Array:
+def mean(rewards_B: jax.Array, group_size: int, penalty_B: jax.Array | None = None) -> jax.Array:
     """Mean-only advantages: A = R − mean, without the standard deviation.
 
     Source: Dr. GRPO, arXiv 2503.20783, section 3.2.
 
     Args:
       rewards_B: f[B], the rows of a prompt adjacent.
-      group_size: G ≥ 1; with 1, all advantages are 0.
+      group_size: G ≥ 2.
+      penalty_B: f[B], subtracted from the rewards.
 
     Returns:
-      f[B], exactly 0 in groups whose rewards are all equal.
+      f[B], exactly 0 in groups whose rewards are all equal, but for the penalty.
 
     Raises:
-      ValueError: the group size does not divide B.
+      ValueError: the group size is too small or does not divide B.
     """
-    rewards_PG = _grouped(rewards_B, group_size, 1)
-    return _zero_if_equal(rewards_PG - rewards_PG.mean(-1, keepdims=True), rewards_PG)
+    return _centred(_grouped(rewards_B, group_size, 2), penalty_B)
 
 
 def reinforce_pp(
-    rewards_B: jax.Array, valid_B: jax.Array | None = None, *, eps: float = 1e-8
+    rewards_B: jax.Array,
+    valid_B: jax.Array | None = None,
+    penalty_B: jax.Array | None = None,
+    *,
+    eps: float = 1e-8,
 ) -> jax.Array:
     """Globally whitened rewards: A = (R − mean over the batch) / (std over the batch + ε).
 
@@ -105,20 +138,34 @@ def reinforce_pp(
     Args:
       rewards_B: f[B].
       valid_B: bool[B], rows that count; all by default.
+      penalty_B: f[B], subtracted from the rewards, whose std stays.
       eps: added to the standard deviation (ddof 0).
 
     Returns:
-      f[B], exactly 0 where rows do not count or where all rewards that count are equal.
+      f[B], exactly 0 where rows do not count or, but for the penalty, where all rewards that count
+      are equal.
+
+    Raises:
+      ValueError: there are fewer than 2 rows.
     """
     chex.assert_rank(rewards_B, 1)
+    if len(rewards_B) < 2:
+        raise ValueError(f"{len(rewards_B)} rewards: must be at least 2, to be compared")
     valid_B = jnp.ones(rewards_B.shape, bool) if valid_B is None else valid_B
     count = jnp.sum(valid_B, dtype=rewards_B.dtype)
-    centred_B = rewards_B - masked.ratio(masked.mean(rewards_B, valid_B))
+
+    def centre(x_B):
+        return x_B - masked.ratio(masked.mean(x_B, valid_B))
+
+    centred_B = centre(rewards_B)
     variance = masked.ratio(Weighted(jnp.sum(masked.keep(centred_B**2, valid_B)), count))
-    equal = jnp.max(jnp.where(valid_B, rewards_B, -jnp.inf)) == jnp.min(
-        jnp.where(valid_B, rewards_B, jnp.inf)
-    )
-    return jnp.where(equal | ~valid_B, 0, centred_B / (jnp.sqrt(variance) + eps))
+    high = jnp.max(jnp.where(valid_B, rewards_B, -jnp.inf))
+    low = jnp.min(jnp.where(valid_B, rewards_B, jnp.inf))
+    scale = jnp.sqrt(variance) + eps
+    advantages_B = jnp.where(high == low, 0, centred_B / scale)
+    if penalty_B is not None:
+        advantages_B -= centre(penalty_B) / _penalty_scale(high, low, scale)
+    return jnp.where(valid_B, advantages_B, 0)
 
 
 def informative(
@@ -166,5 +213,5 @@ ESTIMATORS = {
     "group": group,
     "leave_one_out": leave_one_out,
     "mean": mean,
-    "reinforce_pp": lambda rewards_B, group_size: reinforce_pp(rewards_B),
+    "reinforce_pp": lambda rewards_B, _, penalty_B=None: reinforce_pp(rewards_B, None, penalty_B),
 }

@@ -21,7 +21,7 @@ from sapo_jax.training.experience import SOURCES
 from sapo_jax.training.lease import Lease
 from sapo_jax.training.progress import Clock, Progress, Skips, mean_of
 from sapo_jax.training.settings import Settings
-from sapo_jax.training.stopping import Asked, Finished, Stop
+from sapo_jax.training.stopping import Finished, Interrupted, Stop
 from sapo_jax.training.workdir import (
     Metrics,
     check_config,
@@ -134,7 +134,7 @@ def run_all(
             edge = Edge(workdir, places, checkpoints, scorer, watchdog, stop, bar)
             try:
                 bundles, skips = _loop(engines, edge)
-            except Asked:
+            except Interrupted:
                 raise stop.leave() from None
             stopped = {p: skip.why for p, skip in zip(places, skips, strict=True) if skip.why}
             if not alone:

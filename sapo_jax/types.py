@@ -25,6 +25,7 @@ class Prompts:
     length: jax.Array  # i32[P]
     id: jax.Array  # u32[P], the same for the same prompt in every run
     task: jax.Array  # i32[P], index into the run's tasks
+    occurrence: jax.Array | None = None  # i32[P], prompts of the same id before it; of the sampler
 
 
 @struct.dataclass

@@ -47,8 +47,8 @@ def rng():
 
 # What starts late runs on while the other workers have nothing left: the longest files come first.
 FIRST = (
-    "parallel/test_sharding", "sweep/test_population", "test_train", "sampler/test_engine",
-    "learner/test_step", "gradlab/test_lab", "parallel/test_processes",
+    "parallel/test_processes", "parallel/test_sharding", "sweep/test_population", "test_train",
+    "cli/test_own", "objectives/test_loss", "tasks/test_sandbox", "sampler/test_engine",
 )  # fmt: skip
 
 

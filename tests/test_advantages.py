@@ -38,6 +38,29 @@ def test_equal_rewards_give_exactly_zero(estimator, value):
     assert not np.any(advantages.ESTIMATORS[estimator](rewards, 8))
 
 
+@pytest.mark.parametrize("estimator", sorted(advantages.ESTIMATORS))
+@pytest.mark.parametrize("rewards", [
+    [0.1] * 16, [0.0, 1.0] * 8, [0.3, 0.30000003] * 8, [1.0] * 4 + [0.0] * 12
+])  # fmt: skip
+def test_advantages_are_continuous_in_a_penalty(estimator, rewards, rng):
+    """A KL of 1e-5 nats, subtracted first, becomes |A| up to 1.5 in a group of equal rewards."""
+    rewards, kl = np.float32(rewards), rng.uniform(-1, 1, 16).astype(np.float32)
+    estimate = advantages.ESTIMATORS[estimator]
+    without = np.asarray(estimate(rewards, 4))
+    for coefficient in (1e-8, 1e-4, 1e-2):
+        moved = np.asarray(estimate(rewards, 4, np.float32(coefficient) * kl)) - without
+        assert 0 <= np.abs(moved).max() <= 6 * coefficient + 1e-6
+    assert np.abs(moved).max() > 1e-3  # a penalty gives a signal where rewards are equal
+
+
+def test_a_penalty_has_the_scale_of_the_rewards(rng):
+    rewards, kl = rng.uniform(size=(2, 8)).astype(np.float32)
+    centred = (x.reshape(2, 4) - x.reshape(2, 4).mean(-1, keepdims=True) for x in (rewards, kl))
+    expected = [x / rewards.reshape(2, 4).std(-1, ddof=1, keepdims=True) for x in centred]
+    got = advantages.group(rewards, 4, kl)
+    np.testing.assert_allclose(got, (expected[0] - expected[1]).ravel(), rtol=1e-4, atol=1e-5)
+
+
 def test_degenerate_groups_do_not_touch_the_others(rng):
     mixed = rng.integers(0, 2, 8).astype(np.float32)
     mixed[:2] = 0, 1
@@ -65,11 +88,19 @@ def test_reinforce_pp_whitens_the_valid_rows(rng):
 
 @pytest.mark.parametrize(
     ("estimator", "size", "message"),
-    [("group", 1, "at least 2"), ("leave_one_out", 1, "at least 2"), ("mean", 5, "groups of 5")],
-)
+    [
+        ("group", 1, "at least 2"), ("leave_one_out", 1, "at least 2"), ("mean", 1, "at least 2"),
+        ("mean", 5, "groups of 5"),
+    ],
+)  # fmt: skip
 def test_wrong_group_sizes_are_refused(estimator, size, message):
     with pytest.raises(ValueError, match=message):
         advantages.ESTIMATORS[estimator](np.zeros(8, np.float32), size)
+
+
+def test_one_row_is_compared_with_none():
+    with pytest.raises(ValueError, match="at least 2"):
+        advantages.reinforce_pp(np.zeros(1, np.float32))
 
 
 def test_informative_groups_come_first_and_keep_their_order():

@@ -17,6 +17,8 @@ from sapo_jax.training.workdir import read_metrics
 from tests import tiny_config
 from tests.training.test_metrics import check
 
+pytestmark = pytest.mark.usefixtures("no_plots")
+
 OWN = """
 from sapo_jax.tasks.chain_sum import ChainSum
 

@@ -46,7 +46,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
         ratios = (difflib.SequenceMatcher(None, x, other.lower(), False).ratio() for x in likes)
         return max(ratios)
 
-    return max(names, key=likeness)
+    return max(names, key=lambda other: (likeness(other), other))
 
 
 def table(rows: Iterable[Sequence[Any]]) -> list[str]:

@@ -49,7 +49,8 @@ def make_minibatches(
 ) -> tuple[tuple[Batch, ...], dict[str, jax.Array]]:
     """Minibatches with advantages and weights.
 
-    A = estimator(R − kl_coef · Σ_t KL_t), the sum over the completion, at π_old.
+    A = estimator(R − kl_coef · Σ_t KL_t), the sum over the completion, at π_old; equality and
+    scale are decided on R (see `advantages`).
 
     Args:
       batch: an iteration's rows with their log-probabilities; its advantages are not looked at.
@@ -67,13 +68,14 @@ def make_minibatches(
       (minibatches, metrics): ``reward/kl``, ``correction/…``, where there are any; NaN where no
       token counts.
     """
-    metrics = {}
+    metrics, penalty_B = {}, None
     if batch.ref_logp is not None:
         kl_B = sequence_kl(batch.old_logp, batch.ref_logp, batch.mask, kl)
-        rewards_B = rewards_B - kl_coef * kl_B
+        penalty_B = kl_coef * kl_B
         rows = jnp.sum(batch.mask.any(-1), dtype=kl_B.dtype)
         metrics["reward/kl"] = masked.ratio(Weighted(jnp.sum(kl_B), rows))
-    batch = batch.replace(advantages=advantages.ESTIMATORS[estimator](rewards_B, group_size))
+    advantages_B = advantages.ESTIMATORS[estimator](rewards_B, group_size, penalty_B)
+    batch = batch.replace(advantages=advantages_B)
     if correction != "none":
         weights_BS, cut = corrections.weights(
             correction, batch.old_logp, batch.sampler_logp, batch.mask,

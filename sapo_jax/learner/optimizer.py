@@ -123,7 +123,18 @@ def optimizer(hp: Hyperparameters, rate: jax.Array) -> optax.GradientTransformat
 
 @jax.jit
 def init(params: Any, hp: Hyperparameters) -> TrainState:
-    """The state before the first iteration."""
+    """The state before the first iteration.
+
+    Raises:
+      ValueError: parameters in less than 32 bits, whose rounding loses most steps.
+    """
+    for path, x in jax.tree.leaves_with_path(params):
+        if jnp.finfo(x.dtype).bits < 32:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(
+                f"params/{name} in {x.dtype}: must be float32 to be learnt; set the model's "
+                "compute_dtype for matmuls in bfloat16"
+            )
     zero = jnp.int32(0)
     opt_state = optimizer(hp, learning_rate(hp, zero)).init(params)
     state = TrainState(zero, zero, params, opt_state)

@@ -120,6 +120,7 @@ def abstract_prompts(settings: Settings) -> Prompts:
     made = Prompts(
         tokens=Abstract((p, settings.width), integers), length=Abstract((p,), integers),
         id=Abstract((p,), jnp.uint32), task=Abstract((p,), integers),
+        occurrence=Abstract((p,), integers),
     )  # fmt: skip
     return fed(made, settings.mesh)
 

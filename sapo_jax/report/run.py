@@ -96,8 +96,8 @@ def _warning(records: Records) -> str:
             first.setdefault(key, record["iteration"])
     where = ", ".join(f"{key} (first in iteration {first[key]})" for key in sorted(first))
     lost = gaps(records, 1, records[-1]["iteration"]) if records else ""
-    told = [f"Not finite or not measured, and left out of the plots: {where}."] if where else []
-    return " ".join(told + ([f"No records of the iterations {lost}."] if lost else []))
+    notes = [f"Not finite or not measured, and left out of the plots: {where}."] if where else []
+    return " ".join(notes + ([f"No records of the iterations {lost}."] if lost else []))
 
 
 def _head(config: Config) -> dict[str, Any]:

@@ -47,9 +47,8 @@ def fill_slots(
 def _fill_slots(config, truncate, params, prompts, base, controls, state, slot_F, prompt_F):
     q, group = state.done.shape
     # Entries that fill nothing compute some prompt; what they write is dropped.
-    tokens_FN, length_F, ids_F = (
-        x.at[prompt_F].get(mode="clip") for x in (prompts.tokens, prompts.length, prompts.id)
-    )
+    own = jax.tree.map(lambda x: x.at[prompt_F].get(mode="clip"), prompts)
+    tokens_FN, length_F = own.tokens, own.length
 
     def fill(old, new):
         return old.at[slot_F].set(new, mode="drop")
@@ -73,7 +72,7 @@ def _fill_slots(config, truncate, params, prompts, base, controls, state, slot_F
     last_FD = transformer.rms_norm(last_FD, params["final_norm"], config.rms_norm_eps)
     logits_FV = transformer.logits_of(params, config, last_FD)
     # All completions of a prompt draw their first token from the same logits.
-    keys_FG = sampling.row_keys(base, ids_F, group)
+    keys_FG = sampling.row_keys(base, own.id, group, own.occurrence)
     logits_FGV = jnp.broadcast_to(logits_FV[:, None], (*keys_FG.shape, logits_FV.shape[-1]))
     index_F = jnp.zeros_like(slot_F)
     token_FG, logp_FG = _draw_rows(keys_FG, index_F, logits_FGV, controls, truncate)

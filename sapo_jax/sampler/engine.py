@@ -30,15 +30,13 @@ from sapo_jax.types import Prompts, Rollout
 OnGroups = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 
 
-def _check(prompts, config, group_size, max_new_tokens, temperature, domain, truncate) -> None:
+def _check(prompts, config, group_size, max_new_tokens, domain, truncate) -> None:
     """Refuse what cannot be sampled, before anything is compiled."""
     chex.assert_rank(prompts.tokens, 2)
     chex.assert_shape([prompts.length, prompts.id], prompts.tokens.shape[:1])
     width = prompts.tokens.shape[1]
     if group_size < 1 or max_new_tokens < 1:
         raise ValueError(f"{group_size=}, {max_new_tokens=}: must be at least 1")
-    if not temperature >= 0:
-        raise ValueError(f"{temperature=}: must be ≥ 0 (0 is greedy)")
     if truncate and domain == "train":
         raise ValueError(
             "top_k and top_p are for evaluation: in the domain 'train' the sampler must draw from "
@@ -88,7 +86,8 @@ def rollout(
     Args:
       params: the learner's parameters, or those of `to_sampler`; on a mesh, so is the rollout.
       config: the model's shape; names the stop tokens.
-      prompts: P prompts; the same prompt draws the same noise wherever it stands.
+      prompts: P prompts; a prompt draws the same noise wherever it stands, and other noise where it
+        stands again.
       group_size: G.
       max_new_tokens: completions end here, or with the first stop token.
       temperature: divides the logits; 0 is greedy.
@@ -113,11 +112,11 @@ def rollout(
       ValueError: an argument out of its domain.
     """
     truncate = top_k is not None or top_p is not None
-    _check(prompts, config, group_size, max_new_tokens, temperature, domain, truncate)
+    _check(prompts, config, group_size, max_new_tokens, domain, truncate)
     p, width = prompts.tokens.shape
     mesh = sharding.mesh_of(params)
     plan = _checked(plan, p, max_new_tokens, mesh)
-    prompts = sharding.place(prompts, mesh)
+    prompts = sharding.place(sampling.with_occurrence(prompts), mesh)
     controls = sampling.controls(temperature, top_k, top_p)
     params = to_sampler(params, config)
     base = sampling.base_key(np.uint32(seed), domain, np.int32(iteration))

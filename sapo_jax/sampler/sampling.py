@@ -1,21 +1,25 @@
 """How one token is drawn: counter-based noise, Gumbel-max, and truncation for evaluation.
 
 The noise of a token is a function of (seed, domain, iteration, prompt id, sample index, completion
-index) alone, so it is bitwise the same whatever the batch layout, the number of slots, or where a
-run was restarted.
+index) alone, and of how often the prompt stands before in the batch; so it is bitwise the same
+whatever the batch layout, the number of slots, or where a run was restarted.
 """
 
 from __future__ import annotations
 
+import collections
+import itertools
 import zlib
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sapo_jax.model import vocab
 from sapo_jax.parallel import collectives
+from sapo_jax.types import Prompts
 
 BLOCK = 256  # vocabulary entries per block of the two-stage draw
 
@@ -30,12 +34,22 @@ class Controls(NamedTuple):
 
 
 def controls(temperature: float, top_k: int | None = None, top_p: float | None = None) -> Controls:
-    """Settings of a draw; temperature 0 is greedy, its log-probabilities are those at 1."""
+    """Settings of a draw; temperature 0 is greedy, its log-probabilities are those at 1.
+
+    Raises:
+      ValueError: one that draws from no distribution.
+    """
+    if not (temperature == 0 or 1e-6 <= temperature <= 1e6):
+        raise ValueError(f"temperature={temperature}: must be 0 (greedy), or from 1e-6 to 1e6")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k}: must be at least 1, or None for all tokens")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: must be in (0, 1], or None for all tokens")
     greedy = temperature == 0
     return Controls(
         jnp.float32(1 if greedy else temperature),
         jnp.float32(0 if greedy else 1),
-        jnp.int32(2**31 - 1 if top_k is None else top_k),
+        jnp.int32(2**31 - 1 if top_k is None else min(top_k, 2**31 - 1)),
         jnp.float32(1 if top_p is None else top_p),
     )
 
@@ -47,18 +61,35 @@ def base_key(seed: jax.Array, domain: str, iteration: jax.Array) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(domain.encode())), iteration)
 
 
-def row_keys(base: jax.Array, prompt_id_P: jax.Array, group_size: int) -> jax.Array:
+def with_occurrence(prompts: Prompts) -> Prompts:
+    """The prompts, on the host, each with the number of those of its id that stand before it."""
+    before = collections.defaultdict(itertools.count)
+    occurrence_P = [next(before[prompt_id]) for prompt_id in np.asarray(prompts.id).tolist()]
+    return prompts.replace(occurrence=np.array(occurrence_P, np.int32))
+
+
+def row_keys(
+    base: jax.Array, prompt_id_P: jax.Array, group_size: int, occurrence_P: jax.Array | None = None
+) -> jax.Array:
     """One key for each completion, key[P, G]."""
-    prompt_keys_P = jax.vmap(jax.random.fold_in, (None, 0))(base, prompt_id_P)
+    keys_P = jax.vmap(jax.random.fold_in, (None, 0))(base, prompt_id_P)
+    if occurrence_P is not None:
+        no_sample_P = -occurrence_P.astype(jnp.uint32)  # the index of none
+        again_P = jax.vmap(jax.random.fold_in)(keys_P, no_sample_P)
+        keys_P = jnp.where(occurrence_P > 0, again_P, keys_P)
     samples_G = jnp.arange(group_size)
-    return jax.vmap(lambda k: jax.vmap(jax.random.fold_in, (None, 0))(k, samples_G))(prompt_keys_P)
+    return jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, samples_G))(keys_P)
 
 
 def _truncate(logits_V: jax.Array, c: Controls) -> jax.Array:
-    """−inf outside the top_k largest and outside the smallest set of probability ≥ top_p."""
+    """−inf outside the top_k largest and outside the smallest set of probability ≥ top_p.
+
+    The likeliest token always stays, even if a tiny top_p is 0 on the device.
+    """
     sorted_V = jnp.sort(logits_V)[::-1]
     before_V = jnp.cumsum(jax.nn.softmax(sorted_V)) - jax.nn.softmax(sorted_V)
-    kept_V = (jnp.arange(sorted_V.size) < c.top_k) & (before_V < c.top_p)
+    rank_V = jnp.arange(sorted_V.size)
+    kept_V = (rank_V < c.top_k) & (before_V < c.top_p) | (rank_V == 0)
     threshold = jnp.min(jnp.where(kept_V, sorted_V, jnp.inf))
     return jnp.where(logits_V >= threshold, logits_V, -jnp.inf)
 

@@ -149,7 +149,7 @@ class Population:
             np.full(len(self.runs), warm_up is None),
             weights,
             self.runs[0].model,
-            stack(prompts),
+            stack(map(sampling.with_occurrence, prompts)),
             rollouts.base_keys(seed_R, domain, np.int32(iteration)),
             stack([sampling.controls(own["temperature"], **top) for own in each]),
             np.int32(iteration),

@@ -7,30 +7,10 @@
 A config names its task and the options in ``c.task``, or several tasks in ``c.tasks``.
 
 A task of your own is a frozen dataclass whose fields are its options, with the members that
-`base.Task` describes:
-
-    @dataclass(frozen=True)
-    class Reverse:
-        length: int = 4
-
-        name: ClassVar[str] = "reverse"
-        alphabet: ClassVar[str] = "<abcde"
-        max_prompt_chars = property(lambda self: self.length + 1)
-        max_completion_chars = property(lambda self: self.length)
-
-        def examples(self, split):
-            return GeneratedExamples(split, self._generate)
-
-        def verify(self, example, completion):
-            return float(completion == example.answer)
-
-        def _generate(self, key):
-            word = "".join("abcde"[i] for i in draw(key, [5] * self.length))
-            return make_example(f"{word}<", word[::-1], word[::-1])
-
-and a line in TASKS, or `register`, or neither: of a file of yours it is ``make("my.py:Reverse",
-length=3)``, and in a config ``c.task.name = "my.py:Reverse"``. `chain_sum` is one like it;
-`jsonl.FileTask` reads problems from files; a program is run by `verifiers.sandbox`.
+`base.Task` describes (docs/howto/task.md has one), and a line in TASKS, or `register`, or neither:
+of a file of yours it is ``make("my.py:Reverse", length=3)``, and in a config ``c.task.name =
+"my.py:Reverse"``. `chain_sum` is one like it; `jsonl.FileTask` reads problems from files; a program
+is run by `verifiers.sandbox`.
 """
 
 from __future__ import annotations

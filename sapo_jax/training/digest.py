@@ -27,7 +27,6 @@ def named(tree: Any) -> dict[str, Any]:
     return {_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-@jax.jit
 def _digest(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Σ of a hash of each element's bits and place, mod 2³²; and whether all are finite.
 
@@ -48,9 +47,16 @@ def _mix(x):
     return x ^ (x >> 13)
 
 
+@jax.jit
+def _digest_all(leaves: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    # One program: several would run at the same time, each with collectives of its own, in an
+    # order that another process need not share.
+    return {name: _digest(x) for name, x in leaves.items()}
+
+
 def digests(tree: Any) -> dict[str, Digest]:
     """Of each leaf of a tree, by its path; computed where the leaf lies."""
-    found = jax.device_get({name: _digest(x) for name, x in named(tree).items()})
+    found = jax.device_get(_digest_all(named(tree)))
     return {name: Digest(int(checksum), bool(ok)) for name, (checksum, ok) in found.items()}
 
 

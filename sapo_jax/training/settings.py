@@ -19,7 +19,7 @@ from sapo_jax import advantages, cli, learner, model, sampler, tasks
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.parallel import sharding
-from sapo_jax.rewards import Recipe
+from sapo_jax.rewards import PARTS, Recipe
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.training import build
 from sapo_jax.training.checks import LARGEST, check_fields, check_sizes, choice, require
@@ -170,14 +170,33 @@ def _check_batch(c: Any) -> None:
     divisor = f"a divisor of {rows}, the rows of a minibatch"
     divides = rows % batch.micro_batches == 0
     require(divides, "batch.micro_batches", batch.micro_batches, divisor)
-    if c.source == "rollout" and c.advantages in ("group", "leave_one_out"):
-        compared = f"at least 2 for advantages={c.advantages!r}, which compare the rows of a group"
-        require(batch.group_size >= 2, "batch.group_size", batch.group_size, compared)
     alone = c.advantages != "reinforce_pp" or batch.oversample == 1
     only = "1 with advantages='reinforce_pp', which compare all rows"
     require(alone, "batch.oversample", batch.oversample, only)
     most = f"at most batch.prompts={batch.prompts}"
     require(slots <= batch.prompts, "sampler.slots", slots, most)
+
+
+def _check_learning(c: Any) -> None:
+    """Refuse what would train and learn nothing, or rounding errors."""
+    masters = "'float32': steps are lost in bfloat16's rounding; dtype.compute may be 'bfloat16'"
+    require(c.dtype.params == "float32", "dtype.params", c.dtype.params, masters)
+    if c.source != "rollout":
+        return
+    reward, size, own = c.reward, c.batch.group_size, c.advantages
+    if own == "reinforce_pp":
+        rows = c.batch.prompts * size
+        require(rows >= 2, "batch.prompts", c.batch.prompts, f"at least 2 with {size} row each")
+    else:
+        compared = f"at least 2 for advantages={own!r}, which compare the rows of a group"
+        require(size >= 2, "batch.group_size", size, compared)
+    signals = [getattr(reward, part) for part in PARTS]
+    signals += [reward.kl_coef, c.objective.kl_coef]
+    require(any(signals), "reward.accuracy", reward.accuracy, "above 0: no other part has a weight")
+    rounded = reward.kl_coef and "bfloat16" in (c.dtype.compute, c.dtype.cache)
+    only = "'recompute' with reward.kl_coef in bfloat16: the sampler's rounding is no KL"
+    recompute = c.learner.old_logp == "recompute"
+    require(recompute or not rounded, "learner.old_logp", c.learner.old_logp, only)
 
 
 def of_run(workdir: epath.PathLike, changes: Mapping[str, Any] = ONE_DEVICE) -> Settings:
@@ -193,7 +212,7 @@ def of_run(workdir: epath.PathLike, changes: Mapping[str, Any] = ONE_DEVICE) -> 
     with config.unlocked():
         config.update(ConfigDict(stored))
         config.update_from_flattened_dict(changes)
-    return from_config(config)
+    return from_config(config, learns=False)
 
 
 def _check_tokens(c: Any, width: int, room: int, eval_batch: int) -> None:
@@ -210,12 +229,15 @@ def _check_tokens(c: Any, width: int, room: int, eval_batch: int) -> None:
     require(chunk <= minibatch, "learner.head_chunk", chunk, all_of_them)
 
 
-def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> Settings:
+def from_config(
+    config: ConfigDict, *, devices: Sequence[Any] | None = None, learns: bool = True
+) -> Settings:
     """Check a config and build what it describes; compiles nothing.
 
     Args:
       config: the experiment.
       devices: those of the mesh, such as a topology description's; by default all of this run.
+      learns: refuse, too, what would learn nothing; not of runs that are only looked at.
 
     Raises:
       ValueError: naming the field, its value and what is allowed.
@@ -230,6 +252,8 @@ def from_config(config: ConfigDict, *, devices: Sequence[Any] | None = None) -> 
     choice("population.method", c.population.method, POPULATION_METHODS)
     _check_numbers(c)
     _check_batch(c)
+    if learns:
+        _check_learning(c)
     made, shares = build.make_tasks(c)
     tokenizer = build.make_tokenizer(c, made)
     objective = build.make_objective(c)

@@ -63,7 +63,8 @@ def start(
         if origin and origin["fingerprint"] != now["fingerprint"]:
             raise ValueError(
                 f"config.init_from={key!r} is not the reference that the run started with: then "
-                f"{_told(origin)}, now {_told(now)}; put it back, or start another --workdir"
+                f"{_described(origin)}, now {_described(now)}; put it back, or start another "
+                "--workdir"
             )
         return params
 
@@ -81,8 +82,8 @@ def start(
             stream.position = meta.get("position", stream.position)
         reference, origins = None, [None for _ in own]
         if engine.runs[0].needs_reference:
-            told = [meta.get("reference") for meta in own]  # None in checkpoints of before
-            reference = engine.place(map(weights, engine.runs, told))
+            stored = [meta.get("reference") for meta in own]  # None in checkpoints of before
+            reference = engine.place(map(weights, engine.runs, stored))
             origins = [given[run.config.init_from][1] for run in engine.runs]
         bundles.append(Bundle(engine, state, reference, tuple(streams), tuple(origins)))
     return bundles, latest
@@ -237,7 +238,7 @@ def _weights(run: Settings, origin: dict | None) -> tuple[Any, dict]:
     return weights, {"checkpoint": iteration, "fingerprint": fingerprint(found)}
 
 
-def _told(origin: dict) -> str:
+def _described(origin: dict) -> str:
     of = "" if origin["checkpoint"] is None else f" of iteration {origin['checkpoint']}"
     return origin["fingerprint"] + of
 

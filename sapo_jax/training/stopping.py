@@ -29,7 +29,7 @@ OFTEN = 2.0  # seconds between two looks of several processes at each other, abo
 SHORT = 5.0  # seconds from the first update of an iteration to its end, without a copy
 
 
-class Asked(BaseException):
+class Interrupted(BaseException):
     """A signal has asked to stop, and the loop is where it can."""
 
 
@@ -104,7 +104,7 @@ class Stop:
     def check(self) -> None:
         """Leave the iteration here, if that was asked for; all processes have to come by."""
         if not self._held and distributed.any_process(self._number != 0):
-            raise Asked
+            raise Interrupted
 
     def pause(self) -> None:
         """`check` between segments, which may be many: now and then, if it takes a collective."""

@@ -134,11 +134,13 @@ def read_metrics(workdir: epath.PathLike) -> list[dict]:
 
 def gaps(records: list[dict], first: int, last: int) -> str:
     """The iterations of a range that have no record, such as "3, 5 to 9"; "" where all have."""
-    lost = sorted(set(range(first, last + 1)) - {record["iteration"] for record in records})
-    starts = [i for i in lost if i - 1 not in set(lost)]
-    ends = [i for i in lost if i + 1 not in set(lost)]
-    pairs = zip(starts, ends, strict=True)
-    return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in pairs)
+    found = {record["iteration"] for record in records} | {last + 1}
+    spans, start = [], first
+    for i in range(first, last + 2):
+        if i in found:
+            spans += [(start, i - 1)] if start < i else []
+            start = i + 1
+    return ", ".join(f"{a}" if a == b else f"{a} to {b}" for a, b in spans)
 
 
 def write_samples(workdir: epath.PathLike, iteration: int, rows: list[dict]) -> None:

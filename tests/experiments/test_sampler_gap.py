@@ -23,8 +23,8 @@ def test_bins_hold_every_token_once(rng):
 def test_what_is_said_was_measured(path):
     """Pages said at most 1e-5 of all tokens; no bin of positions stands out, unlikely tokens do."""
     found = json.loads(path.read_text())
-    assert METRICS["sampler/logp_gap_mean"].healthy.startswith("f32 1e-7 to 1e-5")
-    assert METRICS["sampler/logp_gap_max"].healthy == "f32 1e-5 to 1e-4: of unlikely tokens"
+    assert METRICS["sampler/logp_gap_mean"].healthy.startswith("f32 ≤ 1e-5")
+    assert METRICS["sampler/logp_gap_max"].healthy == "f32 ≤ 1e-4: of unlikely tokens"
     assert found["all"]["mean"] <= 1e-5
     assert 1e-5 < found["all"]["max"] <= 1e-4
     unlikely, *likelier = found["by_logp"]

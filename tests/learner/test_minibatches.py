@@ -40,6 +40,20 @@ def test_kl_in_the_reward_is_a_sum_over_the_completion(rng):
     assert np.any(got[4:])  # a KL gives a signal where all rewards are equal
 
 
+@pytest.mark.parametrize("estimator", sorted(advantages.ESTIMATORS))
+def test_a_small_kl_changes_little(rng, estimator):
+    """Also where all rewards of a group are equal: its rounding errors are not normalised."""
+    whole = rows(rng)
+    bare, near, far = (
+        np.concatenate([half.advantages for half in judged(whole, c, estimator=estimator)[0]])
+        for c in (0.0, 1e-5, 1e-2)
+    )
+    # To the last bit: one of the two is compiled as a whole.
+    np.testing.assert_allclose(bare, advantages.ESTIMATORS[estimator](REWARDS, 2), rtol=1.2e-7)
+    assert 0 < np.abs(near - bare).max() < 1e-3
+    np.testing.assert_allclose((far - bare) / 1e-2, (near - bare) / 1e-5, atol=0.05)
+
+
 def test_whitening_is_over_the_whole_iteration(rng):
     """Advantages by minibatch would differ for the estimator that compares all rows."""
     whole = rows(rng)

@@ -99,9 +99,7 @@ def main_(workdir, port, index, what):
     distributed.start(f"127.0.0.1:{port}", 2, index, timeout=10)
     cli.use_cache(str(pathlib.Path(".cache/tests").resolve()))
     checked = resolved(**{"mesh.data": 2, "mesh.fsdp": 4, "distributed.timeout": timeout})
-    if what == "killed":
-        killed_run._kill_at("rollout", AT)
-    elif index == 1 and what in SIGNALS:
+    if index == 1 and what in SIGNALS:
         rollout = killed_run.sampler.rollout
         number, at = SIGNALS[what]
 

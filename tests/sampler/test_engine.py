@@ -186,6 +186,26 @@ def test_samples_of_a_group_differ_and_domains_do_not_share_noise(peaked):
     assert (train.tokens != held_out.tokens).any()
 
 
+def test_a_prompt_that_stands_twice_draws_twice(peaked):
+    """With noise by the id alone its groups are copies; what stands once, or first, is unchanged.
+
+    Slots are filled one by one, so that where a copy stands is known to the whole batch only.
+    """
+    prompts = fakes.prompts(P, N)
+    at = np.arange(P)
+    at[[4, 7]] = 1
+    twice = jax.tree.map(lambda x: x[at], prompts)
+    plan = LAYOUTS["three slots, refilled singly"]
+    once, rows = (
+        np.where(found.mask, found.tokens, 0).reshape(P, G, -1)
+        for found in (roll(peaked, given, plan=plan) for given in (prompts, twice))
+    )
+    for i, j in ((1, 4), (1, 7), (4, 7)):
+        assert (rows[i] != rows[j]).any(-1).mean() > 0.5
+    unchanged = np.setdiff1d(np.arange(P), [4, 7])
+    assert (rows[unchanged] != once[unchanged]).any(-1).mean() <= 0.01  # near-ties
+
+
 def test_more_samples_extend_fewer(peaked):
     """Sample i of a prompt is the same whatever the group size."""
     prompts = fakes.prompts(3, N)
@@ -248,6 +268,8 @@ BAD = [
     ({"temperature": -0.1}, "temperature"),
     ({"top_k": 5}, "evaluation"),
     ({"top_p": 0.9}, "evaluation"),
+    ({"top_p": 0.0, "domain": "eval"}, "top_p=0.0: must be in"),
+    ({"top_k": 0, "domain": "eval"}, "top_k=0: must be at least 1"),
     ({"plan": Plan((4,), (8,), 4)}, "max_new_tokens=24"),
     ({"plan": Plan((40,), (T,), 4)}, "12 prompts"),
 ]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sapo_jax.sampler import sampling
+from tests import fakes
 
 
 def draws(logits, count, *, truncate=False, **controls):
@@ -51,6 +52,28 @@ def test_truncation_keeps_the_likeliest_and_reports_the_whole_softmax():
     assert set(np.asarray(everything)) == set(range(5))
 
 
+WRONG = [
+    {"top_p": 0.0}, {"top_p": -0.5}, {"top_p": 1.5}, {"top_p": np.nan}, {"top_k": 0}, {"top_k": -1},
+    {"temperature": -1.0}, {"temperature": np.nan}, {"temperature": np.inf},
+    {"temperature": 1e-320},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=str)
+def test_what_draws_from_no_distribution_is_refused(wrong):
+    """Each of them sampled pads up to the limit, or NaN."""
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"^{name}={value}: must be"):
+        sampling.controls(**({"temperature": 1.0} | wrong))
+
+
+def test_the_likeliest_token_always_stays():
+    """The smallest top_p is 0 in float32; a top_k may be beyond 32 bits."""
+    logits = np.log(np.array([0.2, 0.5, 0.3], np.float32))
+    assert set(np.asarray(draws(logits, 50, truncate=True, top_p=1e-320)[0])) == {1}
+    assert set(np.asarray(draws(logits, 500, truncate=True, top_k=2**40)[0])) == {0, 1, 2}
+
+
 def test_padded_vocabulary_is_never_drawn():
     logits = np.full(600, -np.inf, np.float32)
     logits[:300] = 0
@@ -72,7 +95,17 @@ def test_noise_depends_on_every_part_of_its_name():
     ]  # fmt: skip
     drawn = [tuple(noise())] + [tuple(noise(**change)) for change in changes]
     assert len(set(drawn)) == len(drawn)
+    occurrence = sampling.with_occurrence(fakes.prompts(4, 2).replace(id=[5, 9, 5, 5])).occurrence
+    np.testing.assert_array_equal(occurrence, [0, 0, 1, 2])
     base = sampling.base_key(0, "train", 1)
+    ids = jnp.array([5, 9, 5, 5], jnp.uint32)
+    again, few, plain = (
+        jax.random.key_data(sampling.row_keys(base, ids, size, repeats))
+        for size, repeats in ((4, occurrence), (2, occurrence), (4, None))
+    )
+    assert len(np.unique(again.reshape(16, -1), axis=0)) == 16
+    np.testing.assert_array_equal(again[:2], plain[:2])  # where each stands once
+    np.testing.assert_array_equal(again[:, :2], few)
     forward = sampling.row_keys(base, jnp.array([5, 9], jnp.uint32), 4)
     backward = sampling.row_keys(base, jnp.array([9, 5], jnp.uint32), 8)
     np.testing.assert_array_equal(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import random
 import re
 import subprocess
@@ -10,14 +11,12 @@ import sys
 import textwrap
 import time
 import zlib
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
 
 import pytest
 
-import sapo_jax.tasks
-from sapo_jax.tasks import TASKS, base, make
+from sapo_jax.cli.configs import import_file
+from sapo_jax.tasks import TASKS, make
 from sapo_jax.tasks.base import LENGTHS, draw, make_example
 from sapo_jax.tasks.countdown import MAX_DEPTH, evaluate, tokenize
 
@@ -412,13 +411,13 @@ def test_make_names_the_nearest_task_and_the_known_options():
         make("chain_sum", term=3)
 
 
-def test_the_task_of_the_page_is_one(monkeypatch):
-    """What the package's page says how to write is a task as it stands there."""
-    page = sapo_jax.tasks.__doc__
-    code = page[page.index("    @dataclass") : page.index("and a line in TASKS")]
-    names = {"dataclass": dataclass, "ClassVar": ClassVar, **vars(base)}
-    exec(textwrap.dedent(code), names)
-    monkeypatch.setitem(TASKS, "reverse", names["Reverse"])
+def test_the_task_of_the_page_is_one(monkeypatch, tmp_path):
+    """What the how-to says how to write is a task as it stands there."""
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "howto" / "task.md").read_text()
+    code = page.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "reverse.py").write_text(textwrap.dedent(code))
+    module = import_file("howto_reverse", tmp_path / "reverse.py")
+    monkeypatch.setitem(TASKS, "reverse", module.Reverse)
     task = make("reverse", length=3)
     for example in first(task, "train", 50) + first(task, "test", 10):
         assert task.verify(example, example.demonstration) == 1.0

@@ -16,6 +16,7 @@ from tests import tiny_config
 from tests.data.test_hf_tokenizer import small
 from tests.training.test_metrics import check
 
+pytestmark = pytest.mark.usefixtures("no_plots")
 ROWS = [{"prompt": f"{i}+{i}=", "answer": 2 * i} for i in range(1, 35)]
 
 

@@ -17,7 +17,7 @@ FOREIGN = [
     {"metrics/part-00000.jsonl": "{}", "samples/iteration-000009.jsonl": "", "notes": "mine"},
     HF,
     HF | {"model.safetensors": "weights"},
-    {"config.json": "[1]"},
+    {"config.json": '{"seed": 1}'},
     {".git/HEAD": "ref"},
     {"manifest.json": '{"icons": []}'},
     {"manifest.json": '{"runs": [1]}', "lease.json": "{}"},

@@ -23,6 +23,7 @@ def changed(fields):
 
 HALF = {"name": "countdown", "share": 0.5}
 TIS = {"correction.name": "token_tis", "learner.old_logp": "recompute"}
+ROUNDED = {"reward.kl_coef": 0.1, "init_from": "somewhere"}
 WRONG = [
     ({"objective.name": "sap"}, "'sap'", "nearest is 'sapo'"),
     ({"objective.name": "gpro"}, "'gpro'", "nearest is 'grpo'"),
@@ -62,6 +63,24 @@ WRONG = [
     ({"advantages": "grop"}, "'grop'", "nearest is 'group'"),
     ({"batch.group_size": 1}, "group_size=1", "at least 2"),
     ({"batch.group_size": 0}, "group_size=0", "at least 1"),
+    # What would learn nothing, or rounding errors.
+    ({"advantages": "mean", "batch.group_size": 1}, "group_size=1", "at least 2"),
+    (
+        {
+            "advantages": "reinforce_pp",
+            "batch.group_size": 1,
+            "batch.prompts": 1,
+            "batch.minibatches": 1,
+            "sampler.slots": 0,
+        },
+        "prompts=1",
+        "at least 2 with 1 row each",
+    ),
+    ({"reward.accuracy": 0.0}, "accuracy=0.0", "above 0"),
+    ({"dtype.params": "bfloat16"}, "dtype.params='bfloat16'", "'float32'"),
+    ({"dtype.params": "bfloat16", "source": "demonstrations"}, "'bfloat16'", "'float32'"),
+    (ROUNDED | {"dtype.compute": "bfloat16"}, "old_logp='sampler'", "'recompute'"),
+    (ROUNDED | {"dtype.cache": "bfloat16"}, "old_logp='sampler'", "'recompute'"),
     ({"batch.prompts": 7}, "prompts=7", "multiple of batch.minibatches=2"),
     ({"batch.micro_batches": 3}, "micro_batches=3", "divisor of 16"),
     ({"sampler.slots": 9}, "slots=9", "at most batch.prompts=8"),

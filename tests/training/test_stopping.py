@@ -12,7 +12,7 @@ import pytest
 from sapo_jax.parallel import distributed
 from sapo_jax.training import startup, stopping
 from sapo_jax.training.engine import Bundle
-from sapo_jax.training.stopping import Asked, Finished, Stop
+from sapo_jax.training.stopping import Finished, Interrupted, Stop
 
 
 class Stream:
@@ -84,7 +84,7 @@ def test_a_long_iteration_leaves_a_copy_behind(saved):
     assert bundles[0].state["w"].is_deleted()
     bundles[0].streams[0].position = 7
     stop._note(signal.SIGTERM)
-    with pytest.raises(Asked):
+    with pytest.raises(Interrupted):
         stop.check()
     assert stop.leave().code == 143
     assert saved == [(1, 1.0, [1])]
@@ -103,7 +103,7 @@ def test_a_short_iteration_is_waited_for(saved):
     assert stop.wants_saving()
     stop.save()
     stop.release()
-    with pytest.raises(Asked):
+    with pytest.raises(Interrupted):
         stop.check()
     error = stop.leave()
     assert error.code == 130
