@@ -207,7 +207,7 @@ def main(given: cli.Flags) -> None:
     sampler.sampling.controls(
         given.temperature, given.top_k, given.top_p
     )  # refused before it is read
-    cli.use_cache(given.compilation_cache)
+    cli.use_cache(given.compilation_cache, "--compilation_cache")
     policy = _of_run(given) if given.workdir else _of_directory(given)
     policy = policy._replace(params=sampler.to_sampler(policy.params, policy.config))
     found = {}

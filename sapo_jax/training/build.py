@@ -29,7 +29,7 @@ NO_REFERENCE = "0 without config.init_from, whose policy is the reference"
 
 
 @contextlib.contextmanager
-def _of(field: str, *, named: bool = False) -> Iterator[None]:
+def of_field(field: str, *, named: bool = False) -> Iterator[None]:
     """Refusals inside the context name the field; if they do by themselves, only ``config.``."""
     try:
         yield
@@ -56,7 +56,7 @@ def make_tasks(c: Any) -> tuple[dict[str, Task], dict[str, float]]:
         whole = f"a whole number of the {prompts} of batch.prompts"
         divides = abs(share * prompts - round(share * prompts)) < 1e-6
         require(divides, f"{field}.share", share, whole)
-        with _of(field):
+        with of_field(field):
             task = tasks.make(entry["name"], **entry.get("options", {}))
             task.examples("train")
             if c.eval.every:
@@ -82,7 +82,7 @@ def make_tokenizer(c: Any, made: Mapping[str, Task]) -> Tokenizer:
         require(bool(directory) or not options[field], f"tokenizer.{field}", options[field], alone)
     if not directory:
         return CharTokenizer(tasks.Mixture(made).alphabet)
-    with _of("tokenizer"):
+    with of_field("tokenizer"):
         return hf_tokenizer.load(directory, **options)
 
 
@@ -116,13 +116,13 @@ def make_model(c: Any, tokenizer: Tokenizer) -> model.ModelConfig:
         require("/" not in preset, "model.preset", preset, f"one of {names}")
         if "vocab_size" in model.PRESETS.get(preset, {}):
             fields["vocab_size"] = max(model.PRESETS[preset]["vocab_size"], tokenizer.vocab_size)
-        with _of("model", named=True):
+        with of_field("model", named=True):
             vocab_size = {"vocab_size": tokenizer.vocab_size}
             return model.make(preset, **vocab_size | fields | chosen | stop)
     alone = "None: the shape is that of config.model.preset, a Hugging Face directory"
     for field, value in fields.items():
         require(False, f"model.{field}", value, alone)
-    with _of("model.preset"):
+    with of_field("model.preset"):
         shape = model.hf.read_config(epath.Path(preset).expanduser(), c.dtype.params)
         hf_tokenizer.check_vocabulary(tokenizer, shape.vocab_size, preset)
     return dataclasses.replace(shape, **chosen, **stop)
@@ -161,7 +161,7 @@ def make_objective(c: Any) -> objectives.Objective:
         require(name == "reinforce", "objective.name", name, only)
     choice("objective.kl", kl, KL_ESTIMATORS)
     given = {key: value for key, value in fields.items() if value is not None}
-    with _of("objective"):
+    with of_field("objective"):
         known = [*objectives.named(name).hyperparameters, *OF_OBJECTIVE]
         for key, value in given.items():
             if key not in known:
@@ -190,7 +190,7 @@ def make_mesh(c: Any, shape: model.ModelConfig, devices: Sequence[Any] | None) -
         drawn = batch.prompts * batch.oversample
         rows |= {"batch.prompts": drawn, "sampler.slots": c.sampler.slots}
     split = [sharding.Dimension(name, "rows", size) for name, size in rows.items()]
-    with _of("mesh"):
+    with of_field("mesh"):
         mesh = sharding.make_mesh(**c.mesh, devices=devices)
         sharding.check(mesh, split + params.dimensions(shape))
     return mesh
@@ -236,7 +236,7 @@ def make_bounds(c: Any) -> dict[str, float]:
     choice("correction.name", name, ("none", *corrections.CORRECTIONS))
     only = f"'recompute' with correction.name={name!r}: the sampler's own ratio to itself is 1"
     require(source == "recompute" and c.source == "rollout", "learner.old_logp", source, only)
-    with _of("correction"):
+    with of_field("correction"):
         return corrections.bounds_of(name, **fields)
 
 
@@ -246,5 +246,5 @@ def make_recipe(c: Any, room: int) -> Recipe:
     kl_coef, kl, _ = (fields.pop(name) for name in ("kl_coef", "kl", "workers"))
     choice("reward.kl", kl, KL_ESTIMATORS)
     require(kl_coef == 0 or c.init_from != "", "reward.kl_coef", kl_coef, NO_REFERENCE)
-    with _of("reward", named=True):
+    with of_field("reward", named=True):
         return Recipe(**{**fields, "max_length": fields["max_length"] or room})

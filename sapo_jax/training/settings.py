@@ -203,16 +203,27 @@ def of_run(workdir: epath.PathLike, changes: Mapping[str, Any] = ONE_DEVICE) -> 
     """The settings that a run was started with, but for ``changes`` of dotted fields.
 
     Raises:
-      ValueError: there is no run.
+      ValueError: there is no run, or its config is none.
     """
     stored = read_config(workdir)
     if stored is None:
         raise ValueError(f"{workdir} has no config.json: name the --workdir of a run")
+    stored.pop("files", None)  # whose fingerprints are taken anew
     config = cli.from_config("base")  # with the fields that the run is older than
+    try:
+        check_fields(_merged(config.to_dict(), stored))
+    except ValueError as error:
+        raise ValueError(f"{workdir}/config.json: {error}") from None
     with config.unlocked():
         config.update(ConfigDict(stored))
         config.update_from_flattened_dict(changes)
     return from_config(config, learns=False)
+
+
+def _merged(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of both; where both have one, that of ``given``."""
+    inner = {k for k in base if isinstance(base[k], dict) and isinstance(given.get(k), dict)}
+    return {**base, **given, **{key: _merged(base[key], given[key]) for key in inner}}
 
 
 def _check_tokens(c: Any, width: int, room: int, eval_batch: int) -> None:
