@@ -1,6 +1,7 @@
 """Shared fixtures; compiled programs are cached in .cache/tests between runs."""
 
 import os
+import signal
 
 from jaxlib.version import __version_info__ as version
 
@@ -23,6 +24,10 @@ import pytest
 from sapo_jax import model
 from sapo_jax.model import params
 from tests import fakes
+
+# A shell starts background jobs with SIGINT ignored, which the commands that tests start would
+# inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

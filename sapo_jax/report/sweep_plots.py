@@ -95,9 +95,7 @@ def _draw_differences(figure: FigureBase, found: Found) -> None:
     first = found["settings"][0]
     if not any(entry["difference"] for entry in found["settings"]):
         return
-    ax = _by_setting(
-        figure, found, f"Pass@1 minus that of {label(found, first['setting'])}, points"
-    )
+    ax = _by_setting(figure, found, "difference, points")
     ax.text(0, 0, "reference", ha="center", va="bottom", fontsize=7.5, color=COLOURS["grey"])
     ax.axhline(0, color=COLOURS["soft"], linewidth=1)
     reference = sweep_stats.ends_of(first)

@@ -65,8 +65,8 @@ def check_manifest(workdir: epath.Path, manifest: dict) -> None:
         strange = [name for name in new if name not in old] or [n for n in old if n not in new]
         raise ValueError(
             f"{workdir} is of another sweep: it has {len(old)} runs, given are {len(new)}, and "
-            f"{strange[:1]} is in one of them only; give another --workdir, or the config and "
-            "--most that it was started with"
+            f"{strange[:1]} is in one of them only; give another --workdir, or the config, "
+            "--axis and --most that it was started with"
         )
 
 

@@ -5,6 +5,9 @@ and test_own; an evaluation alone in test_evaluate.
 """
 
 from sapo_jax import rewards
+from sapo_jax.report import sweep_stats
+from sapo_jax.report.run import summary
+from sapo_jax.training import progress
 from sapo_jax.training.metrics import METRICS
 
 CHECKED = {
@@ -40,3 +43,16 @@ def test_every_row_is_held_to_what_some_test_writes():
 
 def test_each_part_of_a_reward_has_a_row():
     assert {f"reward/{part}" for part in rewards.PARTS} <= set(METRICS)
+
+
+def test_the_minutes_of_a_run_hold_what_came_before_its_first_iteration():
+    """Restoring and compiling were left out: four iterations of half a minute took 0.0 minutes."""
+    records = [
+        {"iteration": 0, "eval/pass_at_1": 0.1},
+        {"iteration": 1, "time/startup": 100.0, "time/iteration": 15.0, "time/eval": 5.0},
+        {"iteration": 2, "time/iteration": 30.0, "eval/pass_at_1": 0.2},
+    ]
+    assert progress.reached(records).startswith("2 iterations in 2.5 minutes")
+    run = sweep_stats.Run("a", "d/a", {}, records)
+    assert sweep_stats.hours([run, run]) == 300 / 3600
+    assert summary(records)["minutes"] == 2.5
