@@ -23,12 +23,10 @@ from sapo_jax.tasks.records import Records
 
 VERSION = "1.0.0"
 FIELDS = ("prompt", "answer", "demonstration")
-CATALOGUE = {  # module that registers the builder, where it downloads from, and its lines' fields
-    "gsm8k": (
-        "tensorflow_datasets.text.gsm8k", "https://raw.githubusercontent.com",
-        {"question": "", "answer": "#### "},  # with what is in the text, once
-    ),
-}  # fmt: skip
+CATALOGUE = {  # module that registers the builder, and where it downloads from
+    "gsm8k": ("tensorflow_datasets.text.gsm8k", "https://raw.githubusercontent.com"),
+}
+RAW = {"gsm8k": {"question": "", "answer": "#### "}}  # texts of a line, with what is once in each
 PROBE_SECONDS = 10  # the catalogue's own downloads go on trying for minutes
 
 FLAGS = cli.Flags("datasets", __doc__)
@@ -132,7 +130,7 @@ def prepare_catalogued(
 
     if name not in CATALOGUE:
         raise ValueError(f"unknown dataset {name!r}; the catalogue has {', '.join(CATALOGUE)}")
-    module, host, fields = CATALOGUE[name]
+    module, host = CATALOGUE[name]
     importlib.import_module(module)
     import tensorflow_datasets as tfds
 
@@ -141,9 +139,9 @@ def prepare_catalogued(
         if files:
             copies = {split: epath.Path(folder) / split for split in files}
             for split, path in files.items():  # read here: the builder's refusals name no line
-                rows = jsonl.read(path, dict.fromkeys(fields, str))
+                rows = jsonl.read(path, dict.fromkeys(RAW[name], str))
                 for number, row in rows:
-                    for field, part in fields.items():
+                    for field, part in RAW[name].items():
                         if part and row[field].count(part) != 1:
                             what = f"field {field!r} is {row[field]!r:.60}, must have one {part!r}"
                             raise ValueError(f"{path}, line {number}: {what}")

@@ -1,9 +1,9 @@
-"""Odd configs, in one process and without a compilation: each is accepted, or refused by name.
+"""Odd configs, in one process: each is accepted, or refused by name before anything compiles.
 
     python -m experiments.fuzz.run --count=600
 
 Exit status 1: something but a refusal that names a field and its value, or an answer that takes too
-long.
+long; or an accepted config of those that are tried does not train.
 """
 
 from __future__ import annotations
@@ -11,90 +11,58 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import math
 import os
 import pathlib
 import random
 import re
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
+import jax
+import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from sapo_jax import cli
-from sapo_jax.objectives import OBJECTIVES
-from sapo_jax.tasks import TASKS
+from experiments.fuzz import odd
+from sapo_jax import cli, train
 from sapo_jax.training import settings
 from tests import tiny_config
 
 HERE = pathlib.Path(__file__).parent
 _COUNT = flags.DEFINE_integer("count", 600, "Odd configs.", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of what is odd about them.", 0)
+_TRAINED = flags.DEFINE_integer("trained", 8, "Accepted ones that are trained for an iteration.", 0)
 _OUT = flags.DEFINE_string("out", str(HERE / "results"), "For fuzz.jsonl and table.md.")
-LIMIT = 10  # seconds of a config
-NUMBERS = [
-    0, 1, -1, 2, 3, 7, 2**31, 2**63, 10**20, -(10**20), 0.0, -0.0, 0.5, 1.5, 1e-320, 1e-8, 1e20,
-    1e308, -1e308, float("inf"), float("-inf"), float("nan"),
-]  # fmt: skip
-TEXTS = [
-    "", " ", "x", "None", "true", "null", "1", "nan", "sapo", "gpro", "token_mean", "float16",
-    "bf16", "../..", "/dev/null", "my.py:x", "a" * 300, "\u0661", "café", "a=b", "{}",
-]  # fmt: skip
-OTHERS = [None, True, False, [], [1], {}, {"a": 1}, {"name": "sapo"}]
-HYPERPARAMETERS = sorted({key for preset in OBJECTIVES.values() for key in preset.hyperparameters})
-OPTIONS = "terms", "digits", "modulus", "slip", "numbers", "directory", "verifier", "level"
-FEW = {"objective.name": sorted(OBJECTIVES), "task.name": sorted(TASKS)}  # often right, too
+LIMIT, TRAINING_LIMIT = 10, 120  # seconds of a config
+TOKENS, PARAMETERS = 4096, 10**6  # that are trained at most
+DEVICES = 4
+UNKNOWN = "no such field|no hyperparameter|no option|is missing|will overwrite|not accept dots"
 
 
 class Hang(BaseException):
-    """A config took more than `LIMIT` seconds."""
+    """It took too long."""
 
 
 @contextlib.contextmanager
-def limited() -> Iterator[None]:
+def limited(seconds: int) -> Iterator[None]:
     """Raise `Hang` inside, once the time is over."""
 
     def ring(*_):
-        raise Hang
+        raise Hang(f"more than {seconds} s")
 
     signal.signal(signal.SIGALRM, ring)
-    signal.alarm(LIMIT)
+    signal.alarm(seconds)
     try:
         yield
     finally:
         signal.alarm(0)
 
 
-def misspelt(name: str, rng: random.Random) -> str:
-    """A name with a letter less, or two that changed places."""
-    i = rng.randrange(len(name) - 1)
-    middle = "" if rng.random() < 0.5 else name[i + 1] + name[i]
-    return name[:i] + middle + name[i + 1 + bool(middle) :]
-
-
-def draw(rng: random.Random, fields: list[str]) -> dict[str, Any]:
-    """One to three fields, and a value of each that is odd, or may be."""
-    changes = {}
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        field = rng.choice(fields)
-        kind = rng.random()
-        if kind < 0.1:
-            field = misspelt(field, rng)
-        elif kind < 0.25:
-            field = f"objective.{rng.choice(HYPERPARAMETERS)}"
-        elif kind < 0.35:
-            field = f"task.options.{rng.choice(OPTIONS)}"
-        pool = rng.choice((NUMBERS, NUMBERS, TEXTS, OTHERS))
-        if field in FEW and rng.random() < 0.7:
-            pool = FEW[field]
-        changes[field] = rng.choice(pool)
-    return changes
-
-
-def by_flags(changes: dict[str, Any]) -> settings.Settings:
+def by_flags(changes: odd.Changes) -> settings.Settings:
     """The settings of a command line; a refusal of it is a ValueError, too."""
     given = cli.Flags("train", "")
     given.config_file()
@@ -109,73 +77,124 @@ def by_flags(changes: dict[str, Any]) -> settings.Settings:
         sys.argv = held
 
 
-def by_hand(changes: dict[str, Any]) -> settings.Settings:
+def by_hand(changes: odd.Changes) -> settings.Settings:
     """The settings of a config that Python code changed, past the types of its fields."""
     plain = tiny_config.get_config().to_dict()
     for field, value in changes.items():
         section, (*parents, key) = plain, field.split(".")
         for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise ValueError(f"config.{field}={value!r}: {parent} is replaced by {section!r}")
+            if not isinstance(section.get(parent), dict):
+                section[parent] = {}
+            section = section[parent]
         section[key] = value
     return settings.from_config(ConfigDict(plain))
 
 
-def names(text: str, changes: dict[str, Any]) -> bool:
-    """Whether a refusal names a field that was changed, with its value or, misspelt, its name."""
-    for field, value in changes.items():
-        last = field.rpartition(".")[2]
-        shown = {str(value), repr(value), f"{value!r:.40}", json.dumps(value, default=str)}
-        if isinstance(value, int) and not isinstance(value, bool):
-            shown.add(repr(float(value)))
-        unknown = re.search(r"no such field|no hyperparameter|no option|is missing", text)
-        if last in text and (unknown or any(part in text for part in shown)):
+def names(text: str, changes: odd.Changes) -> bool:
+    """Whether a refusal names a field that was changed, with its value.
+
+    Of a field that does not exist its name will do, or that of a section that does not.
+    """
+    words = set(re.split(r"\W+", text))
+    inner = {k: v for k, v in changes.items() if isinstance(v, dict)}
+    for field, value in (changes | cli.flat(inner, sections=True)).items():
+        if not words & set(field.split(".")):
+            continue
+        if re.search(UNKNOWN, text):
+            return True
+        shown = [str(value), repr(value), " ".join(str(value).split())]
+        if isinstance(value, set | tuple):  # as JSON has it
+            shown.append(repr([*value]))
+        with contextlib.suppress(ValueError):
+            shown += [repr(float(str(value))), str(int(str(value)))]
+        if any(form[:40] in text for form in shown):
             return True
     return False
 
 
-def outcome(how: Any, changes: dict[str, Any]) -> tuple[str, str]:
+def outcome(how: Callable, changes: odd.Changes) -> tuple[str, str, settings.Settings | None]:
     """What became of a config: accepted, refused, unnamed, hang, or the name of an exception."""
     try:
-        with limited():
-            how(changes)
-    except Hang:
-        return "hang", f"more than {LIMIT} s"
+        with limited(LIMIT):
+            return "accepted", "", how(changes)
+    except Hang as error:
+        return "hang", str(error), None
     except (ValueError, OSError, ModuleNotFoundError) as error:
         text = str(error)
-        return ("refused" if names(text, changes) else "unnamed"), text
+        return ("refused" if names(text, changes) else "unnamed"), text, None
     except Exception as error:
-        return type(error).__name__, str(error)
-    return "accepted", ""
+        return type(error).__name__, str(error), None
+
+
+def is_small(run: settings.Settings) -> bool:
+    """Whether an iteration of it is a matter of seconds."""
+    tokens = max(run.sampled, run.eval_batch * run.config.eval.samples)
+    shape = run.model
+    layer = shape.hidden_size * (4 * shape.hidden_size + 3 * shape.intermediate_size)
+    small = shape.num_hidden_layers * layer <= PARAMETERS and run.config.sampler.shrink < 4
+    return small and tokens * (run.width + run.max_new_tokens) <= TOKENS
+
+
+def trained(how: Callable, changes: odd.Changes) -> tuple[str, str]:
+    """What became of an accepted config in its first iteration and evaluation."""
+    less = {"iterations": 1, "eval.every": 1, "compilation_cache": "", "profile_steps": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with limited(TRAINING_LIMIT):
+                train.run(how(less | changes), pathlib.Path(folder) / "run")
+        except Hang as error:
+            return "hang", str(error)
+        except (ValueError, OSError, train.NotFiniteError) as error:
+            return ("refused" if names(str(error), changes) else "unnamed"), str(error)
+        except Exception as error:
+            return type(error).__name__, str(error)
+    return "trained", ""
+
+
+def table(counts: dict[str, collections.Counter]) -> str:
+    """The outcomes of each kind of oddness."""
+    columns = sorted({what for each in counts.values() for what in each})
+    rows = [["", *columns], ["---"] * (len(columns) + 1)]
+    rows += [[kind, *(str(each[what]) for what in columns)] for kind, each in counts.items()]
+    total = sum(counts.values(), collections.Counter())
+    rows.append(["all", *(str(total[what]) for what in columns)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main(argv: list[str]) -> None:
     """Try them, write what happened, and end with 1 where something was neither."""
     del argv
     logging.set_verbosity(logging.ERROR)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    rng, out = random.Random(_SEED.value), pathlib.Path(_OUT.value)
-    fields = sorted(cli.flat(tiny_config.get_config(), sections=True))
+    os.environ["TQDM_DISABLE"] = "1"
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    begun, out = time.monotonic(), pathlib.Path(_OUT.value)
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    slowest, lines = 0.0, []
-    for i in range(_COUNT.value):
-        how, changes = (by_flags, by_hand)[i % 2], draw(rng, fields)
-        begun = time.monotonic()
-        what, text = outcome(how, changes)
-        slowest = max(slowest, time.monotonic() - begun)
-        counts[how.__name__][what] += 1
-        record = {"how": how.__name__, "changes": changes, "outcome": what, "text": text[:500]}
-        lines.append(json.dumps(record, default=str))
+    records, accepted = [], []
+    for i, (kind, changes) in enumerate(odd.draw(_COUNT.value, random.Random(_SEED.value))):
+        how = (by_flags, by_hand)[i % 2]
+        what, text, run = outcome(how, changes)
+        counts[kind][what] += 1
+        shown = {field: f"{value!r:.80}" for field, value in changes.items()}
+        records.append(
+            {"kind": kind, "how": how.__name__, "changes": shown, "outcome": what}
+            | ({"text": text[:300]} if text else {})
+        )
+        if run is not None and is_small(run):
+            accepted.append((records[-1], how, changes))
+    print(table(counts), flush=True)
+    for i in np.linspace(0, len(accepted) - 1, min(_TRAINED.value, len(accepted)), dtype=int):
+        record, how, changes = accepted[i]
+        what, text = trained(how, changes)
+        record |= {"trained": what} | ({"text": text[:300]} if text else {})
+        counts["of the accepted"][what] += 1
+        print(what, record["changes"], text, flush=True)
+    seconds = math.ceil(time.monotonic() - begun)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "fuzz.jsonl").write_text("\n".join(lines) + "\n")
-    kinds = sorted({what for each in counts.values() for what in each})
-    rows = [["", *kinds], ["---"] * (len(kinds) + 1)]
-    rows += [[how, *(str(each[what]) for what in kinds)] for how, each in counts.items()]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    (out / "table.md").write_text(f"{table}\n\nSeed {_SEED.value}; slowest {slowest:.1f} s.\n")
-    print((out / "table.md").read_text())
-    sys.exit(bool(set(kinds) - {"accepted", "refused"}))
+    (out / "fuzz.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    notes = f"{len(records)} configs of seed {_SEED.value}, in {seconds} s."
+    (out / "table.md").write_text(f"{table(counts)}\n\n{notes}\n")
+    print(f"\n{(out / 'table.md').read_text()}")
+    sys.exit(bool({what for c in counts.values() for what in c} - odd.FINE))
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def parse(topology: str) -> tuple[str, int]:
     Raises:
       ValueError: it is not written so, or no such chip is known.
     """
-    found = re.fullmatch(r"(\w+):(\d{1,4}(?:x\d{1,4}){1,2})", topology)
+    found = re.fullmatch(r"(\w+):(\d{1,4}(?:x\d{1,4}){0,2})", topology)
     chips = math.prod(map(int, found[2].split("x"))) if found else 0
     if not 1 <= chips <= MOST or found[1] not in CHIPS:
         what = f"<chip>:<a>x<b>[x<c>], chip of {', '.join(CHIPS)}, of 1 to {MOST} chips"

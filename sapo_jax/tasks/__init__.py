@@ -61,7 +61,7 @@ def register(name: str, kind: Callable[..., Task] | None = None) -> Callable:
     return kind
 
 
-def make(name: str, **options: Any) -> Task:
+def make(name: str, /, **options: Any) -> Task:
     """The task of a name, or of a file ("my.py:MyTask"), with its options.
 
     Raises:

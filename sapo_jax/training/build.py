@@ -50,6 +50,9 @@ def make_tasks(c: Any) -> tuple[dict[str, Task], dict[str, float]]:
         wanted = "a dictionary of name, share and, if need be, options"
         known = isinstance(entry, dict) and {"name", "share"} <= set(entry)
         require(known and not set(entry) - {"name", "share", "options"}, field, entry, wanted)
+        options = entry.get("options", {})
+        require(isinstance(entry["name"], str), f"{field}.name", entry["name"], "text")
+        require(isinstance(options, dict), f"{field}.options", options, "a dictionary")
         share, prompts = entry["share"], c.batch.prompts
         number = isinstance(share, int | float) and 0 < share <= 1
         require(number, f"{field}.share", share, "a number in (0, 1]")
@@ -57,7 +60,7 @@ def make_tasks(c: Any) -> tuple[dict[str, Task], dict[str, float]]:
         divides = abs(share * prompts - round(share * prompts)) < 1e-6
         require(divides, f"{field}.share", share, whole)
         with of_field(field):
-            task = tasks.make(entry["name"], **entry.get("options", {}))
+            task = tasks.make(entry["name"], **options)
             task.examples("train")
             if c.eval.every:
                 task.examples("test")
@@ -133,6 +136,7 @@ def lengths(
 ) -> tuple[int, int, Fits | None]:
     """Tokens of room for a prompt and for a completion, and the filter of what has none."""
     width, room = c.data.max_prompt_tokens, c.sampler.max_new_tokens
+    own_width, own_room = not width, not room
     supervised, bounded = c.source == "demonstrations", False
     if isinstance(tokenizer, CharTokenizer):
         whole = tasks.Mixture(made)
@@ -146,7 +150,10 @@ def lengths(
     for field, value in (("data.max_prompt_tokens", width), ("sampler.max_new_tokens", room)):
         require(value > 0, field, value, "at least 1: the tasks have no bound of their own")
     context = shape.max_position_embeddings
-    least = f"at least {width + room}: prompts of {width} and completions of {room} tokens"
+    own = f"of {', '.join(map(repr, made.values())):.200}"
+    prompts = f"prompts of {width} tokens ({own if own_width else 'data.max_prompt_tokens'})"
+    completions = f"completions of {room} ({own if own_room else 'sampler.max_new_tokens'})"
+    least = f"at least {width + room}: {prompts} and {completions}"
     require(width + room <= context, "model.max_position_embeddings", context, least)
     keep = None if bounded else Fits(tokenizer, width, room if supervised else None)
     return width, room, keep
@@ -190,7 +197,8 @@ def make_mesh(c: Any, shape: model.ModelConfig, devices: Sequence[Any] | None) -
         drawn = batch.prompts * batch.oversample
         rows |= {"batch.prompts": drawn, "sampler.slots": c.sampler.slots}
     split = [sharding.Dimension(name, "rows", size) for name, size in rows.items()]
-    with of_field("mesh"):
+    rest = [f".{axis}=-1" for axis, size in c.mesh.items() if size == -1][:1]
+    with of_field("".join(["mesh", *rest])):
         mesh = sharding.make_mesh(**c.mesh, devices=devices)
         sharding.check(mesh, split + params.dimensions(shape))
     return mesh

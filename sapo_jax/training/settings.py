@@ -155,7 +155,8 @@ def _check_numbers(c: Any) -> None:
     for field in ("learner.b1", "learner.b2"):
         value = operator.attrgetter(field)(c)
         require(0 <= np.float32(value) < 1, field, value, "in [0, 1), in float32 too")
-    updates = f"at most {LARGEST // c.batch.minibatches}: updates are counted in 32 bits"
+    updates = f"at most {LARGEST // c.batch.minibatches} with batch.minibatches="
+    updates += f"{c.batch.minibatches}: updates are counted in 32 bits"
     require(c.iterations * c.batch.minibatches <= LARGEST, "iterations", c.iterations, updates)
     top_k, top_p = c.eval.top_k, c.eval.top_p
     require(top_k is None or top_k >= 1, "eval.top_k", top_k, "at least 1, or None")
