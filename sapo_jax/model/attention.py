@@ -12,6 +12,7 @@ from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import collectives
 
 HIGHEST = jax.lax.Precision.HIGHEST
+PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # kernels of one
 NEGATIVE = -1e30  # finite: a row without any key must not give NaN
 
 
@@ -62,6 +63,17 @@ def _softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(visible, scores, NEGATIVE), axis=-1)
 
 
+def check(kernel: str, platform: str) -> None:
+    """Refuse a kernel that a platform does not have.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    if PLATFORMS.get(kernel, platform) != platform:
+        only = f"must be 'auto' or 'xla' on {platform}, for it is of {PLATFORMS[kernel]}"
+        raise ValueError(f"model.attention={kernel!r}: {only}")
+
+
 def causal(
     q_BSHd: jax.Array,
     k_BSKd: jax.Array,
@@ -77,7 +89,9 @@ def causal(
       kernel: a name in `config.ATTENTION`; "auto" takes splash where the program is compiled for
         TPU, else XLA; "cudnn" is for GPU, and for rows of one segment.
     """
-    if kernel == "splash" or (kernel == "auto" and collectives.platform() == "tpu"):
+    platform = collectives.platform()
+    check(kernel, platform)
+    if kernel == "splash" or (kernel == "auto" and platform == "tpu"):
         return splash.causal(q_BSHd, k_BSKd, v_BSKd, segments_BS)
     if kernel == "cudnn":
         return fused(q_BSHd, k_BSKd, v_BSKd, segments_BS)

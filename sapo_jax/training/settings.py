@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -266,6 +267,9 @@ def from_config(
     _check_batch(c)
     if learns:
         _check_learning(c)
+        with build.of_field("model", named=True):
+            platform = devices[0].platform if devices else jax.default_backend()
+            model.attention.check(c.model.attention, platform)
     made, shares = build.make_tasks(c)
     tokenizer = build.make_tokenizer(c, made)
     objective = build.make_objective(c)
