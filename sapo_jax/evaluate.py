@@ -104,7 +104,13 @@ class Policy(NamedTuple):
 def _sets(given: cli.Flags) -> dict[str, Task]:
     """The tasks of the command line."""
     parsed = {text: parse_task(text) for text in given.task}
-    return {text: tasks.make(name, **options) for text, (name, options) in parsed.items()}
+    made = {}
+    for text, (name, options) in parsed.items():
+        try:
+            made[text] = tasks.make(name, **options)
+        except ValueError as error:
+            raise ValueError(f"--task={text}: {error}") from None
+    return made
 
 
 def _of_directory(given: cli.Flags) -> Policy:
