@@ -103,6 +103,7 @@ def names(text: str, changes: odd.Changes) -> bool:
         if re.search(UNKNOWN, text):
             return True
         shown = [str(value), repr(value), " ".join(str(value).split())]
+        shown.append(os.path.expanduser(str(value)))
         if isinstance(value, set | tuple):  # as JSON has it
             shown.append(repr([*value]))
         with contextlib.suppress(ValueError):
@@ -151,13 +152,13 @@ def trained(how: Callable, changes: odd.Changes) -> tuple[str, str]:
     return "trained", ""
 
 
-def table(counts: dict[str, collections.Counter]) -> str:
-    """The outcomes of each kind of oddness."""
-    columns = sorted({what for each in counts.values() for what in each})
-    rows = [["", *columns], ["---"] * (len(columns) + 1)]
-    rows += [[kind, *(str(each[what]) for what in columns)] for kind, each in counts.items()]
+def table(counts: dict[str, collections.Counter], sample: collections.Counter) -> str:
+    """The outcomes of each kind of oddness, and of those that were trained."""
     total = sum(counts.values(), collections.Counter())
-    rows.append(["all", *(str(total[what]) for what in columns)])
+    named = {**counts, "all": total} | ({"a sample of the accepted": sample} if sample else {})
+    columns = sorted(total | sample)
+    rows = [["", *columns], ["---"] * (len(columns) + 1)]
+    rows += [[kind, *(str(each[what] or "") for what in columns)] for kind, each in named.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -169,7 +170,7 @@ def main(argv: list[str]) -> None:
     jax.config.update("jax_num_cpu_devices", DEVICES)
     begun, out = time.monotonic(), pathlib.Path(_OUT.value)
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    records, accepted = [], []
+    records, accepted, sample = [], [], collections.Counter()
     for i, (kind, changes) in enumerate(odd.draw(_COUNT.value, random.Random(_SEED.value))):
         how = (by_flags, by_hand)[i % 2]
         what, text, run = outcome(how, changes)
@@ -181,20 +182,20 @@ def main(argv: list[str]) -> None:
         )
         if run is not None and is_small(run):
             accepted.append((records[-1], how, changes))
-    print(table(counts), flush=True)
+    print(table(counts, sample), flush=True)
     for i in np.linspace(0, len(accepted) - 1, min(_TRAINED.value, len(accepted)), dtype=int):
         record, how, changes = accepted[i]
         what, text = trained(how, changes)
         record |= {"trained": what} | ({"text": text[:300]} if text else {})
-        counts["of the accepted"][what] += 1
+        sample[what] += 1
         print(what, record["changes"], text, flush=True)
     seconds = math.ceil(time.monotonic() - begun)
     out.mkdir(parents=True, exist_ok=True)
     (out / "fuzz.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     notes = f"{len(records)} configs of seed {_SEED.value}, in {seconds} s."
-    (out / "table.md").write_text(f"{table(counts)}\n\n{notes}\n")
+    (out / "table.md").write_text(f"{table(counts, sample)}\n\n{notes}\n")
     print(f"\n{(out / 'table.md').read_text()}")
-    sys.exit(bool({what for c in counts.values() for what in c} - odd.FINE))
+    sys.exit(bool({what for each in (sample, *counts.values()) for what in each} - odd.FINE))
 
 
 if __name__ == "__main__":

@@ -94,7 +94,8 @@ class Flags(flags.FlagValues):
         except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
             if any(re.match(r"--?v(erbosity)?\b", argument) for argument in argv):
                 raise
-            refuse(_wrong_value(error))
+            replaced = _replaced(argv) if isinstance(error, KeyError) else ""
+            refuse(replaced or _wrong_value(error))
         if self.help:
             print(self.describe())
             sys.exit()
@@ -154,6 +155,13 @@ class Flags(flags.FlagValues):
 
 def _fields_of(argv: Sequence[str]) -> list[str]:
     return re.findall(r"^--?(?:no)?config\.([^=\n]+)", "\n".join(argv), re.M)
+
+
+def _replaced(argv: Sequence[str]) -> str:
+    """What is wrong where the command line replaces a section and sets a field that it had."""
+    fields = _fields_of(argv)
+    pairs = [(a, b) for a in fields for b in fields if b.startswith(f"{a}.")]
+    return "".join(f"--config.{b}: there is no such field in --config.{a}" for a, b in pairs[:1])
 
 
 class _ConfigParser(flags.ArgumentParser):

@@ -276,9 +276,10 @@ def from_config(
     shape = build.make_model(c, tokenizer)
     width, room, keep = build.lengths(c, made, tokenizer, shape)
     mesh = build.make_mesh(c, shape, devices)
-    files = cli.own.fingerprints(
-        [c.objective.name, c.reward.function, *(task["name"] for task in build.entries(c).values())]
-    )
+    with build.of_field("reward.function"):
+        cli.own.fingerprints([c.reward.function])  # the others were read
+    names = [c.objective.name, *(task["name"] for task in build.entries(c).values())]
+    files = cli.own.fingerprints([*names, c.reward.function])
     parts = sharding.parts(mesh)
     options = {"slots": c.sampler.slots, "shrink": c.sampler.shrink, "parts": parts}
     plan = partial(sampler.make_plan, max_new_tokens=room, **options)

@@ -121,6 +121,14 @@ WRONG = [  # command line, and what the one line says
     (f"train {TINY} --config.task.options={{'terms':true}}", "task.options=", "True, False, None"),
     (f"train {TINY} --config.task.options=3", "task.options=3: must be a dictionary"),
     (f"train {TINY} --config.tasks.a.options.terms=3", "tasks.a.options.terms: there is no such"),
+    (
+        f"train {TINY} --config.task={{}} --config.task.options.numbers=3",
+        "such field in --config.task",
+    ),
+    (
+        f"train {TINY} --workdir=RUN/x --reward=my.py:x",
+        "config.reward.function: my.py:x: there is no",
+    ),
     (f"train {TINY} --config.objective.a-b=3", "--config.objective.a-b: there is no such field"),
     (f"train {TINY} --config.task.options.slip=true", "slip=true", "True, False, None"),
     (f"train {TINY} --workdir=RUN/x --config.task.options.slp=1", "['slp']", "nearest is 'slip'"),
