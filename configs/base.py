@@ -107,8 +107,7 @@ def get_config() -> ConfigDict:
     c.sampler = ConfigDict()
     c.sampler.max_new_tokens = 0  # 0: the task's own bound
     c.sampler.temperature = 1.0  # of the learner's log π, too
-    c.sampler.slots = 0  # prompts in flight; 0: all at once
-    c.sampler.shrink = 0  # how often the slots halve while the last groups finish
+    c.sampler.slots = 0  # groups' worth of rows in flight; 0: as many as sampler.make_plan takes
 
     # Learner: AdamW, and what an update computes.
     c.learner = ConfigDict()

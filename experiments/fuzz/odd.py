@@ -47,7 +47,7 @@ TOGETHER = [  # fields that bound one another, with values that each may have
     },
     {
         "sampler.max_new_tokens": [*SMALL, 2**20], "sampler.slots": SMALL,
-        "sampler.shrink": [0, 1, 3, 30], "data.max_prompt_tokens": SMALL,
+        "sampler.temperature": [0.5, 1.0], "data.max_prompt_tokens": SMALL,
         "model.max_position_embeddings": [1, 8, 9, 16, 2**20], "reward.max_length": SMALL,
         "reward.buffer": SMALL, "reward.overlong": [0.0, 0.5], "task.options.terms": [2, 3, 8],
     },

@@ -132,7 +132,7 @@ def is_small(run: settings.Settings) -> bool:
     tokens = max(run.sampled, run.eval_batch * run.config.eval.samples)
     shape = run.model
     layer = shape.hidden_size * (4 * shape.hidden_size + 3 * shape.intermediate_size)
-    small = shape.num_hidden_layers * layer <= PARAMETERS and run.config.sampler.shrink < 4
+    small = shape.num_hidden_layers * layer <= PARAMETERS
     return small and tokens * (run.width + run.max_new_tokens) <= TOKENS
 
 

@@ -75,7 +75,7 @@ def draw(
         iteration=salt,
         domain="gradient_lab",
         plan=sampler.make_plan(
-            len(examples), checked.max_new_tokens, slots=slots, shrink=0, parts=parts
+            len(examples), checked.max_new_tokens, group_size=group_size, slots=slots, parts=parts
         ),
         on_groups=groups,
     )

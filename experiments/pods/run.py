@@ -53,7 +53,7 @@ Written by `make preflight` from the results of [experiments/pods](../experiment
 every program of an iteration, compiled with libtpu for the pod named, on a machine without a TPU.
 Nothing here was measured on one. Times are lower bounds: the largest of FLOPs, bytes of memory and
 bytes between chips, each over what the chip can do; the MFU that follows is an upper one. "decode"
-is one step with all slots at full length, "grow" the last enlargement of the cache. FLOPs are of
+is one step with all rows at full length, "grow" the last one of a layer's cache. FLOPs are of
 matmuls and kernels, each loop's body as often as it turns; the model's are 6·N_active + 6·L·H·d·S a
 token (causal), the head's for completion tokens alone. Memory includes what lies on a chip while
 the program runs: the optimizer during a rollout, say, or the copy of the state on which the update

@@ -120,32 +120,31 @@ def cached(
     prompt: tuple[jax.Array, jax.Array],
     completion: tuple[jax.Array, jax.Array],
     prompt_visible_PN: jax.Array,
-    completion_visible_PC: jax.Array,
+    completion_visible_PGC: jax.Array,
 ) -> jax.Array:
     """Attention of one new token a row to its group's prompt and its own completion, [P, G, H, d].
 
     Args:
       q_PGHd: queries of G rows for each of P prompts.
       prompt: keys and values [P, K, N, d], held once for the group.
-      completion: keys and values [P, G, K, C, d].
+      completion: keys and values [P·G, K, C, d]. (With an axis of size 1 in front of them, XLA on
+        CPU copies a cache at each step, once for each of its shapes.)
       prompt_visible_PN: positions that hold a prompt token.
-      completion_visible_PC: positions that hold a completion token of the present group.
+      completion_visible_PGC: places that hold a token of the row's present completion.
     """
     p, g, h, d = q_PGHd.shape
     kv, n = prompt[0].shape[1:3]
-    dtype = q_PGHd.dtype
+    r, dtype = p * g, q_PGHd.dtype
     q = q_PGHd.reshape(p, g, kv, h // kv, d)
     keys, values = (x.astype(dtype) for x in prompt)
     own_keys, own_values = (x.astype(dtype) for x in completion)
-    scores = jnp.concatenate(
-        [
-            einsum("pgkqd,pknd->pgkqn", q, keys, out=jnp.float32),
-            einsum("pgkqd,pgkcd->pgkqc", q, own_keys, out=jnp.float32),
-        ],
-        -1,
-    ) / jnp.sqrt(d)
-    visible = jnp.concatenate([prompt_visible_PN, completion_visible_PC], -1)
-    weights = _softmax(scores, visible[:, None, None, None]).astype(dtype)
-    mixed = einsum("pgkqn,pknd->pgkqd", weights[..., :n], values)
-    mixed = mixed + einsum("pgkqc,pgkcd->pgkqd", weights[..., n:], own_values)
+    of_prompt = einsum("pgkqd,pknd->pgkqn", q, keys, out=jnp.float32)
+    own = einsum("rkqd,rkcd->rkqc", q.reshape(r, *q.shape[2:]), own_keys, out=jnp.float32)
+    scores = jnp.concatenate([of_prompt.reshape(*own.shape[:-1], n), own], -1) / jnp.sqrt(d)
+    prompt_visible_PGN = jnp.broadcast_to(prompt_visible_PN[:, None], (p, g, n))
+    visible = jnp.concatenate([prompt_visible_PGN, completion_visible_PGC], -1)
+    weights = _softmax(scores, visible.reshape(r, 1, 1, -1)).astype(dtype)
+    of_prompt = weights[..., :n].reshape(*q.shape[:-1], n)
+    mixed = einsum("pgkqn,pknd->pgkqd", of_prompt, values).reshape(r, *q.shape[2:])
+    mixed = mixed + einsum("rkqc,rkcd->rkqd", weights[..., n:], own_values)
     return mixed.reshape(p, g, h, d)

@@ -121,7 +121,7 @@ def _of_decode(settings: Settings, result: dict[str, Any]) -> list[Check]:
     memory, mesh = result["memory"], settings.mesh
     kinds = memory["kinds"]
     limit = (kinds["cache"] + 0.1 * kinds["sampler's parameters"]) / GIB
-    rows = settings.plan.slots[0] * settings.config.batch.group_size
+    rows = settings.plan.slots[0] * settings.plan.rows[0]
     rows *= (1 if mesh is None else mesh.shape["expert"]) / sharding.parts(mesh)
     gathered = max((c["largest"] for c in _gathers(result)), default=0)
     hidden = 4 * rows * settings.model.hidden_size
@@ -134,7 +134,8 @@ def _of_decode(settings: Settings, result: dict[str, Any]) -> list[Check]:
 def checks(settings: Settings, results: Sequence[dict[str, Any]], hbm: float) -> list[Check]:
     """Every demand, with what was measured."""
     found = []
-    drawn = settings.plan.slots[0] * settings.config.batch.group_size
+    plan, group = settings.plan, settings.config.batch.group_size
+    drawn = max(plan.slots[0] * plan.rows[0], plan.refill * group)
     logits = max(settings.hp.static.head_chunk, drawn // sharding.parts(settings.mesh))
     for r in results:
         name = r["program"]

@@ -126,10 +126,10 @@ def abstract_prompts(settings: Settings) -> Prompts:
 
 
 def abstract_decoding(settings: Settings, cache: int = -1) -> decode_state.DecodeState:
-    """The decode loop's state with all its slots and the largest cache, or an earlier one."""
+    """The decode loop's state with its first slots and the largest cache, or an earlier one."""
     plan, mesh = settings.plan, settings.mesh
     shape = decode_state.Shape(
-        plan.slots[0], plan.cache[cache], _drawn(settings), settings.width,
+        plan.slots[0], plan.rows[0], plan.cache[cache], _drawn(settings), settings.width,
         settings.config.batch.group_size, settings.max_new_tokens,
     )  # fmt: skip
     empty = jax.eval_shape(lambda: decode_state.empty(settings.model, shape, mesh))
@@ -213,7 +213,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
     base = jax.eval_shape(lambda: sampling.base_key(np.uint32(0), "train", np.int32(0)))
     static = {"truncate": False, "mesh": mesh}
     slots = fed(Abstract((plan.refill,), jnp.int32), mesh)
-    parts = fed(Abstract((sharding.parts(mesh),), jnp.int32), mesh)
+    limits = fed(Abstract((2 * sharding.parts(mesh),), jnp.int32), mesh)
     optimizer = {"optimizer": train.opt_state} | _reference(settings)
     resident = optimizer | {"parameters": train.params}
     cache = {"cache": (state.prompt_kv, state.completion_kv)}
@@ -225,7 +225,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
         {name: x for name, x in tree.items() if name not in same}
         for tree in (train.params, sampler_params)
     )
-    rows = plan.slots[0] * group
+    rows = plan.slots[0] * plan.rows[0]
     return {
         "to_sampler": Program(
             lambda: weights.convert.lower(rest, config, mesh), {"parameters": rest}, runs=1,
@@ -243,17 +243,19 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
         ),
         "decode": Program(
             lambda: decode.decode.lower(
-                sampler_params, config, controls, state, np.int32(0), parts, np.int32(1), **static
+                sampler_params, config, controls, state, np.int32(0), limits, np.int32(1), **static
             ),
-            sampler | cache | {"rows": results}, runs=t * _drawn(settings) / plan.slots[0],
+            sampler | cache | {"rows": results}, runs=t * _drawn(settings) * group / rows,
             tokens=rows, model_flops=forward_flops(settings, rows, n + t, rows), one_turn=True,
             resident=resident,
         ),
         "grow": Program(
-            lambda: decode_state.grow_cache.lower(smaller.completion_kv, plan.cache[-1], mesh),
-            {"cache": smaller.completion_kv}, runs=len(plan.cache) - 1,
-            resident=resident | sampler | {"cache": state.prompt_kv, "rows": results},
-            result={"cache": state.completion_kv},
+            lambda: decode_state.grow_cache.lower(smaller.completion_kv[0], plan.cache[-1], mesh),
+            {"cache": smaller.completion_kv[0]},
+            runs=(len(plan.cache) - 1) * config.num_hidden_layers,
+            resident=resident | sampler | {"rows": results}
+            | {"cache": (state.prompt_kv, state.completion_kv[1:])},
+            result={"cache": state.completion_kv[0]},
         ),
     }  # fmt: skip
 

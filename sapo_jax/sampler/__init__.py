@@ -1,18 +1,18 @@
-"""Rollouts: prefill once per prompt, decode groups in slots on the device, refill, shrink.
+"""Rollouts: prefill once per prompt, completions flow through rows on the device, compaction.
 
     rollout = rollout(params, config, prompts, group_size=8, max_new_tokens=512, …)
 
     rollout           samples G completions of each prompt                             engine.py
     ends              lengths of the completions, and how they ended
-    Plan, make_plan   the shapes that a rollout's programs are compiled for            scheduler.py
+    Plan, make_plan   the shapes that a rollout's programs are compiled for            plan.py
     to_sampler        `SamplerParams`: the sampler's dtype and layout; `moved_bytes`   weights.py
 
-Below: the device's programs (decode.py), their state and how it becomes rows (decode_state.py),
-the draw of a token (sampling.py).
+Below: what the host decides (scheduler.py), the device's programs (decode.py), their state
+(decode_state.py), how it becomes rows (results.py), the draw of a token (sampling.py).
 """
 
 from sapo_jax.sampler.engine import OnGroups, ends, rollout
-from sapo_jax.sampler.scheduler import Plan, make_plan
+from sapo_jax.sampler.plan import Plan, make_plan
 from sapo_jax.sampler.weights import SamplerParams, moved_bytes, to_sampler
 
 __all__ = [

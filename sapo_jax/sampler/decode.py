@@ -13,15 +13,15 @@ import jax.numpy as jnp
 
 from sapo_jax.model import attention, transformer
 from sapo_jax.parallel import collectives, sharding
-from sapo_jax.sampler import decode_state, sampling, weights
-from sapo_jax.sampler.decode_state import ROWS, WHOLE, DecodeState
+from sapo_jax.sampler import decode_state, results, sampling, weights
+from sapo_jax.sampler.decode_state import DecodeState
+from sapo_jax.sampler.results import ROWS, WHOLE
 
 
-def _draw_rows(keys_QG, index_Q, logits_QGV, controls, truncate):
-    """Draw a token for each row: rows of a slot share the completion index."""
+def _draw_rows(keys_XY, index_XY, logits_XYV, controls, truncate):
+    """Draw a token for each row."""
     one = partial(sampling.draw, c=controls, truncate=truncate)
-    per_row = jax.vmap(lambda k, i, x: jax.vmap(lambda kk, xx: one(kk, i, xx))(k, x))
-    return per_row(keys_QG, index_Q, logits_QGV)
+    return jax.vmap(jax.vmap(one))(keys_XY, index_XY, logits_XYV)
 
 
 def prefill(
@@ -45,7 +45,7 @@ def fill_slots(
 
 
 def _fill_slots(config, truncate, params, prompts, base, controls, state, slot_F, prompt_F):
-    q, group = state.done.shape
+    group = state.order.shape[1]
     # Entries that fill nothing compute some prompt; what they write is dropped.
     own = jax.tree.map(lambda x: x.at[prompt_F].get(mode="clip"), prompts)
     tokens_FN, length_F = own.tokens, own.length
@@ -55,7 +55,7 @@ def _fill_slots(config, truncate, params, prompts, base, controls, state, slot_F
 
     # Pads stand after the prompt, where causal attention never looks: one segment will do.
     segments_FN = jnp.ones_like(tokens_FN)
-    rope = attention.rotary(attention.positions(segments_FN), config)
+    rope = jax.tree.map(lambda x: x[: tokens_FN.shape[1]], state.rope)
     x = transformer.embed(params, config, tokens_FN)
     prompt_kv, routings = [], []
     for layer, cache in zip(params["layers"], state.prompt_kv, strict=True):
@@ -74,41 +74,43 @@ def _fill_slots(config, truncate, params, prompts, base, controls, state, slot_F
     # All completions of a prompt draw their first token from the same logits.
     keys_FG = sampling.row_keys(base, own.id, group, own.occurrence)
     logits_FGV = jnp.broadcast_to(logits_FV[:, None], (*keys_FG.shape, logits_FV.shape[-1]))
-    index_F = jnp.zeros_like(slot_F)
-    token_FG, logp_FG = _draw_rows(keys_FG, index_F, logits_FGV, controls, truncate)
-    real_F = slot_F < q
-    results, ended_FG = decode_state.write_tokens(
-        state.results, config,
-        jnp.where(real_F, prompt_F, state.results.tokens.shape[0] - 1), index_F,
-        token_FG, logp_FG, jnp.broadcast_to(real_F[:, None], token_FG.shape),
-    )  # fmt: skip
-    return state.replace(
+    index_FG = jnp.zeros(keys_FG.shape, jnp.int32)
+    token_FG, logp_FG = _draw_rows(keys_FG, index_FG, logits_FGV, controls, truncate)
+    sampled = state.results
+    ended_FG = results.ends(config, token_FG, index_FG, sampled.tokens.shape[-1])
+    sampled = sampled.replace(  # entries that fill nothing name the last prompt, which is none
+        tokens=sampled.tokens.at[prompt_F, :, 0].set(token_FG),
+        logp=sampled.logp.at[prompt_F, :, 0].set(logp_FG),
+    )
+    filled = state.replace(
         prompt_kv=prompt_kv,
         prompt=fill(state.prompt, prompt_F),
         length=fill(state.length, length_F),
-        start=fill(state.start, jnp.broadcast_to(state.clock, slot_F.shape)),
-        token=fill(state.token, token_FG),
-        done=fill(state.done, ended_FG),
         keys=fill(state.keys, keys_FG),
-        results=decode_state.write_prompt_routing(results, routings, prompt_F),
+        token=fill(state.token, token_FG),
+        order=fill(state.order, jnp.argsort(ended_FG, axis=-1, stable=True).astype(jnp.int32)),
+        first=fill(state.first, jnp.zeros_like(slot_F)),
+        end=fill(state.end, jnp.sum(~ended_FG, -1)),
+        results=results.write_prompt_routing(sampled, routings, prompt_F),
     )
+    return decode_state.take(filled)
 
 
 def step(params, config, controls, truncate, state: DecodeState) -> DecodeState:
     """Feed the last tokens, draw the next."""
-    n, c = state.prompt_kv[0][0].shape[2], state.completion_kv[0][0].shape[3]
+    n, c = state.prompt_kv[0][0].shape[2], state.completion_kv[0][0].shape[2]
     t = state.results.tokens.shape[-1]
-    index_Q = state.clock - state.start  # of the token that is fed, in its completion
-    position_QG = jnp.broadcast_to((state.length + index_Q)[:, None], state.token.shape)
-    rope = attention.rotary(position_QG, config)
-    # All rows write at one place of the cache, whenever their slot was filled; no completion is
-    # longer than T, so nothing is overwritten that is still read. Entries older than the slot's
-    # first token are of the group before, and are not visible. While C < T, the clock is below C.
+    index_QW = state.clock - state.start  # of the token that is fed, in its completion
+    position_QW = state.length[:, None] + index_QW
+    rope = jax.tree.map(lambda x: x[position_QW], state.rope)
+    # All rows write at one place of the cache, whenever they started; no completion is longer than
+    # T, so nothing is overwritten that is still read. Entries older than the row's first token are
+    # of the completion before, and are not visible. While C < T, the clock is below C.
     at = state.clock % t
     age_C = (state.clock - jnp.arange(c)) % t
-    completion_visible_QC = age_C[None, :] <= index_Q[:, None]
+    completion_visible_QWC = age_C <= index_QW[..., None]
     prompt_visible_QN = jnp.arange(n)[None, :] < state.length[:, None]
-    x = transformer.embed(params, config, state.token)
+    x = transformer.embed(params, config, state.last)
     completion_kv, routings = [], []
     for layer, prompt_kv, cache in zip(
         params["layers"], state.prompt_kv, state.completion_kv, strict=True
@@ -117,54 +119,54 @@ def step(params, config, controls, truncate, state: DecodeState) -> DecodeState:
 
         def attend(q, k, v, fresh=fresh, cache=cache, prompt_kv=prompt_kv):
             for old, new in zip(cache, (k, v), strict=True):
-                update = new[:, :, :, None].astype(old.dtype)
-                fresh.append(jax.lax.dynamic_update_slice_in_dim(old, update, at, 3))
-            visible = (prompt_visible_QN, completion_visible_QC)
+                update = new.reshape(-1, *new.shape[2:])[:, :, None].astype(old.dtype)
+                fresh.append(jax.lax.dynamic_update_slice_in_dim(old, update, at, 2))
+            visible = (prompt_visible_QN, completion_visible_QWC)
             return attention.cached(q, prompt_kv, fresh, *visible)
 
         x, routed = transformer.layer(layer, config, x, rope, attend)
         routings.append(routed)
         completion_kv.append(tuple(fresh))
     x = transformer.rms_norm(x, params["final_norm"], config.rms_norm_eps)
-    logits_QGV = transformer.logits_of(params, config, x)
-    token_QG, logp_QG = _draw_rows(state.keys, index_Q + 1, logits_QGV, controls, truncate)
-    # Rows that are done go on until their slot is refilled, with pads and writing nothing: shapes
-    # are fixed. Their index may run beyond T, hence the minimum.
-    live_QG, prompt_Q = ~state.done, state.prompt
-    results = decode_state.write_routing(
-        state.results, routings, prompt_Q, jnp.minimum(index_Q, t - 1), live_QG
-    )
-    results, ended_QG = decode_state.write_tokens(
-        results, config, prompt_Q, jnp.minimum(index_Q + 1, t - 1), token_QG, logp_QG, live_QG
-    )
-    return state.replace(
+    logits_QWV = transformer.logits_of(params, config, x)
+    keys_QW = jnp.take_along_axis(state.keys, state.sample, 1)
+    token_QW, logp_QW = _draw_rows(keys_QW, index_QW + 1, logits_QWV, controls, truncate)
+    ended_QW = results.ends(config, token_QW, index_QW + 1, t)
+    # Rows that have nothing to take go on, writing to no prompt: shapes are fixed.
+    prompt_QW = jnp.where(state.live, state.prompt[:, None], len(state.results.tokens) - 1)
+    stepped = state.replace(
         clock=state.clock + 1,
         completion_kv=completion_kv,
-        token=jnp.where(live_QG, token_QG, config.pad_token),
-        done=state.done | ended_QG,
-        results=results,
+        live=state.live & ~ended_QW,
+        last=token_QW,
+        results=results.write(
+            state.results, prompt_QW, state.sample, index_QW, token_QW, logp_QW, routings
+        ),
     )
+    return decode_state.take(stepped)
 
 
 @partial(jax.jit, static_argnames=("config", "truncate", "mesh"), donate_argnames="state")
-def decode(params, config, controls, state, until, enough_n, quorum, *, truncate, mesh=None):
-    """Decode until the clock reaches ``until``, or enough slots have finished.
+def decode(params, config, controls, state, until, limits_2n, quorum, *, truncate, mesh=None):
+    """Decode until the clock reaches ``until``, or there is something for the host to do.
 
-    That is: in ``quorum`` of the n parts of the rows, at least as many as ``enough_n`` says for it.
+    That is: in ``quorum`` of the n parts of the rows, at least as many slots are idle as the first
+    of its two limits says, or at most as many rows are live as the second.
 
     Returns:
-      (state, bool[Q] on every device: which slots have finished).
+      (state, i32[Q, W + 2 + G] on every device: what a `scheduler.View` is made of).
     """
     local, specs = partial(_decode, config, truncate), decode_state.partition_specs()
     in_specs = (weights.partition_specs(config), WHOLE, specs, WHOLE, ROWS, WHOLE)
-    arguments = (params, controls, state, until, enough_n, quorum)
+    arguments = (params, controls, state, until, limits_2n, quorum)
     return sharding.shard_map(local, mesh, in_specs, (specs, WHOLE))(*arguments)
 
 
-def _decode(config, truncate, params, controls, state, until, enough_1, quorum):
+def _decode(config, truncate, params, controls, state, until, limits_2, quorum):
     def agree(s):
-        finished = jnp.sum(jnp.all(s.done, -1))
-        return collectives.psum((finished >= enough_1[0]).astype(jnp.int32), sharding.ROWS)
+        idle, live = jnp.sum(~jnp.any(s.live, -1)), jnp.sum(s.live)
+        met = (idle >= limits_2[0]) | (live <= limits_2[1])
+        return collectives.psum(met.astype(jnp.int32), sharding.ROWS)
 
     # A step may hold collectives, so all parts take equally many: they stop by one sum.
     def go_on(carry):
@@ -176,4 +178,6 @@ def _decode(config, truncate, params, controls, state, until, enough_1, quorum):
         return s, agree(s)
 
     state, _ = jax.lax.while_loop(go_on, advance, (state, agree(state)))
-    return state, collectives.all_gather(jnp.all(state.done, -1), sharding.ROWS)
+    columns = (state.live, state.first[:, None], state.end[:, None], state.order)
+    table_QX = jnp.concatenate([x.astype(jnp.int32) for x in columns], -1)
+    return state, collectives.all_gather(table_QX, sharding.ROWS)

@@ -1,8 +1,9 @@
-"""The state of a rollout on the device: slots, caches, and results that become rows.
+"""The state of a rollout on the device: slots, rows, and their caches.
 
-A slot holds one prompt and its G completions. The prompt's keys and values are stored once; each
-row has its own for the completion, at the clock (the number of decode steps so far) modulo
-``max_new_tokens``: one contiguous write a step serves slots that started at different times.
+A slot holds one prompt, whose keys and values are stored once, and W ≤ G rows. The completions of
+the prompt flow through the rows: a row whose completion has ended takes the next one. Each row has
+keys and values of its own, at the clock (the number of decode steps so far) modulo
+``max_new_tokens``: one contiguous write a step serves rows that started at different times.
 
 On a mesh, each part of the rows has slots and prompts of its own, numbered from 0.
 """
@@ -16,21 +17,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from sapo_jax.model import moe
+from sapo_jax.model import attention
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import collectives, sharding
-from sapo_jax.types import LENGTH, STOP, Prompts, Rollout
+from sapo_jax.sampler import results
+from sapo_jax.sampler.results import ROWS, WHOLE, Results
+from sapo_jax.sampler.scheduler import Moves
 
-WHOLE, ROWS = PartitionSpec(), sharding.spec("rows")
+CACHE = sharding.spec("rows", "kv_heads")
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """Sizes of a state, those of all parts of the rows together."""
 
-    slots: int  # Q, groups in flight
+    slots: int  # Q, prompts in flight
+    rows: int  # W, of a slot
     cache: int  # C, completion tokens that have room in the cache
     prompts: int  # P, of the whole rollout
     width: int  # N, tokens of room for a prompt
@@ -39,42 +43,32 @@ class Shape:
 
 
 @struct.dataclass
-class Results:
-    """What has been sampled, by prompt; the last entry takes what empty slots write."""
-
-    tokens: jax.Array  # i32[P + 1, G, T]
-    logp: jax.Array  # f32[P + 1, G, T]
-    count: jax.Array  # i32[P + 1, G], tokens of the completion
-    finished: jax.Array  # i32[P + 1, G], STOP or LENGTH
-    routing: Any = (
-        None  # MoE: experts of prompts [P + 1, N, L', k], completions [P + 1, G, T, L', k]
-    )
-
-
-@struct.dataclass
 class DecodeState:
-    """The state of the decode loop; Q slots, G rows each."""
+    """The state of the decode loop; Q slots, W rows each."""
 
     clock: jax.Array  # i32[], decode steps done
+    rope: tuple[jax.Array, jax.Array]  # of `attention.rotary` at positions 0 … N + T − 1
     prompt_kv: Any  # per layer (keys, values) [Q, K, N, d]
-    completion_kv: Any  # per layer (keys, values) [Q, G, K, C, d]
+    completion_kv: Any  # per layer (keys, values) [Q·W, K, C, d]
     prompt: jax.Array  # i32[Q], index of the slot's prompt; P where the slot is empty
     length: jax.Array  # i32[Q], tokens of the prompt
-    start: jax.Array  # i32[Q], clock at which the slot was filled
-    token: jax.Array  # i32[Q, G], last token drawn, not in the cache yet
-    done: jax.Array  # bool[Q, G]
-    keys: jax.Array  # key[Q, G]
+    keys: jax.Array  # key[Q, G], of the prompt's completions
+    token: jax.Array  # i32[Q, G], their first tokens
+    order: jax.Array  # i32[Q, G], in which rows take them; those that ended at once come last
+    first: jax.Array  # i32[Q], of those that wait, as a place in the order
+    end: jax.Array  # i32[Q], behind the last of them
+    live: jax.Array  # bool[Q, W], whether the row has a completion under way
+    sample: jax.Array  # i32[Q, W], which one
+    start: jax.Array  # i32[Q, W], clock at which its first token is fed
+    last: jax.Array  # i32[Q, W], last token drawn, not in the cache yet
     results: Results
 
 
 def partition_specs() -> DecodeState:
     """Where the state lies on a mesh, with one spec for each of its trees."""
     by_row = dict.fromkeys(DecodeState.__dataclass_fields__, ROWS)
-    caches = {
-        "prompt_kv": sharding.spec("rows", "kv_heads"),
-        "completion_kv": sharding.spec("rows", None, "kv_heads"),
-    }
-    return DecodeState(**by_row | {"clock": WHOLE} | caches)
+    whole = {"clock": WHOLE, "rope": WHOLE}
+    return DecodeState(**by_row | whole | {"prompt_kv": CACHE, "completion_kv": CACHE})
 
 
 @partial(jax.jit, static_argnames=("config", "shape", "mesh"))
@@ -86,161 +80,103 @@ def empty(config: ModelConfig, shape: Shape, mesh: Mesh | None = None) -> Decode
 
 
 def _empty(config: ModelConfig, shape: Shape) -> DecodeState:
-    q, g, p, t = shape.slots, shape.group_size, shape.prompts, shape.max_new_tokens
+    q, w, g, p = shape.slots, shape.rows, shape.group_size, shape.prompts
     kv, d = config.num_key_value_heads // collectives.axis_size("tensor"), config.head_dim
 
     def pair(*sizes):
         return tuple(jnp.zeros(sizes, config.cache_dtype) for _ in range(2))
 
+    def integers(*sizes):
+        return jnp.zeros(sizes, jnp.int32)
+
     layers = range(config.num_hidden_layers)
-    key = jax.random.key(0, impl="threefry2x32")
     return DecodeState(
         clock=jnp.int32(0),
+        rope=attention.rotary(jnp.arange(shape.width + shape.max_new_tokens), config),
         prompt_kv=[pair(q, kv, shape.width, d) for _ in layers],
-        completion_kv=[pair(q, g, kv, shape.cache, d) for _ in layers],
+        completion_kv=[pair(q * w, kv, shape.cache, d) for _ in layers],
         prompt=jnp.full(q, p, jnp.int32),
         length=jnp.ones(q, jnp.int32),
-        start=jnp.zeros(q, jnp.int32),
-        token=jnp.zeros((q, g), jnp.int32),
-        done=jnp.ones((q, g), bool),
-        keys=jnp.broadcast_to(key, (q, g)),
-        results=Results(
-            tokens=jnp.full((p + 1, g, t), config.pad_token, jnp.int32),
-            logp=jnp.zeros((p + 1, g, t), jnp.float32),
-            count=jnp.zeros((p + 1, g), jnp.int32),
-            finished=jnp.zeros((p + 1, g), jnp.int32),
-            routing=_no_routing(config, (p + 1, shape.width), (p + 1, g, t)),
-        ),
+        keys=jax.random.wrap_key_data(jnp.zeros((q, g, 2), jnp.uint32), impl="threefry2x32"),
+        token=integers(q, g),
+        order=integers(q, g),
+        first=integers(q),
+        end=integers(q),
+        live=jnp.zeros((q, w), bool),
+        sample=integers(q, w),
+        start=integers(q, w),
+        last=integers(q, w),
+        results=results.empty(config, p, shape.width, shape.group_size, shape.max_new_tokens),
     )
-
-
-def _no_routing(config: ModelConfig, *shapes: tuple[int, ...]) -> Any:
-    """Nothing recorded yet, −1; None for a dense model."""
-    if not config.num_experts:
-        return None
-    choice, dtype = (len(config.sparse_layers), config.num_experts_per_tok), moe.id_dtype(config)
-    return tuple(jnp.full((*shape, *choice), -1, dtype) for shape in shapes)
 
 
 @partial(jax.jit, static_argnames=("size", "mesh"))
 def grow_cache(completion_kv: Any, size: int, mesh: Mesh | None = None) -> Any:
-    """Enlarge the completion cache."""
-    larger = jax.tree.map(
-        lambda x: jnp.pad(x, ((0, 0),) * 3 + ((0, size - x.shape[3]), (0, 0))), completion_kv
-    )
-    return sharding.constrain(larger, mesh, partition_specs().completion_kv)
+    """Enlarge the completion cache, or that of a layer."""
+    larger = jax.tree.map(partial(_with_room, size), completion_kv)
+    return sharding.constrain(larger, mesh, CACHE)
+
+
+def _with_room(size: int, cache: jax.Array) -> jax.Array:
+    return jnp.pad(cache, ((0, 0), (0, 0), (0, size - cache.shape[2]), (0, 0)))
+
+
+@partial(jax.jit, static_argnames=("size", "mesh"))
+def move_cache(
+    prompt_kv: Any, completion_kv: Any, moves: Moves, size: int, mesh: Mesh | None = None
+) -> tuple[Any, Any]:
+    """The caches of a layer for other slots and rows, with a completion cache of this size."""
+
+    def local(prompt_kv, completion_kv, moves):
+        row_R = moves.row.reshape(-1)
+        chosen = jax.tree.map(lambda x: x[moves.slot], prompt_kv)
+        return chosen, jax.tree.map(lambda x: _with_room(size, x[row_R]), completion_kv)
+
+    move = sharding.shard_map(local, mesh, (CACHE, CACHE, ROWS), (CACHE, CACHE))
+    return move(prompt_kv, completion_kv, moves)
 
 
 @partial(jax.jit, static_argnames="mesh")
-def select_slots(state: DecodeState, slots: jax.Array, mesh: Mesh | None = None) -> DecodeState:
-    """Some of the slots, named by their place in their part of the rows."""
+def move_rows(state: DecodeState, moves: Moves, mesh: Mesh | None = None) -> DecodeState:
+    """Other slots and rows of a state without caches and results; see `scheduler.Moves`."""
 
-    def local(state, slots):
-        own = state.replace(clock=None, results=None)  # all that has an axis Q
-        chosen = jax.tree.map(lambda x: x[slots], own)
-        return chosen.replace(clock=state.clock, results=state.results)
+    def local(state, moves):
+        def of(names, index, axes):
+            trees = {name: getattr(state, name) for name in names}
+            return {n: x.reshape(-1, *x.shape[axes:])[index] for n, x in trees.items()}
 
-    specs = partition_specs()
-    return sharding.shard_map(local, mesh, (specs, ROWS), specs)(state, slots)
-
-
-def write_tokens(
-    results: Results, config: ModelConfig, prompt_Q, index_Q, token_QG, logp_QG, live_QG
-) -> tuple[Results, jax.Array]:
-    """Write the tokens of live rows at their index of the completion; and which rows ended."""
-    stops_QG = jnp.isin(token_QG, jnp.asarray(config.stop_tokens))
-    last_Q1 = (index_Q == results.tokens.shape[-1] - 1)[:, None]
-    at = (prompt_Q[:, None], jnp.arange(token_QG.shape[1])[None, :])
-    at_token = (*at, index_Q[:, None])
-
-    def put(buffer, index, new):
-        return buffer.at[index].set(jnp.where(live_QG, new, buffer[index]))
-
-    results = results.replace(
-        tokens=put(results.tokens, at_token, token_QG),
-        logp=put(results.logp, at_token, logp_QG),
-        count=put(results.count, at, index_Q[:, None] + 1),
-        finished=put(results.finished, at, jnp.where(stops_QG, STOP, LENGTH)),
-    )
-    return results, stops_QG | last_Q1
-
-
-def write_prompt_routing(results: Results, routings: list, prompt_F: jax.Array) -> Results:
-    """Record what prefill routed; entries that fill nothing name a prompt out of range."""
-    if results.routing is None:
-        return results
-    prompts, completions = results.routing
-    experts = _experts(routings).astype(prompts.dtype)
-    return results.replace(routing=(prompts.at[prompt_F].set(experts, mode="drop"), completions))
-
-
-def write_routing(results: Results, routings: list, prompt_Q, index_Q, live_QG) -> Results:
-    """Record what the tokens just fed were routed to, at their place in the completion."""
-    if results.routing is None:
-        return results
-    prompts, completions = results.routing
-    at = (prompt_Q[:, None], jnp.arange(live_QG.shape[1])[None, :], index_Q[:, None])
-    new = jnp.where(live_QG[..., None, None], _experts(routings), completions[at])
-    return results.replace(routing=(prompts, completions.at[at].set(new.astype(completions.dtype))))
-
-
-def _experts(routings: list) -> jax.Array:
-    """The experts of all sparse layers, [..., L', k]."""
-    return jnp.stack([r.experts for r in routings if r is not None], -2)
-
-
-@partial(jax.jit, static_argnames="mesh")
-def completions(
-    results: Results, prompt_Q: jax.Array, mesh: Mesh | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens, count and finished of some prompts, by their place in their part of the rows."""
-
-    def local(arrays, prompt_Q):
-        return jax.tree.map(lambda x: x[prompt_Q], arrays)
-
-    arrays = (results.tokens, results.count, results.finished)
-    return sharding.shard_map(local, mesh, ROWS, ROWS)(arrays, prompt_Q)
-
-
-@partial(jax.jit, static_argnames=("config", "mesh"))
-def to_rollout(
-    config: ModelConfig, results: Results, prompts: Prompts, iteration, mesh: Mesh | None = None
-) -> Rollout:
-    """Prompts and completions as left-aligned, gap-free rows."""
-    local = sharding.shard_map(partial(_to_rollout, config), mesh, (ROWS, ROWS, WHOLE), ROWS)
-    return local(results, prompts, iteration)
-
-
-def _to_rollout(config, results, prompts, iteration) -> Rollout:
-    results = jax.tree.map(lambda x: x[:-1], results)
-    p, n = prompts.tokens.shape
-    group, t = results.tokens.shape[1:]
-    offset_PGS = jnp.arange(n + t)[None, None, :] - prompts.length[:, None, None]
-    offset_PGS = jnp.broadcast_to(offset_PGS, (p, group, n + t))
-    in_prompt_PGS = offset_PGS < 0
-    mask_PGS = ~in_prompt_PGS & (offset_PGS < results.count[..., None])
-
-    def rows(prompt, completion, pad):
-        """[P, N, ...] and [P, G, T, ...] at their places, [B, S, ...]."""
-        rest = completion.shape[3:]
-        index, mask, in_prompt = (
-            x.reshape(*x.shape, *(1 for _ in rest))
-            for x in (jnp.clip(offset_PGS, 0, t - 1), mask_PGS, in_prompt_PGS)
+        return take(
+            state.replace(
+                **of(("prompt", "length", "keys", "token"), moves.slot, 1),
+                **of(("sample", "start", "last"), moves.row, 2),
+                order=moves.order,
+                first=jnp.zeros_like(moves.waiting),
+                end=moves.waiting,
+                live=moves.live,
+            )
         )
-        own = jnp.take_along_axis(completion, index, 2)
-        own = jnp.where(mask, own, jnp.asarray(pad, own.dtype))
-        widths = ((0, 0), (0, t), *((0, 0) for _ in rest))
-        prompt = jnp.pad(prompt, widths, constant_values=pad)[:, None]
-        return jnp.where(in_prompt, prompt, own).reshape(p * group, n + t, *rest)
 
-    return Rollout(
-        tokens=rows(prompts.tokens, results.tokens, config.pad_token),
-        mask=mask_PGS.reshape(p * group, -1),
-        sampler_logp=rows(jnp.zeros((p, n), jnp.float32), results.logp, 0),
-        prompt_id=jnp.repeat(prompts.id, group),
-        sample_index=jnp.tile(jnp.arange(group, dtype=jnp.int32), p),
-        policy_step=jnp.full(p * group, iteration, jnp.int32),
-        finished=results.finished.reshape(-1),
-        segments=(mask_PGS | in_prompt_PGS).astype(jnp.int32).reshape(p * group, -1),
-        routing=results.routing and rows(*results.routing, -1),
+    specs = partition_specs().replace(prompt_kv=None, completion_kv=None, results=None)
+    return sharding.shard_map(local, mesh, (specs, ROWS), specs)(state, moves)
+
+
+def take(state: DecodeState) -> DecodeState:
+    """Let the rows without a completion take those that wait in their slot, from this clock on.
+
+    Its first token was drawn in the prefill, and the keys of its prompt are there.
+    """
+    rows = jnp.arange(state.live.shape[1])
+    free_QW = ~state.live
+    # A cumsum, which takes longer to compile.
+    before_QW = jnp.sum(free_QW[:, None] & (rows < rows[:, None]), -1)
+    place_QW = state.first[:, None] + before_QW
+    takes_QW = free_QW & (place_QW < state.end[:, None])
+    last_place = state.order.shape[1] - 1
+    next_QW = jnp.take_along_axis(state.order, jnp.clip(place_QW, 0, last_place), 1)
+    return state.replace(
+        live=state.live | takes_QW,
+        first=state.first + jnp.sum(takes_QW, -1),
+        sample=jnp.where(takes_QW, next_QW, state.sample),
+        start=jnp.where(takes_QW, state.clock, state.start),
+        last=jnp.where(takes_QW, jnp.take_along_axis(state.token, next_QW, 1), state.last),
     )

@@ -1,14 +1,13 @@
-"""Rollouts: prefill once per prompt, decode groups in slots on the device, refill, shrink.
+"""Rollouts: prefill once per prompt, let completions flow through rows on the device, compact.
 
 Decoding runs on the device (see `decode`). The host takes part only between segments of its loop:
-to refill slots whose group has finished, to drop empty ones when no prompt waits, and to let the
-cache grow to its next size (see `scheduler`).
+to refill slots whose completions have all ended, to go on with fewer rows when no prompt waits, and
+to let the cache grow to its next size (see `scheduler`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,9 +20,10 @@ from jax.sharding import Mesh
 
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
-from sapo_jax.sampler import decode, decode_state, sampling
+from sapo_jax.sampler import decode, decode_state, results, sampling
 from sapo_jax.sampler.decode_state import DecodeState
-from sapo_jax.sampler.scheduler import Plan, Slots, make_plan
+from sapo_jax.sampler.plan import Plan, make_plan
+from sapo_jax.sampler.scheduler import Moves, Slots
 from sapo_jax.sampler.weights import to_sampler
 from sapo_jax.types import Prompts, Rollout
 
@@ -49,18 +49,32 @@ def _check(prompts, config, group_size, max_new_tokens, domain, truncate) -> Non
         )
 
 
-def _checked(plan: Plan | None, prompts: int, max_new_tokens: int, mesh: Mesh | None) -> Plan:
+def _checked(
+    plan: Plan | None, prompts: int, group_size: int, max_new_tokens: int, mesh: Mesh | None
+) -> Plan:
     """The plan, or one of its own, if prompts and plan divide among the parts of the rows."""
     parts = sharding.parts(mesh)
     if mesh is not None:
         sharding.check(mesh, [sharding.Dimension("prompts", "rows", prompts)])
-    plan = plan or make_plan(prompts, max_new_tokens, parts=parts)
+    plan = plan or make_plan(prompts, max_new_tokens, group_size=group_size, parts=parts)
     divided = all(n % parts == 0 for n in (*plan.slots, plan.refill))
-    if plan.cache[-1] != max_new_tokens or plan.slots[0] > prompts or not divided:
+    fits = plan.refill <= plan.slots[0] <= prompts and plan.cache[-1] == max_new_tokens
+    if not (divided and fits and len(plan.rows) in (0, len(plan.slots))):
         raise ValueError(
             f"{plan} is not for {prompts} prompts in {parts} parts and {max_new_tokens=}"
         )
     return plan
+
+
+def _empty(config, shape, mesh, *, beside) -> DecodeState:
+    """An empty state, where the parameters lie.
+
+    Programs are compiled apart for placed and unplaced arguments. (Arrays of NumPy have no place.)
+    """
+    state = decode_state.empty(config, shape, mesh)
+    if mesh is None and getattr(beside, "committed", False):
+        state = jax.device_put(state, beside.sharding)
+    return state
 
 
 def rollout(
@@ -78,6 +92,7 @@ def rollout(
     top_p: float | None = None,
     plan: Plan | None = None,
     on_groups: OnGroups | None = None,
+    on_end: Callable[[int], None] | None = None,
     warm_up: Callable[[str], None] | None = None,
     on_segment: Callable[[], None] | None = None,
 ) -> Rollout:
@@ -97,10 +112,11 @@ def rollout(
       top_k: keep the k likeliest tokens; for evaluation only, since the learner's log π is that of
         the whole softmax.
       top_p: keep the smallest set of tokens of at least this probability; for evaluation only.
-      plan: shapes to compile for; by default all prompts at once.
+      plan: shapes to compile for; by default `make_plan`'s, all prompts at once.
       on_groups: called with the completions of some prompts as soon as they are finished, while the
         others are decoded: (index i32[g], tokens i32[g, G, T], count i32[g, G], finished
         i32[g, G]), NumPy arrays; each prompt comes once. With warm_up, all come at the end.
+      on_end: called with the number of rows that the decode steps have computed, used or not.
       warm_up: compile every program of the plan instead of sampling, and call this with a line
         about each; the result is a rollout without completions.
       on_segment: called between segments of decoding; may raise, which leaves the rollout.
@@ -115,23 +131,21 @@ def rollout(
     _check(prompts, config, group_size, max_new_tokens, domain, truncate)
     p, width = prompts.tokens.shape
     mesh = sharding.mesh_of(params)
-    plan = _checked(plan, p, max_new_tokens, mesh)
+    plan = _checked(plan, p, group_size, max_new_tokens, mesh)
     prompts = sharding.place(sampling.with_occurrence(prompts), mesh)
     controls = sampling.controls(temperature, top_k, top_p)
     params = to_sampler(params, config)
     base = sampling.base_key(np.uint32(seed), domain, np.int32(iteration))
-    sizes = (plan.slots[0], plan.cache[0], p, width, group_size, max_new_tokens)
-    state = decode_state.empty(config, decode_state.Shape(*sizes), mesh)
-    # Programs are compiled apart for placed and unplaced arguments: the state lies from the start
-    # where the parameters do. (Arrays of NumPy have no place.)
-    if mesh is None and getattr(params["final_norm"], "committed", False):
-        state = jax.device_put(state, params["final_norm"].sharding)
+    slots = Slots.empty(plan, p, sharding.parts(mesh), group_size)
+    sizes = (slots.plan.rows[0], plan.cache[0], p, width, group_size, max_new_tokens)
+    shape = decode_state.Shape(plan.slots[0], *sizes)
     static = {"truncate": truncate, "mesh": mesh}
     host = _Host(
-        state,
-        Slots.empty(plan, p, sharding.parts(mesh)),
+        _empty(config, shape, mesh, beside=params["final_norm"]),
+        slots,
         partial(decode.prefill, params, config, prompts, base, controls, **static),
         partial(decode.decode, params, config, controls, **static),
+        partial(results.completions, config, mesh=mesh),
         on_groups,
         mesh,
     )
@@ -139,7 +153,9 @@ def rollout(
         host.compile_all(warm_up)
     else:
         host.run(on_segment or (lambda: None))
-    return decode_state.to_rollout(config, host.state.results, prompts, np.int32(iteration), mesh)
+        if on_end:
+            on_end(slots.computed)
+    return results.to_rollout(config, host.state.results, prompts, np.int32(iteration), mesh)
 
 
 @dataclasses.dataclass
@@ -149,7 +165,8 @@ class _Host:
     Attributes:
       state: on the device; each program takes it and gives the next.
       slots: which prompt is where.
-      prefill_program, decode_program: what is left of `decode.prefill` and `decode.decode`.
+      prefill_program, decode_program, completions_program: what is left of `decode.prefill`,
+        `decode.decode` and `results.completions`.
       fresh: prompts that had finished when the host last looked, and their completions, which may
         still be on the device.
     """
@@ -158,6 +175,7 @@ class _Host:
     slots: Slots
     prefill_program: Callable[..., DecodeState]
     decode_program: Callable[..., tuple[DecodeState, jax.Array]]
+    completions_program: Callable[..., tuple[jax.Array, ...]]
     on_groups: OnGroups | None
     mesh: Mesh | None
     fresh: tuple[np.ndarray, Any] | None = None
@@ -179,9 +197,9 @@ class _Host:
             self.state = self.prefill_program(self.state, *map(self._place, entries))
 
     def shrink(self) -> None:
-        """Go on with fewer slots: a decode step costs the same for an empty one."""
-        while (slots_nQ := self.slots.shrink()) is not None:
-            self.state = self._select(slots_nQ)
+        """Go on with fewer rows: a decode step costs the same for an idle one."""
+        while (moves := self.slots.shrink()) is not None:
+            self._move(moves)
 
     def grow(self) -> None:
         """Enlarge the cache when the clock has come to its end."""
@@ -190,12 +208,13 @@ class _Host:
 
     def decode(self) -> None:
         """Decode until there is something to do, and report what had finished before."""
-        until, enough_n, quorum = self.slots.stop(reports=self.on_groups is not None)
-        self.state, idle = self.decode_program(self.state, until, self._place(enough_n), quorum)
+        until, limits_n2, quorum = self.slots.stop(reports=self.on_groups is not None)
+        self.state, table = self.decode_program(self.state, until, self._place(limits_n2), quorum)
         # Before the host waits for the device: completions are judged while others are decoded.
         self.report()
-        clock, idle = jax.device_get((self.state.clock, idle))
-        fresh_nQ = self.slots.advance(int(clock), np.array(idle).reshape(len(enough_n), -1))
+        clock, table = jax.device_get((self.state.clock, table))
+        table_nQX = table.reshape(len(limits_n2), -1, table.shape[-1])
+        fresh_nQ = self.slots.advance(int(clock), table_nQX)
         if self.on_groups:
             self.fresh = fresh_nQ, self._completions(fresh_nQ)
 
@@ -212,41 +231,63 @@ class _Host:
 
     def compile_all(self, say: Callable[[str], None]) -> None:
         """Run every program once on empty slots: it compiles, and there is nothing to compute."""
-        plan, parts = self.slots.plan, len(self.slots.idle)
-        zero, zeros_n = np.int32(0), np.zeros(parts, np.int32)
+        plan, (parts, _) = self.slots.plan, self.slots.prompt.shape
+        zero, zeros_n2 = np.int32(0), np.zeros((parts, 2), np.int32)
         self._completions(self.slots.prompt)
         say(f"prefill of {plan.refill * parts} prompts")
-        self.state = self.prefill_program(self.state, *map(self._place, self.slots.fill(zeros_n)))
-        for count, fewer in itertools.pairwise((*plan.slots, 0)):
-            first_nQ, smaller = np.tile(np.arange(fewer), (parts, 1)), None
-            for i, size in enumerate(plan.cache):
-                say(f"decoding of {count * parts} groups with {size} tokens of cache")
-                if i:
+        entries = self.slots.fill(zeros_n2[:, 0])
+        self.state = self.prefill_program(self.state, *map(self._place, entries))
+        last, levels = plan.cache[-1], len(plan.slots)
+        for level, (count, rows) in enumerate(zip(plan.slots, plan.rows, strict=True)):
+            for size in plan.cache if level == 0 else (last,):
+                say(f"decoding of {count * parts} × {rows} rows with {size} tokens of cache")
+                if level == 0 and size > plan.cache[0]:
                     self._grow_to(size)
-                if fewer:  # slots may become fewer at any size of the cache
-                    selected = self._select(first_nQ)
-                    smaller = smaller or selected
-                self.state, _ = self.decode_program(self.state, zero, self._place(zeros_n), zero)
-            self.state = smaller or self.state
+                arguments = self.state, zero, self._place(zeros_n2), zero
+                self.state, _ = self.decode_program(*arguments)
+                if level + 1 < levels and size < last:
+                    moves = jax.tree.map(lambda *x: self._place(np.stack(x)), *self.slots.packed())
+                    self._move_layer(self.state.prompt_kv[0], self.state.completion_kv[0], moves)
+            if level + 1 < levels:
+                self._move(self.slots.move(self.slots.packed()))
         if self.on_groups:
             every_nP = np.tile(np.arange(self.slots.prompts), (parts, 1))
             self.fresh = every_nP, self._completions(every_nP)
             self.report()
 
-    def _place(self, x_n: np.ndarray) -> Any:
+    def _place(self, x_nX: np.ndarray) -> Any:
         """An array of the parts of the rows, each part on its devices."""
-        return sharding.place(x_n.astype(np.int32).ravel(), self.mesh)
+        flat = x_nX.reshape(-1, *x_nX.shape[2:])
+        return sharding.place(flat if flat.dtype == bool else flat.astype(np.int32), self.mesh)
 
-    def _select(self, slots_nQ: np.ndarray) -> DecodeState:
-        return decode_state.select_slots(self.state, self._place(slots_nQ), self.mesh)
+    def _move(self, moves: Moves) -> None:
+        """Let the state have other slots and rows."""
+        state, self.state = self.state, None
+        layers = list(zip(state.prompt_kv, state.completion_kv, strict=True))
+        sampled, moved = state.results, []
+        state = state.replace(prompt_kv=None, completion_kv=None, results=None)
+        moves = jax.tree.map(self._place, moves)
+        while layers:  # one by one: there is no room for all of the old ones and the new ones
+            moved.append(self._move_layer(*layers.pop(0), moves))
+        prompt_kv, completion_kv = map(list, zip(*moved, strict=True))
+        state = decode_state.move_rows(state, moves, self.mesh)
+        caches = {"prompt_kv": prompt_kv, "completion_kv": completion_kv}
+        self.state = state.replace(results=sampled, **caches)
+
+    def _move_layer(self, prompt_kv: Any, completion_kv: Any, moves: Moves) -> Any:
+        size = self.slots.plan.cache[-1]
+        return decode_state.move_cache(prompt_kv, completion_kv, moves, size, self.mesh)
 
     def _grow_to(self, size: int) -> None:
-        larger = decode_state.grow_cache(self.state.completion_kv, size, self.mesh)
+        layers, self.state = self.state.completion_kv, self.state.replace(completion_kv=None)
+        larger = []
+        while layers:
+            larger.append(decode_state.grow_cache(layers.pop(0), size, self.mesh))
         self.state = self.state.replace(completion_kv=larger)
 
     def _completions(self, prompt_nQ: np.ndarray) -> tuple[jax.Array, ...]:
         """What has been sampled for some prompts of each part, still on the device."""
-        return decode_state.completions(self.state.results, self._place(prompt_nQ), self.mesh)
+        return self.completions_program(self.state.results, self._place(prompt_nQ))
 
 
 @jax.jit

@@ -22,6 +22,7 @@ from sapo_jax.parallel import collectives
 from sapo_jax.types import Prompts
 
 BLOCK = 256  # vocabulary entries per block of the two-stage draw
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))  # of Threefry, in bits
 
 
 class Controls(NamedTuple):
@@ -68,17 +69,62 @@ def with_occurrence(prompts: Prompts) -> Prompts:
     return prompts.replace(occurrence=np.array(occurrence_P, np.int32))
 
 
+def _threefry2x32(key_X2: jax.Array, high_X: jax.Array, low_X: jax.Array) -> list[jax.Array]:
+    """Threefry-2×32 with 20 rounds (Salmon et al. 2011) of counters; twice u32[...].
+
+    As `jax.random` computes it, whose rounds are a loop on CPU: each use of that one takes half a
+    second to compile.
+    """
+    one, two = key_X2[..., 0], key_X2[..., 1]
+    keys = (one, two, one ^ two ^ np.uint32(0x1BD11BDA))
+    x, y = high_X + keys[0], low_X + keys[1]
+    for i in range(5):
+        for by in ROTATIONS[i % 2]:
+            x = x + y
+            y = x ^ ((y << by) | (y >> (32 - by)))
+        x, y = x + keys[(i + 1) % 3], y + keys[(i + 2) % 3] + np.uint32(i + 1)
+    return [x, y]
+
+
+def _fold_in(key_X2: jax.Array, data_X: jax.Array) -> jax.Array:
+    """`jax.random.fold_in` of the words of keys, u32[..., 2]."""
+    data_X = data_X.astype(jnp.uint32)
+    return jnp.stack(_threefry2x32(key_X2, jnp.zeros_like(data_X), data_X), -1)
+
+
 def row_keys(
     base: jax.Array, prompt_id_P: jax.Array, group_size: int, occurrence_P: jax.Array | None = None
 ) -> jax.Array:
     """One key for each completion, key[P, G]."""
-    keys_P = jax.vmap(jax.random.fold_in, (None, 0))(base, prompt_id_P)
+    keys_P2 = _fold_in(jax.random.key_data(base), prompt_id_P)
     if occurrence_P is not None:
         no_sample_P = -occurrence_P.astype(jnp.uint32)  # the index of none
-        again_P = jax.vmap(jax.random.fold_in)(keys_P, no_sample_P)
-        keys_P = jnp.where(occurrence_P > 0, again_P, keys_P)
-    samples_G = jnp.arange(group_size)
-    return jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, samples_G))(keys_P)
+        again_P2 = _fold_in(keys_P2, no_sample_P)
+        keys_P2 = jnp.where(occurrence_P[:, None] > 0, again_P2, keys_P2)
+    keys_PG2 = _fold_in(keys_P2[:, None], jnp.arange(group_size)[None])
+    return jax.random.wrap_key_data(keys_PG2, impl="threefry2x32")
+
+
+def _gumbel(key_X2: jax.Array, at_X: jax.Array) -> jax.Array:
+    """The numbers at some places of `jax.random.gumbel` of the words of keys, f32[...]."""
+    x, y = _threefry2x32(key_X2, jnp.zeros_like(at_X), at_X)
+    mantissa = ((x ^ y) >> 9) | np.float32(1).view(np.uint32)
+    tiny = np.finfo(np.float32).tiny
+    uniform = jax.lax.bitcast_convert_type(mantissa, jnp.float32) - 1
+    return -jnp.log(-jnp.log(jnp.maximum(tiny, uniform * (1 - tiny) + tiny)))
+
+
+def _two_gumbels(key_2: jax.Array, blocks: int) -> tuple[jax.Array, jax.Array]:
+    """Noise of the blocks and inside one, of the two keys that `jax.random.split` makes.
+
+    By one hash, which is most of what a decode program takes to compile.
+    """
+    keys_22 = _fold_in(key_2, jnp.arange(2))
+    index = jnp.arange(blocks + BLOCK, dtype=jnp.uint32)
+    outer = index < blocks
+    key_X2 = jnp.where(outer[:, None], keys_22[0], keys_22[1])
+    noise = _gumbel(key_X2, jnp.where(outer, index, index - blocks))
+    return noise[:blocks], noise[blocks:]
 
 
 def _truncate(logits_V: jax.Array, c: Controls) -> jax.Array:
@@ -94,7 +140,7 @@ def _truncate(logits_V: jax.Array, c: Controls) -> jax.Array:
     return jnp.where(logits_V >= threshold, logits_V, -jnp.inf)
 
 
-def _gumbel_max(key: jax.Array, logits_V: jax.Array, noise: jax.Array) -> jax.Array:
+def _gumbel_max(key_2: jax.Array, logits_V: jax.Array, noise: jax.Array) -> jax.Array:
     """A draw from softmax(logits), in two stages where V is large.
 
     A block is drawn by its log-sum-exp, then a token inside it: exact, and noise is needed for
@@ -102,17 +148,17 @@ def _gumbel_max(key: jax.Array, logits_V: jax.Array, noise: jax.Array) -> jax.Ar
     """
     size = logits_V.size
     if size <= BLOCK:
-        return jnp.argmax(logits_V + noise * jax.random.gumbel(key, (size,)))
+        numbers_V = _gumbel(key_2, jnp.arange(size, dtype=jnp.uint32))
+        return jnp.argmax(logits_V + noise * numbers_V)
     padded = jnp.pad(logits_V, (0, -size % BLOCK), constant_values=-jnp.inf)
     blocks_NB = padded.reshape(-1, BLOCK)
-    outer_key, inner_key = jax.random.split(key)
-    mass_N = jax.nn.logsumexp(blocks_NB, axis=-1)
-    block = jnp.argmax(mass_N + jax.random.gumbel(outer_key, mass_N.shape))
-    inside = jnp.argmax(blocks_NB[block] + jax.random.gumbel(inner_key, (BLOCK,)))
+    outer_N, inner_B = _two_gumbels(key_2, len(blocks_NB))
+    block = jnp.argmax(jax.nn.logsumexp(blocks_NB, axis=-1) + outer_N)
+    inside = jnp.argmax(blocks_NB[block] + inner_B)
     return jnp.where(noise > 0, block * BLOCK + inside, jnp.argmax(logits_V))
 
 
-def _gumbel_max_split(key: jax.Array, logits_V: jax.Array, noise: jax.Array) -> jax.Array:
+def _gumbel_max_split(key_2: jax.Array, logits_V: jax.Array, noise: jax.Array) -> jax.Array:
     """`_gumbel_max` over a vocabulary of which each device has a part.
 
     The blocks are those of the whole vocabulary, and so is their noise; a block may lie on two
@@ -126,18 +172,18 @@ def _gumbel_max_split(key: jax.Array, logits_V: jax.Array, noise: jax.Array) -> 
         jnp.full(own * BLOCK, -jnp.inf), logits_V, (start % BLOCK,)
     )
     blocks_NB = padded.reshape(own, BLOCK)
-    outer_key, inner_key = jax.random.split(key)
+    outer_N, inner_B = _two_gumbels(key_2, count)
     mass_N = jax.lax.dynamic_update_slice(
         jnp.full(count + own, -jnp.inf), jax.nn.logsumexp(blocks_NB, axis=-1), (start // BLOCK,)
     )[:count]
     most_N = collectives.pmax(mass_N, vocab.TENSOR)
     mass_N = most_N + jnp.log(collectives.psum(jnp.exp(mass_N - most_N), vocab.TENSOR))
-    block = jnp.argmax(mass_N + jax.random.gumbel(outer_key, mass_N.shape))
+    block = jnp.argmax(mass_N + outer_N)
     at = block - start // BLOCK
     mine_B = blocks_NB[jnp.clip(at, 0, own - 1)]
     mine_B = jnp.where((at >= 0) & (at < own), mine_B, -jnp.inf)
     block_B = collectives.pmax(mine_B, vocab.TENSOR)
-    inside = jnp.argmax(block_B + jax.random.gumbel(inner_key, (BLOCK,)))
+    inside = jnp.argmax(block_B + inner_B)
     return jnp.where(noise > 0, block * BLOCK + inside, vocab.argmax(logits_V))
 
 
@@ -157,12 +203,12 @@ def draw(
       (token i32[], its log-probability f32[] in nats under the whole softmax(logits/temperature)).
     """
     logits_V = logits_V / c.temperature
-    key = jax.random.fold_in(row_key, index)
+    key_2 = _fold_in(jax.random.key_data(row_key), index)
     devices = collectives.axis_size("tensor")
     if truncate or devices == 1 or logits_V.size * devices <= BLOCK:
         whole_V = vocab.all_gather(logits_V)
-        token = _gumbel_max(key, _truncate(whole_V, c) if truncate else whole_V, c.noise)
+        token = _gumbel_max(key_2, _truncate(whole_V, c) if truncate else whole_V, c.noise)
     else:
-        token = _gumbel_max_split(key, logits_V, c.noise)
+        token = _gumbel_max_split(key_2, logits_V, c.noise)
     token = token.astype(jnp.int32)
     return token, vocab.pick(vocab.log_softmax(logits_V), token)

@@ -1,4 +1,4 @@
-"""What the host decides in a rollout: groups at a time, slots to fill, when to look again.
+"""What the host decides in a rollout: slots to fill, rows to go on with, when to look again.
 
 All of it follows from the plan and from what every process knows, so that all processes run the
 same programs. Each of the n parts of the rows has as many prompts, in slots of its own.
@@ -7,53 +7,85 @@ same programs. Each of the n parts of the rows has as many prompts, in slots of 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
+from sapo_jax.sampler.plan import Plan
+
 REPORTS = 8  # finished groups are reported in about this many portions
+NEVER = np.iinfo(np.int32).max
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The shapes that a rollout's programs are compiled for.
+class Moves(NamedTuple):
+    """Where what a part of the rows goes on with comes from; with an axis n, of all parts."""
 
-    Attributes:
-      slots: numbers of groups in flight, descending: the first while prompts wait, the others
-        when the last ones finish.
-      cache: completion cache sizes, ascending, the last one max_new_tokens.
-      refill: prompts prefilled at a time.
-
-    On a mesh the slots and the refill are those of all parts of the rows together.
-    """
-
-    slots: tuple[int, ...]
-    cache: tuple[int, ...]
-    refill: int
-
-    def of_part(self, parts: int) -> Plan:
-        """The share of one of the parts of the rows."""
-        return Plan(tuple(n // parts for n in self.slots), self.cache, self.refill // parts)
+    slot: np.ndarray  # i32[Q'], whose prompt it is
+    order: np.ndarray  # i32[Q', G], completions that wait, then anything
+    waiting: np.ndarray  # i32[Q'], their number
+    row: np.ndarray  # i32[Q', W'], counted through the slots
+    live: np.ndarray  # bool[Q', W'], whether the row comes with a completion
 
 
-def make_plan(
-    prompts: int, max_new_tokens: int, *, slots: int = 0, shrink: int = 2, parts: int = 1
-) -> Plan:
-    """A plan for a batch of prompts.
+class View(NamedTuple):
+    """What the host sees of the slots of all parts; of `decode.decode`, as one array."""
+
+    live: np.ndarray  # bool[n, Q, W], rows with a completion under way
+    first: np.ndarray  # int[n, Q], of the waiting completions, as a place in the order
+    end: np.ndarray  # int[n, Q], behind the last one
+    order: np.ndarray  # int[n, Q, G], completions of the slot's prompt as rows take them
+
+    @classmethod
+    def of(cls, table_nQX: np.ndarray, rows: int) -> View:
+        """From the columns of a table."""
+        live, first, end, order = np.split(table_nQX.copy(), [rows, rows + 1, rows + 2], -1)
+        return cls(live.astype(bool), first[..., 0], end[..., 0], order)
+
+    def taken(self) -> View:
+        """After rows without a completion have taken one that waits, as on the device."""
+        free_nQW = ~self.live
+        takes_nQW = free_nQW & (np.cumsum(free_nQW, -1) <= (self.end - self.first)[..., None])
+        return self._replace(live=self.live | takes_nQW, first=self.first + takes_nQW.sum(-1))
+
+
+def pack(prompt: np.ndarray, view: View, slots: int, rows: int) -> Moves | None:
+    """Put the completions of a part into other slots; None where they do not fit.
+
+    A prompt whose rows do not fit into one slot comes to stand in several. Slots to spare go to the
+    prompts of which most is left.
 
     Args:
-      prompts: P.
-      max_new_tokens: the longest completion.
-      slots: groups in flight; 0 takes all prompts at once.
-      shrink: how many times the number of slots is halved while the last groups finish.
-      parts: of the rows (see `sharding.parts`), each with as many slots; divides P and the slots.
+      prompt: int[Q].
+      view: of the part, without the axis n.
+      slots, rows: Q' and W'.
     """
-    slots = min(slots or prompts, prompts)
-    levels = [parts * max(1, slots // parts >> i) for i in range(shrink + 1)]
-    sizes = [max_new_tokens]
-    while sizes[-1] > 32 and len(sizes) < 4:
-        sizes.append(-(-sizes[-1] // 2))
-    refill = slots if slots == prompts else parts * max(1, slots // parts // 4)
-    return Plan(tuple(dict.fromkeys(levels)), tuple(reversed(sizes)), refill)
+    source, under_way, waiting = {}, {}, {}  # by prompt
+    for q in np.flatnonzero(view.live.any(-1)).tolist():
+        p = int(prompt[q])
+        source.setdefault(p, q)
+        found = q * view.live.shape[1] + np.flatnonzero(view.live[q])
+        under_way.setdefault(p, []).extend(found.tolist())
+        waiting.setdefault(p, []).extend(view.order[q, view.first[q] : view.end[q]].tolist())
+    count = {p: -(-len(found) // rows) for p, found in under_way.items()}
+    if sum(count.values()) > slots:
+        return None
+    left = {p: len(under_way[p]) + len(waiting[p]) for p in count}
+    for _ in range(slots - sum(count.values())):
+        most = max(count, key=lambda p: left[p] / count[p], default=None)
+        if most is None or left[most] <= count[most] * rows:
+            break
+        count[most] += 1
+    moves = Moves(
+        np.zeros(slots, np.int32), np.zeros((slots, view.order.shape[1]), np.int32),
+        np.zeros(slots, np.int32), np.zeros((slots, rows), np.int32), np.zeros((slots, rows), bool),
+    )  # fmt: skip
+    places = [(p, i) for p, n in count.items() for i in range(n)]
+    for at, (p, i) in enumerate(places):
+        own, queue = (found[p][i :: count[p]] for found in (under_way, waiting))
+        moves.slot[at], moves.waiting[at] = source[p], len(queue)
+        moves.order[at, : len(queue)] = queue
+        moves.row[at, : len(own)], moves.live[at, : len(own)] = own, True
+    return moves
 
 
 @dataclasses.dataclass
@@ -63,29 +95,38 @@ class Slots:
     Attributes:
       plan, prompts: the shapes to choose from, and the number of prompts, of each part.
       prompt: of the slot, by its place in its part; ``prompts`` for none.
-      idle: all completions of the slot have ended, or it was never filled.
+      view: the slots' completions when the host last looked, or as many as there may be.
       first_waiting: the prompt that is filled next.
       level, size: the numbers of slots and the size of the cache, as indices into the plan.
       clock: decode steps done.
+      computed: rows computed in them, of all parts.
     """
 
     plan: Plan
     prompts: int
     prompt: np.ndarray  # int[n, Q]
-    idle: np.ndarray  # bool[n, Q]
+    view: View
     first_waiting: np.ndarray  # int[n]
     level: int = 0
     size: int = 0
     clock: int = 0
+    computed: int = 0
 
     @classmethod
-    def empty(cls, plan: Plan, prompts: int, parts: int) -> Slots:
+    def empty(cls, plan: Plan, prompts: int, parts: int, group_size: int) -> Slots:
         """All slots idle, all prompts waiting; the plan's and their number is that of all parts."""
-        plan, prompts = plan.of_part(parts), prompts // parts
-        shape = (parts, plan.slots[0])
-        return cls(
-            plan, prompts, np.full(shape, prompts), np.ones(shape, bool), np.zeros(parts, int)
-        )
+        plan, prompts = plan.of_part(parts, group_size), prompts // parts
+        shape, order = (parts, plan.slots[0]), np.arange(group_size)
+        view = View(
+            np.zeros((*shape, plan.rows[0]), bool), np.zeros(shape, int), np.zeros(shape, int),
+            np.broadcast_to(order, (*shape, group_size)).copy(),
+        )  # fmt: skip
+        return cls(plan, prompts, np.full(shape, prompts), view, np.zeros(parts, int))
+
+    @property
+    def idle(self) -> np.ndarray:
+        """Slots without a completion under way, bool[n, Q]; then none of theirs waits."""
+        return ~self.view.live.any(-1)
 
     def refill(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Slots and prompts of the next prefill, see `fill`; None where there is none.
@@ -106,34 +147,49 @@ class Slots:
         """
         slot_nF = np.full((len(count_n), self.plan.refill), self.plan.slots[0], np.int32)
         prompt_nF = np.full(slot_nF.shape, self.prompts, np.int32)
+        idle_nQ, (_, first, end, order) = self.idle, self.view
         for n, count in enumerate(count_n):
-            slots = np.flatnonzero(self.idle[n])[:count]
+            slots = np.flatnonzero(idle_nQ[n])[:count]
             prompts = self.first_waiting[n] + np.arange(count)
             slot_nF[n, :count], prompt_nF[n, :count] = slots, prompts
-            self.prompt[n, slots], self.idle[n, slots] = prompts, False
+            self.prompt[n, slots] = prompts
+            # Those that end with their first token are not known yet: none of them may.
+            first[n, slots], end[n, slots] = 0, order.shape[-1]
+        self.view = self.view.taken()
         self.first_waiting = self.first_waiting + count_n
         return slot_nF, prompt_nF
 
-    def shrink(self) -> np.ndarray | None:
-        """The slots to go on with, i32[n, Q'], where the busy ones fit the next smaller number.
+    def shrink(self) -> Moves | None:
+        """What to go on with, with an axis n, where all parts fit the plan's next slots.
 
-        Only when no prompt waits: every slot costs the same in a decode step, used or not.
+        Only when no prompt waits: every row costs the same in a decode step, used or not.
         """
         if (self.first_waiting < self.prompts).any() or self.level + 1 == len(self.plan.slots):
             return None
-        fewer = self.plan.slots[self.level + 1]
-        if (~self.idle).sum(-1).max() > fewer:
-            return None
-        busy_first_nQ = np.argsort(self.idle, axis=-1, kind="stable")[:, :fewer]
-        self.idle = np.take_along_axis(self.idle, busy_first_nQ, -1)
-        self.prompt = np.take_along_axis(self.prompt, busy_first_nQ, -1)
-        self.level += 1
-        return busy_first_nQ.astype(np.int32)
+        packed = self.packed()
+        return self.move(packed) if all(packed) else None
+
+    def packed(self) -> list[Moves | None]:
+        """The next slots of each part, None where its completions do not fit them."""
+        slots, rows = (numbers[self.level + 1] for numbers in (self.plan.slots, self.plan.rows))
+        return [
+            pack(prompt, View(*part), slots, rows) if part[0].sum() <= slots * rows else None
+            for prompt, *part in zip(self.prompt, *self.view, strict=True)
+        ]
+
+    def move(self, packed: list[Moves]) -> Moves:
+        """Go over to the plan's next slots."""
+        moves = Moves(*(np.stack(columns) for columns in zip(*packed, strict=True)))
+        self.prompt = np.take_along_axis(self.prompt, moves.slot, -1)
+        view = View(moves.live, np.zeros_like(moves.waiting), moves.waiting, moves.order)
+        self.view = view.taken()
+        self.level, self.size = self.level + 1, len(self.plan.cache) - 1
+        return moves
 
     def grow(self) -> int | None:
         """The next size of the completion cache, where the clock has come to the present one.
 
-        Attention reads the cache whole, so that short completions are to have a short one.
+        Attention reads the cache whole, so that the first completions are to have a short one.
         """
         if self.clock < self.plan.cache[self.size] or self.size + 1 == len(self.plan.cache):
             return None
@@ -141,34 +197,50 @@ class Slots:
         return self.plan.cache[self.size]
 
     def stop(self, reports: bool) -> tuple[np.int32, np.ndarray, np.int32]:
-        """When to look again: see ``until``, ``enough_n`` and ``quorum`` of `decode.decode`.
+        """When to look again: see ``until``, ``limits_2n`` and ``quorum`` of `decode.decode`.
 
         At the end of the cache, and when there is something to do: while prompts wait, a refill in
         an eighth of the parts (with more, the first ones would wait for the others); afterwards,
-        when all can shrink; and, for reports, when some more slots have finished.
+        when all can shrink; and, for reports, when some more slots are idle.
         """
         last, parts = self.size + 1 == len(self.plan.cache), len(self.first_waiting)
-        until = np.iinfo(np.int32).max if last else self.plan.cache[self.size]
+        until = NEVER if last else self.plan.cache[self.size]
         waiting_n, idle_n = self.first_waiting < self.prompts, self.idle.sum(-1)
-        slots, fewer = (*self.plan.slots, 0)[self.level : self.level + 2]
+        live_n = self.view.live.sum((1, 2))
+        idle_enough_n, live_few_n = np.full(parts, NEVER), np.full(parts, -1)
         if waiting := int(waiting_n.sum()):
-            enough_n = np.where(waiting_n, self.plan.refill, slots + 1)
+            idle_enough_n = np.where(waiting_n, self.plan.refill, NEVER)
         else:
-            enough_n = np.full(parts, slots - fewer)
+            live_few_n = self._few(live_n)
         if reports:
-            enough_n = np.minimum(enough_n, idle_n + max(1, self.plan.slots[0] // REPORTS))
+            more_n = idle_n + max(1, self.plan.slots[0] // REPORTS)
+            idle_enough_n = np.minimum(idle_enough_n, more_n)
         quorum = parts
         if waiting or reports:
-            met = (idle_n >= enough_n).sum()
+            met = ((idle_n >= idle_enough_n) | (live_n <= live_few_n)).sum()
             quorum = min(waiting or parts, met + max(1, parts // REPORTS))
-        return np.int32(until), enough_n.astype(np.int32), np.int32(quorum)
+        limits_n2 = np.stack([idle_enough_n, live_few_n], -1).astype(np.int32)
+        return np.int32(until), limits_n2, np.int32(quorum)
 
-    def advance(self, clock: int, idle_nQ: np.ndarray) -> np.ndarray:
+    def _few(self, live_n: np.ndarray) -> np.ndarray:
+        """Live rows with which a part may fit the next slots; at the end, none."""
+        if self.level + 1 == len(self.plan.slots):
+            return np.zeros_like(live_n)
+        most = self.plan.slots[self.level + 1] * self.plan.rows[self.level + 1]
+        fits_n = np.array([packed is not None for packed in self.packed()])
+        return np.where(fits_n, NEVER, np.minimum(most, live_n - 1))
+
+    def advance(self, clock: int, table_nQX: np.ndarray) -> np.ndarray:
         """Take note of what the device has done; the prompts that have finished since, int[n, Q₀].
 
         With ``prompts`` for none, and of one size for all numbers of slots: one program reads them.
         """
-        fresh_nQ = np.full((len(idle_nQ), self.plan.slots[0]), self.prompts)
-        fresh_nQ[:, : idle_nQ.shape[1]] = np.where(idle_nQ & ~self.idle, self.prompt, self.prompts)
-        self.clock, self.idle = clock, idle_nQ
+        parts, _, rows = self.view.live.shape
+        before, self.view = self.idle, View.of(table_nQX, rows)
+        fresh_nQ = np.full((parts, self.plan.slots[0]), self.prompts)
+        for n, (prompt, idle) in enumerate(zip(self.prompt, self.idle, strict=True)):
+            done = np.setdiff1d(prompt[~before[n]], prompt[~idle])
+            fresh_nQ[n, : len(done)] = done
+        self.computed += (clock - self.clock) * parts * self.idle.shape[1] * rows
+        self.clock = clock
         return fresh_nQ

@@ -109,10 +109,9 @@ def settings_of(base: ConfigDict, override: Mapping[str, Any]) -> Settings:
 
 
 def _check(run: Settings) -> None:
-    for field in ("slots", "shrink"):
-        value = getattr(run.config.sampler, field)
-        all_at_once = "0 in a sweep, whose runs sample all prompts at once"
-        require(value == 0, f"sampler.{field}", value, all_at_once)
+    slots = run.config.sampler.slots
+    all_at_once = "0 in a sweep, whose runs sample all prompts at once"
+    require(slots == 0, "sampler.slots", slots, all_at_once)
     for axis, size in run.config.mesh.items():
         alone = "1 in a sweep, whose runs have one device each (population.method='devices')"
         require(size == 1, f"mesh.{axis}", size, alone)

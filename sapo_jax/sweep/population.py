@@ -142,10 +142,11 @@ class Population:
         del on_segment
         each, first = [run.sampling(domain) for run in self.runs], self.runs[0].sampling(domain)
         top = {name: first.get(name) for name in ("top_k", "top_p")}
+        plan = first["plan"].of_part(1, first["group_size"])
         seed_R = np.array([own["seed"] for own in each], np.uint32)
         if warm_up:
             warm_up("sampling")
-        found = rollouts.rollout(
+        found, steps_R = rollouts.rollout(
             np.full(len(self.runs), warm_up is None),
             weights,
             self.runs[0].model,
@@ -155,14 +156,17 @@ class Population:
             np.int32(iteration),
             group_size=first["group_size"],
             max_new_tokens=first["max_new_tokens"],
-            cache=first["plan"].cache,
+            rows=plan.rows[0],
+            cache=plan.cache,
             truncate=any(value is not None for value in top.values()),
             mesh=self.mesh,
         )
         every = self.to_host(found)
         for groups, rows in zip(on_groups, every, strict=True):
             rollouts.report(groups, rows, first["group_size"])
-        return found, [(rows.mask.sum(-1), rows.finished) for rows in every]
+        computed_R = np.asarray(steps_R) * plan.slots[0] * plan.rows[0]
+        pairs = zip(every, computed_R.tolist(), strict=True)
+        return found, [Ends(rows.mask.sum(-1), rows.finished, n) for rows, n in pairs]
 
     def learn(
         self, state: TrainState, minibatches: tuple[Batch, ...]

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from sapo_jax import rewards
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
-from sapo_jax.sampler import SamplerParams, decode, decode_state, sampling
+from sapo_jax.sampler import SamplerParams, decode, decode_state, results, sampling
 from sapo_jax.sampler.decode_state import DecodeState
 from sapo_jax.types import Prompts, Rollout
 
@@ -37,8 +37,10 @@ def report(groups: rewards.Groups, rows: Rollout, group_size: int) -> None:
     groups(np.arange(len(grouped[0])), *grouped)
 
 
-# A decoding state with an axis R on everything but the clock, which all runs share.
-RUNS = DecodeState(**{**dict.fromkeys(DecodeState.__dataclass_fields__, 0), "clock": None})
+# A decoding state with an axis R on everything but what all runs share.
+RUNS = DecodeState(**dict.fromkeys(DecodeState.__dataclass_fields__, 0)).replace(
+    clock=None, rope=None
+)
 
 
 def decode_runs(params, config, controls, state, until, *, truncate) -> DecodeState:
@@ -54,13 +56,13 @@ def decode_runs(params, config, controls, state, until, *, truncate) -> DecodeSt
 
     step = jax.vmap(advance, in_axes=(0, 0, RUNS), out_axes=RUNS)
     return jax.lax.while_loop(
-        lambda s: (s.clock < until) & ~jnp.all(s.done), lambda s: step(params, controls, s), state
+        lambda s: (s.clock < until) & jnp.any(s.live), lambda s: step(params, controls, s), state
     )
 
 
 @partial(
     jax.jit,
-    static_argnames=("config", "group_size", "max_new_tokens", "cache", "truncate", "mesh"),
+    static_argnames=("config", "group_size", "max_new_tokens", "rows", "cache", "truncate", "mesh"),
 )
 def rollout(
     live_R: jax.Array,
@@ -73,10 +75,11 @@ def rollout(
     *,
     group_size: int,
     max_new_tokens: int,
+    rows: int,
     cache: tuple[int, ...],
     truncate: bool,
     mesh: Mesh | None = None,
-) -> Rollout:
+) -> tuple[Rollout, jax.Array]:
     """`sampler.rollout` of R runs, as one program: all prompts at once, no slot is refilled.
 
     Args:
@@ -86,36 +89,39 @@ def rollout(
       controls: from `sampling.controls`, of R runs.
       iteration: i32[], of the policies.
       group_size, max_new_tokens: as there.
+      rows: of each prompt's slot.
       cache: sizes of the completion cache, ascending (see `sampler.Plan`).
       truncate: whether top_k and top_p apply.
       mesh: over which the runs are split.
 
     Returns:
-      Rollout with a leading axis R.
+      (Rollout with a leading axis R, i32[R] decode steps).
     """
     p, width = prompts.tokens.shape[1:]
     every, none = jnp.arange(p, dtype=jnp.int32), np.iinfo(np.int32).max
 
-    shape = decode_state.Shape(p, cache[0], p, width, group_size, max_new_tokens)
+    shape = decode_state.Shape(p, rows, cache[0], p, width, group_size, max_new_tokens)
 
     def start(params, prompts, base, controls):
         state = decode_state.empty(config, shape)
         arguments = (params, config, prompts, base, controls, state, every, every)
         return decode.prefill(*arguments, truncate=truncate)
 
-    def end(state, prompts):
-        return decode_state.to_rollout(config, state.results, prompts, iteration)
+    def rows_of(state, prompts):
+        return results.to_rollout(config, state.results, prompts, iteration)
 
     def all_of(live_R, params, prompts, base_R, controls):
         state = jax.vmap(start, out_axes=RUNS)(params, prompts, base_R, controls)
-        state = state.replace(done=state.done | ~live_R[:, None, None])
+        end = jnp.where(live_R[:, None], state.end, 0)
+        state = state.replace(end=end, live=state.live & live_R[:, None, None])
         for i, size in enumerate(cache):
             if i:
                 grow = jax.vmap(partial(decode_state.grow_cache, size=size))
                 state = state.replace(completion_kv=grow(state.completion_kv))
             until = size if size < cache[-1] else none
             state = decode_runs(params, config, controls, state, until, truncate=truncate)
-        return jax.vmap(end, in_axes=(RUNS, 0))(state, prompts)
+        rows = jax.vmap(rows_of, in_axes=(RUNS, 0))(state, prompts)
+        return rows, jnp.broadcast_to(state.clock, live_R.shape)
 
     split = sharding.shard_map(all_of, mesh, BY_RUN, BY_RUN)
     return split(live_R, params, prompts, base_R, controls)

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from sapo_jax.cli import OPEN, flat, from_config, nearest
 
 LARGEST = 2**31 - 1  # counts are i32 on the device
-MOST = {"seed": 2**32 - 1, "sampler.shrink": 30, "reward.workers": 4096, "data.workers": 1024}
+MOST = {"seed": 2**32 - 1, "reward.workers": 4096, "data.workers": 1024}
 OF_TASKS = ("task.", "tasks.", "tokenizer.template_options.")  # what others read: up to 64 bits
 CHARACTERS = 2**16
 INSIDE = ("task.options.", "tasks.", "tokenizer.template_options.")  # fields of others' names

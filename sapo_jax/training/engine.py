@@ -19,7 +19,13 @@ from sapo_jax.parallel import sharding
 from sapo_jax.training.settings import Settings
 from sapo_jax.types import Batch, Prompts, Rollout, TrainState
 
-Ends = tuple[np.ndarray, np.ndarray]  # length i[B] of completions, and finished i[B]
+
+class Ends(NamedTuple):
+    """How the completions of a run's rollout ended, and what they took."""
+
+    length: np.ndarray  # i[B]
+    finished: np.ndarray  # i[B]
+    computed: int  # rows computed in decode steps, used or not
 
 
 class Bundle(NamedTuple):
@@ -87,7 +93,7 @@ class Streamed:
         on_segment: Callable[[], None] | None = None,
     ) -> tuple[Rollout, list[Ends]]:
         """See `sampler.rollout`; prompts, ``on_groups`` and ends are of each run."""
-        (run,) = self.runs
+        (run,), computed = self.runs, [0]
         rollout = sampler.rollout(
             weights,
             run.model,
@@ -95,11 +101,12 @@ class Streamed:
             iteration=iteration,
             domain=domain,
             on_groups=self.join(on_groups),
+            on_end=computed.append,
             warm_up=warm_up,
             on_segment=on_segment,
             **run.sampling(domain),
         )
-        return rollout, [sampler.ends(rollout)]
+        return rollout, [Ends(*sampler.ends(rollout), computed[-1])]
 
     def learn(
         self, state: TrainState, minibatches: tuple[Batch, ...]

@@ -129,7 +129,7 @@ def held_out(
         every, controls = [prompts] * len(on_groups), {"iteration": 0, "domain": "eval"}
         controls |= {"warm_up": warm_up, "on_segment": on_segment}
         _, ends = engine.rollout(weights, every, on_groups, **controls)
-        return [length_B for length_B, _ in ends]
+        return [own.length for own in ends]
 
     return evaluate(
         sample,

@@ -106,7 +106,7 @@ def _selected(run: Settings, rewards_B: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def _metrics(run: Settings, prompts: Prompts, ends: Ends, rewards_B: np.ndarray) -> dict:
     """What a judged rollout of a run shows; of a mixture, the mean reward of each task too."""
-    (length_B, finished_B), group_size = ends, run.config.batch.group_size
+    (length_B, finished_B, computed), group_size = ends, run.config.batch.group_size
     rewards_PG = rewards_B.reshape(-1, group_size)
     metrics = {
         "reward/mean": float(rewards_B.mean()),
@@ -115,6 +115,7 @@ def _metrics(run: Settings, prompts: Prompts, ends: Ends, rewards_B: np.ndarray)
         "length/mean": float(length_B.mean()),
         "length/max": float(length_B.max()),
         "length/truncated": float(np.mean(finished_B == LENGTH)),
+        "sampler/rows_per_token": float(computed / max(1, length_B.sum())),
     }
     if len(run.tasks) > 1:
         task_B = np.repeat(prompts.task, group_size)
@@ -212,7 +213,7 @@ def _judged(
         own |= {"data/dropped": float(stream.dropped), **parts, **of_groups}
         own["sampler/weights_moved_bytes"] = moved
         metrics.append(own | {key: float(value) for key, value in more[r].items()})
-        samples.append(_samples(run, query, ends[r][1], rewards_B, advantages_B, iteration))
+        samples.append(_samples(run, query, ends[r].finished, rewards_B, advantages_B, iteration))
     return Experience(minibatches, metrics, samples)
 
 

@@ -89,6 +89,11 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "length/max": ("length of the longest completion", "tokens"),
         "length/truncated": ("share of completions that ran out of room", "share", "near 0"),
+        "sampler/rows_per_token": (
+            "rows computed in decode steps ÷ completion tokens: 1 if none is idle",
+            "",
+            "1 to 1.5",
+        ),
         "sampler/weights_moved_bytes": ("parameters sent between devices to sample", "bytes"),
         "time/logp": ("making minibatches: scoring log π_old and log π_ref, advantages", "s"),
         "time/to_sampler": ("moving parameters to the sampler", "s"),

@@ -34,6 +34,7 @@ MAY_DIFFER = {
     "learner.max_skipped",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",  # but for the last bits
 }  # fmt: skip
+GONE = {"sampler.shrink"}  # fields that runs of before have
 ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "tensor", "expert")}
 OPEN = {"task", "tasks", "mesh", "template_options"}  # sections read by the names in them
 
@@ -108,7 +109,7 @@ class Settings:
     def may_differ(self) -> frozenset[str]:
         """Fields that may change when a run is started again: no result depends on them."""
         fixed_length = self.config.learner.schedule != "constant"
-        return frozenset(MAY_DIFFER - ({"iterations"} if fixed_length else set()))
+        return frozenset(GONE | MAY_DIFFER - ({"iterations"} if fixed_length else set()))
 
     @property
     def rows(self) -> int:
@@ -144,7 +145,7 @@ def _check_numbers(c: Any) -> None:
         "reward.workers",
     )  # fmt: skip
     _bounded(
-        c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "sampler.shrink", "eval.every",
+        c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "eval.every",
         "eval.temperature", "learner.warmup", "learner.weight_decay", "log.samples",
         "profile_steps", "learner.learning_rate", "data.max_prompt_tokens", "data.workers",
         "distributed.timeout", "reward.kl_coef", "reward.max_length", "reward.buffer",
@@ -212,6 +213,9 @@ def of_run(workdir: epath.PathLike, changes: Mapping[str, Any] = ONE_DEVICE) -> 
         raise ValueError(f"{workdir} has no config.json: name the --workdir of a run")
     stored.pop("files", None)  # whose fingerprints are taken anew
     config = cli.from_config("base")  # with the fields that the run is older than
+    for section, field in (name.split(".") for name in GONE):
+        if isinstance(stored.get(section), dict):
+            stored[section].pop(field, None)
     try:
         check_fields(_merged(config.to_dict(), stored))
     except ValueError as error:
@@ -281,7 +285,7 @@ def from_config(
     names = [c.objective.name, *(task["name"] for task in build.entries(c).values())]
     files = cli.own.fingerprints([*names, c.reward.function])
     parts = sharding.parts(mesh)
-    options = {"slots": c.sampler.slots, "shrink": c.sampler.shrink, "parts": parts}
+    options = {"slots": c.sampler.slots, "parts": parts}
     plan = partial(sampler.make_plan, max_new_tokens=room, **options)
     # The last batch of an evaluation is filled up, and so is one that the mesh does not divide.
     eval_batch = -(-min(c.batch.prompts, c.eval.prompts) // parts) * parts
@@ -299,8 +303,8 @@ def from_config(
         width=width,
         max_new_tokens=room,
         bounds=build.make_bounds(c),
-        plan=plan(c.batch.prompts * c.batch.oversample),
-        eval_plan=plan(eval_batch),
+        plan=plan(c.batch.prompts * c.batch.oversample, group_size=c.batch.group_size),
+        eval_plan=plan(eval_batch, group_size=c.eval.samples),
         eval_batch=eval_batch,
         mesh=mesh,
     )

@@ -115,6 +115,7 @@ WRONG = [  # command line, and what the one line says
     (f"train {TINY} learning_rate=3", "'learning_rate=3'", "--config.<field>=<value>"),
     (f"train {TINY} --config.lerner.schedule=linear", "nearest is --config.learner.schedule"),
     (f"train {TINY} --config.learner.learning_rat=1", "nearest is --config.learner.learning_rate"),
+    (f"train {TINY} --config.sampler.shrink=2", "config.sampler.shrink: there is no such field"),
     (f"train {TINY} --config.batch.prompts=many", "batch.prompts=many: must be a whole number"),
     (f"train {TINY} --config.learner.b1=x", "--config.learner.b1=x: must be a number"),
     (f"train {TINY} --config.learner.remat=x", "learner.remat=x: must be true or false"),

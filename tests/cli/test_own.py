@@ -301,10 +301,14 @@ def test_a_run_remembers_the_files(tmp_path, monkeypatch):
 
 
 def test_fields_newer_than_a_run_have_their_defaults(tmp_path):
-    """A directory of before goes on, or is exported, though it lacks fields of today."""
+    """A directory of before goes on, or is exported, though it lacks fields of today.
+
+    Nor has today a field that it has.
+    """
     checked = config(tmp_path, **{"task.name": "chain_sum"})
     older = {key: dict(x) if isinstance(x, dict) else x for key, x in checked.plain.items()}
     del older["reward"]["function"], older["population"]
+    older["sampler"]["shrink"] = 2
     workdir.write_config(tmp_path, older)
     workdir.check_config(tmp_path, checked.plain, may_differ=checked.may_differ)
     assert settings.of_run(tmp_path).plain == checked.plain

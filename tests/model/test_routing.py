@@ -14,7 +14,8 @@ from tests import fakes
 from tests.training.test_metrics import check
 
 P, N, G, T = 6, 5, 4, 10
-PLAN = Plan((2, 1), (T,), 1)  # slots refilled one by one and compacted: rows keep their routing
+# Slots refilled one by one, whose rows are handed on and compacted: samples keep their routing.
+PLAN = Plan((2, 1), (T,), 1, (3, 2))
 
 
 @pytest.fixture(scope="module")

@@ -234,7 +234,9 @@ def test_slots_shrink_and_caches_grow_in_every_part(policies, references):
             assert prompt not in seen
             seen[prompt] = rows
 
-    got = roll(policies["dense"], mesh, plan=Plan((4, 2), (3, T), 2), on_groups=on_groups)
+    got = roll(
+        policies["dense"], mesh, plan=Plan((4, 2, 2), (3, T), 2, (2, 2, 1)), on_groups=on_groups
+    )
     np.testing.assert_array_equal(got.tokens, references["dense"].tokens)
     assert sorted(seen) == list(range(P))
     for row in range(P * G):
@@ -278,8 +280,8 @@ def test_decoding_gathers_no_weights(policies):
     config, _ = policies["moe"]
     mesh = sharding.make_mesh(**MESHES["expert 4, fsdp 2"])
     weights = sampler.to_sampler(placed(policies["moe"], mesh), config)
-    state = decode_state.empty(config, decode_state.Shape(8, T, P, N, G, T), mesh)
-    arguments = (sampling.controls(1.0), state, np.int32(9), np.full(8, 1, np.int32), np.int32(1))
+    state = decode_state.empty(config, decode_state.Shape(8, G, T, P, N, G, T), mesh)
+    arguments = (sampling.controls(1.0), state, np.int32(9), np.full(16, 1, np.int32), np.int32(1))
     compiled = decode.decode.lower(
         weights, config, *arguments, truncate=False, mesh=mesh
     ).compile()  # fmt: skip

@@ -80,9 +80,9 @@ def test_rows_are_left_aligned_and_gap_free(peaked):
 
 LAYOUTS = {
     "one slot at a time": Plan((1,), (T,), 1),
-    "three slots, refilled singly": Plan((3,), (T,), 1),
-    "five slots, refilled by twos, shrinking": Plan((5, 2, 1), (4, 12, T), 2),
-    "all slots, small caches": Plan((12, 6, 3), (3, 9, T), 12),
+    "three slots of two rows, refilled singly": Plan((3,), (T,), 1, (2,)),
+    "five slots, refilled by twos, shrinking": Plan((5, 4, 2), (4, 12, T), 2, (3, 2, 1)),
+    "all slots of one row, small caches": Plan((12, 6, 3), (3, 9, T), 12, (1, 1, 1)),
 }
 
 
@@ -110,7 +110,7 @@ def test_layouts_agree_up_to_near_ties(peaked):
     shuffled = Prompts(*(np.asarray(x)[order] for x in jax.tree.leaves(prompts)))
     back = (np.argsort(order)[:, None] * G + np.arange(G)).ravel()
     results = {name: roll(peaked, prompts, plan=plan) for name, plan in LAYOUTS.items()}
-    again = roll(peaked, shuffled, plan=LAYOUTS["three slots, refilled singly"])
+    again = roll(peaked, shuffled, plan=LAYOUTS["three slots of two rows, refilled singly"])
     results["another order"] = jax.tree.map(lambda x: x[back], again)
     for name, other in results.items():
         differs = np.flatnonzero((other.tokens != reference.tokens).any(-1))
@@ -154,6 +154,13 @@ def test_groups_are_reported_as_they_finish(peaked, name):
             np.testing.assert_array_equal(tokens_S[mask_S], tokens_T[:count])
 
 
+def test_what_the_decode_steps_computed_is_counted(peaked):
+    """Rows flow without the host: of one slot of one row, each completion takes its tokens."""
+    prompts, computed = fakes.prompts(P, N), []
+    rollout = roll(peaked, prompts, plan=Plan((1,), (T,), 1, (1,)), on_end=computed.append)
+    assert computed == [rollout.mask.sum() - P * G]  # the first tokens are the prefill's
+
+
 def test_a_rollout_can_be_left_between_segments(peaked):
     """Guards against a run that, asked to stop, decodes for minutes."""
     seen = []
@@ -163,7 +170,10 @@ def test_a_rollout_can_be_left_between_segments(peaked):
         if len(seen) == 2:
             raise KeyboardInterrupt
 
-    options = {"plan": LAYOUTS["three slots, refilled singly"], "on_segment": on_segment}
+    options = {
+        "plan": LAYOUTS["three slots of two rows, refilled singly"],
+        "on_segment": on_segment,
+    }
     with pytest.raises(KeyboardInterrupt):
         roll(peaked, fakes.prompts(96, N, seed=5), **options)
     assert len(seen) == 2
@@ -195,7 +205,7 @@ def test_a_prompt_that_stands_twice_draws_twice(peaked):
     at = np.arange(P)
     at[[4, 7]] = 1
     twice = jax.tree.map(lambda x: x[at], prompts)
-    plan = LAYOUTS["three slots, refilled singly"]
+    plan = LAYOUTS["three slots of two rows, refilled singly"]
     once, rows = (
         np.where(found.mask, found.tokens, 0).reshape(P, G, -1)
         for found in (roll(peaked, given, plan=plan) for given in (prompts, twice))
@@ -252,11 +262,11 @@ def test_warm_up_compiles_everything(peaked):
     from tests.fakes import Compilations
 
     prompts = fakes.prompts(10, N + 1, seed=2)
-    plan = Plan((5, 2, 1), (4, 12, T), 2)
+    plan = Plan((5, 8, 2), (4, 12, T), 2, (4, 1, 1))
     lines = []
     empty = roll(peaked, prompts, plan=plan, warm_up=lines.append)
     assert not empty.mask.any()
-    assert len(lines) == 1 + 3 * 3
+    assert len(lines) == 1 + 3 + 2
     with Compilations() as compilations:
         for iteration in range(3):
             assert roll(peaked, prompts, plan=plan, iteration=iteration).mask.any()
@@ -272,6 +282,8 @@ BAD = [
     ({"top_k": 0, "domain": "eval"}, "top_k=0: must be at least 1"),
     ({"plan": Plan((4,), (8,), 4)}, "max_new_tokens=24"),
     ({"plan": Plan((40,), (T,), 4)}, "12 prompts"),
+    ({"plan": Plan((4,), (T,), 5)}, "is not for"),
+    ({"plan": Plan((4, 2), (T,), 4, (2,))}, "is not for"),
 ]
 
 

@@ -1,5 +1,7 @@
 """One draw: the right distribution, the right noise, and honest log-probabilities."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -72,6 +74,20 @@ def test_the_likeliest_token_always_stays():
     logits = np.log(np.array([0.2, 0.5, 0.3], np.float32))
     assert set(np.asarray(draws(logits, 50, truncate=True, top_p=1e-320)[0])) == {1}
     assert set(np.asarray(draws(logits, 500, truncate=True, top_k=2**40)[0])) == {0, 1, 2}
+
+
+def test_the_noise_is_that_of_jax_random():
+    """Its rounds are written out here; samples of before stay."""
+    key = sampling.base_key(3, "test", 1)
+    data, index = jax.random.key_data(key), jnp.arange(7, dtype=jnp.uint32)
+    folded = jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, index))
+    np.testing.assert_array_equal(sampling._fold_in(data, index), folded)
+    same = partial(np.testing.assert_allclose, rtol=1e-6)
+    same(sampling._gumbel(data, index), jax.random.gumbel(key, index.shape))
+    outer, inner = jax.random.split(key)
+    found = sampling._two_gumbels(data, 5)
+    same(found[0], jax.random.gumbel(outer, (5,)))
+    same(found[1], jax.random.gumbel(inner, (sampling.BLOCK,)))
 
 
 def test_padded_vocabulary_is_never_drawn():

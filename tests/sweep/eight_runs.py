@@ -62,6 +62,8 @@ def test_runs_on_devices_of_their_own_are_those_of_one_device(tmp_path, monkeypa
     for name, checked in zip(on_all.names, on_all.runs, strict=True):
         both = [tmp_path / method / name for method in ("devices", "map")]
         for got, expected in zip(*map(records, both), strict=True):
+            for record in (got, expected):  # alone, a run goes on with fewer and fewer rows
+                record.pop("sampler/rows_per_token", None)
             jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=5e-6), got, expected)
         got, expected = (final_state(place, checked)[0].params for place in both)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-6), got, expected)

@@ -18,7 +18,7 @@ from sapo_jax.sampler import sampling
 from sapo_jax.sweep import cohorts, rollouts, schedule
 from sapo_jax.sweep.population import Population, hyperparameters, to_sampler, vmapped
 from sapo_jax.training import experience, startup, stopping
-from sapo_jax.training.engine import Bundle, Streamed, pick, stack
+from sapo_jax.training.engine import Bundle, Ends, Streamed, pick, stack
 from sapo_jax.training.lease import Lease
 from sapo_jax.training.progress import Clock
 from sapo_jax.training.workdir import read_metrics
@@ -194,7 +194,7 @@ def given(monkeypatch):
             rollouts.report(groups, own, 4)
         for i in index:
             sampled[i].set()
-        return jax.device_put(self.join(rows)), [(x.mask.sum(-1), x.finished) for x in rows]
+        return jax.device_put(self.join(rows)), [Ends(x.mask.sum(-1), x.finished, 0) for x in rows]
 
     for kind in (Population, Streamed):
         monkeypatch.setattr(kind, "to_sampler", lambda *_: None)
@@ -260,9 +260,18 @@ def test_vmap_samples_the_same_up_to_near_ties(peaked):
     """
     config, weights = peaked
     policies = [weights, fakes.perturbed(weights, 0.01, seed=2)]
-    static = {"group_size": G, "max_new_tokens": T, "cache": (3, 9, T), "truncate": False}
-    among = jax.device_get(rollouts.rollout(*arguments_of((config, policies), 11), **static))
-    dead = rollouts.rollout(*arguments_of((config, policies), 11, (True, False)), **static)
+    static = {
+        "group_size": G,
+        "max_new_tokens": T,
+        "cache": (3, 9, T),
+        "truncate": False,
+        "rows": 2,
+    }
+    among, steps_R = jax.device_get(
+        rollouts.rollout(*arguments_of((config, policies), 11), **static)
+    )
+    assert T < steps_R[0] == steps_R[1] <= G * T  # completions that flowed through two rows
+    dead, _ = rollouts.rollout(*arguments_of((config, policies), 11, (True, False)), **static)
     np.testing.assert_array_equal(dead.mask[0], among.mask[0])
     assert dead.mask[1].sum(-1).max() == 1
     for r, policy in enumerate(policies):
@@ -283,10 +292,10 @@ def test_vmap_samples_the_same_up_to_near_ties(peaked):
 def test_vmap_of_decoding_selects_no_caches(peaked):
     """A loop whose predicate has the axis R would copy every cache at each step by a select."""
     config, weights = peaked
-    static = {"group_size": G, "max_new_tokens": T, "cache": (T,), "truncate": False}
+    static = {"group_size": G, "max_new_tokens": T, "cache": (T,), "truncate": False, "rows": G}
     arguments = arguments_of((config, [weights, weights]), 0)
     text = rollouts.rollout.trace(*arguments, **static).lower().as_text()
-    cache = f"2x{P}x{G}x{config.num_key_value_heads}x{T}x{config.head_dim}xf32"
+    cache = f"2x{P * G}x{config.num_key_value_heads}x{T}x{config.head_dim}xf32"
     assert cache in text
     selected = [line for line in text.splitlines() if "stablehlo.select" in line and cache in line]
     scattered = [line for line in text.splitlines() if "scatter" in line and cache in line]

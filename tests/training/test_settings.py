@@ -143,7 +143,6 @@ WRONG = [
     ({"checkpoint.every": 0}, "checkpoint.every=0", "at least 1"),
     ({"reward.buffer": -1}, "reward.buffer=-1", "at least 0"),
     # What would be made, counted or waited for before anything else refuses it.
-    ({"sampler.shrink": 31}, "sampler.shrink=31", "at most 30"),
     ({"reward.workers": 10**6}, "reward.workers=1000000", "at most 4096"),
     ({"data.workers": 10**6}, "data.workers=1000000", "at most 1024"),
     ({"batch.group_size": 10**9}, "batch.group_size=1000000000", "at most 26843545,"),
