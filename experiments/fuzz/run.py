@@ -35,7 +35,7 @@ from tests import tiny_config
 HERE = pathlib.Path(__file__).parent
 _COUNT = flags.DEFINE_integer("count", 600, "Odd configs.", 1)
 _SEED = flags.DEFINE_integer("seed", 0, "Of what is odd about them.", 0)
-_TRAINED = flags.DEFINE_integer("trained", 8, "Accepted ones that are trained for an iteration.", 0)
+_TRAINED = flags.DEFINE_integer("trained", 5, "Accepted ones that are trained for an iteration.", 0)
 _OUT = flags.DEFINE_string("out", str(HERE / "results"), "For fuzz.jsonl and table.md.")
 LIMIT, TRAINING_LIMIT = 10, 120  # seconds of a config
 TOKENS, PARAMETERS = 4096, 10**6  # that are trained at most

@@ -70,7 +70,7 @@ class Flags(flags.FlagValues):
         text = "The experiment: a shipped one by name (sapo-jax list configs), or a file."
         new = {"accept_new_attributes": True, "lock_config": False}  # see _ConfigParser
         self._define(config_flags.DEFINE_config_file, "config", None, text, required=True, **new)
-        self["config"].parser = _ConfigParser()
+        self["config"].parser = _ConfigParser(fields=())
         config_flags.register_flag_parser_for_type(ConfigDict, _DictionaryParser())
         config_flags.register_flag_parser_for_type(object, _LiteralParser())
 
@@ -165,8 +165,9 @@ def _replaced(argv: Sequence[str]) -> str:
 
 
 class _ConfigParser(flags.ArgumentParser):
-    config: ConfigDict | None = None
-    fields: Sequence[str] = ()  # that the command line sets
+    def __init__(self, *, fields: Sequence[str]):  # absl shares parsers without keywords
+        self.config: ConfigDict | None = None
+        self.fields = fields  # that the command line sets
 
     def parse(self, name: str) -> ConfigDict:
         self.config = from_config(name)

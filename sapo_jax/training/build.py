@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from sapo_jax import corrections, learner, model, objectives, tasks
-from sapo_jax.cli import nearest
+from sapo_jax.cli import from_config, nearest
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
@@ -54,7 +54,7 @@ def make_tasks(c: Any) -> tuple[dict[str, Task], dict[str, float]]:
         require(isinstance(entry["name"], str), f"{field}.name", entry["name"], "text")
         require(isinstance(options, dict), f"{field}.options", options, "a dictionary")
         share, prompts = entry["share"], c.batch.prompts
-        number = isinstance(share, int | float) and 0 < share <= 1
+        number = type(share) in (int, float) and 0 < share <= 1
         require(number, f"{field}.share", share, "a number in (0, 1]")
         whole = f"a whole number of the {prompts} of batch.prompts"
         divides = abs(share * prompts - round(share * prompts)) < 1e-6
@@ -167,7 +167,8 @@ def make_objective(c: Any) -> objectives.Objective:
         only = "'reinforce' for source='demonstrations': likelihood is REINFORCE with advantage 1"
         require(name == "reinforce", "objective.name", name, only)
     choice("objective.kl", kl, KL_ESTIMATORS)
-    given = {key: value for key, value in fields.items() if value is not None}
+    others = from_config("base").objective  # whose fields may be None, whoever has them
+    given = {k: value for k, value in fields.items() if value is not None or k not in others}
     with of_field("objective"):
         known = [*objectives.named(name).hyperparameters, *OF_OBJECTIVE]
         for key, value in given.items():

@@ -301,3 +301,13 @@ def test_two_commands_in_one_process():
     assert "out" in export.FLAGS
     assert "out" not in main.FLAGS
     assert tiny_config.get_config().name == "tiny"
+
+
+def test_the_config_of_one_command_is_none_of_another(monkeypatch):
+    """absl shares parsers that are made without keywords."""
+    first, second = cli.Flags("train", ""), cli.Flags("sweep", "")
+    for given in (first, second):
+        given.config_file()
+    monkeypatch.setattr(sys, "argv", ["train", TINY])
+    assert first.parse(sys.argv).config.name == "tiny"
+    assert "--config.name='base'" in second.describe()
