@@ -4,6 +4,7 @@
 # make fuzz    600 odd configs, accepted or refused by name; 5 minutes at most
 # make storm   60 SIGKILLs at random moments; 15 minutes at most
 # make docs    a static site of the documentation, site/index.html
+# make bench   how fast it is; make bench-peers, and its peers on the same (their environments first)
 # make test    the tests, in the same environment
 # make test-slow  the slow ones; those that compile for TPU need libtpu, which make preflight installs
 PYTHON ?= python3
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m sapo_jax.main
 
-.PHONY: train smollm2 preflight storm fuzz docs test test-slow lint format clean
+.PHONY: train smollm2 preflight storm fuzz docs bench bench-peers test test-slow lint format clean
 
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
@@ -45,6 +46,18 @@ docs: $(VENV)/docs
 
 $(VENV)/docs: requirements-docs.txt $(VENV)/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
+bench: $(VENV)/ready
+	$(BIN)/python -m experiments.benchmarks.run
+
+bench-peers: $(VENV)/ready .cache/peers/torch/ready .cache/peers/tunix/ready
+	$(BIN)/python -m experiments.benchmarks.run --peers=.cache/peers
+
+# The peers' pins are complete, for Python 3.11.
+.cache/peers/%/ready: experiments/benchmarks/peers/requirements-%.txt
+	python3.11 -m venv .cache/peers/$*
+	.cache/peers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
 test: $(VENV)/ready

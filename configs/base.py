@@ -101,7 +101,9 @@ def get_config() -> ConfigDict:
     c.batch.oversample = 1  # draw that many times the prompts, learn from the first with a signal
     c.batch.group_size = 8  # completions per prompt
     c.batch.minibatches = 4  # updates per iteration
-    c.batch.micro_batches = 1  # forward-backward passes per update; memory, not results
+    c.batch.micro_batches = 1  # forward-backward passes per update, at least; memory, not results
+    c.batch.pack = True  # several completions in a row of the update, and no pads; speed
+    c.batch.share_prefix = config_dict.placeholder(bool)  # a group's prompt once; None: if it pays
 
     # Sampler.
     c.sampler = ConfigDict()
@@ -123,7 +125,7 @@ def get_config() -> ConfigDict:
     c.learner.old_logp = "sampler"  # "sampler": its own; "recompute": the learner's, one more pass
     c.learner.routing_replay = "none"  # "none", "R2" (old policy), "R3" (sampler)
     c.learner.router_aux_coef = 0.0  # weight of the load-balancing loss
-    c.learner.head_chunk = 1024  # rows whose logits exist at a time
+    c.learner.head_chunk = 0  # tokens whose logits exist at a time; 0: by the vocabulary
     c.learner.remat = False  # recompute activations in the backward pass; memory, not results
 
     # Evaluation on held-out prompts.

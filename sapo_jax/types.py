@@ -52,10 +52,18 @@ class Batch:
     segments: jax.Array  # i32[B, S]
     sampler_logp: jax.Array  # f32[B, S]
     old_logp: jax.Array  # f32[B, S]
-    advantages: jax.Array  # f32[B]
+    advantages: jax.Array  # f32[B], or f32[B, S] where rows are packed
     ref_logp: jax.Array | None = None  # f32[B, S]
     weights: jax.Array | None = None  # f32[B, S], multiply the surrogate, never a denominator
     routing: jax.Array | None = None  # MoE only: i8/i16[B, S, L_moe, k], what was recorded
+    prefix: jax.Array | None = None  # i32[B, S], segment that a token's own continues; 0: none
+    count: jax.Array | None = None  # i32[parts], micro-batches in use; None: all
+
+    @property
+    def token_advantages(self) -> jax.Array:
+        """The advantage of each token."""
+        own = self.advantages if self.advantages.ndim == 2 else self.advantages[:, None]
+        return jnp.broadcast_to(own, self.tokens.shape)
 
 
 @struct.dataclass
@@ -120,6 +128,26 @@ REDUCTIONS = (Weighted, Max, Min, Histogram)
 def is_reduction(x: Any) -> bool:
     """True for the mergeable reductions; the ``is_leaf`` of trees of metrics."""
     return isinstance(x, REDUCTIONS)
+
+
+def add(first: Any, second: Any) -> Any:
+    """The sum of two trees of arrays and mergeable reductions."""
+
+    def each(a, b):
+        both = jax.tree.map(lambda x, y: jnp.stack([x, y]), a, b)
+        return both.merge() if is_reduction(a) else a + b
+
+    return jax.tree.map(each, first, second, is_leaf=is_reduction)
+
+
+def zero(shapes: Any) -> Any:
+    """What changes nothing as the second argument of `add`, for a tree of such shapes."""
+
+    def each(x):
+        fill = {Max: -jnp.inf, Min: jnp.inf}.get(type(x), 0)
+        return jax.tree.map(lambda leaf: jnp.full(leaf.shape, fill, leaf.dtype), x)
+
+    return jax.tree.map(each, shapes, is_leaf=is_reduction)
 
 
 def merge(stacked: Any, axis: int = 0) -> Any:

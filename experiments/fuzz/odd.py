@@ -12,6 +12,7 @@ from sapo_jax import cli
 from sapo_jax.advantages import ESTIMATORS
 from sapo_jax.corrections import CORRECTIONS
 from sapo_jax.model import PRESETS
+from sapo_jax.model.config import ATTENTION
 from sapo_jax.objectives import OBJECTIVES
 from sapo_jax.tasks import TASKS
 from tests import tiny_config
@@ -58,8 +59,15 @@ TOGETHER = [  # fields that bound one another, with values that each may have
         "objective.max_length": [1.0, 8.0], "learner.old_logp": ["sampler", "recompute"],
     },
     {
+        "batch.pack": [True, False], "batch.share_prefix": [True, False, None],
+        "model.attention": sorted(ATTENTION), "batch.micro_batches": SMALL[1:6],
+        "batch.group_size": SMALL, "learner.head_chunk": SMALL, "mesh.data": [1, 4],
+        "learner.routing_replay": ["none", "R3"], "model.preset": ["nano", "nano_moe"],
+        "dtype.compute": DTYPES,
+    },
+    {
         "dtype.params": DTYPES, "dtype.compute": DTYPES, "dtype.cache": DTYPES,
-        "model.preset": sorted(PRESETS), "model.attention": ["auto", "xla", "splash", "cudnn"],
+        "model.preset": sorted(PRESETS), "model.attention": sorted(ATTENTION),
         "learner.routing_replay": ["none", "R2", "R3"], "learner.old_logp": ["recompute"],
         "learner.router_aux_coef": [0.0, 0.1],
     },

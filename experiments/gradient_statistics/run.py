@@ -45,8 +45,11 @@ FLAGS.words("summarise", [], "JSON files to put into one table; runs nothing.")
 
 
 def load(workdir: str, learning_rate: float | None = None) -> settings.Settings:
-    """The settings of a run, without dynamic sampling, perhaps with another learning rate."""
-    changes = {"batch.oversample": 1}
+    """The settings of a run, without dynamic sampling, perhaps with another learning rate.
+
+    The lab looks at rows of one completion.
+    """
+    changes = {"batch.oversample": 1, "batch.pack": False}
     if learning_rate is not None:
         changes["learner.learning_rate"] = learning_rate
     return settings.of_run(workdir, changes)

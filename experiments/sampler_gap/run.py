@@ -99,6 +99,7 @@ def measure(run: Settings, rollouts: int) -> dict[str, Any]:
 
 def main(given: cli.Flags) -> None:
     """Measure, and print or store it."""
+    given.config.batch.pack = False  # gaps are looked at by row
     run = settings.from_config(given.config)
     cli.use_cache(given.config.compilation_cache)
     text = json.dumps(measure(run, given.rollouts), indent=1)

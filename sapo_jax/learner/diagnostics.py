@@ -27,7 +27,7 @@ STATIONS = ("reward", "old_logp", "ref_logp", "correction", "logits", "loss", "g
 
 def nonfinite(logp_BS: jnp.ndarray, batch: Batch) -> Max:
     """1 for each of the STATIONS up to the logits that is not finite where it counts, else 0."""
-    inputs = (batch.advantages[:, None], batch.old_logp, batch.ref_logp, batch.weights, logp_BS)
+    inputs = (batch.token_advantages, batch.old_logp, batch.ref_logp, batch.weights, logp_BS)
     bad = [x is not None and jnp.any(batch.mask & ~jnp.isfinite(x)) for x in inputs]
     return Max(jnp.stack(bad).astype(jnp.float32))
 

@@ -28,7 +28,7 @@ class Static:
     Attributes:
       model: the model's shape.
       micro_batches: forward-backward passes an update; they change memory, not the result.
-      head_chunk: rows whose logits exist at a time.
+      head_chunk: tokens whose logits exist at a time.
       remat: recompute each layer in the backward pass.
       kl: estimator of the KL penalty, see `objectives.kl`.
       schedule: one of SCHEDULES; ``warmup`` and ``total`` are in updates.

@@ -1,4 +1,4 @@
-"""The learner: one jitted update of the policy, and the scoring that shares its log π.
+"""One jitted update of the policy, and an iteration's updates as plain numbers.
 
 `update(state, batch, hp)` is one program for every value of the traced hyperparameters; what
 shapes it (the model, the micro-batches, the optimizer's schedule) is static in ``hp``.
@@ -6,7 +6,6 @@ shapes it (the model, the micro-batches, the optimizer's schedule) is static in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -14,173 +13,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 
-from sapo_jax import masked, model, objectives
-from sapo_jax.learner import diagnostics
+from sapo_jax import masked
 from sapo_jax.learner.diagnostics import STATIONS
+from sapo_jax.learner.gradients import divided, numerators
 from sapo_jax.learner.optimizer import Hyperparameters, learning_rate, optimizer, partition_specs
-from sapo_jax.model import head, routing, transformer
-from sapo_jax.parallel import collectives, sharding
+from sapo_jax.parallel import sharding
 from sapo_jax.types import Batch, Histogram, Max, TrainState, Weighted, is_reduction, merge
-
-
-def forward(
-    params: Any, batch: Batch, hp: Hyperparameters
-) -> tuple[jax.Array, jax.Array, routing.Summary | None]:
-    """log π and entropy of the tokens under the mask, and what the routers did.
-
-    Returns:
-      (f32[B, S], f32[B, S], summary): 0 outside the mask; no summary of a dense model.
-    """
-    static, config, replay = hp.static, hp.static.model, None
-    if static.routing_replay != "none" and config.num_experts:
-        if batch.routing is None:
-            raise ValueError(f"routing_replay={static.routing_replay!r}: the batch has no routing")
-        replay = batch.routing
-    params = model.params.all_gather(params, model.params.table(config), config)
-    hidden_BSD, summary = transformer.hidden(
-        params, config, batch.tokens, batch.segments, remat=static.remat, replay_BSLk=replay,
-        summarise=lambda r: routing.summarise(r, batch.segments > 0, config),
-    )  # fmt: skip
-    logp_T, entropy_T = head.logp_entropy(
-        hidden_BSD[:, :-1].reshape(-1, config.hidden_size),
-        model.params.head_weight(params),
-        batch.tokens[:, 1:].reshape(-1),
-        batch.mask[:, 1:].reshape(-1),
-        jnp.float32(hp.temperature),
-        static.head_chunk,
-    )
-    rows, width = batch.tokens.shape
-
-    def align(x_T):
-        return jnp.pad(x_T.reshape(rows, width - 1), ((0, 0), (1, 0)))
-
-    return align(logp_T), align(entropy_T), summary
-
-
-def _shard_map(function: Callable, hp: Hyperparameters, out_specs: Any) -> Callable:
-    """(params, batch, hp) → …, for each device's rows and part of the parameters."""
-    specs = model.params.partition_specs(hp.static.model)
-    in_specs = (specs, sharding.spec("rows"), PartitionSpec())
-    return sharding.shard_map(function, hp.static.mesh, in_specs, out_specs)
-
-
-def _micro_batches(batch: Batch, hp: Hyperparameters) -> Batch:
-    """The rows as micro-batches, [M, B/M, ...]."""
-    return jax.tree.map(lambda x: x.reshape(hp.static.micro_batches, -1, *x.shape[1:]), batch)
-
-
-def map_rows(function: Callable, params: Any, batch: Batch, hp: Hyperparameters) -> Any:
-    """``function(params, micro-batch, hp)`` of the rows of each device; results are [B, ...]."""
-
-    def local(params, batch, hp):
-        out = jax.lax.map(lambda micro: function(params, micro, hp), _micro_batches(batch, hp))
-        return jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], *x.shape[2:]), out)
-
-    return _shard_map(local, hp, sharding.spec("rows"))(params, batch, hp)
-
-
-@jax.jit
-def score(params: Any, batch: Batch, hp: Hyperparameters) -> jax.Array:
-    """log π of the tokens, f32[B, S], by the programs and micro-batches of `update`."""
-    return map_rows(lambda *arguments: forward(*arguments)[0], params, batch, hp)
-
-
-@jax.jit
-def score_routing(
-    params: Any, batch: Batch, hp: Hyperparameters
-) -> tuple[jax.Array, jax.Array | None]:
-    """`score` and the routing that an update replays with R2, by the routers' own choice."""
-
-    def one(params, micro, hp):
-        logp_BS, _, summary = forward(params, micro, hp)
-        return logp_BS, summary and routing.recorded(summary, micro.segments)
-
-    return map_rows(one, params, batch, hp.replace(routing_replay="none"))
-
-
-def _loss_terms(
-    params: Any, batch: Batch, hp: Hyperparameters
-) -> tuple[dict[str, Any], routing.Summary | None]:
-    logp_BS, entropy_BS, summary = forward(params, batch, hp)
-    terms = objectives.policy_terms(
-        hp.objective, logp_BS, batch.old_logp, batch.advantages, batch.mask,
-        ref_logp_BT=batch.ref_logp, kl=hp.static.kl,
-        weights_BT=batch.weights, segments_BT=batch.segments,
-    )  # fmt: skip
-    logp_BS, entropy_BS = jax.lax.stop_gradient((logp_BS, entropy_BS))
-    terms["policy/entropy"] = masked.mean(entropy_BS, batch.mask)
-    terms["nonfinite"] = diagnostics.nonfinite(logp_BS, batch)
-    if summary is not None:
-        terms |= routing.terms(summary, batch.segments, batch.routing)
-    return terms | diagnostics.token_terms(hp.objective, logp_BS, batch), summary
-
-
-def _balance(params: Any, micros: Batch, hp: Hyperparameters):
-    """The load-balancing loss of a micro-batch as a function of its summary, or None.
-
-    Its fractions are those of the whole minibatch, hence one more forward pass; its sum is scaled
-    so that dividing by the policy loss's denominator makes it a mean over tokens.
-    """
-    if hp.router_aux_coef is None or not hp.static.model.num_experts:
-        return None
-
-    def forward_only(micro):
-        terms, _ = _loss_terms(params, micro, hp)
-        return {key: terms[key] for key in ("loss", "router/load", "router/entropy")}
-
-    totals = merge(jax.lax.stop_gradient(jax.lax.map(forward_only, micros)))
-    totals = collectives.merge(totals)
-    share_LE = masked.ratio(totals["router/load"])
-    layers = share_LE.shape[0]
-    tokens = totals["router/entropy"].denominator / layers
-    scale = masked.ratio(Weighted(totals["loss"].denominator.astype(jnp.float32), tokens))
-    return lambda summary: hp.router_aux_coef * scale * routing.balance(summary, share_LE, layers)
-
-
-def gradient(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict[str, Any]]:
-    """Gradient of the loss and the merged terms of a minibatch, accumulated over micro-batches.
-
-    Numerators and denominators add up, over micro-batches and devices, and are divided once: the
-    split changes nothing.
-    """
-    numerators, terms = _numerators(params, batch, hp)
-    return _divided(numerators, terms), terms
-
-
-def _divided(numerators: Any, terms: dict[str, Any]) -> Any:
-    count = terms["loss"].denominator
-    return jax.tree.map(lambda g: masked.ratio(Weighted(g, count.astype(g.dtype))), numerators)
-
-
-def _numerators(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict[str, Any]]:
-    out_specs = (model.params.partition_specs(hp.static.model), PartitionSpec())
-    return _shard_map(_gradient, hp, out_specs)(params, batch, hp)
-
-
-def _gradient(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict[str, Any]]:
-    micros = _micro_batches(batch, hp)
-    balance = _balance(params, micros, hp)
-
-    def numerator(params, micro):
-        terms, summary = _loss_terms(params, micro, hp)
-        if balance is not None:
-            extra = balance(summary)
-            loss = terms["loss"]
-            terms["loss"] = loss.replace(numerator=loss.numerator + extra)
-            terms["router/balance"] = loss.replace(numerator=extra)
-        return terms["loss"].numerator, terms
-
-    def accumulate(total, micro):
-        grads, terms = jax.grad(numerator, has_aux=True)(params, micro)
-        return jax.tree.map(jnp.add, total, grads), terms
-
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    grads, stacked = jax.lax.scan(accumulate, zeros, micros)
-    grads = model.params.psum_gradients(grads, hp.static.model)
-    terms = routing.finish_load(collectives.merge(merge(stacked)))
-    return grads, terms
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -200,15 +39,15 @@ def update(
     chex.assert_equal_shape([batch.tokens, batch.mask, batch.segments, batch.old_logp])
     parts = hp.static.micro_batches * sharding.parts(hp.static.mesh)
     chex.assert_is_divisible(batch.tokens.shape[0], parts)
-    numerators, terms = _numerators(state.params, batch, hp)
-    grads = _divided(numerators, terms)
+    sums, terms = numerators(state.params, batch, hp)
+    grads = divided(sums, terms)
     rate, norm = learning_rate(hp, state.update), optax.tree.norm(grads)
     late = ~jnp.isfinite(jnp.stack([masked.ratio(terms["loss"]), norm]))
     bad = jnp.concatenate([terms["nonfinite"].value, late.astype(jnp.float32)])
 
     def move(state):
         step = optimizer(hp, rate)
-        grads = _divided(numerators, terms)  # again: in one fusion with what follows
+        grads = divided(sums, terms)  # again: in one fusion with what follows
         updates, opt_state = step.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         after = state.replace(update=state.update + 1, params=params, opt_state=opt_state)

@@ -7,12 +7,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.model import rope, splash
+from sapo_jax.model import blocked, rope, splash
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import collectives
 
 HIGHEST = jax.lax.Precision.HIGHEST
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # kernels of one
+SHARES_PREFIX = ("blocked", "xla")  # kernels whose rows may share a prefix, see `segments`
 NEGATIVE = -1e30  # finite: a row without any key must not give NaN
 
 
@@ -33,14 +34,6 @@ def dense(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
         precision=HIGHEST,
     )
     return flat.reshape(*leading, *out)
-
-
-def positions(segments_BS: jax.Array) -> jax.Array:
-    """Index of each token within its segment, i32[B, S]."""
-    index_S = jnp.arange(segments_BS.shape[-1], dtype=jnp.int32)
-    previous_BS = jnp.roll(segments_BS, 1, -1).at[:, 0].set(-1)
-    start_BS = jnp.where(segments_BS != previous_BS, index_S, 0)
-    return index_S - jax.lax.cummax(start_BS, axis=1)
 
 
 def rotary(positions_X: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
@@ -70,8 +63,15 @@ def check(kernel: str, platform: str) -> None:
       ValueError: naming the field.
     """
     if PLATFORMS.get(kernel, platform) != platform:
-        only = f"must be 'auto' or 'xla' on {platform}, for it is of {PLATFORMS[kernel]}"
+        only = f"must be 'auto', 'blocked' or 'xla' on {platform}, for it is of {PLATFORMS[kernel]}"
         raise ValueError(f"model.attention={kernel!r}: {only}")
+
+
+def choose(kernel: str, platform: str) -> str:
+    """The kernel over whole rows that "auto" takes on a platform."""
+    if kernel != "auto":
+        return kernel
+    return "splash" if platform == "tpu" else "blocked"
 
 
 def causal(
@@ -80,18 +80,26 @@ def causal(
     v_BSKd: jax.Array,
     segments_BS: jax.Array,
     kernel: str = "auto",
+    prefix_BS: jax.Array | None = None,
 ) -> jax.Array:
-    """Grouped-query attention of each token to its own segment up to itself, [B, S, H, d].
+    """Grouped-query attention of each token to its own sequence up to itself, [B, S, H, d].
 
     Args:
       q_BSHd, k_BSKd, v_BSKd: rotated queries and keys, and values.
       segments_BS: i32[B, S], 0 at pads.
       kernel: a name in `config.ATTENTION`; "auto" takes splash where the program is compiled for
-        TPU, else XLA; "cudnn" is for GPU, and for rows of one segment.
+        TPU, else "blocked"; "cudnn" is for GPU, and for rows of one segment; "xla" materialises the
+        scores and is the reference of the others.
+      prefix_BS: i32[B, S], the segment that each token's own continues, 0 for none; with "blocked"
+        and "xla" only.
     """
-    platform = collectives.platform()
-    check(kernel, platform)
-    if kernel == "splash" or (kernel == "auto" and platform == "tpu"):
+    check(kernel, collectives.platform())
+    kernel = choose(kernel, collectives.platform())
+    if kernel == "blocked":
+        return blocked.causal(q_BSHd, k_BSKd, v_BSKd, segments_BS, prefix_BS)
+    if prefix_BS is not None and kernel not in SHARES_PREFIX:
+        raise ValueError(f"attention={kernel!r}: shared prefixes need one of {SHARES_PREFIX}")
+    if kernel == "splash":
         return splash.causal(q_BSHd, k_BSKd, v_BSKd, segments_BS)
     if kernel == "cudnn":
         return fused(q_BSHd, k_BSKd, v_BSKd, segments_BS)
@@ -101,6 +109,8 @@ def causal(
     scores = einsum("bskgd,btkd->bkgst", q, k_BSKd, out=jnp.float32) / jnp.sqrt(d)
     index = jnp.arange(s)
     same_BST = segments_BS[:, :, None] == segments_BS[:, None, :]
+    if prefix_BS is not None:
+        same_BST |= (prefix_BS[:, :, None] == segments_BS[:, None, :]) & (prefix_BS > 0)[..., None]
     visible_BST = same_BST & (index[:, None] >= index[None, :])
     weights = _softmax(scores, visible_BST[:, None, None]).astype(v_BSKd.dtype)
     return einsum("bkgst,btkd->bskgd", weights, v_BSKd).reshape(b, s, h, d)

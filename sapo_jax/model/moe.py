@@ -1,4 +1,4 @@
-"""Mixtures of experts: the router, dropless dispatch, and the grouped matmuls of the experts.
+"""Mixtures of experts: the router, and dropless dispatch to the experts.
 
 Tokens are sorted by expert, each expert's group padded to whole blocks, so that the matmuls follow
 the routed tokens whatever the routing is: none is dropped if all go to one expert.
@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from sapo_jax.model.attention import HIGHEST, einsum
+from sapo_jax.model import waves
+from sapo_jax.model.attention import einsum
 from sapo_jax.model.config import ModelConfig
+from sapo_jax.model.grouped import grouped_matmul
 from sapo_jax.parallel import collectives
 
 
@@ -82,7 +84,7 @@ def block_size(rows: int, experts: int) -> int:
     return size
 
 
-def layout(experts_Tk: jax.Array, num_experts: int) -> Layout:
+def layout(experts_Tk: jax.Array, num_experts: int, block: int | None = None) -> Layout:
     """Sort the (token, expert) pairs by expert and pad each expert's rows to whole blocks.
 
     With 3 experts, blocks of 4, and 2, 0 and 5 pairs the rows are ``a a · ·  c c c c  c · · ·``: a
@@ -91,7 +93,7 @@ def layout(experts_Tk: jax.Array, num_experts: int) -> Layout:
     """
     tokens, k = experts_Tk.shape
     rows = tokens * k
-    block = block_size(rows, num_experts)
+    block = block or block_size(rows, num_experts)
     # The most that any routing needs: every expert in use ends in a block with one row.
     blocks = max(1, (rows + min(num_experts, rows) * (block - 1)) // block)
     flat_R = experts_Tk.reshape(-1)
@@ -112,50 +114,6 @@ def layout(experts_Tk: jax.Array, num_experts: int) -> Layout:
     )
 
 
-def _by_blocks(x_MD, w_EDF, expert, sizes_E, *, transpose=False):
-    """One block after another: all at once would hold a matrix for each block, not each expert."""
-
-    def multiply(_, block):
-        x, e = block
-        w = jax.lax.dynamic_index_in_dim(w_EDF, e, keepdims=False)
-        return None, jnp.matmul(x, w.T if transpose else w, precision=HIGHEST)
-
-    blocks = x_MD.reshape(expert.shape[0], -1, x_MD.shape[-1])
-    return jax.lax.scan(multiply, None, (blocks, expert))[1].reshape(x_MD.shape[0], -1)
-
-
-def _weight_gradient_by_blocks(x_MD, y_MF, expert, sizes_E):
-    """Blocks come by expert: each adds to its expert's sum in f32, and the last one's is final."""
-    n, d, f = expert.shape[0], x_MD.shape[-1], y_MF.shape[-1]
-
-    def add(carry, block):
-        sum_DF, out_EDF, previous = carry
-        x, y, e = block
-        own_DF = jnp.matmul(x.T, y, precision=HIGHEST, preferred_element_type=jnp.float32)
-        sum_DF = jnp.where(e == previous, sum_DF, 0) + own_DF
-        out_EDF = jax.lax.dynamic_update_index_in_dim(out_EDF, sum_DF.astype(x.dtype), e, 0)
-        return (sum_DF, out_EDF, e), None
-
-    start = jnp.zeros((d, f)), jnp.zeros((sizes_E.shape[0], d, f), x_MD.dtype), expert[0]
-    blocks = x_MD.reshape(n, -1, d), y_MF.reshape(n, -1, f), expert
-    return jax.lax.scan(add, start, blocks)[0][1]
-
-
-def _tile(size: int) -> int:
-    """Columns of a tile: whole ones only, where that goes, since a part costs as much."""
-    return max((n for n in range(128, 1025, 128) if size % n == 0), default=min(size, 512))
-
-
-def _tiled(expert: jax.Array, *arrays: jax.Array) -> tuple[int, list[jax.Array]]:
-    """Rows of a tile of megablox, and the arrays with their rows padded to whole tiles.
-
-    A tile is a block of the layout, so that none has rows of two experts and is computed twice;
-    smaller blocks share one.
-    """
-    tile = max(128, arrays[0].shape[0] // expert.shape[0])
-    return tile, [jnp.pad(x, ((0, -x.shape[0] % tile), (0, 0))) for x in arrays]
-
-
 def visited_rows(tokens: int, k: int, experts: int, here: int) -> float:
     """Rows that megablox multiplies for ``here`` of the experts, if all are chosen as often.
 
@@ -166,77 +124,51 @@ def visited_rows(tokens: int, k: int, experts: int, here: int) -> float:
     return here * (tokens * k / experts + max(128, block) - block / 2)
 
 
-def _by_megablox(x_MD, w_EDF, expert, sizes_E, *, transpose=False, interpret=False):
-    from jax.experimental.pallas.ops.tpu.megablox import gmm
-
-    rows, (x,) = _tiled(expert, x_MD)
-    depth, width = w_EDF.shape[:0:-1] if transpose else w_EDF.shape[1:]
-    tiles = (rows, _tile(depth), _tile(width))
-    out = gmm(x, w_EDF, sizes_E, x.dtype, tiles, transpose_rhs=transpose, interpret=interpret)
-    return out[: x_MD.shape[0]]
-
-
-def _weight_gradient_by_megablox(x_MD, y_MF, expert, sizes_E, *, interpret=False):
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
-
-    rows, (x, y) = _tiled(expert, x_MD, y_MF)
-    tiles = (rows, _tile(x.shape[1]), _tile(y.shape[1]))
-    return tgmm(x.T, y, sizes_E, x.dtype, tiles, interpret=interpret)
-
-
-@jax.custom_vjp
-def grouped_matmul(
-    x_MD: jax.Array, w_EDF: jax.Array, expert: jax.Array, sizes_E: jax.Array
+def _of_this_device(
+    weights: tuple[jax.Array, ...],
+    config: ModelConfig,
+    hidden_TD: jax.Array,
+    experts_Tk: jax.Array,
+    gates_Tk: jax.Array,
 ) -> jax.Array:
-    """Multiply each expert's rows with its matrix, [M, F].
-
-    The platform that the program is compiled for decides how: megablox on TPU, else a loop over
-    blocks. ``jax.lax.ragged_dot`` computes every expert for every row on CPU, and in the gradient
-    of the weights on TPU; on GPU it may, by XLA's choice.
-    """
-    return jax.lax.platform_dependent(
-        x_MD, w_EDF, expert, sizes_E, tpu=_by_megablox, default=_by_blocks
-    )
-
-
-def _forward(x_MD, w_EDF, expert, sizes_E):
-    return grouped_matmul(x_MD, w_EDF, expert, sizes_E), (x_MD, w_EDF, expert, sizes_E)
-
-
-def _backward(saved, y_MF):
-    x_MD, w_EDF, expert, sizes_E = saved
-    d_x = jax.lax.platform_dependent(
-        y_MF, w_EDF, expert, sizes_E,
-        tpu=partial(_by_megablox, transpose=True), default=partial(_by_blocks, transpose=True),
-    )  # fmt: skip
-    d_w = jax.lax.platform_dependent(
-        x_MD, y_MF, expert, sizes_E,
-        tpu=_weight_gradient_by_megablox, default=_weight_gradient_by_blocks,
-    )  # fmt: skip
-    return d_x, d_w.astype(w_EDF.dtype), None, None
-
-
-grouped_matmul.defvjp(_forward, _backward)
-
-
-def _local(experts_Tk: jax.Array, gates_Tk: jax.Array, config: ModelConfig):
-    """The layout of the pairs whose expert is on this device; the others get no row and gate 0."""
-    here = config.num_experts // collectives.axis_size("expert")
-    if here == config.num_experts:
-        return layout(experts_Tk, here), gates_Tk
+    """What this device's experts add to the tokens of all devices of `expert`, f32[T, D]."""
+    devices, (tokens, k) = collectives.axis_size("expert"), experts_Tk.shape
+    here = config.num_experts // devices
     ids_Tk = experts_Tk - collectives.axis_index("expert") * here
     inside_Tk = (ids_Tk >= 0) & (ids_Tk < here)
     # Pairs of other devices are sorted behind the last expert, into rows that nothing reads.
-    plan = layout(jnp.where(inside_Tk, ids_Tk, here), here + 1)
-    used = jnp.sum(plan.sizes[:-1])
-    rows_M = jnp.arange(plan.source.size)
-    plan = Layout(
-        source=jnp.where(rows_M < used, plan.source, experts_Tk.shape[0]),
-        position=jnp.where(inside_Tk, plan.position, plan.source.size),
-        expert=jnp.minimum(plan.expert, here - 1),
-        sizes=plan.sizes[:-1],
+    block = block_size(tokens * k, config.num_experts)
+    plan = layout(jnp.where(inside_Tk, ids_Tk, here), here + 1, block)
+    sizes_E, blocks = plan.sizes[:-1], plan.expert.size
+    wave = min(blocks, waves.blocks_of_wave(tokens * k, devices, here, block))
+    padding = -blocks % wave
+    rows_M = jnp.arange((blocks + padding) * block)
+    source_M = jnp.pad(plan.source, (0, padding * block))
+    rows = waves.Sorted(
+        source=jnp.where(rows_M < jnp.sum(sizes_E), source_M, tokens),
+        expert=jnp.minimum(jnp.pad(plan.expert, (0, padding)), here - 1),
+        sizes=sizes_E,
     )
-    return plan, jnp.where(inside_Tk, gates_Tk, 0)
+    position_Tk = jnp.where(inside_Tk, plan.position, rows_M.size)
+    share_M = jnp.zeros(rows_M.size).at[position_Tk].set(gates_Tk, mode="drop")
+    return waves.apply(wave * block, hidden_TD, share_M, weights, rows)
+
+
+def _of_all(
+    weights: tuple[jax.Array, ...],
+    config: ModelConfig,
+    hidden_TD: jax.Array,
+    experts_Tk: jax.Array,
+    gates_Tk: jax.Array,
+) -> jax.Array:
+    """The gated sum of each token's experts, f32[T, D]."""
+    plan = layout(experts_Tk, config.num_experts)
+    x_MD = hidden_TD.at[plan.source].get(mode="fill", fill_value=0)
+    gate, up, down = (partial(grouped_matmul, w_EDF=w) for w in weights)
+    where = {"expert": plan.expert, "sizes_E": plan.sizes}
+    inner_MF = jax.nn.silu(gate(x_MD, **where)) * up(x_MD, **where)
+    out_TkD = down(inner_MF, **where)[plan.position].astype(jnp.float32)
+    return jnp.sum(out_TkD * gates_Tk[..., None], 1)
 
 
 def experts(
@@ -245,26 +177,15 @@ def experts(
     """The gated sum of each token's experts, each a SwiGLU, [X, D].
 
     Over the mesh axis `expert`, every device has some of the experts: it gathers the tokens of all,
-    computes what its experts add to each, and gets back the sums of its own tokens. There is room
-    for any routing.
+    computes what its experts add to each (see `waves`), and gets back the sums of its own tokens.
     """
     *leading, d = hidden_XD.shape
     k, dtype = config.num_experts_per_tok, hidden_XD.dtype
     shared = (collectives.copy_to_tensor(hidden_XD.reshape(-1, d)), routing.experts.reshape(-1, k),
               collectives.copy_to_tensor(routing.gates.reshape(-1, k)))  # fmt: skip
-    hidden_TD, experts_Tk, gates_Tk = (collectives.all_gather(x, ("expert",)) for x in shared)
-    plan, gates_Tk = _local(experts_Tk, gates_Tk, config)
-    x_MD = hidden_TD.at[plan.source].get(mode="fill", fill_value=0)
-
-    def multiply(x, name):
-        return grouped_matmul(x, weights[name].astype(dtype), plan.expert, plan.sizes)
-
-    inner_MF = jax.nn.silu(multiply(x_MD, "experts_gate")) * multiply(x_MD, "experts_up")
-    out_MD = multiply(inner_MF, "experts_down")
-    if collectives.axis_size("expert") > 1:
-        out_TkD = out_MD.at[plan.position].get(mode="fill", fill_value=0)
-    else:
-        out_TkD = out_MD[plan.position]
-    out_TD = jnp.sum(out_TkD.astype(jnp.float32) * gates_Tk[..., None], 1)
+    gathered = (collectives.all_gather(x, ("expert",)) for x in shared)
+    own = tuple(weights[f"experts_{name}"].astype(dtype) for name in ("gate", "up", "down"))
+    compute = _of_this_device if collectives.axis_size("expert") > 1 else _of_all
+    out_TD = compute(own, config, *gathered)
     out_TD = collectives.reduce_from_tensor(collectives.reduce_scatter(out_TD, ("expert",)))
     return out_TD.astype(dtype).reshape(*leading, d)

@@ -32,18 +32,17 @@ class Summary:
     entropy: jax.Array  # f32[]
 
 
-def summarise(routing: Routing, valid_BS: jax.Array, config: ModelConfig) -> Summary:
-    """Sums over the tokens that exist."""
-    e = config.num_experts
-    probs_BSE = masked.keep(routing.probs, valid_BS[..., None])
+def summarise(routing: Routing, count_BS: jax.Array, config: ModelConfig) -> Summary:
+    """Sums over the tokens that exist, each as often as ``count_BS`` says (see `segments`)."""
+    probs_BSE = masked.keep(routing.probs, count_BS[..., None] > 0)
     entropy_BS = -jnp.sum(probs_BSE * jnp.log(jnp.where(probs_BSE > 0, probs_BSE, 1)), -1)
-    chosen = jnp.where(valid_BS[..., None], routing.experts, e)
-    counts_E = jnp.bincount(chosen.reshape(-1), length=e + 1)[:e].astype(jnp.float32)
+    each_BSk = jnp.broadcast_to(count_BS[..., None], routing.experts.shape)
+    counts_E = jnp.zeros(config.num_experts).at[routing.experts.ravel()].add(each_BSk.ravel())
     return Summary(
         own=routing.own.astype(moe.id_dtype(config)),
         counts=counts_E,
-        probs=jnp.sum(probs_BSE, (0, 1)),
-        entropy=jnp.sum(entropy_BS),
+        probs=jnp.sum(probs_BSE * count_BS[..., None], (0, 1)),
+        entropy=jnp.sum(entropy_BS * count_BS),
     )
 
 
@@ -53,15 +52,13 @@ def recorded(summary: Summary, segments_BS: jax.Array) -> jax.Array:
     return jnp.where(segments_BS[..., None, None] > 0, own_BSLk, -1).astype(own_BSLk.dtype)
 
 
-def terms(
-    summary: Summary, segments_BS: jax.Array, routing_BSLk: jax.Array | None
-) -> dict[str, Any]:
+def terms(summary: Summary, count_BS: jax.Array, routing_BSLk: jax.Array | None) -> dict[str, Any]:
     """Mergeable statistics; `finish_load` makes numbers of the load once it is merged.
 
     ``router/differs`` is the share of (layer, token) whose own choice of experts is not the
     recorded one, whether that is replayed or not.
     """
-    tokens = jnp.sum(segments_BS > 0, dtype=jnp.float32)
+    tokens = jnp.sum(count_BS)
     layers, _, _, k = summary.own.shape
     summary = jax.lax.stop_gradient(summary)
     out = {
@@ -70,9 +67,9 @@ def terms(
     }
     if routing_BSLk is not None:
         own_BSLk = jnp.moveaxis(summary.own, 0, 2)
-        known_BSL = (routing_BSLk[..., 0] >= 0) & (segments_BS[..., None] > 0)
+        known_BSL = (routing_BSLk[..., 0] >= 0) * count_BS[..., None]
         differs_BSL = moe.differs(own_BSLk, routing_BSLk.astype(own_BSLk.dtype))
-        out["router/differs"] = masked.mean(differs_BSL.astype(jnp.float32), known_BSL)
+        out["router/differs"] = Weighted(jnp.sum(differs_BSL * known_BSL), jnp.sum(known_BSL))
     return out
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.model import attention, moe, splash, vocab
+from sapo_jax.model import attention, moe, segments, splash, vocab
 from sapo_jax.model.attention import dense, einsum
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.model.moe import Routing
@@ -94,6 +94,27 @@ def recomputed(step: Callable, remat: bool) -> Callable:
     return step
 
 
+UNROLLED = 8  # layers, at most, that a CPU's program holds one by one
+
+
+def visit(step: Callable, x: Any, xs: Any, config: ModelConfig) -> tuple[Any, Any]:
+    """`jax.lax.scan`, or on a CPU the steps one by one where the model has few layers.
+
+    There, stacking what the backward pass needs costs a fifth of an update. Experts stay in the
+    scan: one by one, XLA rounds them otherwise with a gradient than without, and a first update
+    that replays the old policy's routing would not be on-policy to the bit.
+    """
+    scanned = config.num_hidden_layers > UNROLLED or config.num_experts > 0
+    if collectives.platform() != "cpu" or scanned:
+        return jax.lax.scan(step, x, xs)
+    # Unstacked, not indexed: the gradient is then one concatenation, not a sum of padded parts.
+    each, outs = zip(*map(jnp.unstack, jax.tree.leaves(xs)), strict=True), []
+    for leaves in each:
+        x, out = step(x, jax.tree.unflatten(jax.tree.structure(xs), leaves))
+        outs.append(out)
+    return x, jax.tree.map(lambda *y: jnp.stack(y), *outs)
+
+
 def hidden(
     params: Any,
     config: ModelConfig,
@@ -101,6 +122,7 @@ def hidden(
     segments_BS: jax.Array,
     *,
     remat: bool = False,
+    prefix_BS: jax.Array | None = None,
     replay_BSLk: jax.Array | None = None,
     summarise: Callable[[Routing], Any] = lambda routing: routing.experts,
 ) -> tuple[jax.Array, Any]:
@@ -111,6 +133,7 @@ def hidden(
       config: the model's shape.
       tokens_BS: i32[B, S].
       segments_BS: i32[B, S], 0 at pads; entry s sees the tokens of its segment up to s.
+      prefix_BS: i32[B, S], the segment that it sees as well, see `segments`; None for none.
       remat: the backward pass recomputes each layer from its input.
       replay_BSLk: experts to use in each sparse layer, −1 for the router's choice.
       summarise: applied within the scan, so that what it drops is never stacked.
@@ -118,14 +141,14 @@ def hidden(
     Returns:
       (f[B, S, D], tree of [L_moe, ...] or None for a dense model).
     """
-    rope = attention.rotary(attention.positions(segments_BS), config)
+    rope = attention.rotary(segments.positions(segments_BS, prefix_BS), config)
     specs = layer_table(config)
     replay = None if replay_BSLk is None else jnp.moveaxis(replay_BSLk, 2, 0)
 
     def attend(q, k, v):
-        return attention.causal(q, k, v, segments_BS, config.attention)
+        return attention.causal(q, k, v, segments_BS, config.attention, prefix_BS)
 
-    def period(places):  # a scan visits the layers of one period in each step
+    def period(places):  # one step visits the layers of one period
         def step(x_BSD, inputs):
             stacked, replayed = inputs
             summaries = []
@@ -150,7 +173,7 @@ def hidden(
         has_replay = "router" in names and replay is not None
         replayed = stack.part(replay, config.sparse_layers) if has_replay else None
         step = recomputed(period(places), remat)
-        x_BSD, summaries = jax.lax.scan(step, x_BSD, (stacked, replayed))
+        x_BSD, summaries = visit(step, x_BSD, (stacked, replayed), config)
         if summaries is not None:
             collected.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), summaries))
     routing = jax.tree.map(lambda *x: jnp.concatenate(x), *collected) if collected else None

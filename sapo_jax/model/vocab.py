@@ -23,6 +23,11 @@ def sum(values_XV: jax.Array) -> jax.Array:
     return collectives.psum(jnp.sum(values_XV, -1), TENSOR)
 
 
+def max(values_XV: jax.Array) -> jax.Array:
+    """The maximum over the vocabulary, [...]; not to be differentiated."""
+    return collectives.pmax(jnp.max(values_XV, -1), TENSOR)
+
+
 def all_gather(values_XV: jax.Array) -> jax.Array:
     """The values of the whole vocabulary, on every device."""
     return collectives.all_gather(values_XV, TENSOR, values_XV.ndim - 1)

@@ -18,10 +18,19 @@ An objective is data; a new one is a gate and a row of the table in `presets`:
     finish            divides merged terms, once
     token_inputs      what the gate sees of each token
     coefficients      c of each token, by differentiating the gate
+    token_losses      the loss of single tokens, where it is `by_token`; each over its `divisors`
 """
 
 from sapo_jax.masked import finish
-from sapo_jax.objectives.loss import coefficients, policy_loss, policy_terms, token_inputs
+from sapo_jax.objectives.loss import (
+    by_token,
+    coefficients,
+    divisors,
+    policy_loss,
+    policy_terms,
+    token_inputs,
+    token_losses,
+)
 from sapo_jax.objectives.presets import (
     OBJECTIVES,
     Objective,
@@ -33,6 +42,6 @@ from sapo_jax.objectives.presets import (
 )
 
 __all__ = [
-    "OBJECTIVES", "Objective", "Switch", "coefficients", "finish", "named", "policy_loss",
-    "policy_terms", "register", "resolve", "switch", "token_inputs",
+    "OBJECTIVES", "Objective", "Switch", "by_token", "coefficients", "divisors", "finish", "named",
+    "policy_loss", "policy_terms", "register", "resolve", "switch", "token_inputs", "token_losses",
 ]  # fmt: skip

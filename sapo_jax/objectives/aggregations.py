@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +18,15 @@ AGGREGATIONS = {
 }
 
 
+def divisor(
+    mask_BT: jax.Array, aggregation: str, segments_BT: jax.Array | None, dtype: Any
+) -> jax.Array | None:
+    """What each token's value is divided by before the sum, f[B, T]: |y_i| or nothing (None)."""
+    if aggregation != "seq_mean":
+        return None
+    return masked.sequence_sum(jnp.ones(mask_BT.shape, dtype), mask_BT, segments_BT)
+
+
 def aggregate(
     values_BT: jax.Array,
     mask_BT: jax.Array,
@@ -26,9 +37,8 @@ def aggregate(
 ) -> Weighted:
     """One of AGGREGATIONS, not divided yet: parts of a batch add up before the one division."""
     values_BT = masked.keep(values_BT, mask_BT)
-    if aggregation == "seq_mean":
-        ones_BT = jnp.ones_like(values_BT)
-        length_BT = masked.sequence_sum(ones_BT, mask_BT, segments_BT)
+    length_BT = divisor(mask_BT, aggregation, segments_BT, values_BT.dtype)
+    if length_BT is not None:
         values_BT = masked.ratio(Weighted(values_BT, length_BT))
     total = jnp.sum(values_BT)
     if aggregation == "token_mean":

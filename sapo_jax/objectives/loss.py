@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sapo_jax import masked
-from sapo_jax.objectives.aggregations import aggregate
+from sapo_jax.objectives.aggregations import aggregate, divisor
 from sapo_jax.objectives.gates import TokenInputs
 from sapo_jax.objectives.kl import KL_ESTIMATORS, kl_estimate, kl_to_old
 from sapo_jax.objectives.presets import Objective, Switch, resolve
@@ -157,18 +157,10 @@ def policy_terms(
     inputs, clipped_BT = token_inputs(
         objective, logp_BT, old_logp_BT, advantages_B, mask_BT, segments_BT
     )
-    loss_BT = -objective.gate(inputs, hp)
-    if weights_BT is not None:
-        loss_BT = loss_BT * sg(masked.keep(weights_BT, mask_BT))
-    kl_old_BT = kl_to_old(inputs.log_ratio)
-    if objective.kl_against == "old":
-        loss_BT = loss_BT + hp["kl_coef"] * kl_old_BT
-    terms = {"policy/kl_old": masked.mean(sg(kl_old_BT), mask_BT)}
-    if ref_logp_BT is not None:
-        kl_BT = kl_estimate(inputs.logp, finite_logp(ref_logp_BT, mask_BT), kl)
-        if objective.kl_against == "ref":
-            loss_BT = loss_BT + hp["kl_coef"] * kl_BT
-        terms["policy/kl_ref"] = masked.mean(sg(kl_BT), mask_BT)
+    loss_BT, kl_ref_BT = _losses(objective, inputs, mask_BT, ref_logp_BT, kl, weights_BT)
+    terms = {"policy/kl_old": masked.mean(sg(kl_to_old(inputs.log_ratio)), mask_BT)}
+    if kl_ref_BT is not None:
+        terms["policy/kl_ref"] = masked.mean(sg(kl_ref_BT), mask_BT)
     terms["loss"] = aggregate(
         loss_BT,
         mask_BT,
@@ -177,6 +169,59 @@ def policy_terms(
         max_length=hp.get("max_length"),
     )
     return terms | _gate_metrics(objective, inputs, clipped_BT, mask_BT)
+
+
+def _losses(objective, inputs, mask_BT, ref_logp_BT, kl, weights_BT):
+    """The loss of each token, and its KL to the reference where there is one, f[B, T]."""
+    hp, kl_ref_BT = objective.hyperparameters, None
+    loss_BT = -objective.gate(inputs, hp)
+    if weights_BT is not None:
+        loss_BT = loss_BT * sg(masked.keep(weights_BT, mask_BT))
+    if objective.kl_against == "old":
+        loss_BT = loss_BT + hp["kl_coef"] * kl_to_old(inputs.log_ratio)
+    if ref_logp_BT is not None:
+        kl_ref_BT = kl_estimate(inputs.logp, finite_logp(ref_logp_BT, mask_BT), kl)
+        if objective.kl_against == "ref":
+            loss_BT = loss_BT + hp["kl_coef"] * kl_ref_BT
+    return loss_BT, kl_ref_BT
+
+
+def by_token(objective: Objective | Switch) -> bool:
+    """Whether a token's loss depends on its own log π_θ alone: no ratio is of a whole sequence."""
+    members = objective.members if isinstance(objective, Switch) else (objective,)
+    return all(member.ratio == "token" for member in members)
+
+
+@_of_the_chosen
+def divisors(
+    objective: Objective, mask_BT: jax.Array, segments_BT: jax.Array | None, dtype: Any
+) -> jax.Array:
+    """What the loss of each token is divided by before the sum, f[B, T]."""
+    found = divisor(mask_BT, objective.aggregation, segments_BT, dtype)
+    return jnp.ones(mask_BT.shape, dtype) if found is None else found
+
+
+@_of_the_chosen
+def token_losses(
+    objective: Objective,
+    logp_T: jax.Array,
+    old_logp_T: jax.Array,
+    advantages_T: jax.Array,
+    mask_T: jax.Array,
+    *,
+    ref_logp_T: jax.Array | None = None,
+    kl: str = "k3",
+    weights_T: jax.Array | None = None,
+) -> jax.Array:
+    """The loss of some tokens, f[T], of an objective `by_token`: their sum, each over its
+    `divisors`, is the numerator of `policy_terms`.
+    """
+    logp, old_logp, advantages, mask, ref_logp, weights = (
+        None if x is None else x[None]
+        for x in (logp_T, old_logp_T, advantages_T, mask_T, ref_logp_T, weights_T)
+    )
+    inputs, _ = token_inputs(objective, logp, old_logp, advantages, mask)
+    return _losses(objective, inputs, mask, ref_logp, kl, weights)[0][0]
 
 
 def _gate_metrics(objective, inputs, clipped_BT, mask_BT) -> dict[str, Any]:

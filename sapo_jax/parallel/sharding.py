@@ -179,6 +179,11 @@ def parts(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
 
 
+def platform(mesh: Mesh | None) -> str:
+    """What programs of a mesh are compiled for; without one, of the default device."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
 def mesh_of(tree: Any) -> Mesh | None:
     """The mesh on which arrays lie; None if that is one device."""
     for leaf in jax.tree.leaves(tree):

@@ -34,11 +34,17 @@ def main(given: cli.Flags) -> None:
         files.check_file(given.json, "--json=", is_report, "an earlier report")
     jax.config.update("jax_platforms", "cpu")
     devices, tpu = preflight.devices(given.topology)
-    checked = settings.from_config(preflight.stand_in(given.config), devices=devices)
+    config = preflight.stand_in(given.config)
+
+    def settings_of(micro_batches: int) -> settings.Settings:
+        config.batch.micro_batches = micro_batches
+        return settings.from_config(config, devices=devices)
+
     if given.fit:
         chip = preflight.chip_of(given.topology)
-        print(preflight_tables.fit_text(preflight.largest_micro_batch(checked, chip), chip.hbm))
+        print(preflight_tables.fit_text(preflight.largest_micro_batch(settings_of, chip), chip.hbm))
         return
+    checked = settings_of(config.batch.micro_batches)
     made = preflight.report(checked, given.topology, given.programs, tpu=tpu)
     print(preflight_tables.text(made))
     if given.json:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sapo_jax.preflight.hlo import (
+    NONE,
     Computation,
     Executed,
     Instruction,
@@ -111,7 +112,10 @@ def _convolution(instruction: Instruction, computation: Computation) -> int:
 
 
 def flops(
-    module: Module, *, unknown: int = 1, kernels: Mapping[str, Kernel] | None = None
+    module: Module,
+    *,
+    unknown: Mapping[str, int] = NONE,
+    kernels: Mapping[str, Kernel] | None = None,
 ) -> float:
     """Executed FLOPs of matmuls, convolutions and kernels, on one device.
 
@@ -119,7 +123,7 @@ def flops(
 
     Args:
       module: from `hlo.parse`.
-      unknown: turns of a loop whose number is known at run time only.
+      unknown: see `hlo.executed`.
       kernels: FLOPs of custom calls, by how their names start.
     """
     total = 0.0
@@ -135,7 +139,7 @@ def flops(
     return total
 
 
-def collectives(module: Module, *, unknown: int = 1) -> list[Collective]:
+def collectives(module: Module, *, unknown: Mapping[str, int] = NONE) -> list[Collective]:
     """Everything that moves between devices, in the order of the text.
 
     TPU's fusion of an all-reduce and the slice that each device keeps is a reduce-scatter. A
@@ -225,7 +229,7 @@ def _moved(module: Module, e: Executed) -> int:
     return read + (0 if i.opcode.endswith("-start") else result)
 
 
-def memory_bytes(module: Module, *, unknown: int = 1) -> int:
+def memory_bytes(module: Module, *, unknown: Mapping[str, int] = NONE) -> int:
     """Bytes read from and written to a device's main memory, if nothing stays on the chip.
 
     Of what an instruction slices, the slice counts; of what it updates in place, the update.

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4,
@@ -17,6 +18,8 @@ CALLS = re.compile(
     r"(\{[^}]*\}|%?[\w.-]+)"
 )
 ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](?:\{([^}]*)\})?")
+
+NONE: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,12 +220,20 @@ def _counts_up(module: Module, body: Computation, index: int) -> bool:
     )
 
 
-def executed(module: Module, *, unknown: int = 1, fused: bool = True) -> Iterator[Executed]:
+def _turns(loop: Instruction, unknown: Mapping[str, int]) -> int:
+    """Turns of a loop by the innermost of the scopes around it that ``unknown`` has, else 1."""
+    scopes = re.findall(r"\w+", loop.op_name)
+    return next((unknown[name] for name in reversed(scopes) if name in unknown), 1)
+
+
+def executed(
+    module: Module, *, unknown: Mapping[str, int] = NONE, fused: bool = True
+) -> Iterator[Executed]:
     """Every instruction with how often it runs.
 
     Args:
       module: from `parse`.
-      unknown: turns of a loop whose number is known at run time only.
+      unknown: turns of loops whose number is known at run time only, by `jax.named_scope`.
       fused: go into fusions; without, a fusion is one instruction.
 
     Of a conditional, every branch counts.
@@ -235,7 +246,7 @@ def executed(module: Module, *, unknown: int = 1, fused: bool = True) -> Iterato
             inside, path = times, loops
             if instruction.opcode == "while":
                 count = trips(module, instruction, computation)
-                count = unknown if count is None else count
+                count = _turns(instruction, unknown) if count is None else count
                 inside, path = times * count, (*loops, count)
             if instruction.opcode != "fusion" or fused:
                 for called in instruction.called:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import importlib.metadata
 import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -157,18 +156,27 @@ def _too_large(error: jax.errors.JaxRuntimeError) -> str:
     return str(error).splitlines()[0]
 
 
-def largest_micro_batch(settings: Settings, chip: chips.Chip) -> list[dict[str, Any]]:
+def largest_micro_batch(
+    settings_of: Callable[[int], Settings], chip: chips.Chip
+) -> list[dict[str, Any]]:
     """Compile the update with larger and larger micro-batches, until one does not fit.
+
+    Args:
+      settings_of: the run with that many micro-batches.
+      chip: of the pod.
 
     Returns:
       For each that was tried: rows on a chip, bytes ("total" None where the compiler refused), and
       whether it fits with room to spare.
     """
+    settings = settings_of(1)
     rows = settings.rows // settings.config.batch.minibatches // sharding.parts(settings.mesh)
-    tried = []
+    tried, packings = [], []
     for local in (n for n in range(1, rows + 1) if rows % n == 0):
-        hp = settings.hp.replace(micro_batches=rows // local)
-        other = dataclasses.replace(settings, hp=hp)
+        other = settings_of(rows // local)
+        if other.packing is not None and other.packing in packings:
+            break  # packed micro-batches do not grow on
+        packings.append(other.packing)
         try:
             program = programs.programs(other)["update"]
             total = measure(other, "update", program, chip)["memory"]["total"]

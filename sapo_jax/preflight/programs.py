@@ -36,7 +36,7 @@ class Program:
       arguments: what it is given, by kind.
       runs: how often an iteration calls it (decode steps: of completions of full length).
       tokens: of one pass through the layers, on all devices together.
-      turns: of a loop whose length is known at run time only: the chunks of the head.
+      turns: of loops whose length is known at run time only, see `hlo.executed`.
       one_turn: its costs are those of one turn of its loop, a decode step.
       resident: what lies in memory meanwhile, by kind.
       result: what it leaves, by kind, where that is not an argument updated in place.
@@ -47,7 +47,7 @@ class Program:
     arguments: dict[str, Any]
     runs: float
     tokens: int = 0
-    turns: int = 1
+    turns: dict[str, int] = dataclasses.field(default_factory=dict)
     model_flops: float = 0.0
     one_turn: bool = False
     resident: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -86,7 +86,7 @@ def bytes_per_chip(tree: Any) -> int:
 
 
 def abstract_batch(settings: Settings, *, scored: bool) -> Batch:
-    """A minibatch, as it is before scoring or as an update takes it."""
+    """A minibatch, as it is scored or as an update takes it."""
     rows = settings.rows // settings.config.batch.minibatches
     s, shape = settings.width + settings.max_new_tokens, settings.model
     floats = Abstract((rows, s), jnp.float32)
@@ -106,6 +106,10 @@ def abstract_batch(settings: Settings, *, scored: bool) -> Batch:
         weights=floats if scored and settings.bounds else None,
         routing=routing,
     )
+    if settings.packing is not None:
+        lengths = np.zeros((2, rows), int)
+        layout = jax.eval_shape(lambda: learner.plan(*lengths, s, settings.packing))
+        batch = jax.eval_shape(learner.pack, batch, layout)
     return placed(batch, settings.mesh, ROWS)
 
 
@@ -174,10 +178,17 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
     hp, options = settings.hp, settings.config.batch
     state = _abstract_state(settings)
     unscored, batch = (abstract_batch(settings, scored=scored) for scored in (False, True))
-    (rows, s), t = batch.tokens.shape, settings.max_new_tokens
-    forward = forward_flops(settings, rows * s, s / 2, rows * t)
-    micro_rows = rows // hp.static.micro_batches
-    chunks = math.ceil(micro_rows // sharding.parts(settings.mesh) * t / hp.static.head_chunk)
+    n, t, parts = settings.width, settings.max_new_tokens, sharding.parts(settings.mesh)
+    rows, shared = settings.rows // options.minibatches, settings.packing
+    prompts = rows // shared.group_size if shared else rows
+    forward = forward_flops(settings, prompts * n + rows * t, (n + t) / 2, rows * t)
+    passes = hp.static.micro_batches
+    turns = {
+        "micro_batches": passes,
+        "head_chunks": math.ceil(rows * t / (passes * parts * hp.static.head_chunk)),
+        "waves": 0,  # of experts after the first: none, if the load is balanced
+    }
+    tokens = batch.tokens.size // passes
     parameters, optimizer = {"parameters": state.params}, {"optimizer": state.opt_state}
     score = learner.score_routing if hp.static.routing_replay == "R2" else learner.score
     recompute = settings.config.learner.old_logp == "recompute"
@@ -190,14 +201,14 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
     return {
         "score": Program(
             lambda: score.lower(state.params, unscored, hp), parameters | {"rows": unscored},
-            runs=scored * (recompute + settings.needs_reference), tokens=micro_rows * s,
-            turns=chunks, model_flops=forward,
+            runs=scored * (recompute + settings.needs_reference), tokens=tokens,
+            turns=turns, model_flops=forward,
             resident=optimizer | rollout | sampler | _reference(settings),
         ),
         "update": Program(
             lambda: learner.update.lower(state, batch, hp),
             parameters | optimizer | {"rows": batch}, runs=options.minibatches,
-            tokens=micro_rows * s, turns=chunks, model_flops=3 * forward,
+            tokens=tokens, turns=turns, model_flops=3 * forward,
             resident=others | _reference(settings),
         ),
     }  # fmt: skip

@@ -16,7 +16,7 @@ from sapo_jax.cli import from_config, nearest
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
-from sapo_jax.model import params, routing
+from sapo_jax.model import attention, head, params, routing
 from sapo_jax.objectives.kl import KL_ESTIMATORS
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
@@ -24,6 +24,8 @@ from sapo_jax.tasks.base import Task
 from sapo_jax.training.checks import choice, require
 
 OLD_LOGP = ("sampler", "recompute")
+MICRO_TOKENS = {"cpu": 2048}  # of a micro-batch on one device, at most; elsewhere MANY_TOKENS
+MANY_TOKENS = 16384
 OF_OBJECTIVE = ("name", "aggregation", "kl")  # fields beside its hyperparameters
 NO_REFERENCE = "0 without config.init_from, whose policy is the reference"
 
@@ -205,8 +207,39 @@ def make_mesh(c: Any, shape: model.ModelConfig, devices: Sequence[Any] | None) -
     return mesh
 
 
+def make_packing(
+    c: Any, shape: model.ModelConfig, width: int, room: int, mesh: Mesh | None
+) -> learner.PackedShape | None:
+    """How the rows of an update are packed; None where they stay as they are."""
+    batch, parts, platform = c.batch, sharding.parts(mesh), sharding.platform(mesh)
+    kernel = attention.choose(shape.attention, platform)
+    share, pack = batch.share_prefix, batch.pack and kernel != "cudnn"
+    if share:
+        only = "None or False with batch.pack=False"
+        require(batch.pack, "batch.share_prefix", share, only)
+        can = f"None or False with model.attention={kernel!r}, which sees one segment a row"
+        require(kernel in attention.SHARES_PREFIX, "batch.share_prefix", share, can)
+    if not pack:
+        return None
+    if share is None:
+        share = kernel in attention.SHARES_PREFIX
+    group_size = batch.group_size if share and c.source == "rollout" else 1
+    rows = batch.prompts * batch.group_size // batch.minibatches
+    # Micro-batches of fewer tokens than these would not keep the device busy; larger ones would
+    # have room for completions that are longer than most are.
+    whole = rows * (width + room) // (batch.micro_batches * parts)
+    budget = min(MICRO_TOKENS.get(platform, MANY_TOKENS), whole)
+    return learner.packed_shape(
+        rows, width, room, group_size=group_size, budget=budget, parts=parts
+    )
+
+
 def make_hyperparameters(
-    c: Any, shape: model.ModelConfig, objective: objectives.Objective, mesh: Mesh | None
+    c: Any,
+    shape: model.ModelConfig,
+    objective: objectives.Objective,
+    mesh: Mesh | None,
+    packing: learner.PackedShape | None,
 ) -> learner.Hyperparameters:
     """What an update is told."""
     options = dict(vars(c.learner))
@@ -221,11 +254,14 @@ def make_hyperparameters(
     only = "'recompute' with learner.routing_replay='R2', which records the old policy's routing"
     require(recompute, "learner.old_logp", old_logp, only)
     updates = c.iterations * c.batch.minibatches
+    options["head_chunk"] = options["head_chunk"] or head.chunk_size(
+        shape.vocab_size, sharding.platform(mesh)
+    )
     return learner.Hyperparameters(
         objective=objective,
         temperature=c.sampler.temperature,
         model=shape,
-        micro_batches=c.batch.micro_batches,
+        micro_batches=packing.micro_batches if packing else c.batch.micro_batches,
         kl=c.objective.kl,
         total=0 if options["schedule"] == "constant" else updates,
         router_aux_coef=options.pop("router_aux_coef") or None,

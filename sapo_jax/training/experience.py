@@ -69,29 +69,67 @@ def batch_of(rollout: Rollout) -> Batch:
     )
 
 
-def _scored(bundle: Bundle, batch: Batch) -> tuple[Batch, ...]:
+Lengths = tuple[np.ndarray, np.ndarray]  # tokens of a row's prompt and of its completion, i[B]
+
+
+def _lengths(run: Settings, query: Query, ends: Ends) -> Lengths:
+    return np.repeat(query.prompts.length, run.config.batch.group_size), ends[0]
+
+
+def _layouts(engine: Any, lengths: list[Lengths], parts: int) -> list[Any]:
+    """Where the rows of each minibatch are packed, one for all of the engine's runs, or None."""
+    run = engine.runs[0]
+    if run.packing is None:
+        return [None] * parts
+    width = run.width + run.max_new_tokens
+    split = [tuple(np.split(x, parts) for x in own) for own in lengths]
+    return [
+        engine.join([learner.plan(p[i], c[i], width, run.packing) for p, c in split])
+        for i in range(parts)
+    ]
+
+
+def _packed(engine: Any, batches: tuple[Batch, ...], layouts: list[Any]) -> tuple[Batch, ...]:
+    if layouts[0] is None:
+        return batches
+    pack = partial(engine.call, learner.pack, mesh=engine.runs[0].mesh)
+    return tuple(map(pack, batches, layouts))
+
+
+def _scored(bundle: Bundle, batch: Batch, lengths: list[Lengths]) -> tuple[Batch, ...]:
     """Minibatches with the log-probabilities, and the routing, that their update needs.
 
     Of all prompts, also where more were drawn than are learnt from: that is not known yet.
     """
     engine, run, params = bundle.engine, bundle.engine.runs[0], bundle.state.params
     hp, sizes = engine.hp, run.config.batch
-
-    def with_logp(batch):
-        if hp.static.routing_replay == "R2":
-            logp, routing = engine.call(learner.score_routing, params, batch, hp)
-            batch = batch.replace(old_logp=logp, routing=routing)
-        elif run.config.learner.old_logp == "recompute":
-            batch = batch.replace(old_logp=engine.call(learner.score, params, batch, hp))
-        if bundle.reference is not None:
-            own = hp.replace(routing_replay="none")
-            logp = engine.call(learner.score, bundle.reference, batch, own)
-            batch = batch.replace(ref_logp=logp)
-        return batch
-
+    replays, recomputes = hp.static.routing_replay == "R2", run.config.learner.old_logp
     parts = sizes.minibatches * sizes.oversample
     minibatches = engine.call(learner.split_rows, batch, parts=parts, mesh=run.mesh)
-    return tuple(map(with_logp, minibatches))
+    if not (replays or recomputes == "recompute" or bundle.reference is not None):
+        return minibatches
+
+    def with_logp(batch, layout):
+        (rows,), found = _packed(engine, (batch,), [layout]), {}
+        if replays:
+            found["old_logp"], routing = engine.call(learner.score_routing, params, rows, hp)
+            rows = rows.replace(routing=routing)
+        elif recomputes == "recompute":
+            found["old_logp"] = engine.call(learner.score, params, rows, hp)
+        if bundle.reference is not None:
+            own = hp.replace(routing_replay="none")
+            found["ref_logp"] = engine.call(learner.score, bundle.reference, rows, own)
+        if layout is not None:
+            found = engine.call(learner.unpack, found, layout, mesh=run.mesh)
+        if replays:
+            found["routing"] = rows.routing
+            if layout is not None:
+                options = {"mesh": run.mesh, "fill": -1}
+                found["routing"] = engine.call(learner.unpack, rows.routing, layout, **options)
+        return batch.replace(**found)
+
+    layouts = _layouts(engine, lengths, parts)
+    return tuple(map(with_logp, minibatches, layouts))
 
 
 def _selected(run: Settings, rewards_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict]:
@@ -166,8 +204,9 @@ def from_rollout(
         controls = {"iteration": iteration, "warm_up": warm_up, "on_segment": clock.check}
         rollout, ends = engine.rollout(weights, prompts, groups, **controls)
     with clock("logp"):  # needs no rewards: the device works while rows are judged
-        scored = _scored(bundle, engine.call(batch_of, rollout))
-    return partial(_judged, bundle, queries, scored, ends, moved, iteration, clock)
+        lengths = list(map(_lengths, engine.runs, queries, ends))
+        scored = _scored(bundle, engine.call(batch_of, rollout), lengths)
+    return partial(_judged, bundle, queries, scored, ends, lengths, moved, iteration, clock)
 
 
 def _judged(
@@ -175,6 +214,7 @@ def _judged(
     queries: list[Query],
     scored: tuple[Batch, ...],
     ends: list[Ends],
+    lengths: list[Lengths],
     moved: float,
     iteration: int,
     clock: Clock,
@@ -204,6 +244,13 @@ def _judged(
         )
         learnt = engine.to_host([b.advantages for b in minibatches])
         more = engine.to_host(more)
+        # Rows without a signal are not computed at all.
+        of_chosen = [
+            tuple(np.where(signal_B, x[rows_B], 0) for x in own)
+            for own, (rows_B, signal_B, _) in zip(lengths, chosen, strict=True)
+        ]
+        layouts = _layouts(engine, of_chosen, len(minibatches))
+        minibatches = _packed(engine, minibatches, layouts)
     metrics, samples = [], []
     for r, (run, query, stream) in enumerate(zip(runs, queries, bundle.streams, strict=True)):
         (rewards_B, parts), (rows_B, _, of_groups) = found[r], chosen[r]
@@ -227,7 +274,7 @@ def from_demonstrations(
     """Worked answers as minibatches; nothing is sampled."""
     del iteration, scorer, warm_up
     engine, first = bundle.engine, bundle.engine.runs[0]
-    batches, metrics = [], []
+    batches, metrics, lengths = [], [], []
     with clock("rollout"):
         for run, stream in zip(engine.runs, bundle.streams, strict=True):
             width, examples = run.width + run.max_new_tokens, stream.take(run.rows)
@@ -235,9 +282,12 @@ def from_demonstrations(
             length = {"length/mean": float(batch.mask.sum(-1).mean())}
             metrics.append(length | {"data/dropped": float(stream.dropped)})
             batches.append(batch)
+            tokens_B = (batch.segments > 0).sum(-1)
+            lengths.append((tokens_B - batch.mask.sum(-1), batch.mask.sum(-1)))
         batch = sharding.place(engine.join(batches), first.mesh)
         parts = first.config.batch.minibatches
         minibatches = engine.call(learner.split_rows, batch, parts=parts, mesh=first.mesh)
+        minibatches = _packed(engine, minibatches, _layouts(engine, lengths, parts))
     return lambda: Experience(minibatches, metrics, [[] for _ in metrics])
 
 

@@ -53,6 +53,7 @@ class Settings:
       width: tokens of room for a prompt, N.
       max_new_tokens: T; rows have N + T tokens.
       bounds: of the sampler correction, where there is one.
+      packing: of the rows of an update; None where they are not packed.
       plan, eval_plan: the sampler's shapes, for training and for evaluation.
       eval_batch: prompts that an evaluation samples at a time.
       mesh: None on one device.
@@ -70,6 +71,7 @@ class Settings:
     width: int
     max_new_tokens: int
     bounds: Mapping[str, float]
+    packing: learner.PackedShape | None
     plan: sampler.Plan
     eval_plan: sampler.Plan
     eval_batch: int
@@ -141,15 +143,14 @@ def _check_numbers(c: Any) -> None:
     _bounded(
         c, 1, "iterations", "batch.prompts", "batch.group_size", "batch.minibatches",
         "batch.micro_batches", "batch.oversample", "eval.prompts", "eval.samples",
-        "checkpoint.every", "learner.head_chunk", "learner.max_skipped", "log.samples_every",
-        "reward.workers",
+        "checkpoint.every", "learner.max_skipped", "log.samples_every", "reward.workers",
     )  # fmt: skip
     _bounded(
         c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "eval.every",
         "eval.temperature", "learner.warmup", "learner.weight_decay", "log.samples",
-        "profile_steps", "learner.learning_rate", "data.max_prompt_tokens", "data.workers",
-        "distributed.timeout", "reward.kl_coef", "reward.max_length", "reward.buffer",
-        "checkpoint.minutes", "learner.router_aux_coef",
+        "profile_steps", "learner.head_chunk", "learner.learning_rate", "data.max_prompt_tokens",
+        "data.workers", "distributed.timeout", "reward.kl_coef", "reward.max_length",
+        "reward.buffer", "checkpoint.minutes", "learner.router_aux_coef",
     )  # fmt: skip
     for field in ("sampler.temperature", "learner.max_grad_norm", "learner.eps"):
         value = operator.attrgetter(field)(c)
@@ -286,6 +287,7 @@ def from_config(
     files = cli.own.fingerprints([*names, c.reward.function])
     parts = sharding.parts(mesh)
     options = {"slots": c.sampler.slots, "parts": parts}
+    packing = build.make_packing(c, shape, width, room, mesh)
     plan = partial(sampler.make_plan, max_new_tokens=room, **options)
     # The last batch of an evaluation is filled up, and so is one that the mesh does not divide.
     eval_batch = -(-min(c.batch.prompts, c.eval.prompts) // parts) * parts
@@ -299,10 +301,11 @@ def from_config(
         tokenizer=tokenizer,
         keep=keep,
         model=shape,
-        hp=build.make_hyperparameters(c, shape, objective, mesh),
+        hp=build.make_hyperparameters(c, shape, objective, mesh, packing),
         width=width,
         max_new_tokens=room,
         bounds=build.make_bounds(c),
+        packing=packing,
         plan=plan(c.batch.prompts * c.batch.oversample, group_size=c.batch.group_size),
         eval_plan=plan(eval_batch, group_size=c.eval.samples),
         eval_batch=eval_batch,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sapo_jax import model
-from sapo_jax.model import moe
+from sapo_jax.model import grouped, moe, waves
 from sapo_jax.preflight import costs, hlo
 
 E, K, D, F = 8, 2, 16, 24
@@ -70,6 +70,39 @@ def test_values_and_gradients_equal_a_loop_over_experts(tokens, rng):
             assert float(jnp.abs(expected[1][0]["router"]).max()) > 1e-4
 
 
+@pytest.mark.parametrize("few", [8, 4096])
+def test_devices_with_some_of_the_experts_add_up(few, rng, monkeypatch):
+    """In one wave or in many, as when all tokens choose the experts of one device."""
+    devices, tokens, place = 4, 130, None
+    monkeypatch.setattr(waves, "FEW", few)
+    monkeypatch.setattr(moe.collectives, "axis_size", lambda axis: devices)
+    monkeypatch.setattr(moe.collectives, "axis_index", lambda axis: place)
+    made = make_weights(rng)
+    weights = tuple(made[f"experts_{name}"] for name in ("gate", "up", "down"))
+    hidden, cotangent = rng.normal(size=(2, tokens, D)).astype(np.float32)
+    gates = rng.uniform(size=(tokens, K)).astype(np.float32)
+
+    def gradient(compute):
+        def total(w, h, gates, ids, index):
+            nonlocal place
+            place = index
+            return jnp.sum(compute(w, CONFIG, h, ids, gates) * cotangent)
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))
+
+    whole, part, here = gradient(moe._of_all), gradient(moe._of_this_device), E // devices
+    for kind in ("random", "all on one", "last"):
+        ids, parts = choices(kind, tokens, rng).astype(np.int32), []
+        for index in range(devices):
+            own = tuple(w[index * here : (index + 1) * here] for w in weights)
+            parts.append(part(own, hidden, gates, ids, index))
+        d_weights, *others = zip(*(grads for _, grads in parts), strict=True)
+        d_weights = jax.tree.map(lambda *x: jnp.concatenate(x), *d_weights)
+        got = sum(value for value, _ in parts), (d_weights, *map(sum, others))
+        expected = whole(weights, hidden, gates, ids, 0)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), got, expected)
+
+
 def test_every_routed_pair_has_a_row_of_its_own(rng):
     for tokens in (1, 7, 64, 600):
         for kind in ("random", "all on one"):
@@ -112,7 +145,7 @@ def test_a_program_for_tpu_uses_megablox():
     """Chosen by the platform that the program is compiled for, not by the present machine."""
     x, w = jnp.ones((128, 128)), jnp.ones((2, 128, 128))
     arguments = x, w, jnp.arange(2), jnp.array([64, 64])
-    grad = jax.jit(jax.grad(lambda *a: moe.grouped_matmul(*a).sum(), (0, 1)))
+    grad = jax.jit(jax.grad(lambda *a: grouped.grouped_matmul(*a).sum(), (0, 1)))
     texts = {p: grad.trace(*arguments).lower(lowering_platforms=(p,)).as_text() for p in PLATFORMS}
     assert {p: "tpu_custom_call" in text for p, text in texts.items()} == PLATFORMS
 
@@ -129,14 +162,14 @@ def test_megablox_agrees_with_blocks(rng):
     w = rng.normal(size=(E, D, F)).astype(np.float32)
     used = int(plan.sizes.sum())
     rest = plan.expert, plan.sizes
-    forward = moe._by_megablox(x, w, *rest, interpret=True)
-    np.testing.assert_allclose(forward[:used], moe._by_blocks(x, w, *rest)[:used], atol=1e-4)
-    back = moe._by_megablox(y, w, *rest, transpose=True, interpret=True)
-    expected = moe._by_blocks(y, w, *rest, transpose=True)
+    forward = grouped._by_megablox(x, w, *rest, interpret=True)
+    np.testing.assert_allclose(forward[:used], grouped._by_blocks(x, w, *rest)[:used], atol=1e-4)
+    back = grouped._by_megablox(y, w, *rest, transpose=True, interpret=True)
+    expected = grouped._by_blocks(y, w, *rest, transpose=True)
     np.testing.assert_allclose(back[:used], expected[:used], atol=1e-4)
     y[used:] = 0
-    d_w = moe._weight_gradient_by_megablox(x, y, *rest, interpret=True)
-    np.testing.assert_allclose(d_w, moe._weight_gradient_by_blocks(x, y, *rest), atol=1e-4)
+    d_w = grouped._weight_gradient_by_megablox(x, y, *rest, interpret=True)
+    np.testing.assert_allclose(d_w, grouped._weight_gradient_by_blocks(x, y, *rest), atol=1e-4)
 
 
 def test_the_router_decides_in_f32(rng):

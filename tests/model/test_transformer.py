@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from sapo_jax import model
-from sapo_jax.model import attention, head, params, transformer
+from sapo_jax.model import head, params, transformer
 from tests import fakes
 
 
@@ -120,9 +121,6 @@ def test_packed_segments_do_not_see_each_other(nano, rng):
     packed = np.concatenate([first, second], 1)
     segments = np.repeat([[1, 2]], [5, 7], axis=1)
     together, _ = transformer.hidden(weights, config, packed, segments)
-    np.testing.assert_array_equal(
-        attention.positions(jnp.asarray(segments)), [[*range(5), *range(7)]]
-    )
     for part, rows in ((first, together[:, :5]), (second, together[:, 5:])):
         alone, _ = transformer.hidden(weights, config, part, np.ones_like(part))
         np.testing.assert_allclose(alone, rows, atol=2e-5)
@@ -153,24 +151,34 @@ def test_head_equals_dense_softmax(chunk, masked_in, rng):
         hidden, weight = rng.normal(size=(20, 6)), rng.normal(size=(17, 6))
         targets = jnp.asarray(rng.integers(0, 17, 20), jnp.int32)
         mask = jnp.isin(jnp.arange(20), rng.permutation(20)[:masked_in])
+        source = jnp.asarray(rng.integers(0, 20, 20), jnp.int32)  # several from one hidden state
+        tokens = head.Tokens(targets, source, mask)
         a, b = rng.normal(size=(2, 20))
         temperature = 0.7
 
         def chunked(h, w):
             outs = head.logp_entropy(
-                jnp.float32(h), jnp.float32(w), targets, mask, jnp.float32(temperature), chunk
+                jnp.float32(h), jnp.float32(w), tokens, jnp.float32(temperature), chunk
             )
             return jnp.sum(outs[0] * a + outs[1] * b), outs
 
-        def dense(h, w):
-            outs = tuple(jnp.where(mask, x, 0) for x in dense_head(h, w, targets, temperature))
+        def by_token(h, w):
+            arguments = jnp.float32(h), jnp.float32(w), tokens, jnp.float32(temperature)
+            each = (lambda logp, own: logp * own[0]), (jnp.float32(a), None)
+            total, *outs = head.token_loss(*each, *arguments, chunk)
+            return total, tuple(outs)
+
+        def dense(h, w, b=b):
+            outs = dense_head(h[source], w, targets, temperature)
+            outs = tuple(jnp.where(mask, x, 0) for x in outs)
             return jnp.sum(outs[0] * a + outs[1] * b), outs
 
-        got, expected = (
-            jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(jnp.asarray(hidden), weight)
-            for f in (chunked, dense)
-        )
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), got, expected)
+        for ours, theirs in ((chunked, dense), (by_token, partial(dense, b=0))):
+            got, expected = (
+                jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(jnp.asarray(hidden), weight)
+                for f in (ours, theirs)
+            )
+            jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), got, expected)
 
 
 @pytest.mark.parametrize("preset", sorted(model.PRESETS))

@@ -158,8 +158,9 @@ def test_one_update_agrees_with_one_device(policies, references, on_one, kind, n
         assert counts.pop("all-reduce") > 0
         assert not any(counts.values()), counts
     if name == "fsdp 8":  # once forward and once backward; gradients once
-        assert 0 < counts["all-gather"] <= 2 * split
-        assert 0 < counts["reduce-scatter"] <= split
+        times = policies[kind][0].num_hidden_layers if kind == "dense" else 1  # the others scan
+        assert 0 < counts["all-gather"] <= 2 * split * times
+        assert 0 < counts["reduce-scatter"] <= split * times
 
 
 @pytest.mark.slow

@@ -37,7 +37,11 @@ WRONG = [
     ({"dtype.compute": "int8"}, "dtype.compute='int8'", "nearest is"),
     ({"dtype.cache": "float64"}, "dtype.cache='float64'", "float32, bfloat16"),
     ({"model.attention": "flash"}, "model.attention='flash'", "nearest is 'splash'"),
-    ({"model.attention": "splash"}, "model.attention='splash'", "'auto' or 'xla' on cpu"),
+    (
+        {"model.attention": "splash"},
+        "model.attention='splash'",
+        "'auto', 'blocked' or 'xla' on cpu",
+    ),
     ({"model.attention": "cudnn", "dtype.compute": "bfloat16"}, "='cudnn'", "on cpu, .* of gpu"),
     ({"mesh.tensor": 3}, "config.mesh: data=1", "the number of devices"),
     ({"model.head_dim": 3}, "model.head_dim=3", "even"),

@@ -1,0 +1,1 @@
+"""Speed: contests with peers, and with what this project was."""

@@ -1,0 +1,182 @@
+"""Contestants of this project: ``python -m experiments.benchmarks.ours NAME SHAPE``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from experiments.benchmarks import contestant, workload
+from experiments.benchmarks.workload import Shape
+from sapo_jax import learner, model, objectives, sampler
+from sapo_jax.model import head
+from sapo_jax.types import Batch, Prompts
+
+Built = tuple[Callable[[], dict[str, Any]], dict[str, Any]]
+MICRO_TOKENS = 2048  # of a packed micro-batch, as the configs have it on a CPU
+UNPACKED = 1
+
+
+def policy(shape: Shape, **fields: Any) -> tuple[model.ModelConfig, Any]:
+    """The shape and weights, by way of a Hugging Face directory."""
+    config = {
+        "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "vocab_size": shape.vocab,
+        "hidden_size": shape.hidden, "intermediate_size": shape.mlp,
+        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_dim, "hidden_act": "silu",
+        "rms_norm_eps": workload.NORM_EPS, "rope_theta": workload.ROPE_THETA,
+        "max_position_embeddings": max(2048, shape.width), "tie_word_embeddings": True,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as directory:
+        path = pathlib.Path(directory)
+        (path / "config.json").write_text(json.dumps(config))
+        save_file(workload.weights(shape), str(path / "model.safetensors"))
+        shaped, params = model.hf.load(path)
+    stops = {"stop_tokens": shape.stop_ids, "pad_token": workload.PAD} | fields
+    return dataclasses.replace(shaped, **stops), jax.device_put(params)
+
+
+def batch_of(rows: workload.Rollouts) -> Batch:
+    """Left-aligned rows as the learner takes them."""
+    p, t = rows.prompt.shape[1], rows.completion.shape[1]
+    exists = np.concatenate([np.ones_like(rows.prompt, bool), rows.mask], 1)
+    tokens = np.concatenate([rows.prompt, rows.completion], 1)
+    old_logp = np.pad(rows.old_logp, ((0, 0), (p, 0)))
+    return Batch(
+        tokens=np.where(exists, tokens, workload.PAD),
+        mask=exists & (np.arange(p + t) >= p),
+        segments=exists.astype(np.int32),
+        sampler_logp=old_logp, old_logp=old_logp, advantages=rows.advantages,
+    )  # fmt: skip
+
+
+def update(shape: Shape, *, pack: bool = True, share: bool = True, objective="sapo") -> Built:
+    """One optimizer step on all rows; moving the rows together is a part of it."""
+    config, params = policy(shape)
+    rows = workload.rollouts(shape)
+    batch, layout, micro = jax.device_put(batch_of(rows)), None, UNPACKED
+    if pack:
+        sized = learner.packed_shape(
+            shape.rows, shape.prompt, shape.completion, budget=MICRO_TOKENS,
+            group_size=shape.group if share else 1,
+        )  # fmt: skip
+        layout, micro = partial(learner.plan, width=shape.width, shape=sized), sized.micro_batches
+    if objective == "cross_entropy":
+        batch = batch.replace(advantages=jnp.ones(shape.rows))
+    chosen = objectives.resolve("reinforce" if objective == "cross_entropy" else objective)
+    hp = learner.Hyperparameters(
+        chosen, workload.LEARNING_RATE, workload.WEIGHT_DECAY, 1.0, 1.0,
+        model=config, micro_batches=micro, b1=workload.B1, b2=workload.B2, eps=workload.EPS,
+    )  # fmt: skip
+    state = learner.init(params, hp)
+    prompts = np.full(shape.rows, shape.prompt)
+
+    def once():
+        nonlocal state
+        own = batch if layout is None else learner.pack(batch, layout(prompts, rows.length))
+        state, metrics = learner.update(state, own, hp)
+        jax.block_until_ready(state)
+        return {"loss": float(objectives.finish(metrics)[0])}
+
+    own = batch if layout is None else learner.pack(batch, layout(prompts, rows.length))
+    memory = learner.update.lower(state, own, hp).compile().memory_analysis()
+    tokens = int(shape.rows * shape.prompt + rows.length.sum())
+    facts = {"tokens": tokens, "temp_bytes": memory.temp_size_in_bytes}
+    return once, facts | {"flops": shape.update_flops() * tokens / (shape.rows * shape.width)}
+
+
+def generate(shape: Shape) -> Built:
+    """Sample a group for each prompt, log-probabilities included."""
+    config, params = policy(shape)
+    weights, seeds = sampler.to_sampler(params, config), iter(range(10**9))
+    prompts = Prompts(
+        tokens=workload.rollouts(shape).prompt[:: shape.group],
+        length=np.full(shape.prompts, shape.prompt, np.int32),
+        id=np.arange(shape.prompts, dtype=np.uint32),
+        task=np.zeros(shape.prompts, np.int32),
+    )
+
+    def once():
+        found = sampler.rollout(
+            weights, config, prompts, group_size=shape.group, max_new_tokens=shape.completion,
+            temperature=1.0, seed=next(seeds), iteration=0,
+        )  # fmt: skip
+        return {"tokens": int(jax.block_until_ready(found).mask.sum())}
+
+    return once, {}
+
+
+def loss_head(*, bare: bool, vocab: int = 151_936, width: int = 256, tokens: int = 8192) -> Built:
+    """The head alone, forward and backward; ``bare``: its three matrix products only."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(tokens, width)), jnp.float32)
+    weight = jnp.asarray(rng.normal(0, 0.02, (vocab, width)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, vocab, tokens), jnp.int32)
+    chunk = head.chunk_size(vocab, "cpu")
+
+    def ours(hidden, weight):
+        index = jnp.arange(tokens, dtype=jnp.int32)
+        wanted = head.Tokens(targets, index, jnp.ones(tokens, bool))
+        own = jnp.ones(tokens), None
+        arguments = (hidden, weight, wanted, jnp.float32(1), chunk)
+        return head.token_loss(lambda logp, own: logp * own[0], own, *arguments)[0]
+
+    def products(hidden, weight):  # in the same chunks, so that no more memory is touched
+        def visit(d_weight, h):
+            logits = h @ weight.T
+            return d_weight + logits.T @ h, logits @ weight
+
+        return jax.lax.scan(visit, jnp.zeros_like(weight), hidden.reshape(-1, chunk, width))
+
+    run = jax.jit(products if bare else jax.grad(ours, (0, 1))).lower(hidden, weight).compile()
+
+    def once():
+        jax.block_until_ready(run(hidden, weight))
+        return {}
+
+    temp = run.memory_analysis().temp_size_in_bytes
+    return once, {"flops": 6 * tokens * vocab * width, "temp_bytes": temp,
+                  "temp_share_of_logits": temp / (4 * tokens * vocab)}  # fmt: skip
+
+
+def peak(shape: Shape) -> Built:
+    """The machine's own rates: a product of 2048³, and a copy of 256 MiB."""
+    del shape
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2048, 2048)), jnp.float32)
+    big = jnp.zeros(64 << 20, jnp.float32)
+    multiply, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
+
+    def once():
+        for _ in range(3):
+            jax.block_until_ready(multiply(x, x))
+        return {}
+
+    del big, copy
+    return once, {"flops": 3 * 2 * 2048**3}
+
+
+CONTESTANTS: dict[str, Callable[[Shape], Built]] = {
+    "update": update,
+    "update_packed": partial(update, share=False),
+    "update_rows": partial(update, pack=False),
+    "update_grpo": partial(update, objective="grpo"),
+    "update_cross_entropy": partial(update, objective="cross_entropy"),
+    "generate": generate,
+    "head": lambda shape: loss_head(bare=False),
+    "head_products": lambda shape: loss_head(bare=True),
+    "peak": peak,
+}
+
+if __name__ == "__main__":
+    name, shape = sys.argv[1:]
+    contestant.serve(partial(CONTESTANTS[name], workload.SHAPES[shape]))
