@@ -1,6 +1,7 @@
 # make train   the quickstart: environment, cold start, SAPO, report
 # make smollm2  a Hugging Face directory of SmolLM2-135M-Instruct, models/smollm2
 # make preflight  the pod configs compiled for their TPU pods, docs/preflight.md
+# make fuzz    600 odd configs, accepted or refused by name; 5 minutes at most
 # make storm   60 SIGKILLs at random moments; 15 minutes at most
 # make docs    a static site of the documentation, site/index.html
 # make bench   how fast it is; make bench-peers, and its peers on the same (their environments first)
@@ -11,7 +12,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m sapo_jax.main
 
-.PHONY: train smollm2 preflight storm docs bench bench-peers test test-slow lint format clean
+.PHONY: train smollm2 preflight storm fuzz docs bench bench-peers test test-slow lint format clean
 
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
@@ -36,6 +37,9 @@ preflight: $(VENV)/ready
 
 storm: $(VENV)/ready
 	JAX_PLATFORMS=cpu $(BIN)/python -m experiments.storm.run
+
+fuzz: $(VENV)/ready
+	JAX_PLATFORMS=cpu $(BIN)/python -m experiments.fuzz.run
 
 docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -26,6 +26,7 @@ FIELDS = ("prompt", "answer", "demonstration")
 CATALOGUE = {  # module that registers the builder, and where it downloads from
     "gsm8k": ("tensorflow_datasets.text.gsm8k", "https://raw.githubusercontent.com"),
 }
+RAW = {"gsm8k": {"question": "", "answer": "#### "}}  # texts of a line, with what is once in each
 PROBE_SECONDS = 10  # the catalogue's own downloads go on trying for minutes
 
 FLAGS = cli.Flags("datasets", __doc__)
@@ -138,8 +139,13 @@ def prepare_catalogued(
         if files:
             copies = {split: epath.Path(folder) / split for split in files}
             for split, path in files.items():  # read here: the builder's refusals name no line
-                rows = [json.dumps(row) + "\n" for _, row in jsonl.read(path)]
-                copies[split].write_text("".join(rows))
+                rows = jsonl.read(path, dict.fromkeys(RAW[name], str))
+                for number, row in rows:
+                    for field, part in RAW[name].items():
+                        if part and row[field].count(part) != 1:
+                            what = f"field {field!r} is {row[field]!r:.60}, must have one {part!r}"
+                            raise ValueError(f"{path}, line {number}: {what}")
+                copies[split].write_text("".join(json.dumps(row) + "\n" for _, row in rows))
 
             class Local(builder, skip_registration=True):
                 """The catalogue's builder on files that are here."""
@@ -178,9 +184,12 @@ def write(builder: Any) -> epath.Path:
     directory = epath.Path(builder.data_dir)
     if directory.exists():
         raise ValueError(f"{directory} exists already: delete it, or choose another directory")
+    for place in directory.parents:
+        if place.exists() and not place.is_dir():
+            raise ValueError(f"{place} is a file, and no directory: choose another --out")
     above = directory.parent
     strange = [p.name for p in above.iterdir() if p.name[0].isalpha()] if above.is_dir() else []
-    if strange or (not above.is_dir() and above.exists()):
+    if strange:
         raise ValueError(f"{above} is no dataset's, it holds {strange[:3]}: choose another --out")
     builder.download_and_prepare()
     for split in builder.info.splits:
@@ -194,6 +203,9 @@ def main(given: cli.Flags) -> None:
         raise ValueError("--jsonl=SPLIT=FILE, once or more, or --catalogue=NAME is missing")
     pairs = [item.partition("=") for item in given.jsonl]
     files = {split if path else "train": path or split for split, _, path in pairs}
+    for item in given.jsonl:
+        if item.startswith("=") or item.endswith("="):
+            raise ValueError(f"--jsonl={item}: must be SPLIT=FILE, or FILE")
     if given.catalogue:
         path = prepare_catalogued(given.catalogue, given.out, files)
     else:

@@ -104,7 +104,13 @@ class Policy(NamedTuple):
 def _sets(given: cli.Flags) -> dict[str, Task]:
     """The tasks of the command line."""
     parsed = {text: parse_task(text) for text in given.task}
-    return {text: tasks.make(name, **options) for text, (name, options) in parsed.items()}
+    made = {}
+    for text, (name, options) in parsed.items():
+        try:
+            made[text] = tasks.make(name, **options)
+        except ValueError as error:
+            raise ValueError(f"--task={text}: {error}") from None
+    return made
 
 
 def _of_directory(given: cli.Flags) -> Policy:
@@ -207,7 +213,7 @@ def main(given: cli.Flags) -> None:
     sampler.sampling.controls(
         given.temperature, given.top_k, given.top_p
     )  # refused before it is read
-    cli.use_cache(given.compilation_cache)
+    cli.use_cache(given.compilation_cache, "--compilation_cache")
     policy = _of_run(given) if given.workdir else _of_directory(given)
     policy = policy._replace(params=sampler.to_sampler(policy.params, policy.config))
     found = {}

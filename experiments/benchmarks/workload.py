@@ -44,8 +44,8 @@ class Shape:
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """Tokens that end a completion; without ``stop`` one that is never drawn."""
-        return tuple(range(3, 3 + int(self.stop * self.vocab))) or (self.vocab,)
+        """Tokens that end a completion; without ``stop`` one, which is drawn as often as others."""
+        return tuple(range(3, 3 + int(self.stop * self.vocab))) or (2,)
 
     def matmul_parameters(self) -> int:
         """Weights that take part in a matrix product once per token; the tied head counts once."""

@@ -70,7 +70,7 @@ class Flags(flags.FlagValues):
         text = "The experiment: a shipped one by name (sapo-jax list configs), or a file."
         new = {"accept_new_attributes": True, "lock_config": False}  # see _ConfigParser
         self._define(config_flags.DEFINE_config_file, "config", None, text, required=True, **new)
-        self["config"].parser = _ConfigParser()
+        self["config"].parser = _ConfigParser(fields=())
         config_flags.register_flag_parser_for_type(ConfigDict, _DictionaryParser())
         config_flags.register_flag_parser_for_type(object, _LiteralParser())
 
@@ -94,7 +94,8 @@ class Flags(flags.FlagValues):
         except (flags.Error, ValueError, TypeError, KeyError, AttributeError) as error:
             if any(re.match(r"--?v(erbosity)?\b", argument) for argument in argv):
                 raise
-            refuse(_wrong_value(error))
+            replaced = _replaced(argv) if isinstance(error, KeyError) else ""
+            refuse(replaced or _wrong_value(error))
         if self.help:
             print(self.describe())
             sys.exit()
@@ -156,9 +157,17 @@ def _fields_of(argv: Sequence[str]) -> list[str]:
     return re.findall(r"^--?(?:no)?config\.([^=\n]+)", "\n".join(argv), re.M)
 
 
+def _replaced(argv: Sequence[str]) -> str:
+    """What is wrong where the command line replaces a section and sets a field that it had."""
+    fields = _fields_of(argv)
+    pairs = [(a, b) for a in fields for b in fields if b.startswith(f"{a}.")]
+    return "".join(f"--config.{b}: there is no such field in --config.{a}" for a, b in pairs[:1])
+
+
 class _ConfigParser(flags.ArgumentParser):
-    config: ConfigDict | None = None
-    fields: Sequence[str] = ()  # that the command line sets
+    def __init__(self, *, fields: Sequence[str]):  # absl shares parsers without keywords
+        self.config: ConfigDict | None = None
+        self.fields = fields  # that the command line sets
 
     def parse(self, name: str) -> ConfigDict:
         self.config = from_config(name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pathlib
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +20,13 @@ EXTRAS = {  # of the package, with the modules that they bring
     "plots": ("jinja2", "markupsafe", "matplotlib", "tensorboardX"),
     "data": ("importlib_resources", "tensorflow_datasets", "tokenizers"),
     "tasks": ("mpmath", "reasoning_gym"),
+}
+OF_PATHS = {
+    FileNotFoundError: "is not there",
+    NotADirectoryError: "is a file, or lies in one; must be a directory, or lie in one",
+    FileExistsError: "is a file; must be a directory, or not be there",
+    IsADirectoryError: "is a directory; must be a file",
+    PermissionError: "may not be read, or not be written, by this user",
 }
 
 
@@ -52,15 +61,21 @@ def run(
             if verbose or internal or not foreseen:
                 traceback.print_exc()
             else:
-                text = missing(error) if isinstance(error, ModuleNotFoundError) else error
-                origin = traceback.extract_tb(error.__traceback__)[-1].filename
-                where = "" if origin.startswith(str(PACKAGE)) else " (--verbosity=0 shows where)"
-                print(f"error: {text}{where}", file=sys.stderr)
+                print(f"error: {_text(error)}", file=sys.stderr)
             if failed:
                 failed(1)
             sys.exit(1)
 
     app.run(guarded, flags_parser=given.parse)
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return missing(error)
+    if type(error) in OF_PATHS and error.filename:
+        return f"{error.filename}: {OF_PATHS[type(error)]}"
+    origin = traceback.extract_tb(error.__traceback__)[-1].filename
+    return f"{error}" + " (--verbosity=0 shows where)" * (not origin.startswith(str(PACKAGE)))
 
 
 def missing(error: ImportError) -> str:
@@ -70,10 +85,21 @@ def missing(error: ImportError) -> str:
     return f"{error}" + "".join(f'; pip install "sapo_jax[{extra}]" brings it' for extra in extras)
 
 
-def use_cache(directory: str) -> None:
-    """Keep compiled programs in a directory; "" keeps none."""
+def use_cache(directory: str, name: str = "config.compilation_cache") -> None:
+    """Keep compiled programs in a directory; "" keeps none.
+
+    Raises:
+      ValueError: naming the flag or field of the directory: no files can be written there.
+    """
     import jax
 
     if directory:
+        try:
+            if "://" not in directory:
+                pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=directory).close()
+        except OSError as error:
+            why = f"{error.strerror}; must be a directory to write in, or empty"
+            raise ValueError(f"{name}={directory}: {why}") from None
         jax.config.update("jax_compilation_cache_dir", directory)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

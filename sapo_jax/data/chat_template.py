@@ -23,7 +23,7 @@ def find_template(directory: epath.Path, config: Mapping[str, Any]) -> str:
     return template.get("default", "") if isinstance(template, dict) else template
 
 
-def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+def render(template: str, messages: Sequence[Mapping[str, Any]], /, **variables: Any) -> str:
     """Render a chat template in a sandbox that knows what ``transformers`` offers to templates.
 
     Raises:

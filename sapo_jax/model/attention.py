@@ -12,6 +12,7 @@ from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import collectives
 
 HIGHEST = jax.lax.Precision.HIGHEST
+PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # kernels of one
 SHARES_PREFIX = ("blocked", "xla")  # kernels whose rows may share a prefix, see `segments`
 NEGATIVE = -1e30  # finite: a row without any key must not give NaN
 
@@ -55,6 +56,17 @@ def _softmax(scores: jax.Array, visible: jax.Array) -> jax.Array:
     return jax.nn.softmax(jnp.where(visible, scores, NEGATIVE), axis=-1)
 
 
+def check(kernel: str, platform: str) -> None:
+    """Refuse a kernel that a platform does not have.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    if PLATFORMS.get(kernel, platform) != platform:
+        only = f"must be 'auto', 'blocked' or 'xla' on {platform}, for it is of {PLATFORMS[kernel]}"
+        raise ValueError(f"model.attention={kernel!r}: {only}")
+
+
 def choose(kernel: str, platform: str) -> str:
     """The kernel over whole rows that "auto" takes on a platform."""
     if kernel != "auto":
@@ -81,6 +93,7 @@ def causal(
       prefix_BS: i32[B, S], the segment that each token's own continues, 0 for none; with "blocked"
         and "xla" only.
     """
+    check(kernel, collectives.platform())
     kernel = choose(kernel, collectives.platform())
     if kernel == "blocked":
         return blocked.causal(q_BSHd, k_BSKd, v_BSKd, segments_BS, prefix_BS)

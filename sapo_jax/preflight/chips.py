@@ -33,17 +33,21 @@ CHIPS = {
 }
 
 
+MOST = 2**14  # chips; a pod of v5p has 8,960
+
+
 def parse(topology: str) -> tuple[str, int]:
     """The kind of chip and the number of chips of a topology such as ``v5p:4x4x8``.
 
     Raises:
       ValueError: it is not written so, or no such chip is known.
     """
-    found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
-    if not found or found[1] not in CHIPS:
-        names = ", ".join(CHIPS)
-        raise ValueError(f"--topology={topology!r}: must be <chip>:<a>x<b>[x<c>], chip of {names}")
-    return found[1], math.prod(int(n) for n in found[2].split("x"))
+    found = re.fullmatch(r"(\w+):(\d{1,4}(?:x\d{1,4}){0,2})", topology)
+    chips = math.prod(map(int, found[2].split("x"))) if found else 0
+    if not 1 <= chips <= MOST or found[1] not in CHIPS:
+        what = f"<chip>:<a>x<b>[x<c>], chip of {', '.join(CHIPS)}, of 1 to {MOST} chips"
+        raise ValueError(f"--topology={topology[:100]!r}: must be {what}")
+    return found[1], chips
 
 
 def chip_of(topology: str) -> Chip:

@@ -12,6 +12,7 @@ from sapo_jax.training.workdir import read_config
 
 SWEEP = ("manifest.json", "report.json")
 RUN = ("metrics", "config.json", "preflight.json")
+SHAPE = ArithmeticError, LookupError, TypeError, AttributeError  # of JSON that is no result
 
 FLAGS = cli.Flags("report", __doc__)
 FLAGS.string("path", "", "Directory of a run or a sweep, or a lab's JSON file.", positional=True)
@@ -48,8 +49,21 @@ def main(given: cli.Flags) -> None:
     kind = kind_of(path)
     if given.picture:
         check_file(given.picture, "--picture=", lambda content: content[:4] == b"\x89PNG", "a PNG")
-        kind.picture(path, epath.Path(given.picture).expanduser())
-    print(given.picture or kind.write(path))
+    import jinja2  # here: --help works without plots
+
+    try:
+        if given.picture:
+            kind.picture(path, epath.Path(given.picture).expanduser())
+        print(given.picture or kind.write(path))
+    except (
+        ArithmeticError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        jinja2.UndefinedError,
+    ) as error:
+        what = f"what lies there has another shape, {type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be shown: {what} (--verbosity=0 shows where)") from error
 
 
 if __name__ == "__main__":

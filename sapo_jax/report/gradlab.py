@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,14 +10,22 @@ from etils import epath
 from sapo_jax.report import gradlab_plots as plots
 from sapo_jax.report import page, style
 from sapo_jax.report.page import Tile
+from sapo_jax.training.files import read_json
 
 PICTURED = ("fidelity", "removed", "groups")
+CHIPS = {
+    "model": "model", "iteration": "iteration", "trained with": "trained_with",
+    "learning rate": "learning_rate", "seed": "seed", "problems": "prompts",
+    "completions of each": "group_size",
+}  # fmt: skip
+STAGE = {"updates": int, "tokens": dict, "gradients": {"names": list, "fidelity": dict}}
+RESULT = {"stages": [STAGE], "focus": object} | dict.fromkeys(CHIPS.values(), object)
 UNGATED = 2  # algorithms that stand first: what the others are compared with
 
 
 def _read(path: epath.PathLike) -> Mapping[str, Any]:
-    found = json.loads(epath.Path(path).read_bytes())
-    if "stages" not in found:
+    found = read_json(path, RESULT)
+    if not found["stages"]:
         raise ValueError(f"{path} is no result of the gradient lab: it has no 'stages'")
     return found
 
@@ -74,12 +81,7 @@ def write(path: epath.PathLike) -> epath.Path:
     """Write the page of a JSON file of statistics beside it; returns its path."""
     path = epath.Path(path)
     found = _read(path)
-    named = {
-        "model": "model", "iteration": "iteration", "trained with": "trained_with",
-        "learning rate": "learning_rate", "seed": "seed", "problems": "prompts",
-        "completions of each": "group_size",
-    }  # fmt: skip
-    chips = {label: found[key] for label, key in named.items()}
+    chips = {label: found[key] for label, key in CHIPS.items()}
     chips["tokens"] = found["stages"][0]["tokens"]["tokens"]
     return page.write(
         path.with_suffix(".html"),

@@ -19,6 +19,7 @@ from sapo_jax.training.files import read_json
 from sapo_jax.training.workdir import gaps, read_config, read_metrics, read_samples
 
 SAMPLES = 24
+PREFLIGHT = {"checks": [{"name": str}], "refused": dict}
 RIGHT = 0.5  # a completion with a larger reward counts as right
 # What means something where nothing was sampled: there is no old policy to compare with.
 SUPERVISED = ("iteration", "update", "eval/", "policy/loss", "policy/entropy", "grad/", "time/")
@@ -179,7 +180,7 @@ def _completion(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 def _preflight(workdir: epath.PathLike) -> dict[str, Any] | None:
     """The table of a preflight whose results lie in the run directory."""
-    found = read_json(epath.Path(workdir) / "preflight.json")
+    found = read_json(epath.Path(workdir) / "preflight.json", PREFLIGHT)
     if found is None:
         return None
     missed = [c["name"] for c in found["checks"] if not c["met"]]

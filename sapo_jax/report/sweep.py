@@ -17,13 +17,15 @@ from sapo_jax.training.workdir import read_metrics
 
 PICTURED = ("pass", "reward", "differences", "heat", "ends", "entropy")
 Found = Mapping[str, Any]
+MANIFEST = {"runs": [{"name": str, "directory": str, "overrides": dict}]}
+REPORT = {"settings": [{"setting": dict, "runs": [dict], "collapse": dict}], "hours": float}
 
 
 def _read(workdir: epath.Path) -> Found:
     """What the runs say together, from the runs themselves or as report.json keeps it."""
-    manifest = read_json(workdir / "manifest.json")
+    manifest = read_json(workdir / "manifest.json", MANIFEST)
     if manifest is None:
-        return read_json(workdir / "report.json")
+        return read_json(workdir / "report.json", REPORT)
     places = [workdir / run["directory"] for run in manifest["runs"]]
     each = zip(manifest["runs"], places, strict=True)
     runs = [Run(**run, records=read_metrics(place)) for run, place in each]
@@ -129,5 +131,5 @@ def picture(workdir: epath.PathLike, path: epath.PathLike) -> None:
     Raises:
       ValueError: there is nothing to draw.
     """
-    found = read_json(epath.Path(workdir) / "report.json")
+    found = read_json(epath.Path(workdir) / "report.json", REPORT)
     style.picture(path, [plots.PLOTS[name] for name in PICTURED], found)

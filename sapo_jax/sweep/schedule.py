@@ -59,7 +59,7 @@ def check_manifest(workdir: epath.Path, manifest: dict) -> None:
     path = workdir / MANIFEST
     if not path.exists():
         write_json(path, manifest)
-    stored = read_json(path)
+    stored = read_json(path, {"runs": [{"directory": str}]})
     if stored != manifest:
         old, new = ([r["directory"] for r in m["runs"]] for m in (stored, manifest))
         strange = [name for name in new if name not in old] or [n for n in old if n not in new]

@@ -61,7 +61,7 @@ def register(name: str, kind: Callable[..., Task] | None = None) -> Callable:
     return kind
 
 
-def make(name: str, **options: Any) -> Task:
+def make(name: str, /, **options: Any) -> Task:
     """The task of a name, or of a file ("my.py:MyTask"), with its options.
 
     Raises:
@@ -86,12 +86,13 @@ def make(name: str, **options: Any) -> Task:
         near = f"; the nearest is {cli.nearest(unknown[0], known)!r}" if known else ""
         has = ", ".join(known) or "none"
         raise ValueError(f"task {name!r} has no option {unknown}; it has {has}{near}")
+    types = {option: known[option].annotation for option in options}
     try:
         task = kind(**options)
     except (TypeError, AttributeError) as error:
+        own.check_types(name, options, types)  # where that says more
         raise ValueError(f"task {name!r} with the options {options}: {error}") from error
-    for option, value in options.items():
-        own.check_type(name, option, value, known[option].annotation)
+    own.check_types(name, options, types)
     if name not in SHIPPED:
         own.check(name, task, options)
     return task

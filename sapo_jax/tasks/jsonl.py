@@ -37,7 +37,8 @@ def read(
     """
     path = epath.Path(path).expanduser()
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        there = "is a directory; must be a file of JSON lines" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: {there}")
     *lines, tail = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate([*lines, tail] if tail else lines, start=1):

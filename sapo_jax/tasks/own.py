@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sapo_jax import cli
@@ -48,16 +48,17 @@ def check(name: str, task: Task, options: dict[str, Any]) -> None:
         raise ValueError(f"task {name!r}: the prompt {min(both)!r} is in both splits")
 
 
-def check_type(name: str, option: str, value: Any, annotation: Any) -> None:
+def check_types(name: str, options: Mapping[str, Any], annotations: Mapping[str, Any]) -> None:
     """Refuse an option that is no bool, int, float or str where its annotation is that.
 
     Raises:
       ValueError: naming the option, its value and what is allowed.
     """
-    wanted = getattr(annotation, "__name__", annotation)
-    kinds, text = TYPES.get(wanted, (object, ""))
-    if not isinstance(value, kinds) or (isinstance(value, bool) and wanted in ("int", "float")):
-        raise ValueError(f"task {name!r}: {option}={value!r}: must be {text}")
+    for option, value in options.items():
+        wanted = getattr(annotations[option], "__name__", annotations[option])
+        kinds, text = TYPES.get(wanted, (object, ""))
+        if not isinstance(value, kinds) or (isinstance(value, bool) and wanted in ("int", "float")):
+            raise ValueError(f"task {name!r}: {option}={value!r}: must be {text}")
 
 
 def probe(name: str, options: dict[str, Any]) -> dict[str, Callable]:

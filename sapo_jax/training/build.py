@@ -12,7 +12,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from sapo_jax import corrections, learner, model, objectives, tasks
-from sapo_jax.cli import nearest
+from sapo_jax.cli import from_config, nearest
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
@@ -31,7 +31,7 @@ NO_REFERENCE = "0 without config.init_from, whose policy is the reference"
 
 
 @contextlib.contextmanager
-def _of(field: str, *, named: bool = False) -> Iterator[None]:
+def of_field(field: str, *, named: bool = False) -> Iterator[None]:
     """Refusals inside the context name the field; if they do by themselves, only ``config.``."""
     try:
         yield
@@ -52,14 +52,17 @@ def make_tasks(c: Any) -> tuple[dict[str, Task], dict[str, float]]:
         wanted = "a dictionary of name, share and, if need be, options"
         known = isinstance(entry, dict) and {"name", "share"} <= set(entry)
         require(known and not set(entry) - {"name", "share", "options"}, field, entry, wanted)
+        options = entry.get("options", {})
+        require(isinstance(entry["name"], str), f"{field}.name", entry["name"], "text")
+        require(isinstance(options, dict), f"{field}.options", options, "a dictionary")
         share, prompts = entry["share"], c.batch.prompts
-        number = isinstance(share, int | float) and 0 < share <= 1
+        number = type(share) in (int, float) and 0 < share <= 1
         require(number, f"{field}.share", share, "a number in (0, 1]")
         whole = f"a whole number of the {prompts} of batch.prompts"
         divides = abs(share * prompts - round(share * prompts)) < 1e-6
         require(divides, f"{field}.share", share, whole)
-        with _of(field):
-            task = tasks.make(entry["name"], **entry.get("options", {}))
+        with of_field(field):
+            task = tasks.make(entry["name"], **options)
             task.examples("train")
             if c.eval.every:
                 task.examples("test")
@@ -84,7 +87,7 @@ def make_tokenizer(c: Any, made: Mapping[str, Task]) -> Tokenizer:
         require(bool(directory) or not options[field], f"tokenizer.{field}", options[field], alone)
     if not directory:
         return CharTokenizer(tasks.Mixture(made).alphabet)
-    with _of("tokenizer"):
+    with of_field("tokenizer"):
         return hf_tokenizer.load(directory, **options)
 
 
@@ -118,13 +121,13 @@ def make_model(c: Any, tokenizer: Tokenizer) -> model.ModelConfig:
         require("/" not in preset, "model.preset", preset, f"one of {names}")
         if "vocab_size" in model.PRESETS.get(preset, {}):
             fields["vocab_size"] = max(model.PRESETS[preset]["vocab_size"], tokenizer.vocab_size)
-        with _of("model", named=True):
+        with of_field("model", named=True):
             vocab_size = {"vocab_size": tokenizer.vocab_size}
             return model.make(preset, **vocab_size | fields | chosen | stop)
     alone = "None: the shape is that of config.model.preset, a Hugging Face directory"
     for field, value in fields.items():
         require(False, f"model.{field}", value, alone)
-    with _of("model.preset"):
+    with of_field("model.preset"):
         shape = model.hf.read_config(epath.Path(preset).expanduser(), c.dtype.params)
         hf_tokenizer.check_vocabulary(tokenizer, shape.vocab_size, preset)
     return dataclasses.replace(shape, **chosen, **stop)
@@ -135,6 +138,7 @@ def lengths(
 ) -> tuple[int, int, Fits | None]:
     """Tokens of room for a prompt and for a completion, and the filter of what has none."""
     width, room = c.data.max_prompt_tokens, c.sampler.max_new_tokens
+    own_width, own_room = not width, not room
     supervised, bounded = c.source == "demonstrations", False
     if isinstance(tokenizer, CharTokenizer):
         whole = tasks.Mixture(made)
@@ -148,7 +152,10 @@ def lengths(
     for field, value in (("data.max_prompt_tokens", width), ("sampler.max_new_tokens", room)):
         require(value > 0, field, value, "at least 1: the tasks have no bound of their own")
     context = shape.max_position_embeddings
-    least = f"at least {width + room}: prompts of {width} and completions of {room} tokens"
+    own = f"of {', '.join(map(repr, made.values())):.200}"
+    prompts = f"prompts of {width} tokens ({own if own_width else 'data.max_prompt_tokens'})"
+    completions = f"completions of {room} ({own if own_room else 'sampler.max_new_tokens'})"
+    least = f"at least {width + room}: {prompts} and {completions}"
     require(width + room <= context, "model.max_position_embeddings", context, least)
     keep = None if bounded else Fits(tokenizer, width, room if supervised else None)
     return width, room, keep
@@ -162,8 +169,9 @@ def make_objective(c: Any) -> objectives.Objective:
         only = "'reinforce' for source='demonstrations': likelihood is REINFORCE with advantage 1"
         require(name == "reinforce", "objective.name", name, only)
     choice("objective.kl", kl, KL_ESTIMATORS)
-    given = {key: value for key, value in fields.items() if value is not None}
-    with _of("objective"):
+    others = from_config("base").objective  # whose fields may be None, whoever has them
+    given = {k: value for k, value in fields.items() if value is not None or k not in others}
+    with of_field("objective"):
         known = [*objectives.named(name).hyperparameters, *OF_OBJECTIVE]
         for key, value in given.items():
             if key not in known:
@@ -193,7 +201,8 @@ def make_mesh(c: Any, shape: model.ModelConfig, devices: Sequence[Any] | None) -
         if any(c.sampler.mesh.values()):
             del rows["sampler.slots"]
     split = [sharding.Dimension(name, "rows", size) for name, size in rows.items()]
-    with _of("mesh"):
+    rest = [f".{axis}=-1" for axis, size in c.mesh.items() if size == -1][:1]
+    with of_field("".join(["mesh", *rest])):
         mesh = sharding.make_mesh(**c.mesh, devices=devices)
         sharding.check(mesh, split + params.dimensions(shape))
     return mesh
@@ -207,7 +216,7 @@ def make_sampler_mesh(c: Any, shape: model.ModelConfig, mesh: Mesh | None) -> Me
     allowed = "0 along all axes where config.mesh has one device"
     require(mesh is not None, "sampler.mesh", sharding.describe(sizes), allowed)
     split = [sharding.Dimension(name, "rows", size) for name, size in _sampled(c).items()]
-    with _of("sampler.mesh"):
+    with of_field("sampler.mesh"):
         sizes = {axis: size or (-1 if axis == "data" else 1) for axis, size in sizes.items()}
         own = sharding.reshape(mesh, **sizes)
         sharding.check(own, split + params.dimensions(shape), sharding.SAMPLER)
@@ -294,7 +303,7 @@ def make_bounds(c: Any) -> dict[str, float]:
     choice("correction.name", name, ("none", *corrections.CORRECTIONS))
     only = f"'recompute' with correction.name={name!r}: the sampler's own ratio to itself is 1"
     require(source == "recompute" and c.source == "rollout", "learner.old_logp", source, only)
-    with _of("correction"):
+    with of_field("correction"):
         return corrections.bounds_of(name, **fields)
 
 
@@ -304,5 +313,5 @@ def make_recipe(c: Any, room: int) -> Recipe:
     kl_coef, kl, _ = (fields.pop(name) for name in ("kl_coef", "kl", "workers"))
     choice("reward.kl", kl, KL_ESTIMATORS)
     require(kl_coef == 0 or c.init_from != "", "reward.kl_coef", kl_coef, NO_REFERENCE)
-    with _of("reward", named=True):
+    with of_field("reward", named=True):
         return Recipe(**{**fields, "max_length": fields["max_length"] or room})

@@ -58,7 +58,8 @@ def check_sizes(config: Mapping[str, Any]) -> None:
             require(no_bound, field, value, "finite")
         elif isinstance(value, int):
             most = MOST.get(field, 2**63 - 1 if field.startswith(OF_TASKS) else LARGEST)
-            require(abs(value) <= most, field, value, f"at most {most}")
+            bound = f"at most {most}" if value > 0 else f"at least {-most}"
+            require(abs(value) <= most, field, value, bound)
         elif isinstance(value, str):
             characters = f"at most {CHARACTERS} characters, none of them NUL"
             require(len(value) <= CHARACTERS and "\0" not in value, field, value, characters)

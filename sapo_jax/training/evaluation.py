@@ -14,6 +14,7 @@ from sapo_jax.data.stream import slots
 from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.tasks.base import Example
 from sapo_jax.training import bootstrap
+from sapo_jax.training.checks import require
 from sapo_jax.training.engine import Bundle
 from sapo_jax.training.settings import Settings
 from sapo_jax.types import Prompts
@@ -144,9 +145,17 @@ def held_out(
 
 
 def test_set(run: Settings, count: int) -> list[Example]:
-    """The first ``count`` examples of the evaluation set, in the tasks' shares."""
+    """The first ``count`` examples of the evaluation set, in the tasks' shares.
+
+    Raises:
+      ValueError: a task has too few, or none with room.
+    """
     parts = collections.Counter(slots(run.shares, count))
     sources = list(run.sources("test").values())
+    for name, source in run.sources("test").items():
+        room = f"larger: no prompt of the test split of {name} has room"
+        some = run.keep is None or encode.distinct(source, 1, keep=run.keep)
+        require(bool(some), "data.max_prompt_tokens", run.width, room)
     return [
         example
         for k in sorted(parts)

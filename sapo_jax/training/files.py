@@ -75,6 +75,7 @@ def check_directory(
       ValueError: it is a file, or neither empty nor ours.
     """
     path = normal(path)
+    _check_above(path, flag)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{flag}{path}: is a file; must be a directory")
     names = {p.name for p in path.iterdir()} if path.exists() else set()
@@ -83,6 +84,12 @@ def check_directory(
         raise ValueError(
             f"{flag}{path}: holds {some} and is not {what}; must be new, empty, or {what}"
         )
+
+
+def _check_above(path: epath.Path, flag: str) -> None:
+    for above in () if is_remote(path) else path.parents:
+        if above.exists() and not above.is_dir():
+            raise ValueError(f"{flag}{path}: {above} is a file; must be a directory")
 
 
 def check_file(
@@ -94,6 +101,7 @@ def check_file(
       ValueError: it is a directory, or holds anything else than `what`.
     """
     path = normal(path)
+    _check_above(path, flag)
     if path.is_dir():
         raise ValueError(f"{flag}{path}: is a directory; must be a file")
     if path.exists() and path.read_bytes() and not is_ours(path.read_bytes()):
@@ -105,11 +113,18 @@ def write_json(path: epath.PathLike, value: Any) -> None:
     write_text(normal(path), json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: epath.PathLike, kind: type = dict) -> Any:
+KINDS = {dict: "an object", list: "a list", str: "text", int: "an integer", float: "a number"}
+
+
+def read_json(path: epath.PathLike, shape: Any = dict) -> Any:
     """What JSON a file holds; None where there is no file.
 
+    Args:
+      path: of the file.
+      shape: a type; or [shape of each]; or {key: shape}, the keys that it must have.
+
     Raises:
-      ValueError: naming the file: it is a directory, no JSON, or not of the kind.
+      ValueError: naming the file: it is a directory, no JSON, or not of the shape.
     """
     path = normal(path)
     try:
@@ -120,7 +135,18 @@ def read_json(path: epath.PathLike, kind: type = dict) -> Any:
         raise ValueError(f"{path}: is a directory; must be a JSON file") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: is not JSON, {error}; repair or remove it") from None
-    if not isinstance(value, kind):
-        wanted = "an object" if kind is dict else "a list"
-        raise ValueError(f"{path}: holds {type(value).__name__}, must hold {wanted}")
+    _check_shape(value, shape, f"{path}: ")
     return value
+
+
+def _check_shape(value: Any, shape: Any, where: str) -> None:
+    kind = shape if isinstance(shape, type) else type(shape)
+    number = kind is float and isinstance(value, int) and not isinstance(value, bool)
+    if not (isinstance(value, kind) or number):
+        raise ValueError(f"{where}is {value!r:.60}, must be {KINDS[kind]}")
+    for i, item in enumerate(value if isinstance(shape, list) else ()):
+        _check_shape(item, shape[0], f"{where}[{i}] ")
+    for key, inner in shape.items() if isinstance(shape, dict) else ():
+        if key not in value:
+            raise ValueError(f"{where}has no {key!r}; it has {', '.join(value)[:200] or 'nothing'}")
+        _check_shape(value[key], inner, f"{where}{key} ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import fcntl
 import math
 import os
@@ -49,8 +50,10 @@ class Lease:
         self._workdir.mkdir(parents=True, exist_ok=True)
         if not files.is_remote(self._workdir):
             self._take_lock()
-        elif time.time() - self._read().get("heartbeat", -math.inf) < EXPIRY_SECONDS:
-            raise self._refusal()
+        else:
+            held = read_json(self._file, {"heartbeat": float}) or {"heartbeat": -math.inf}
+            if time.time() - held["heartbeat"] < EXPIRY_SECONDS:
+                raise self._refusal()
         self._write()
         self._thread.start()
         return self
@@ -58,8 +61,9 @@ class Lease:
     def __exit__(self, *exception: object) -> None:
         self._stop.set()
         self._thread.join()
-        if self._read().get("token") == self._mine["token"]:
-            self._file.unlink()
+        with contextlib.suppress(ValueError):  # broken, so not ours
+            if self._read().get("token") == self._mine["token"]:
+                self._file.unlink()
         self._close_lock()
 
     def check(self) -> None:
@@ -103,7 +107,9 @@ class Lease:
         write_json(self._file, self._mine | {"heartbeat": time.time()})
 
     def _refusal(self) -> RuntimeError:
-        other = {"pid": "unknown", "host": "unknown"} | self._read()
+        other = {"pid": "unknown", "host": "unknown"}
+        with contextlib.suppress(ValueError):  # broken; the lock is there all the same
+            other |= self._read()
         return RuntimeError(
             f"run directory {self._workdir} is in use by process {other['pid']} on host "
             f"{other['host']}; expected to be alone in it: end that process or wait for it (on "

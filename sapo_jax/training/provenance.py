@@ -55,4 +55,4 @@ def write(workdir: epath.PathLike) -> None:
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """An entry for each start, oldest first; [] where none was written."""
-    return read_json(epath.Path(workdir) / FILE, list) or []
+    return read_json(epath.Path(workdir) / FILE, [dict]) or []

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -162,7 +163,8 @@ def _check_numbers(c: Any) -> None:
     for field in ("learner.b1", "learner.b2"):
         value = operator.attrgetter(field)(c)
         require(0 <= np.float32(value) < 1, field, value, "in [0, 1), in float32 too")
-    updates = f"at most {LARGEST // c.batch.minibatches}: updates are counted in 32 bits"
+    updates = f"at most {LARGEST // c.batch.minibatches} with batch.minibatches="
+    updates += f"{c.batch.minibatches}: updates are counted in 32 bits"
     require(c.iterations * c.batch.minibatches <= LARGEST, "iterations", c.iterations, updates)
     top_k, top_p = c.eval.top_k, c.eval.top_p
     require(top_k is None or top_k >= 1, "eval.top_k", top_k, "at least 1, or None")
@@ -210,18 +212,30 @@ def of_run(workdir: epath.PathLike, changes: Mapping[str, Any] = ONE_DEVICE) -> 
     """The settings that a run was started with, but for ``changes`` of dotted fields.
 
     Raises:
-      ValueError: there is no run.
+      ValueError: there is no run, or its config is none.
     """
     stored = read_config(workdir)
     if stored is None:
         raise ValueError(f"{workdir} has no config.json: name the --workdir of a run")
+    stored.pop("files", None)  # whose fingerprints are taken anew
     config = cli.from_config("base")  # with the fields that the run is older than
     for section, field in (name.split(".") for name in GONE):
-        stored.get(section, {}).pop(field, None)
+        if isinstance(stored.get(section), dict):
+            stored[section].pop(field, None)
+    try:
+        check_fields(_merged(config.to_dict(), stored))
+    except ValueError as error:
+        raise ValueError(f"{workdir}/config.json: {error}") from None
     with config.unlocked():
         config.update(ConfigDict(stored))
         config.update_from_flattened_dict(changes)
     return from_config(config, learns=False)
+
+
+def _merged(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of both; where both have one, that of ``given``."""
+    inner = {k for k in base if isinstance(base[k], dict) and isinstance(given.get(k), dict)}
+    return {**base, **given, **{key: _merged(base[key], given[key]) for key in inner}}
 
 
 def _check_tokens(c: Any, width: int, room: int, eval_batch: int) -> None:
@@ -263,6 +277,9 @@ def from_config(
     _check_batch(c)
     if learns:
         _check_learning(c)
+        with build.of_field("model", named=True):
+            platform = devices[0].platform if devices else jax.default_backend()
+            model.attention.check(c.model.attention, platform)
     made, shares = build.make_tasks(c)
     tokenizer = build.make_tokenizer(c, made)
     objective = build.make_objective(c)
@@ -270,9 +287,10 @@ def from_config(
     width, room, keep = build.lengths(c, made, tokenizer, shape)
     mesh = build.make_mesh(c, shape, devices)
     sampler_mesh = build.make_sampler_mesh(c, shape, mesh)
-    files = cli.own.fingerprints(
-        [c.objective.name, c.reward.function, *(task["name"] for task in build.entries(c).values())]
-    )
+    with build.of_field("reward.function"):
+        cli.own.fingerprints([c.reward.function])  # the others were read
+    names = [c.objective.name, *(task["name"] for task in build.entries(c).values())]
+    files = cli.own.fingerprints([*names, c.reward.function])
     parts = sharding.parts(sampler_mesh)
     options = {"slots": c.sampler.slots, "parts": parts}
     packing = build.make_packing(c, shape, width, room, mesh)

@@ -229,7 +229,8 @@ def _weights(run: Settings, origin: dict | None) -> tuple[Any, dict]:
     else:
         directory, iteration = source / "checkpoints", (origin or {}).get("checkpoint")
         if iteration not in Checkpoints(directory).committed():
-            iteration = find(directory)
+            with build.of_field(f"init_from={run.config.init_from!r}"):
+                iteration = find(directory)
         weights = restore_params(directory, learner.abstract(run.hp).params, iteration=iteration)
     found = digests({"params": weights})
     if lost(found):

@@ -16,10 +16,20 @@ from etils import epath
 
 from sapo_jax.cli import flat, from_config
 from sapo_jax.tasks import jsonl
-from sapo_jax.training.files import check_directory, normal, read_json, write_json, write_text
+from sapo_jax.training.files import (
+    check_directory,
+    is_remote,
+    normal,
+    read_json,
+    write_json,
+    write_text,
+)
 from sapo_jax.training.tracker import Tracker
 
 PART_LINES = 100
+RECORD = {"iteration": int}
+FOLDERS = "metrics", "samples", "checkpoints", "tensorboard"
+FILES = "config.json", "provenance.json", "report.html", "lease.json", ".lock"
 
 
 def write_config(workdir: epath.PathLike, config: dict) -> None:
@@ -39,8 +49,25 @@ def is_run(workdir: epath.PathLike) -> bool:
 
 
 def check_workdir(workdir: epath.PathLike) -> None:
-    """Refuse a directory that holds files and is of no run."""
+    """Refuse a directory that holds files and is of no run, or a file where one of a run has none.
+
+    Raises:
+      ValueError: naming the path, and what must be there.
+    """
     check_directory(workdir, "--workdir=", is_run, "a run's, with its config.json")
+    workdir = normal(workdir)
+    if is_remote(workdir):  # object stores have no directories
+        return
+    for path in map(workdir.joinpath, FOLDERS):
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"{path}: is a file; must be a directory, or not be there")
+    parts = [p for folder in ("metrics", "samples") for p in workdir.glob(f"{folder}/*.jsonl")]
+    for path in (*map(workdir.joinpath, FILES), *parts):
+        if path.is_dir():
+            raise ValueError(f"{path}: is a directory; must be a file, or not be there")
+    for path in workdir.glob("checkpoints/*"):
+        if path.name.isdecimal() and not path.is_dir():
+            raise ValueError(f"{path}: is a file; must be a directory, or not be there")
 
 
 def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset[str]) -> None:
@@ -89,7 +116,7 @@ class Metrics:
             return
         parts = _numbered(self._directory, "part")
         for part, path in parts.items():
-            records = _read_lines(path, may_be_cut=part == max(parts))
+            records = _read_lines(path, RECORD, may_be_cut=part == max(parts))
             rest = [r for r in records if r["iteration"] <= first_iteration]
             if not rest:
                 path.unlink()
@@ -129,7 +156,7 @@ def read_metrics(workdir: epath.PathLike) -> list[dict]:
       ValueError: any other line is broken.
     """
     parts = _numbered(normal(workdir) / "metrics", "part")
-    return [r for n, p in parts.items() for r in _read_lines(p, may_be_cut=n == max(parts))]
+    return [r for n, p in parts.items() for r in _read_lines(p, RECORD, may_be_cut=n == max(parts))]
 
 
 def gaps(records: list[dict], first: int, last: int) -> str:
@@ -186,9 +213,11 @@ def _line(record: dict) -> str:
     return json.dumps(record) + "\n"
 
 
-def _read_lines(path: epath.Path, *, may_be_cut: bool = False) -> list[dict]:
+def _read_lines(
+    path: epath.Path, fields: jsonl.Fields | None = None, *, may_be_cut: bool = False
+) -> list[dict]:
     try:
-        rows = jsonl.read(path, strict=True, may_be_cut=may_be_cut)
+        rows = jsonl.read(path, fields, strict=True, may_be_cut=may_be_cut)
     except ValueError as error:
         raise ValueError(f"{error}; repair the line or remove it") from error
     return [row for _, row in rows]

@@ -87,6 +87,18 @@ FILES = {
     "field.py": CONFIG.format("c.lerner = 3"),
     "zero.py": CONFIG.format("c.iterations = 1 // 0"),
     "without.py": "x = 1\n",
+    "cut/config.json": '{"iterations": 3, "learner": {',
+    "list/config.json": "[1]",
+    "section/config.json": '{"iterations": 3, "learner": 3, "sampler": {}}',
+    "icons/manifest.json": '{"runs": [{"name": "a"}]}',
+    "none/report.json": '{"settings": [], "hours": 0}',
+    "pod/preflight.json": '{"checks": [3], "refused": {}}',
+    "starts/config.json": "{}",
+    "starts/provenance.json": "[3]",
+    "lines/metrics/part-00000.jsonl": '{"update": 1}\n',
+    "parts/metrics": "",
+    "lab.json": '{"stages": [{}]}',
+    "math.jsonl": '{"question": "1+1?", "answer": "2"}\n',
 }
 WRONG = [  # command line, and what the one line says
     ("trai", "unknown command 'trai'; the nearest is 'train'"),
@@ -110,6 +122,14 @@ WRONG = [  # command line, and what the one line says
     (f"train {TINY} --config.task.options={{'terms':true}}", "task.options=", "True, False, None"),
     (f"train {TINY} --config.task.options=3", "task.options=3: must be a dictionary"),
     (f"train {TINY} --config.tasks.a.options.terms=3", "tasks.a.options.terms: there is no such"),
+    (
+        f"train {TINY} --config.task={{}} --config.task.options.numbers=3",
+        "such field in --config.task",
+    ),
+    (
+        f"train {TINY} --workdir=RUN/x --reward=my.py:x",
+        "config.reward.function: my.py:x: there is no",
+    ),
     (f"train {TINY} --config.objective.a-b=3", "--config.objective.a-b: there is no such field"),
     (f"train {TINY} --config.task.options.slip=true", "slip=true", "True, False, None"),
     (f"train {TINY} --workdir=RUN/x --config.task.options.slp=1", "['slp']", "nearest is 'slip'"),
@@ -129,12 +149,45 @@ WRONG = [  # command line, and what the one line says
     ("evaluate --task=chain_sum", "--hf is missing, or --workdir of a run"),
     ("evaluate --hf=RUN", "--task is missing: NAME,option=value"),
     ("evaluate --hf=RUN --task=chain_sum", "RUN/config.json: no such file"),
+    ("evaluate --hf=RUN --task=chain_sm", "--task=chain_sm: unknown task", "'chain_sum'"),
+    ("evaluate --hf=RUN --task=chain_sum,tems=3", "--task=chain_sum,tems=3: ", "is 'terms'"),
+    ("evaluate --hf=RUN --task=chain_sum,terms=null", "terms=null: must be written as in Python"),
     ("export --workdir=RUN --out=RUN/x", "RUN has no config.json: name the --workdir"),
     ("export --workdir=RUN --out=RUN/x --which=bst", "--which=bst", "latest|best"),
     ("datasets --out=RUN/x", "--jsonl=SPLIT=FILE, once or more, or --catalogue=NAME is missing"),
     ("datasets --out=RUN/x --catalogue=gsm9k", "unknown dataset 'gsm9k'", "gsm8k"),
     ("preflight --config=quickstart", "--topology is missing: Such as v5e:4x4"),
     ("preflight --config=quickstart --topology=v5x:4", "--topology='v5x:4': must be", "v5e, v5p"),
+    ("preflight --config=quickstart --topology=v5e:0x4", "--topology='v5e:0x4': must be"),
+    ("preflight --config=quickstart --topology=v5e:9999x9999", "of 1 to 16384 chips"),
+    # Files and directories: broken, of another shape, or the one where the other belongs.
+    (f"train {TINY} --workdir=RUN/cut", "RUN/cut/config.json: is not JSON", "remove it"),
+    ("export --workdir=RUN/cut --out=RUN/x", "RUN/cut/config.json: is not JSON", "remove it"),
+    ("evaluate --workdir=RUN/list", "RUN/list/config.json: is [1], must be an object"),
+    ("export --workdir=RUN/section --out=RUN/x", "section/config.json: config.learner=3: must be"),
+    ("report RUN/cut", "RUN/cut/config.json: is not JSON"),
+    ("report RUN/icons", "icons/manifest.json: runs [0] has no 'directory'; it has name"),
+    ("report RUN/none", "RUN/none cannot be shown", "another shape"),
+    ("report RUN/pod", "pod/preflight.json: checks [0] is 3, must be an object"),
+    ("report RUN/starts", "starts/provenance.json: [0] is 3, must be an object"),
+    ("report RUN/lines", "part-00000.jsonl, line 1: no field 'iteration'; it has update"),
+    ("report RUN/parts", "RUN/parts/metrics: is a file", "must be a directory"),
+    ("report RUN/lab.json", "lab.json: stages [0] has no"),
+    ("report RUN/section --picture=RUN/zero.py/a.png", "--picture=", "zero.py is a file"),
+    ("sweep --config=sweeps/temperature --workdir=RUN/zero.py", "zero.py: is a file; must be a"),
+    ("sweep --config=sweeps/temperature --workdir=RUN/zero.py/x", "RUN/zero.py is a file; must be"),
+    (f"train {TINY} --workdir=RUN/zero.py/x", "--workdir=", "RUN/zero.py is a file; must be a dir"),
+    (f"train {TINY} --workdir=RUN/x --config.compilation_cache=RUN/zero.py", "n_cache=RUN/zero.py"),
+    ("evaluate --hf=RUN --task=chain_sum --compilation_cache=RUN/zero.py", "directory to write in"),
+    ("evaluate --hf=RUN --task=chain_sum --out=RUN/zero.py/x", "RUN/zero.py is a file; must be"),
+    ("preflight --config=quickstart --topology=v5e:4x4 --json=RUN", "RUN: is a directory; must be"),
+    ("datasets --jsonl=RUN --out=RUN/x", "RUN: is a directory; must be a file of JSON lines"),
+    ("datasets --jsonl== --out=RUN/x", "--jsonl==: must be SPLIT=FILE, or FILE"),
+    (
+        "datasets --catalogue=gsm8k --jsonl=RUN/math.jsonl --out=RUN/x",
+        "math.jsonl, line 1: field 'answer' is '2', must have one '#### '",
+    ),
+    (f"train {TINY} --workdir=RUN/x --config.task.options.slip=x", "slip='x': must be a number"),
     ("list", "WHAT is missing", "presets|tasks"),
     ("list taskz", "--what=taskz", "presets|tasks"),
 ]
@@ -170,6 +223,7 @@ def test_what_only_the_objective_or_the_task_knows_has_a_flag(line, fields, monk
 @pytest.mark.parametrize("case", WRONG, ids=[case[0][:60] for case in WRONG])
 def test_what_is_wrong_is_one_line(sapo, tmp_path, case):
     for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     line, *wanted = (text.replace("RUN", str(tmp_path)) for text in case)
     status, out, err = sapo(*line.split())
@@ -193,6 +247,17 @@ def test_what_is_not_foreseen_keeps_its_traceback(sapo, tmp_path, monkeypatch):
     _, _, err = sapo("evaluate", f"--hf={tmp_path}", "--task=chain_sum")
     assert "Traceback" in err
     assert "KeyError" in err
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, IsADirectoryError, PermissionError], ids=str)
+def test_what_the_system_refuses_names_the_file(error, sapo, tmp_path, monkeypatch):
+    def read(path):
+        raise error(0, "what the system says", str(path))
+
+    monkeypatch.setattr(model.hf_config, "read_json", read)
+    status, _, err = sapo("evaluate", f"--hf={tmp_path}", "--task=chain_sum")
+    assert (status, err.count("\n")) == (1, 1)
+    assert re.fullmatch(rf"error: {tmp_path}/config.json: (is|may) .*[a-z]\n", err)
 
 
 def test_what_is_not_installed_names_its_extra(sapo, tmp_path, monkeypatch):
@@ -236,3 +301,13 @@ def test_two_commands_in_one_process():
     assert "out" in export.FLAGS
     assert "out" not in main.FLAGS
     assert tiny_config.get_config().name == "tiny"
+
+
+def test_the_config_of_one_command_is_none_of_another(monkeypatch):
+    """absl shares parsers that are made without keywords."""
+    first, second = cli.Flags("train", ""), cli.Flags("sweep", "")
+    for given in (first, second):
+        given.config_file()
+    monkeypatch.setattr(sys, "argv", ["train", TINY])
+    assert first.parse(sys.argv).config.name == "tiny"
+    assert "--config.name='base'" in second.describe()

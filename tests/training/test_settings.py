@@ -28,6 +28,7 @@ WRONG = [
     ({"objective.name": "sap"}, "'sap'", "nearest is 'sapo'"),
     ({"objective.name": "gpro"}, "'gpro'", "nearest is 'grpo'"),
     ({"objective.k_pos": 3.0}, "'k_pos'", "sapo has no .*nearest is 'tau_pos'"),
+    ({"objective.au_pos": None}, "'au_pos'", "nearest is 'tau_pos'"),
     ({"objective.nmae": "grpo"}, "'nmae'", "nearest is 'name'"),
     ({"objective.name": "mhpo", "objective.k_pos": "x"}, "k_pos=x", "a number > 0"),
     ({"objective.name": "mhpo", "objective.k_pos": True}, "k_pos=True", "a number > 0"),
@@ -36,6 +37,13 @@ WRONG = [
     ({"dtype.compute": "int8"}, "dtype.compute='int8'", "nearest is"),
     ({"dtype.cache": "float64"}, "dtype.cache='float64'", "float32, bfloat16"),
     ({"model.attention": "flash"}, "model.attention='flash'", "nearest is 'splash'"),
+    (
+        {"model.attention": "splash"},
+        "model.attention='splash'",
+        "'auto', 'blocked' or 'xla' on cpu",
+    ),
+    ({"model.attention": "cudnn", "dtype.compute": "bfloat16"}, "='cudnn'", "on cpu, .* of gpu"),
+    ({"mesh.tensor": 3}, "config.mesh: data=1", "the number of devices"),
     ({"model.head_dim": 3}, "model.head_dim=3", "even"),
     ({"task.options.digits": "2"}, "digits", "'2'"),
     ({"task": {"name": "prepared", "options": {"directory": 3}}}, "directory", "3"),
@@ -97,8 +105,12 @@ WRONG = [
     ({"task": {"name": "gsm8k", "options": {}}}, "data/gsm8k", "--catalogue=gsm8k"),
     ({"tasks": {"a": {"name": "countdown"}}}, "tasks.a", "dictionary of name, share"),
     ({"tasks": {"a": HALF | {"weight": 1}}}, "tasks.a", "dictionary of name, share"),
+    ({"tasks": {"a": HALF | {"options": 3}}}, "tasks.a.options=3", "a dictionary"),
+    ({"tasks": {"a": HALF | {"name": ["x"]}}}, "tasks.a.name=['x']", "text"),
+    ({"task": {"name": "chain_sum", "options": {"name": "x"}}}, "['name']", "nearest is"),
     ({"tasks": {"a": HALF}}, "tasks=", "add up to 1, not 0.5"),
     ({"tasks": {"a": HALF | {"share": 0.3}}}, "tasks.a.share=0.3", "whole number of the 8"),
+    ({"tasks": {"a": HALF | {"share": True}}}, "tasks.a.share=True", r"in \(0, 1\]"),
     ({"tasks": {"a": HALF | {"share": 0}}}, "tasks.a.share=0", r"in \(0, 1\]"),
     ({"tasks": {"a": HALF, "b": HALF}, "eval.prompts": 1}, "prompts=1", "at least 2"),
     ({"eval.prompts": 5000}, "eval.prompts=5000", "at most 4096, for the test split of chain_sum"),
@@ -129,6 +141,8 @@ WRONG = [
     ({"reward.accuracy": 1e308}, "accuracy=1e+308", "a number of 32 bits"),
     (TIS | {"correction.high": 1e300}, "high=1e+300", "a number of 32 bits"),
     ({"iterations": 0}, "iterations=0", "at least 1"),
+    ({"learner.warmup": -(10**20)}, "warmup=-100000000000000000000", "at least -2147483647"),
+    ({"task.options.slip": "x"}, "slip='x'", "a number"),
     ({"seed": -1}, "seed=-1", "at least 0"),
     ({"eval.top_p": 1.5}, "top_p=1.5", r"\(0, 1\]"),
     ({"eval.top_k": 0}, "top_k=0", "at least 1"),
@@ -141,7 +155,10 @@ WRONG = [
     ({"batch.oversample": 10**8}, "batch.oversample=100000000", "at most 6710886,"),
     ({"batch.prompts": 10**8}, "batch.prompts=100000000", "at most 53687091,"),
     ({"eval.samples": 10**8}, "eval.samples=100000000", "at most 26843545,"),
-    ({"iterations": 2**30}, "iterations=1073741824", "at most 1073741823"),
+    ({"iterations": 2**30}, "iterations=1073741824", "at most 1073741823 with batch.minib"),
+    ({"batch.minibatches": 2**30, "batch.prompts": 2**30}, "minibatches=1073741824", "at most 1 "),
+    ({"sampler.max_new_tokens": 2**20}, "completions of 1048576", r"sampler.max_new_tokens\)"),
+    ({"task.options.terms": 2**20}, "terms=1048576", "max_position_embeddings=.* at least"),
     ({"learner.head_chunk": 2**20}, "learner.head_chunk=1048576", "at most 65536"),
     ({"model.num_hidden_layers": 10**9}, "num_hidden_layers=1000000000", "at most 4096"),
     ({"task.options.modulus": 10**20}, "modulus=100000000000000000000", "at most 9"),
@@ -202,6 +219,22 @@ def test_a_policy_larger_than_the_machine_is_refused():
     with pytest.raises(ValueError, match=r"config\.model: .* GiB of a device, which has"):
         startup.check_memory(checked)
     startup.check_memory(settings.from_config(tiny_config.get_config()))
+
+
+def test_a_missing_start_is_refused_before_any_compile(tmp_path):
+    run = settings.from_config(changed({"init_from": str(tmp_path / "nowhere")}))
+    missing = pytest.raises(ValueError, match=r"config.init_from='.*nowhere': nothing to restore")
+    with fakes.Compilations() as compilations, missing:
+        train.run(run, tmp_path / "run")
+    assert compilations.count == 0
+
+
+def test_prompts_without_room_are_refused_before_any_compile(tmp_path):
+    """Guards against a refusal of the number of evaluated prompts, when none is short enough."""
+    fields = {"data.max_prompt_tokens": 3, "sampler.max_new_tokens": 4}
+    run = settings.from_config(changed(fields))
+    with pytest.raises(ValueError, match=r"config.data.max_prompt_tokens=3: must be larger: no"):
+        train.run(run, tmp_path / "run")
 
 
 def test_the_defaults_are_accepted():

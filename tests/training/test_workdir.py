@@ -104,6 +104,51 @@ def test_remote_leases_go_by_the_heartbeat(tmp_path, monkeypatch):
         assert json.loads((tmp_path / "lease.json").read_text())["pid"] == os.getpid()
 
 
+BROKEN = {"cut": "{", "list": "[]", "text": '{"heartbeat": "soon"}', "nothing": "{}"}
+
+
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+def test_a_broken_lease_is_named_or_replaced(text, tmp_path, monkeypatch):
+    """On a local disk the lock decides; where there is none, nobody knows who works there."""
+    (tmp_path / "lease.json").write_text(text)
+    with Lease(tmp_path):
+        assert json.loads((tmp_path / "lease.json").read_text())["pid"] == os.getpid()
+        (tmp_path / "lease.json").write_text(text)
+        with pytest.raises(RuntimeError, match="in use by process unknown on host unknown"):
+            Lease(tmp_path).__enter__()
+    monkeypatch.setattr(files, "is_remote", lambda path: True)
+    with pytest.raises(ValueError, match=r"lease.json: (is|has|heartbeat) "):
+        Lease(tmp_path).__enter__()
+
+
+@pytest.mark.parametrize("path", ["metrics", "samples", "checkpoints", "tensorboard"])
+def test_a_file_where_a_run_has_a_directory_is_refused(path, tmp_path):
+    """Guards against a run that computes, and fails at its first sample or checkpoint."""
+    workdir.write_config(tmp_path, {"iterations": 1, "learner": {}, "sampler": {}})
+    workdir.check_workdir(tmp_path)
+    (tmp_path / path).write_text("")
+    with pytest.raises(ValueError, match=rf"{tmp_path}/{path}: is a file; must be a directory"):
+        workdir.check_workdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "path", [*workdir.FILES[1:], "metrics/part-00000.jsonl", "samples/iteration-000001.jsonl"]
+)
+def test_a_directory_where_a_run_has_a_file_is_refused(path, tmp_path):
+    workdir.write_config(tmp_path, {"iterations": 1, "learner": {}, "sampler": {}})
+    (tmp_path / path).mkdir(parents=True)
+    with pytest.raises(ValueError, match=rf"{tmp_path}/{path}: is a directory; must be a file"):
+        workdir.check_workdir(tmp_path)
+
+
+def test_a_file_in_place_of_a_checkpoint_is_refused(tmp_path):
+    workdir.write_config(tmp_path, {"iterations": 1, "learner": {}, "sampler": {}})
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "3").touch()
+    with pytest.raises(ValueError, match=r"checkpoints/3: is a file; must be a directory"):
+        workdir.check_workdir(tmp_path)
+
+
 def test_a_run_that_lost_its_lease_stops(tmp_path, monkeypatch):
     """Guards against a suspended run that wakes up and writes beside its successor."""
     monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.01)

@@ -136,10 +136,10 @@ def generate(shape):
     """transformers' generate with its dynamic cache."""
     model, rows = policy(shape).eval(), workload.rollouts(shape)
     prompt = torch.from_numpy(rows.prompt).long()
-    ends = {"eos_token_id": list(shape.stop_ids)} if shape.stop else {"eos_token_id": None}
     options = transformers.GenerationConfig(
         do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=shape.completion,
-        pad_token_id=workload.PAD, use_cache=True, **ends,
+        pad_token_id=workload.PAD, use_cache=True,
+        eos_token_id=list(shape.stop_ids),
     )  # fmt: skip
     torch.manual_seed(0)
 

@@ -1,0 +1,1 @@
+"""Odd configs: each is accepted, or refused with its field and value."""
