@@ -210,9 +210,8 @@ def main(given: cli.Flags) -> None:
     """Evaluate a policy on the sets that the flags name."""
     if given.out:
         files.check_file(given.out, "--out=", is_result, "an earlier result")
-    sampler.sampling.controls(
-        given.temperature, given.top_k, given.top_p
-    )  # refused before it is read
+    # Refused before a model is read.
+    sampler.sampling.controls(given.temperature, given.top_k, given.top_p)
     cli.use_cache(given.compilation_cache, "--compilation_cache")
     policy = _of_run(given) if given.workdir else _of_directory(given)
     policy = policy._replace(params=sampler.to_sampler(policy.params, policy.config))

@@ -16,6 +16,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from absl import app, flags
@@ -91,6 +92,16 @@ def _line(process: subprocess.Popen, label: str) -> dict[str, Any]:
     return json.loads(line)
 
 
+def _check_losses(labels: Sequence[str], facts: Sequence[dict[str, Any]]) -> None:
+    """Contestants of an objective must have computed the same first loss, or times mean nothing."""
+    first: dict[str, tuple[str, float]] = {}
+    for label, fact in zip(labels, facts, strict=True):
+        if "loss" in fact:
+            other, loss = first.setdefault(fact["objective"], (label, fact["loss"]))
+            if abs(fact["loss"] - loss) > 1e-5:
+                raise RuntimeError(f"first losses: {other} {loss}, {label} {fact['loss']}")
+
+
 def contest(name: str, rounds: int, peers: str) -> list[dict[str, Any]]:
     """The results of one contest, a record for each contestant and one for the machine."""
     shape, entries = CONTESTS[name]
@@ -101,6 +112,7 @@ def contest(name: str, rounds: int, peers: str) -> list[dict[str, Any]]:
             processes.append(start(entry, shape, peers))
             facts.append(_line(processes[-1], entry.label))
             print(f"{name}: {entry.label} is ready, {facts[-1]}", file=sys.stderr, flush=True)
+        _check_losses([entry.label for entry in entries], facts)
         seen = [[] for _ in entries]
         for _ in range(rounds):
             for own, process, entry in zip(seen, processes, entries, strict=True):

@@ -178,7 +178,7 @@ def main(argv: list[str]) -> None:
         shown = {field: f"{value!r:.80}" for field, value in changes.items()}
         records.append(
             {"kind": kind, "how": how.__name__, "changes": shown, "outcome": what}
-            | ({"text": text[:300]} if text else {})
+            | ({"text": text.replace(os.getcwd(), ".")[:300]} if text else {})
         )
         if run is not None and is_small(run):
             accepted.append((records[-1], how, changes))
@@ -186,6 +186,7 @@ def main(argv: list[str]) -> None:
     for i in np.linspace(0, len(accepted) - 1, min(_TRAINED.value, len(accepted)), dtype=int):
         record, how, changes = accepted[i]
         what, text = trained(how, changes)
+        text = text.replace(os.getcwd(), ".")
         record |= {"trained": what} | ({"text": text[:300]} if text else {})
         sample[what] += 1
         print(what, record["changes"], text, flush=True)

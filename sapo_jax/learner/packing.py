@@ -179,13 +179,17 @@ def pack(batch: Batch, layout: Layout, mesh: Mesh | None = None) -> Batch:
     return sharding.constrain(packed, mesh, sharding.spec("rows"))
 
 
-@partial(jax.jit, static_argnames=("mesh", "fill"))
-def unpack(packed: Any, layout: Layout, mesh: Mesh | None = None, fill: int = 0) -> Any:
-    """What was computed for packed rows, at the tokens' places in the rows [B, S]."""
+@partial(jax.jit, static_argnames="mesh")
+def unpack(packed: Any, layout: Layout, mesh: Mesh | None = None) -> Any:
+    """What was computed for packed rows, at the tokens' places in the rows [B, S]; 0 elsewhere.
+
+    Integers are experts, which are −1 there: none.
+    """
 
     def take(x):
         own = x.reshape(-1, *x.shape[2:])[jnp.maximum(layout.place, 0)]
         present = (layout.place >= 0).reshape(*layout.place.shape, *(1 for _ in x.shape[2:]))
+        fill = -1 if jnp.issubdtype(x.dtype, jnp.integer) else 0
         return jnp.where(present, own, jnp.asarray(fill, x.dtype))
 
     return sharding.constrain(jax.tree.map(take, packed), mesh, sharding.spec("rows"))

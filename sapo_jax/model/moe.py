@@ -15,7 +15,7 @@ from flax import struct
 from sapo_jax.model import waves
 from sapo_jax.model.attention import einsum
 from sapo_jax.model.config import ModelConfig
-from sapo_jax.model.grouped import grouped_matmul
+from sapo_jax.model.grouped import Layout, block_size, grouped_matmul, layout
 from sapo_jax.parallel import collectives
 
 
@@ -27,16 +27,6 @@ class Routing:
     own: jax.Array  # i32[X, k], the router's own choice: the same unless replayed
     gates: jax.Array  # f32[X, k], the weights of the experts in use
     probs: jax.Array  # f32[X, E]
-
-
-@struct.dataclass
-class Layout:
-    """Where the rows of the grouped matmuls come from and go to; M rows in blocks of equal size."""
-
-    source: jax.Array  # i32[M], token of each row; T where the row pads a block
-    position: jax.Array  # i32[T, k], row of each token's k-th expert
-    expert: jax.Array  # i32[blocks], expert of each block
-    sizes: jax.Array  # i32[E], rows of each expert, padding included
 
 
 def id_dtype(config: ModelConfig) -> jnp.dtype:
@@ -76,54 +66,6 @@ def differs(first_Xk: jax.Array, second_Xk: jax.Array) -> jax.Array:
     return jnp.any(jnp.sort(first_Xk, -1) != jnp.sort(second_Xk, -1), -1)
 
 
-def block_size(rows: int, experts: int) -> int:
-    """Rows of a block: an eighth of an expert's mean share, so that padding stays below that."""
-    size = 8
-    while size < 256 and 16 * size <= rows // experts:
-        size *= 2
-    return size
-
-
-def layout(experts_Tk: jax.Array, num_experts: int, block: int | None = None) -> Layout:
-    """Sort the (token, expert) pairs by expert and pad each expert's rows to whole blocks.
-
-    With 3 experts, blocks of 4, and 2, 0 and 5 pairs the rows are ``a a · ·  c c c c  c · · ·``: a
-    block has rows of one expert only, so that one matmul with one matrix serves it. Where it begins
-    depends on the routing, how many blocks there are does not: shapes are static.
-    """
-    tokens, k = experts_Tk.shape
-    rows = tokens * k
-    block = block or block_size(rows, num_experts)
-    # The most that any routing needs: every expert in use ends in a block with one row.
-    blocks = max(1, (rows + min(num_experts, rows) * (block - 1)) // block)
-    flat_R = experts_Tk.reshape(-1)
-    order_R = jnp.argsort(flat_R, stable=True)
-    count_E = jnp.bincount(flat_R, length=num_experts)
-    sizes_E = (count_E + block - 1) // block * block
-    # Sorted pair n lies at n, moved on by the padding of the experts before its own.
-    shift_E = (jnp.cumsum(sizes_E) - sizes_E) - (jnp.cumsum(count_E) - count_E)
-    row_R = jnp.arange(rows) + shift_E[flat_R[order_R]]
-    starts = jnp.arange(blocks) * block
-    # The expert whose rows reach beyond a block's start; unused blocks at the end are the last's.
-    owner = jnp.searchsorted(jnp.cumsum(sizes_E), starts, side="right")
-    return Layout(
-        source=jnp.full(blocks * block, tokens).at[row_R].set(order_R // k),
-        position=jnp.zeros(rows, row_R.dtype).at[order_R].set(row_R).reshape(tokens, k),
-        expert=jnp.minimum(owner, num_experts - 1),
-        sizes=sizes_E.astype(jnp.int32),
-    )
-
-
-def visited_rows(tokens: int, k: int, experts: int, here: int) -> float:
-    """Rows that megablox multiplies for ``here`` of the experts, if all are chosen as often.
-
-    Half a block pads each expert's rows; a tile of several blocks is computed once for each expert
-    that has one of them.
-    """
-    block = block_size(tokens * k, here + (here < experts))
-    return here * (tokens * k / experts + max(128, block) - block / 2)
-
-
 def _of_this_device(
     weights: tuple[jax.Array, ...],
     config: ModelConfig,
@@ -144,7 +86,7 @@ def _of_this_device(
     padding = -blocks % wave
     rows_M = jnp.arange((blocks + padding) * block)
     source_M = jnp.pad(plan.source, (0, padding * block))
-    rows = waves.Sorted(
+    rows = Layout(
         source=jnp.where(rows_M < jnp.sum(sizes_E), source_M, tokens),
         expert=jnp.minimum(jnp.pad(plan.expert, (0, padding)), here - 1),
         sizes=sizes_E,

@@ -9,23 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.model.grouped import multiply, weight_gradient
+from sapo_jax.model.grouped import Layout, multiply, weight_gradient
 
 LOAD = 1.25  # rows of a wave ÷ those of a balanced load
 FEW = 4096  # rows that are one wave whatever their load: their memory is small
-
-
-class Sorted(NamedTuple):
-    """Rows by expert, each expert's in whole blocks, M in all."""
-
-    source: jax.Array  # i32[M], token of each row; T where the row is padding
-    expert: jax.Array  # i32[blocks]
-    sizes: jax.Array  # i32[E], rows of each expert, padding included
 
 
 Matrices = tuple[jax.Array, jax.Array, jax.Array]  # gate and up [E, D, F], down [E, F, D]
@@ -41,15 +33,15 @@ def _slice(x: jax.Array, wave: Any, size: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, wave * size, size)
 
 
-def _wave(rows: Sorted, wave: Any, size: int) -> Sorted:
+def _wave(rows: Layout, wave: Any, size: int) -> Layout:
     ends = jnp.cumsum(rows.sizes)
     start, stop = wave * size, (wave + 1) * size
     sizes = jnp.clip(ends, start, stop) - jnp.clip(ends - rows.sizes, start, stop)
     blocks = size * rows.expert.size // rows.source.size
-    return Sorted(_slice(rows.source, wave, size), _slice(rows.expert, wave, blocks), sizes)
+    return Layout(_slice(rows.source, wave, size), _slice(rows.expert, wave, blocks), sizes)
 
 
-def _up(own: Sorted, hidden_TD: jax.Array, weights: Matrices) -> tuple[jax.Array, ...]:
+def _up(own: Layout, hidden_TD: jax.Array, weights: Matrices) -> tuple[jax.Array, ...]:
     """A wave's rows, and what the gates and up projections make of them."""
     x_CD = hidden_TD.at[own.source].get(mode="fill", fill_value=0)
     return x_CD, *(multiply(x_CD, w, own.expert, own.sizes) for w in weights[:2])
@@ -59,7 +51,7 @@ def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
-def _others(rows: Sorted, size: int, body: Callable, carry: Any) -> Any:
+def _others(rows: Layout, size: int, body: Callable, carry: Any) -> Any:
     """``body(wave, carry)`` of the waves after the first, as many as there are."""
     if size == rows.source.size:
         return carry
@@ -69,7 +61,7 @@ def _others(rows: Sorted, size: int, body: Callable, carry: Any) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply(
-    size: int, hidden_TD: jax.Array, share_M: jax.Array, weights: Matrices, rows: Sorted
+    size: int, hidden_TD: jax.Array, share_M: jax.Array, weights: Matrices, rows: Layout
 ) -> jax.Array:
     """Σ over the rows of each token, share · down(silu(gate(h)) · up(h)), f32[T, D].
 

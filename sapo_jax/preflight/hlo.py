@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
+import jax
+
 BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4,
     "s64": 8, "u64": 8, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16,
@@ -218,6 +220,17 @@ def _counts_up(module: Module, body: Computation, index: int) -> bool:
         and step.opcode == "add"
         and 1 in (_constant(body, name) for name in step.operands)
     )
+
+
+def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compile; of the cache, only a program with the same scopes, by which loops are known."""
+    option = "jax_compilation_cache_include_metadata_in_key"
+    before = jax.config.values[option]
+    jax.config.update(option, True)
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update(option, before)
 
 
 def _turns(loop: Instruction, unknown: Mapping[str, int]) -> int:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sapo_jax import model
-from sapo_jax.model import moe, params, splash
+from sapo_jax.model import params, splash
 from sapo_jax.parallel import sharding
 from sapo_jax.preflight import chips, costs, demands, hlo, programs
 from sapo_jax.preflight.programs import Program
@@ -65,7 +65,7 @@ def kernels(settings: Settings, program: Program) -> dict[str, costs.Kernel]:
     experts, k = config.num_experts, config.num_experts_per_tok
 
     def grouped(instruction: hlo.Instruction, computation: hlo.Computation) -> float:
-        rows = moe.visited_rows(tokens, k, experts, experts // devices)
+        rows = grouped.visited_rows(tokens, k, experts, experts // devices)
         left = hlo.dimensions(computation[instruction.operands[-2]].shape)
         out = hlo.dimensions(instruction.shape)
         return 2 * rows * out[-1] * (out[-2] if len(out) == 3 else left[-1])
@@ -116,7 +116,7 @@ def measure(settings: Settings, name: str, program: Program, chip: chips.Chip) -
       jax.errors.JaxRuntimeError: among others, it does not fit the chip's memory.
     """
     start = time.monotonic()
-    compiled = program.lower().compile()
+    compiled = hlo.compiled(program.lower())
     seconds = time.monotonic() - start
     parsed = hlo.parse(compiled.as_text())
     buffers = costs.buffers(parsed)

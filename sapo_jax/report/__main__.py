@@ -55,13 +55,7 @@ def main(given: cli.Flags) -> None:
         if given.picture:
             kind.picture(path, epath.Path(given.picture).expanduser())
         print(given.picture or kind.write(path))
-    except (
-        ArithmeticError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        jinja2.UndefinedError,
-    ) as error:
+    except (*SHAPE, jinja2.UndefinedError) as error:
         what = f"what lies there has another shape, {type(error).__name__}: {error}"
         raise ValueError(f"{path} cannot be shown: {what} (--verbosity=0 shows where)") from error
 

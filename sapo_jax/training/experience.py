@@ -73,7 +73,7 @@ Lengths = tuple[np.ndarray, np.ndarray]  # tokens of a row's prompt and of its c
 
 
 def _lengths(run: Settings, query: Query, ends: Ends) -> Lengths:
-    return np.repeat(query.prompts.length, run.config.batch.group_size), ends[0]
+    return np.repeat(query.prompts.length, run.config.batch.group_size), ends.length
 
 
 def _layouts(engine: Any, lengths: list[Lengths], parts: int) -> list[Any]:
@@ -103,29 +103,25 @@ def _scored(bundle: Bundle, batch: Batch, lengths: list[Lengths]) -> tuple[Batch
     """
     engine, run, params = bundle.engine, bundle.engine.runs[0], bundle.state.params
     hp, sizes = engine.hp, run.config.batch
-    replays, recomputes = hp.static.routing_replay == "R2", run.config.learner.old_logp
+    replays = hp.static.routing_replay == "R2"
+    recomputes = run.config.learner.old_logp == "recompute"
     parts = sizes.minibatches * sizes.oversample
     minibatches = engine.call(learner.split_rows, batch, parts=parts, mesh=run.mesh)
-    if not (replays or recomputes == "recompute" or bundle.reference is not None):
+    if not (replays or recomputes or bundle.reference is not None):
         return minibatches
 
     def with_logp(batch, layout):
         (rows,), found = _packed(engine, (batch,), [layout]), {}
         if replays:
-            found["old_logp"], routing = engine.call(learner.score_routing, params, rows, hp)
-            rows = rows.replace(routing=routing)
-        elif recomputes == "recompute":
+            scored = engine.call(learner.score_routing, params, rows, hp)
+            found["old_logp"], found["routing"] = scored
+        elif recomputes:
             found["old_logp"] = engine.call(learner.score, params, rows, hp)
         if bundle.reference is not None:
             own = hp.replace(routing_replay="none")
             found["ref_logp"] = engine.call(learner.score, bundle.reference, rows, own)
         if layout is not None:
             found = engine.call(learner.unpack, found, layout, mesh=run.mesh)
-        if replays:
-            found["routing"] = rows.routing
-            if layout is not None:
-                options = {"mesh": run.mesh, "fill": -1}
-                found["routing"] = engine.call(learner.unpack, rows.routing, layout, **options)
         return batch.replace(**found)
 
     layouts = _layouts(engine, lengths, parts)

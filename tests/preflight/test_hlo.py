@@ -19,7 +19,7 @@ from sapo_jax.types import Batch
 
 
 def compiled(function, *arguments):
-    return hlo.parse(jax.jit(function).lower(*arguments).compile().as_text())
+    return hlo.parse(hlo.compiled(jax.jit(function).lower(*arguments)).as_text())
 
 
 def test_nested_loops_count_as_often_as_they_turn():
@@ -76,7 +76,7 @@ def counted_and_expected(remat, rows, mesh=None):
         jax.ShapeDtypeStruct(shape[:1], jnp.float32),
     )
     batch = programs.placed(batch, mesh, programs.ROWS)
-    compiled = learner.update.lower(learner.abstract(hp), batch, hp).compile()
+    compiled = hlo.compiled(learner.update.lower(learner.abstract(hp), batch, hp))
     chunks = 3  # of each micro-batch: how many there are is known at run time
     counted = costs.flops(hlo.parse(compiled.as_text()), unknown={"head_chunks": chunks})
     tokens = rows * s

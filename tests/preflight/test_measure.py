@@ -95,7 +95,7 @@ def test_collectives_of_an_update_compiled_for_tpu(axis):
               "learner.remat": True, "dtype.compute": "bfloat16"}  # fmt: skip
     checked = tiny(devices, **fields)
     program = programs.programs(checked)["update"]
-    compiled = hlo.parse(program.lower().compile().as_text())
+    compiled = hlo.parse(hlo.compiled(program.lower()).as_text())
     moved = costs.collectives(compiled, unknown=program.turns)
     sizes = 4 * params.count(checked.model)
     by_kind = {kind: [c for c in moved if c.kind == kind] for kind in costs.COLLECTIVES}

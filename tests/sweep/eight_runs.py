@@ -42,6 +42,20 @@ def cohort_of(method, iterations):
     return cohort
 
 
+def same_histograms(got, expected):
+    """Take them out of two records and compare them.
+
+    By far the most bins are within 1e-3 of log r = 0 and w = 1, so that the last bits, in which
+    programs differ, move a few values over an edge.
+    """
+    for key in [k for k in expected if k.startswith("histogram/")]:
+        one, other = got.pop(key), expected.pop(key)
+        assert one["edges"] == other["edges"]
+        below = np.cumsum(one["counts"]), np.cumsum(other["counts"])
+        assert below[0][-1] == below[1][-1] > 0
+        np.testing.assert_allclose(*below, rtol=0, atol=0.01 * below[1][-1])
+
+
 def test_runs_on_devices_of_their_own_are_those_of_one_device(tmp_path, monkeypatch):
     """Two runs on each of six devices, stopped and resumed: as one device's, and apart.
 
@@ -64,6 +78,7 @@ def test_runs_on_devices_of_their_own_are_those_of_one_device(tmp_path, monkeypa
         for got, expected in zip(*map(records, both), strict=True):
             for record in (got, expected):  # alone, a run goes on with fewer and fewer rows
                 record.pop("sampler/rows_per_token", None)
+            same_histograms(got, expected)
             jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=5e-6), got, expected)
         got, expected = (final_state(place, checked)[0].params for place in both)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-6), got, expected)

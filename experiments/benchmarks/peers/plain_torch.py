@@ -87,7 +87,8 @@ def update(shape):
         optimizer.zero_grad()
         return {"loss": float(loss)}
 
-    return once, {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return once, {"objective": "sapo", **versions}
 
 
 def _tokenizer(vocab):
@@ -129,7 +130,7 @@ def trl_update(shape):
         trainer.optimizer.zero_grad()
         return {"loss": float(loss)}
 
-    return once, {"torch": torch.__version__, "trl": trl.__version__}
+    return once, {"objective": "sapo", "torch": torch.__version__, "trl": trl.__version__}
 
 
 def generate(shape):

@@ -143,7 +143,7 @@ def update(shape):
             jax.block_until_ready((nnx.state(trainer.model), norm))
         return {"loss": float(loss)}
 
-    return once, facts()
+    return once, {"objective": "grpo", **facts()}
 
 
 def generate(shape):
