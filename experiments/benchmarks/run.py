@@ -19,16 +19,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from absl import app, flags
-
 from experiments.benchmarks import table
+from sapo_jax import cli
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
-_ONLY = flags.DEFINE_list("only", [], "Names of contests, all by default.")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "Rounds of each contest.", 1)
-_PEERS = flags.DEFINE_string("peers", "", "Folder of the peers' environments; '' for none.")
-_OUT = flags.DEFINE_string("out", str(HERE / "results"), "Where the results go.")
+FLAGS = cli.Flags("experiments.benchmarks.run", __doc__)
+FLAGS.words("only", [], "Names of contests, all by default.")
+FLAGS.integer("rounds", 5, "Rounds of each contest.", 1)
+FLAGS.string("peers", "", "Folder of the peers' environments; '' for none.")
+FLAGS.string("out", str(HERE / "results"), "Where the results go.")
 
 
 class Entry(NamedTuple):
@@ -142,18 +142,17 @@ def contest(name: str, rounds: int, peers: str) -> list[dict[str, Any]]:
     return records
 
 
-def main(argv: list[str]) -> None:
+def main(given: cli.Flags) -> None:
     """Run the contests and write their results."""
-    del argv
-    unknown = [name for name in _ONLY.value if name not in CONTESTS]
+    unknown = [name for name in given.only if name not in CONTESTS]
     if unknown:
-        raise app.UsageError(f"--only={','.join(unknown)}: must be among {', '.join(CONTESTS)}")
-    out = pathlib.Path(_OUT.value)
+        raise ValueError(f"--only={','.join(unknown)}: must be among {', '.join(CONTESTS)}")
+    out = pathlib.Path(given.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.jsonl"
     kept = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
-    for name in _ONLY.value or CONTESTS:
-        found = contest(name, _ROUNDS.value, _PEERS.value)
+    for name in given.only or CONTESTS:
+        found = contest(name, given.rounds, given.peers)
         kept = [r for r in kept if r["contest"] != name] + found
         path.write_text("".join(json.dumps(record) + "\n" for record in kept))
         print(table.of(found))
@@ -161,4 +160,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, FLAGS)

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import logging
 from ml_collections import ConfigDict
 
 from experiments.fuzz import odd
@@ -33,10 +33,11 @@ from sapo_jax.training import settings
 from tests import tiny_config
 
 HERE = pathlib.Path(__file__).parent
-_COUNT = flags.DEFINE_integer("count", 600, "Odd configs.", 1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of what is odd about them.", 0)
-_TRAINED = flags.DEFINE_integer("trained", 5, "Accepted ones that are trained for an iteration.", 0)
-_OUT = flags.DEFINE_string("out", str(HERE / "results"), "For fuzz.jsonl and table.md.")
+FLAGS = cli.Flags("experiments.fuzz.run", __doc__)
+FLAGS.integer("count", 600, "Odd configs.", 1)
+FLAGS.integer("seed", 0, "Of what is odd about them.", 0)
+FLAGS.integer("trained", 5, "Accepted ones that are trained for an iteration.", 0)
+FLAGS.string("out", str(HERE / "results"), "For fuzz.jsonl and table.md.")
 LIMIT, TRAINING_LIMIT = 10, 120  # seconds of a config
 TOKENS, PARAMETERS = 4096, 10**6  # that are trained at most
 DEVICES = 4
@@ -162,16 +163,15 @@ def table(counts: dict[str, collections.Counter], sample: collections.Counter) -
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def main(argv: list[str]) -> None:
+def main(given: cli.Flags) -> None:
     """Try them, write what happened, and end with 1 where something was neither."""
-    del argv
     logging.set_verbosity(logging.ERROR)
     os.environ["TQDM_DISABLE"] = "1"
     jax.config.update("jax_num_cpu_devices", DEVICES)
-    begun, out = time.monotonic(), pathlib.Path(_OUT.value)
+    begun, out = time.monotonic(), pathlib.Path(given.out)
     counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     records, accepted, sample = [], [], collections.Counter()
-    for i, (kind, changes) in enumerate(odd.draw(_COUNT.value, random.Random(_SEED.value))):
+    for i, (kind, changes) in enumerate(odd.draw(given.count, random.Random(given.seed))):
         how = (by_flags, by_hand)[i % 2]
         what, text, run = outcome(how, changes)
         counts[kind][what] += 1
@@ -183,7 +183,7 @@ def main(argv: list[str]) -> None:
         if run is not None and is_small(run):
             accepted.append((records[-1], how, changes))
     print(table(counts, sample), flush=True)
-    for i in np.linspace(0, len(accepted) - 1, min(_TRAINED.value, len(accepted)), dtype=int):
+    for i in np.linspace(0, len(accepted) - 1, min(given.trained, len(accepted)), dtype=int):
         record, how, changes = accepted[i]
         what, text = trained(how, changes)
         text = text.replace(os.getcwd(), ".")
@@ -193,11 +193,11 @@ def main(argv: list[str]) -> None:
     seconds = math.ceil(time.monotonic() - begun)
     out.mkdir(parents=True, exist_ok=True)
     (out / "fuzz.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    notes = f"{len(records)} configs of seed {_SEED.value}, in {seconds} s."
+    notes = f"{len(records)} configs of seed {given.seed}, in {seconds} s."
     (out / "table.md").write_text(f"{table(counts, sample)}\n\n{notes}\n")
     print(f"\n{(out / 'table.md').read_text()}")
     sys.exit(bool({what for each in (sample, *counts.values()) for what in each} - odd.FINE))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, FLAGS)

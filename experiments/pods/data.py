@@ -13,16 +13,17 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from absl import app, flags
 from etils import epath
 
+from sapo_jax import cli
 from sapo_jax.tasks import math_answer
 
 SOURCES = {  # split here: dataset, its split
     "test": ("HuggingFaceH4/MATH-500", "test"),
     "train": ("agentica-org/DeepScaleR-Preview-Dataset", "train"),
 }
-_OUT = flags.DEFINE_string("out", "data/math", "Directory to write.")
+FLAGS = cli.Flags("experiments.pods.data", __doc__)
+FLAGS.string("out", "data/math", "Directory to write.")
 
 
 def write(rows: Iterable[Mapping[str, Any]], path: epath.Path, seen: set[str]) -> dict[str, int]:
@@ -47,16 +48,15 @@ def write(rows: Iterable[Mapping[str, Any]], path: epath.Path, seen: set[str]) -
     return counts | {"kept": len(lines)}
 
 
-def main(argv: list[str]) -> None:
+def main(given: cli.Flags) -> None:
     """Download both, and write what can be used."""
-    del argv
     from datasets import load_dataset
 
     seen: set[str] = set()
     for split, (name, part) in SOURCES.items():  # the test first: nothing of it is trained on
-        path = epath.Path(_OUT.value).expanduser() / f"{split}.jsonl"
+        path = epath.Path(given.out).expanduser() / f"{split}.jsonl"
         print(path, write(load_dataset(name, split=part), path, seen))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, FLAGS)

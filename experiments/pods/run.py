@@ -16,13 +16,12 @@ import subprocess
 import sys
 from typing import Any
 
-from absl import app, flags
-
 from sapo_jax import cli
 from sapo_jax.preflight import chips
 from sapo_jax.report.preflight_tables import GIB, markdown, markdown_table, of_model
 
-_TABLE = flags.DEFINE_bool("table", False, "Only write the tables.")
+FLAGS = cli.Flags("experiments.pods.run", __doc__)
+FLAGS.boolean("table", False, "Only write the tables.")
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -170,10 +169,9 @@ def page(reports: list[dict[str, Any]]) -> str:
     return f"{INTRODUCTION}{said}\n{tables}\n{collectives}"
 
 
-def main(argv: list[str]) -> None:
+def main(given: cli.Flags) -> None:
     """Compile for every pod, then write the tables."""
-    del argv
-    if not _TABLE.value:
+    if not given.table:
         (HERE / "results").mkdir(exist_ok=True)
         for config, topology in PODS:
             where = f"--config=configs/pod/{config}.py", f"--topology={topology}"
@@ -188,4 +186,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, FLAGS)

@@ -16,10 +16,10 @@ import statistics
 import time
 
 import jax
-from absl import app, flags, logging
+from absl import logging
 
 from configs.sweeps import temperature
-from sapo_jax import train
+from sapo_jax import cli, train
 from sapo_jax.axes import axis, product
 from sapo_jax.report import sweep
 from sapo_jax.sweep import cohorts, schedule
@@ -28,11 +28,12 @@ from sapo_jax.training.progress import Progress
 
 HERE = pathlib.Path(__file__).parent
 RUNS = pathlib.Path("runs/experiments/population")
-_INIT = flags.DEFINE_string("init_from", "runs/quickstart_sft", "Cold start; '' for none.")
-_SEEDS = flags.DEFINE_integer("seeds", 8, "Seeds of the sweep, for each of 3 temperatures.", 1)
-_ITERATIONS = flags.DEFINE_integer("iterations", 20, "Iterations of a run.", 1)
-_SINGLES = flags.DEFINE_integer("singles", 2, "Runs alone, before the sweep and after it.", 1)
-_METHODS = flags.DEFINE_integer("method_runs", 4, "Runs by which map and vmap are compared.", 2)
+FLAGS = cli.Flags("experiments.population.run", __doc__)
+FLAGS.string("init_from", "runs/quickstart_sft", "Cold start; '' for none.")
+FLAGS.integer("seeds", 8, "Seeds of the sweep, for each of 3 temperatures.", 1)
+FLAGS.integer("iterations", 20, "Iterations of a run.", 1)
+FLAGS.integer("singles", 2, "Runs alone, before the sweep and after it.", 1)
+FLAGS.integer("method_runs", 4, "Runs by which map and vmap are compared.", 2)
 COMPILED = "/jax/core/compile/backend_compile_duration"
 CLOCKS = ("seconds", "cpu_seconds")
 TAUS = (1.0, 1.05, 2.0)
@@ -42,8 +43,8 @@ SHOWN = tuple(f"time/{k}" for k in ("iteration", "to_sampler", "rollout", "updat
 def config(**fields):
     """The quickstart, shortened."""
     c = temperature.get_config()
-    times = {"iterations": _ITERATIONS.value, "eval.every": 10}
-    own = {"init_from": _INIT.value, "compilation_cache": ""}
+    times = {"iterations": FLAGS.iterations, "eval.every": 10}
+    own = {"init_from": FLAGS.init_from, "compilation_cache": ""}
     with c.unlocked():
         c.update_from_flattened_dict({**times, **own, **fields})
     return c
@@ -81,7 +82,7 @@ def single(name: str, seed: int) -> dict:
 
 def singles(when: str) -> list[dict]:
     """Runs alone with everything compiled, as it is for all but the first run of a sweep."""
-    return [single(f"alone-{when}-{seed}", seed) for seed in range(_SINGLES.value)]
+    return [single(f"alone-{when}-{seed}", seed) for seed in range(FLAGS.singles)]
 
 
 def whole_sweep() -> dict:
@@ -95,7 +96,7 @@ def whole_sweep() -> dict:
     timer = Timer()
     jax.monitoring.register_event_duration_secs_listener(listen)
     taus = axis("objective.tau_neg", *TAUS)
-    parts = cohorts.make(config(), product(taus, axis("seed", *range(_SEEDS.value))))
+    parts = cohorts.make(config(), product(taus, axis("seed", *range(FLAGS.seeds))))
     complete = schedule.run(parts, RUNS / "sweep")
     sweep.write(RUNS / "sweep")
     spent = timer()
@@ -119,10 +120,10 @@ def methods() -> dict[str, float]:
     found = {}
     for method in ("map", "vmap"):
         fields = {"population.method": method, "iterations": 4, "eval.every": 0}
-        seeds = axis("seed", *range(_METHODS.value))
+        seeds = axis("seed", *range(FLAGS.method_runs))
         (cohort,) = cohorts.make(config(**fields), seeds)
         place = RUNS / method
-        with Progress(4 * _METHODS.value, method) as bar:
+        with Progress(4 * FLAGS.method_runs, method) as bar:
             schedule.run_cohort(cohort, place, bar)
         records = workdir.read_metrics(place / cohort.names[0])
         found[method] = statistics.median(r["time/iteration"] for r in records)
@@ -166,9 +167,8 @@ def middle(runs: list[dict]) -> dict:
     }
 
 
-def main(argv: list[str]) -> None:
+def main(given: cli.Flags) -> None:
     """Measure, and write the results."""
-    del argv
     logging.set_verbosity(logging.WARNING)
     shutil.rmtree(RUNS, ignore_errors=True)
     load = [os.getloadavg()[0]]
@@ -180,8 +180,8 @@ def main(argv: list[str]) -> None:
     one = middle(alone)
     found = {"alone": alone, "one": one, "sweep": whole}
     found["ratio"] = {key: whole[key] / (whole["runs"] * one[key]) for key in CLOCKS}
-    found |= {"methods": methods(), "method_runs": _METHODS.value}
-    found |= {"iterations": _ITERATIONS.value, "load_at_start_and_end": load}
+    found |= {"methods": methods(), "method_runs": given.method_runs}
+    found |= {"iterations": given.iterations, "load_at_start_and_end": load}
     found |= {"backend": jax.default_backend(), "cores": os.cpu_count(), "jax": jax.__version__}
     out = HERE / "results"
     out.mkdir(exist_ok=True)
@@ -194,4 +194,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, FLAGS)

@@ -14,15 +14,16 @@ import subprocess
 import sys
 
 import numpy as np
-from absl import app, flags
 
+from sapo_jax import cli
 from sapo_jax.training.workdir import read_metrics
 
 HERE = pathlib.Path(__file__).parent
 RUNS = pathlib.Path("runs/experiments/quickstart")
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.")
-_OBJECTIVES = flags.DEFINE_list("objectives", ["sapo", "grpo", "gspo"], "Presets to compare.")
-_PLOT = flags.DEFINE_bool("plot_only", False, "Draw from results/metrics.json, run nothing.")
+FLAGS = cli.Flags("experiments.quickstart.run", __doc__)
+FLAGS.integer("seeds", 3, "Number of seeds.")
+FLAGS.words("objectives", ["sapo", "grpo", "gspo"], "Presets to compare.")
+FLAGS.boolean("plot_only", False, "Draw from results/metrics.json, run nothing.")
 SHOWN = ("iteration", "eval/pass_at_1", "reward/mean", "policy/entropy", "policy/kl_old")
 
 
@@ -88,16 +89,15 @@ def draw(results: dict, path: pathlib.Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def main(argv: list[str]) -> None:
+def main(given: cli.Flags) -> None:
     """Run what is missing, then write the results."""
-    del argv
     out = HERE / "results"
     out.mkdir(exist_ok=True)
     stored = out / "metrics.json"
-    if _PLOT.value:
+    if given.plot_only:
         results = json.loads(stored.read_text())
     else:
-        results = collect(_SEEDS.value, _OBJECTIVES.value)
+        results = collect(given.seeds, given.objectives)
         stored.write_text(json.dumps(results))
     (out / "table.md").write_text(table(results))
     draw(results, out / "curves.png")
@@ -105,4 +105,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, FLAGS)

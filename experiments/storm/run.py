@@ -22,8 +22,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import logging
 
+from sapo_jax import cli
 from sapo_jax.sweep import cohorts
 from sapo_jax.training import settings
 from sapo_jax.training.workdir import read_metrics
@@ -36,9 +37,10 @@ WITH_PARENT = (
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
 HERE, ROOT = pathlib.Path(__file__).parent, pathlib.Path(__file__).parents[2]
-_KILLS = flags.DEFINE_integer("kills", 60, "SIGKILLs in all.", 1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the moments.", 0)
-_WORKDIR = flags.DEFINE_string("workdir", "runs/storm", "Of everything; must be new, or a storm's.")
+FLAGS = cli.Flags("experiments.storm.run", __doc__)
+FLAGS.integer("kills", 60, "SIGKILLs in all.", 1)
+FLAGS.integer("seed", 0, "Of the moments.", 0)
+FLAGS.string("workdir", "runs/storm", "Of everything; must be new, or a storm's.")
 SHARES = {"one process": 10, "two processes": 2, "a sweep": 3}  # of the kills
 CONFIG = {  # rewards that differ, so that there is something to learn
     "iterations": 30, "checkpoint.every": 2, "eval.every": 5, "reward.overlong": 1.0,
@@ -150,7 +152,7 @@ class Storm:
         self.workdir, self.file = workdir, workdir / "storm.jsonl"
         self.lock = threading.Lock()  # subjects have a thread each
         if workdir.exists() and any(workdir.iterdir()) and not self.file.exists():
-            raise app.UsageError(f"--workdir={workdir}: holds other files; must be new")
+            raise ValueError(f"--workdir={workdir}: holds other files; must be new")
         workdir.mkdir(parents=True, exist_ok=True)
         text = self.file.read_text() if self.file.exists() else ""
         whole = text[: text.rfind("\n") + 1]  # the last line may be cut
@@ -190,7 +192,7 @@ class Storm:
         whole = self.undisturbed(subject)
         tries = len(self.of(subject, "killed")) + len(self.of(subject, "complete"))
         lives = len(self.of(subject, "complete"))
-        rng = np.random.default_rng([_SEED.value, *subject.encode(), tries])
+        rng = np.random.default_rng([FLAGS.seed, *subject.encode(), tries])
         moment, apart = rng.uniform(0, whole["seconds"]), rng.uniform(0, 1)
         place = self.workdir / f"{subject} {lives}".replace(" ", "-")
         before, processes = done(place) if place.exists() else 0, start(subject, place)
@@ -235,13 +237,12 @@ def besiege(storm: Storm, subject: str, kills: int) -> None:
         storm.next(subject, last=True)
 
 
-def main(argv: list[str]) -> None:
+def main(given: cli.Flags) -> None:
     """Kill as often as the flags say, then let all end."""
-    del argv
     logging.set_verbosity(logging.WARNING)
-    storm, total = Storm(pathlib.Path(_WORKDIR.value)), sum(SHARES.values())
-    kills = {s: round(_KILLS.value * share / total) for s, share in SHARES.items()}
-    kills["one process"] += _KILLS.value - sum(kills.values())
+    storm, total = Storm(pathlib.Path(given.workdir)), sum(SHARES.values())
+    kills = {s: round(given.kills * share / total) for s, share in SHARES.items()}
+    kills["one process"] += given.kills - sum(kills.values())
     with futures.ThreadPoolExecutor() as threads:
         for each in [threads.submit(besiege, storm, s, count) for s, count in kills.items()]:
             each.result()
@@ -254,4 +255,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    cli.run(main, FLAGS)
