@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 from experiments.benchmarks import contestant, workload
 from experiments.benchmarks.workload import Shape
 from sapo_jax import learner, model, objectives, sampler
-from sapo_jax.model import head
+from sapo_jax.model import blocked, head
 from sapo_jax.types import Batch, Prompts
 
 Built = tuple[Callable[[], dict[str, Any]], dict[str, Any]]
@@ -66,18 +66,21 @@ def update(shape: Shape, *, pack: bool = True, share: bool = True, objective="sa
     config, params = policy(shape)
     rows = workload.rollouts(shape)
     batch, layout, micro = jax.device_put(batch_of(rows)), None, UNPACKED
+    block = blocked.BLOCK
     if pack:
         sized = learner.packed_shape(
             shape.rows, shape.prompt, shape.completion, budget=MICRO_TOKENS,
             group_size=shape.group if share else 1,
         )  # fmt: skip
         layout, micro = partial(learner.plan, width=shape.width, shape=sized), sized.micro_batches
+        block = blocked.block_size(sized.segment)
     if objective == "cross_entropy":
         batch = batch.replace(advantages=jnp.ones(shape.rows))
     chosen = objectives.resolve("reinforce" if objective == "cross_entropy" else objective)
     hp = learner.Hyperparameters(
         chosen, workload.LEARNING_RATE, workload.WEIGHT_DECAY, 1.0, 1.0,
-        model=config, micro_batches=micro, b1=workload.B1, b2=workload.B2, eps=workload.EPS,
+        model=config, micro_batches=micro, block=block,
+        b1=workload.B1, b2=workload.B2, eps=workload.EPS,
     )  # fmt: skip
     state = learner.init(params, hp)
     prompts = np.full(shape.rows, shape.prompt)

@@ -13,6 +13,7 @@ from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
 from sapo_jax import model
+from sapo_jax.model import blocked
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.objectives import Objective, Switch
 from sapo_jax.parallel import sharding
@@ -29,6 +30,7 @@ class Static:
       model: the model's shape.
       micro_batches: forward-backward passes an update; they change memory, not the result.
       head_chunk: tokens whose logits exist at a time.
+      block: tokens of a block of attention, see `blocked.block_size`.
       remat: recompute each layer in the backward pass.
       kl: estimator of the KL penalty, see `objectives.kl`.
       schedule: one of SCHEDULES; ``warmup`` and ``total`` are in updates.
@@ -42,6 +44,7 @@ class Static:
     model: ModelConfig
     micro_batches: int = 1
     head_chunk: int = 1024
+    block: int = blocked.BLOCK
     remat: bool = False
     kl: str = "k3"
     schedule: str = "constant"

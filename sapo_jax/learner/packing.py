@@ -30,6 +30,7 @@ class Shape:
     Attributes:
       group_size: completions that share a prompt; 1: every sequence has its own copy.
       length: tokens of a row.
+      segment: most tokens of a segment: a completion, or one with its prompt.
       rows: of a micro-batch, on one part of the rows.
       micro_batches: most that any lengths need.
       parts: of the rows, see `sharding.parts`.
@@ -37,6 +38,7 @@ class Shape:
 
     group_size: int
     length: int
+    segment: int
     rows: int
     micro_batches: int
     parts: int = 1
@@ -66,15 +68,18 @@ def make_shape(
     """
     target = min(LENGTH, budget)
     if group_size > 1:
+        segment = completion
         together = min(group_size, max(1, (target - prompt) // completion))
         length = prompt + together * completion
         needed = rows // group_size * -(-group_size // together)
     else:
-        together = min(rows, max(1, target // (prompt + completion)))
-        length = together * (prompt + completion)
+        segment = prompt + completion
+        together = min(rows, max(1, target // segment))
+        length = together * segment
         needed = -(-rows // together)
-    of_micro = min(max(1, budget // length), -(-needed // parts))
-    return Shape(group_size, length, of_micro, -(-needed // (of_micro * parts)), parts)
+    own = -(-needed // parts)
+    micro_batches = -(-own // max(1, budget // length))
+    return Shape(group_size, length, segment, -(-own // micro_batches), micro_batches, parts)
 
 
 def _fit(sizes: list[int], capacity: int) -> list[list[int]]:

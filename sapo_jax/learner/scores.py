@@ -39,8 +39,9 @@ def head_arguments(
         replay = batch.routing
     params = model.params.all_gather(params, model.params.table(config), config)
     hidden_BSD, summary = transformer.hidden(
-        params, config, batch.tokens, batch.segments, remat=static.remat, prefix_BS=batch.prefix,
-        replay_BSLk=replay, summarise=lambda r: routing.summarise(r, counts(batch), config),
+        params, config, batch.tokens, batch.segments, remat=static.remat, block=static.block,
+        prefix_BS=batch.prefix, replay_BSLk=replay,
+        summarise=lambda r: routing.summarise(r, counts(batch), config),
     )  # fmt: skip
     rows, width = batch.tokens.shape
     before_BS = segments.predecessors(batch.segments, batch.prefix)

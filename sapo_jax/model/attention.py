@@ -81,6 +81,7 @@ def causal(
     segments_BS: jax.Array,
     kernel: str = "auto",
     prefix_BS: jax.Array | None = None,
+    block: int = blocked.BLOCK,
 ) -> jax.Array:
     """Grouped-query attention of each token to its own sequence up to itself, [B, S, H, d].
 
@@ -92,11 +93,12 @@ def causal(
         scores and is the reference of the others.
       prefix_BS: i32[B, S], the segment that each token's own continues, 0 for none; with "blocked"
         and "xla" only.
+      block: tokens of a block, at most, see `blocked.block_size`.
     """
     check(kernel, collectives.platform())
     kernel = choose(kernel, collectives.platform())
     if kernel == "blocked":
-        return blocked.causal(q_BSHd, k_BSKd, v_BSKd, segments_BS, prefix_BS)
+        return blocked.causal(q_BSHd, k_BSKd, v_BSKd, segments_BS, prefix_BS, block)
     if prefix_BS is not None and kernel not in SHARES_PREFIX:
         raise ValueError(f"attention={kernel!r}: shared prefixes need one of {SHARES_PREFIX}")
     if kernel == "splash":

@@ -7,6 +7,7 @@ weights of a pair again from the log-sum-exp of the scores (as FlashAttention, a
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 HIGHEST = jax.lax.Precision.HIGHEST
 NEGATIVE = -1e30  # finite: a query without any key must not give NaN
-BLOCK = 128  # queries and keys of a pair, at most
+BLOCK = 128  # queries and keys of a pair, at most; the least is a quarter
 TOKENS = 512  # queries at a time: their scores fit a core's cache
 
 
@@ -170,15 +171,18 @@ def _backward_rows(rows: Rows, lse, delta, d_out) -> tuple[jax.Array, jax.Array,
     return jnp.moveaxis(d_q, 0, 1), d_k.astype(rows.k.dtype), d_v.astype(rows.v.dtype)
 
 
-def _block(s: int) -> int:
-    """Tokens of a block: at most BLOCK, blocks alike, in eights."""
-    return -(-s // (8 * -(-s // BLOCK))) * 8
+def block_size(segment: int) -> int:
+    """Tokens of a block for segments of so many: small enough to skip most of what is hidden."""
+    block = BLOCK
+    while block > BLOCK // 4 and 2 * block > segment:
+        block //= 2
+    return block
 
 
-def _chunks(x: jax.Array) -> jax.Array:
-    """[B, S, …] as [B/r, r, n, b, …], where r rows are visited together."""
+def _chunks(block: int, x: jax.Array) -> jax.Array:
+    """[B, S, …] as [B/r, r, n, b, …], where r rows are visited together; b is at most a block."""
     rows, s, *rest = x.shape
-    b = _block(s)
+    b = -(-s // (8 * -(-s // block))) * 8
     r = max(r for r in range(1, max(1, TOKENS // b) + 1) if rows % r == 0)
     x = jnp.pad(x, ((0, 0), (0, -s % b), *((0, 0) for _ in rest)))
     return x.reshape(rows // r, r, -1, b, *rest)
@@ -190,21 +194,22 @@ def _joined(x: jax.Array, s: int) -> jax.Array:
     return x.reshape(chunks * r, n * b, *rest)[:, :s]
 
 
-@jax.custom_vjp
-def _causal(q, k, v, segments, prefix):
-    return _forward(q, k, v, segments, prefix)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _causal(block, q, k, v, segments, prefix):
+    return _forward(block, q, k, v, segments, prefix)[0]
 
 
-def _forward(*arrays):
-    out, lse = jax.lax.map(lambda x: _forward_rows(Rows(*x)), tuple(map(_chunks, arrays)))
+def _forward(block, *arrays):
+    chunks = tuple(_chunks(block, x) for x in arrays)
+    out, lse = jax.lax.map(lambda x: _forward_rows(Rows(*x)), chunks)
     out = _joined(out, arrays[0].shape[1])
     return out, (arrays, out, lse)
 
 
-def _backward(saved, d_out):
+def _backward(block, saved, d_out):
     arrays, out, lse = saved
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1)
-    *rows, delta, d_out = map(_chunks, (*arrays, delta, d_out))
+    *rows, delta, d_out = (_chunks(block, x) for x in (*arrays, delta, d_out))
     grads = jax.lax.map(
         lambda x: _backward_rows(Rows(*x[:-3]), *x[-3:]), (*rows, lse, delta, d_out)
     )
@@ -220,10 +225,11 @@ def causal(
     v_BSKd: jax.Array,
     segments_BS: jax.Array,
     prefix_BS: jax.Array | None = None,
+    block: int = BLOCK,
 ) -> jax.Array:
     """As `attention.causal`; pads see nothing and get 0."""
     b, s, h, d = q_BSHd.shape
     kv = k_BSKd.shape[2]
     prefix_BS = jnp.zeros_like(segments_BS) if prefix_BS is None else prefix_BS
     q_BSKGd = q_BSHd.reshape(b, s, kv, h // kv, d)
-    return _causal(q_BSKGd, k_BSKd, v_BSKd, segments_BS, prefix_BS).reshape(b, s, h, d)
+    return _causal(block, q_BSKGd, k_BSKd, v_BSKd, segments_BS, prefix_BS).reshape(b, s, h, d)

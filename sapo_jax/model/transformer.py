@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.model import attention, moe, segments, splash, vocab
+from sapo_jax.model import attention, blocked, moe, segments, splash, vocab
 from sapo_jax.model.attention import dense, einsum
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.model.moe import Routing
@@ -122,6 +122,7 @@ def hidden(
     segments_BS: jax.Array,
     *,
     remat: bool = False,
+    block: int = blocked.BLOCK,
     prefix_BS: jax.Array | None = None,
     replay_BSLk: jax.Array | None = None,
     summarise: Callable[[Routing], Any] = lambda routing: routing.experts,
@@ -134,6 +135,7 @@ def hidden(
       tokens_BS: i32[B, S].
       segments_BS: i32[B, S], 0 at pads; entry s sees the tokens of its segment up to s.
       prefix_BS: i32[B, S], the segment that it sees as well, see `segments`; None for none.
+      block: tokens of a block of attention, see `blocked.block_size`.
       remat: the backward pass recomputes each layer from its input.
       replay_BSLk: experts to use in each sparse layer, −1 for the router's choice.
       summarise: applied within the scan, so that what it drops is never stacked.
@@ -146,7 +148,7 @@ def hidden(
     replay = None if replay_BSLk is None else jnp.moveaxis(replay_BSLk, 2, 0)
 
     def attend(q, k, v):
-        return attention.causal(q, k, v, segments_BS, config.attention, prefix_BS)
+        return attention.causal(q, k, v, segments_BS, config.attention, prefix_BS, block)
 
     def period(places):  # one step visits the layers of one period
         def step(x_BSD, inputs):

@@ -16,7 +16,7 @@ from sapo_jax.cli import from_config, nearest
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
-from sapo_jax.model import attention, head, params, routing
+from sapo_jax.model import attention, blocked, head, params, routing
 from sapo_jax.objectives.kl import KL_ESTIMATORS
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
@@ -279,6 +279,7 @@ def make_hyperparameters(
     options["head_chunk"] = options["head_chunk"] or head.chunk_size(
         shape.vocab_size, sharding.platform(mesh)
     )
+    options["block"] = blocked.block_size(packing.segment) if packing else blocked.BLOCK
     return learner.Hyperparameters(
         objective=objective,
         temperature=c.sampler.temperature,
