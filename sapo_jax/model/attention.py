@@ -14,6 +14,7 @@ from sapo_jax.parallel import collectives
 HIGHEST = jax.lax.Precision.HIGHEST
 PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # kernels of one
 SHARES_PREFIX = ("blocked", "xla")  # kernels whose rows may share a prefix, see `segments`
+SHORT = 64  # tokens of rows whose scores are no larger than their queries and keys
 NEGATIVE = -1e30  # finite: a row without any key must not give NaN
 
 
@@ -67,11 +68,13 @@ def check(kernel: str, platform: str) -> None:
         raise ValueError(f"model.attention={kernel!r}: {only}")
 
 
-def choose(kernel: str, platform: str) -> str:
-    """The kernel over whole rows that "auto" takes on a platform."""
+def choose(kernel: str, platform: str, length: int) -> str:
+    """The kernel that "auto" takes on a platform for rows of so many tokens."""
     if kernel != "auto":
         return kernel
-    return "splash" if platform == "tpu" else "blocked"
+    if platform == "tpu":
+        return "splash"
+    return "blocked" if length > SHORT else "xla"
 
 
 def causal(
@@ -89,14 +92,14 @@ def causal(
       q_BSHd, k_BSKd, v_BSKd: rotated queries and keys, and values.
       segments_BS: i32[B, S], 0 at pads.
       kernel: a name in `config.ATTENTION`; "auto" takes splash where the program is compiled for
-        TPU, else "blocked"; "cudnn" is for GPU, and for rows of one segment; "xla" materialises the
-        scores and is the reference of the others.
+        TPU, else "blocked" for rows that are not `SHORT`; "cudnn" is for GPU, and for rows of one
+        segment; "xla" materialises the scores and is the reference of the others.
       prefix_BS: i32[B, S], the segment that each token's own continues, 0 for none; with "blocked"
         and "xla" only.
       block: tokens of a block, at most, see `blocked.block_size`.
     """
     check(kernel, collectives.platform())
-    kernel = choose(kernel, collectives.platform())
+    kernel = choose(kernel, collectives.platform(), q_BSHd.shape[1])
     if kernel == "blocked":
         return blocked.causal(q_BSHd, k_BSKd, v_BSKd, segments_BS, prefix_BS, block)
     if prefix_BS is not None and kernel not in SHARES_PREFIX:

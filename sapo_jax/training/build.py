@@ -234,7 +234,7 @@ def make_packing(
 ) -> learner.PackedShape | None:
     """How the rows of an update are packed; None where they stay as they are."""
     batch, parts, platform = c.batch, sharding.parts(mesh), sharding.platform(mesh)
-    kernel = attention.choose(shape.attention, platform)
+    kernel = attention.choose(shape.attention, platform, width + room)
     share, pack = batch.share_prefix, batch.pack and kernel != "cudnn"
     if share:
         only = "None or False with batch.pack=False"
@@ -246,6 +246,8 @@ def make_packing(
     if share is None:
         share = kernel in attention.SHARES_PREFIX
     group_size = batch.group_size if share and c.source == "rollout" else 1
+    if group_size == 1 and width + room <= attention.SHORT:
+        return None  # moving such rows together takes longer than their pads
     rows = batch.prompts * batch.group_size // batch.minibatches
     # Micro-batches of fewer tokens than these would not keep the device busy; larger ones would
     # have room for completions that are longer than most are.
