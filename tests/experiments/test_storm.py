@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-from absl import app
 
 from experiments.storm import run
 
@@ -35,7 +34,7 @@ def test_events_survive_a_cut_line(tmp_path):
 
 def test_other_files_are_no_storm(tmp_path):
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(app.UsageError, match="holds other files"):
+    with pytest.raises(ValueError, match="holds other files"):
         run.Storm(tmp_path)
 
 
