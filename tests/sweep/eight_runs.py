@@ -45,15 +45,15 @@ def cohort_of(method, iterations):
 def same_histograms(got, expected):
     """Take them out of two records and compare them.
 
-    By far the most bins are within 1e-3 of log r = 0 and w = 1, so that the last bits, in which
-    programs differ, move a few values over an edge.
+    By far the most edges are within 1e-3 of log r = 0 and w = 1, so that the last bits, in which
+    programs differ, move one of some 50 values over an edge.
     """
     for key in [k for k in expected if k.startswith("histogram/")]:
         one, other = got.pop(key), expected.pop(key)
         assert one["edges"] == other["edges"]
         below = np.cumsum(one["counts"]), np.cumsum(other["counts"])
         assert below[0][-1] == below[1][-1] > 0
-        np.testing.assert_allclose(*below, rtol=0, atol=0.01 * below[1][-1])
+        np.testing.assert_allclose(*below, rtol=0, atol=1)
 
 
 def test_runs_on_devices_of_their_own_are_those_of_one_device(tmp_path, monkeypatch):
