@@ -43,17 +43,20 @@ def cohort_of(method, iterations):
 
 
 def same_histograms(got, expected):
-    """Take them out of two records and compare them.
+    """Take them out of two records and compare how many values lie below each edge.
 
-    By far the most edges are within 1e-3 of log r = 0 and w = 1, so that the last bits, in which
-    programs differ, move one of some 50 values over an edge.
+    Edges closer to log r = 0 or w = 1 than 1e-5, which the programs' last bits reach, are left out;
+    near the others, in bins of a quarter of a decade, one value may lie on the other side.
     """
     for key in [k for k in expected if k.startswith("histogram/")]:
         one, other = got.pop(key), expected.pop(key)
         assert one["edges"] == other["edges"]
-        below = np.cumsum(one["counts"]), np.cumsum(other["counts"])
-        assert below[0][-1] == below[1][-1] > 0
-        np.testing.assert_allclose(*below, rtol=0, atol=1)
+        below = np.cumsum([one["counts"], other["counts"]], -1)
+        assert below[0, -1] == below[1, -1] > 0
+        upper = np.array(one["edges"])[1:]
+        far = np.minimum(np.abs(upper), np.abs(upper - 1)) > 1.1e-5
+        assert far.sum() > 20
+        np.testing.assert_allclose(*below[:, far], rtol=0, atol=1)
 
 
 def test_runs_on_devices_of_their_own_are_those_of_one_device(tmp_path, monkeypatch):
