@@ -15,8 +15,20 @@ from sapo_jax.model import attention, flash
 
 HEADS, KV_HEADS, HEAD_DIM = 16, 8, 128
 TILES = {  # tried for the forward pass, and for each part of the backward pass
-    "forward": [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 4, 3), (128, 32, 4, 4)],
-    "d_queries": [(128, 64, 8, 2), (64, 64, 4, 2), (128, 32, 8, 3), (64, 32, 4, 3), (64, 128, 8, 2)],
+    "forward": [
+        (128, 64, 8, 3),
+        (128, 128, 8, 2),
+        (64, 64, 4, 3),
+        (128, 64, 4, 3),
+        (128, 32, 4, 4),
+    ],
+    "d_queries": [
+        (128, 64, 8, 2),
+        (64, 64, 4, 2),
+        (128, 32, 8, 3),
+        (64, 32, 4, 3),
+        (64, 128, 8, 2),
+    ],
     "d_keys": [(64, 128, 8, 2), (64, 64, 4, 2), (32, 128, 8, 3), (32, 64, 4, 3), (64, 64, 8, 3)],
 }
 
@@ -24,9 +36,7 @@ TILES = {  # tried for the forward pass, and for each part of the backward pass
 def arrays(rows: int, length: int, dtype: Any, heads=(HEADS, KV_HEADS, HEAD_DIM)):
     """Queries, keys and values."""
     h, k, d = heads
-    return tuple(
-        random(i, rows, length, n, d, dtype=dtype) for i, n in enumerate((h, k, k))
-    )
+    return tuple(random(i, rows, length, n, d, dtype=dtype) for i, n in enumerate((h, k, k)))
 
 
 def segments(kind: str, rows: int, length: int) -> tuple[jax.Array, jax.Array | None]:
@@ -104,23 +114,30 @@ def tiles(part: str, sizes: tuple, rows: int, length: int) -> dict[str, Any]:
     return {"seconds": seconds(lambda: program(q, k, v), inner=5)}
 
 
-def main(toy: bool) -> None:
-    """Emit errors, then times at two lengths, then times by tile."""
-    names = ["blocked"] if toy else ["triton", "cudnn"]
+def compile_all(toy: bool) -> None:
+    """Emit errors: nothing is timed now."""
+    length = 96 if toy else 1000
     for dtype in (jnp.float32, jnp.bfloat16):
         for kind in ("one", "packed", "prefix"):
-            for name in names:
-                if name == "cudnn" and (kind != "one" or dtype == jnp.float32):
-                    continue
-                what = {"kernel": name, "dtype": jnp.dtype(dtype).name, "rows": kind}
-                length = 96 if toy else 1000
-                attempt("attention", what, partial(error, name, dtype, kind, length))
+            for name in names(toy):
+                if name != "cudnn" or (kind == "one" and dtype == jnp.bfloat16):
+                    what = {"kernel": name, "dtype": jnp.dtype(dtype).name, "rows": kind}
+                    attempt("attention errors", what, partial(error, name, dtype, kind, length))
+
+
+def names(toy: bool) -> list[str]:
+    """Kernels that are compared with "xla"."""
+    return ["blocked"] if toy else ["triton", "cudnn"]
+
+
+def main(toy: bool) -> None:
+    """Emit times at two lengths, then times by tile."""
     for rows, length in ((1, 256),) if toy else ((16, 1024), (4, 4096)):
-        for name in (*names, "xla"):
+        for name in (*names(toy), "xla"):
             for kind in ("one",) if name == "cudnn" else ("one", "prefix"):
                 what = {"kernel": name, "rows": kind, "count": rows, "length": length}
                 attempt("attention", what, partial(times, name, kind, rows, length))
     for part, sizes in TILES.items():
         for own in [] if toy else sizes:
             what = {"part": part, "tiles": own}
-            attempt("attention", what, partial(tiles, part, own, 4, 4096))
+            attempt("attention tiles", what, partial(tiles, part, own, 4, 4096))

@@ -6,13 +6,14 @@ rows. Its seconds are those of a rollout, less those of one that ends with the f
 
 from __future__ import annotations
 
+from concurrent import futures
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.gpu.timing import attempt, copy_bandwidth
+from experiments.gpu.timing import attempt, copy_bandwidth, kernels, seconds
 from experiments.gpu.updates import matmul_weights
 from sapo_jax import model, sampler
 from sapo_jax.sampler.plan import Plan
@@ -24,10 +25,8 @@ TOY = {"own prompts": (8, 1, 32, 16), "shared prompts": (4, 4, 32, 32)}
 POLICIES = ("qwen3_0_6b", "qwen3_1_7b", "qwen3_4b")
 
 
-def rollout_seconds(params: Any, config: Any, load: tuple, new: int, repeats: int) -> float:
-    """The least seconds of some rollouts of so many new tokens."""
-    import time
-
+def rollout(params: Any, config: Any, load: tuple, new: int, **options: Any) -> Any:
+    """A rollout of so many new tokens."""
     prompts, group, width, _ = load
     rng = np.random.default_rng(0)
     given = Prompts(
@@ -37,16 +36,11 @@ def rollout_seconds(params: Any, config: Any, load: tuple, new: int, repeats: in
         task=np.zeros(prompts, np.int32),
     )
     plan = Plan((prompts,), (new,), max(1, prompts // 8), (group,))
-    found = []
-    for seed in range(repeats + 1):
-        start = time.perf_counter()
-        out = sampler.rollout(
-            params, config, given, group_size=group, max_new_tokens=new, temperature=1.0,
-            seed=seed, iteration=0, plan=plan,
-        )  # fmt: skip
-        jax.block_until_ready(out)
-        found.append(time.perf_counter() - start)
-    return min(found[1:])
+    found = sampler.rollout(
+        params, config, given, group_size=group, max_new_tokens=new, temperature=1.0,
+        seed=0, iteration=0, plan=plan, **options,
+    )  # fmt: skip
+    return jax.block_until_ready(found)
 
 
 def step_bytes(config: model.ModelConfig, load: tuple) -> float:
@@ -56,22 +50,41 @@ def step_bytes(config: model.ModelConfig, load: tuple) -> float:
     return 2 * matmul_weights(config) + entry * prompts * (width + group * new / 2)
 
 
+def policy(name: str, toy: bool) -> tuple[model.ModelConfig, Any]:
+    """A shape, and what makes its weights as the sampler has them."""
+    dtypes = {"compute_dtype": "bfloat16", "cache_dtype": "bfloat16"}
+    config = model.make("tiny", vocab_size=512, **dtypes) if toy else model.make(name, **dtypes)
+    init = jax.jit(partial(model.params.init, config))
+    return config, lambda: jax.block_until_ready(sampler.to_sampler(init(0), config))
+
+
+def compile_all(toy: bool) -> None:
+    """Fill the compilation cache: nothing is timed now."""
+    for name in POLICIES:
+        config, make = policy(name, toy)
+        params = make()
+        with futures.ThreadPoolExecutor() as pool:
+            for load in (TOY if toy else LOADS).values():
+                for new in (1, load[-1]):
+                    options = {"warm_up": lambda line: None}
+                    pool.submit(rollout, params, config, load, new, **options)
+
+
 def measure(name: str, load: tuple, toy: bool, bandwidth: float) -> dict[str, Any]:
     """Seconds of a step, tokens/s, and the share of the bandwidth."""
-    dtypes = {"compute_dtype": "bfloat16", "cache_dtype": "bfloat16"}
-    preset, overrides = ("tiny", {"vocab_size": 512}) if toy else (name, {})
-    # One token of the vocabulary stops a completion: next to none does.
-    config = model.make(preset, **dtypes, **overrides)
-    params = jax.jit(partial(model.params.init, config))(0)
-    params = jax.block_until_ready(sampler.to_sampler(params, config))
+    config, make = policy(name, toy)
+    params = make()
     prompts, group, _, new = load
-    first = rollout_seconds(params, config, load, 1, 2)
-    step = (rollout_seconds(params, config, load, new, 2) - first) / (new - 1)
+    first = seconds(lambda: rollout(params, config, load, 1), repeats=2)
+    step = (seconds(lambda: rollout(params, config, load, new), repeats=2) - first) / (new - 1)
     moved = step_bytes(config, load)
-    return {
+    found = {
         "step_s": step, "prefill_s": first, "tokens_per_s": prompts * group / step,
         "bytes": moved, "share_of_copy_bandwidth": moved / step / bandwidth,
     }  # fmt: skip
+    if not toy:
+        found["kernels_ms"] = kernels(lambda: rollout(params, config, load, new))
+    return found
 
 
 def main(toy: bool) -> None:

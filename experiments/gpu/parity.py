@@ -108,7 +108,7 @@ def compare(name: str, dtype: str, expected: Any) -> dict[str, Any]:
     }
 
 
-def main(toy: bool) -> None:
+def compile_all(toy: bool) -> None:
     """Emit a line for each policy and dtype."""
     del toy
     with tempfile.TemporaryDirectory() as directory:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import json
+import pathlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -66,3 +69,21 @@ def copy_bandwidth(size: int) -> float:
     x = random(0, size)
     double = jax.jit(lambda x: x * 2)
     return 2 * x.nbytes / seconds(lambda: double(x), inner=20)
+
+
+def kernels(run: Callable[[], Any], most: int = 12) -> dict[str, float]:
+    """Milliseconds of a call by kernel, the longest first, and of all together."""
+    jax.block_until_ready(run())
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            jax.block_until_ready(run())
+        (path,) = pathlib.Path(directory).rglob("*.xplane.pb")
+        planes = list(jax.profiler.ProfileData.from_file(str(path)).planes)
+        spent: collections.Counter[str] = collections.Counter()
+        for plane in planes:
+            for line in plane.lines if "GPU" in plane.name else ():
+                if line.name.startswith("Stream"):
+                    for event in line.events:
+                        spent[event.name[:60]] += event.duration_ns / 1e6
+    found = {name: round(ms, 3) for name, ms in spent.most_common(most)}
+    return {"all": round(sum(spent.values()), 3), **found}

@@ -43,8 +43,8 @@ def _multiply_kernel(x, w, expert, rows, out, *, depth: int, tiles: int, transpo
         return total + dot(x[:, at], matrix, contract=(1, 1 if transpose else 0))
 
     used = i * x.shape[0] < rows[0]
-    steps = jnp.where(used, x.shape[1] // depth, 0)
-    total = jax.lax.fori_loop(0, steps, visit, jnp.zeros(out.shape, jnp.float32))
+    steps = jnp.where(used, jnp.int32(x.shape[1] // depth), 0)
+    total = jax.lax.fori_loop(jnp.int32(0), steps, visit, jnp.zeros(out.shape, jnp.float32))
     out[...] = total.astype(out.dtype)
 
 
