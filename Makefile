@@ -5,6 +5,7 @@
 # make storm   60 SIGKILLs at random moments; 15 minutes at most
 # make docs    a static site of the documentation, site/index.html
 # make bench   how fast it is; make bench-peers, and its peers on the same (their environments first)
+# make gpu     parity and speed on this machine's GPU; 9 minutes at most
 # make test    the tests, in the same environment
 # make test-slow  the slow ones; those that compile for TPU need libtpu, which make preflight installs
 PYTHON ?= python3
@@ -12,7 +13,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m sapo_jax.main
 
-.PHONY: train smollm2 preflight storm fuzz docs bench bench-peers test test-slow lint format clean
+.PHONY: train smollm2 preflight storm fuzz docs bench bench-peers gpu test test-slow lint format clean
 
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
@@ -59,6 +60,10 @@ bench-peers: $(VENV)/ready .cache/peers/torch/ready .cache/peers/tunix/ready
 	python3.11 -m venv .cache/peers/$*
 	.cache/peers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
+
+gpu: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[gpu]"
+	JAX_PLATFORMS=cuda,cpu $(BIN)/python -m experiments.gpu.run
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder

@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
     c.model.num_key_value_heads = config_dict.placeholder(int)
     c.model.head_dim = config_dict.placeholder(int)
     c.model.max_position_embeddings = config_dict.placeholder(int)
-    c.model.attention = "auto"  # "splash" on TPU, else "xla"; "cudnn" for long rows on GPU
+    c.model.attention = "auto"  # splash (TPU), triton, cudnn (GPU), blocked, xla
 
     c.dtype = ConfigDict()
     c.dtype.params = "float32"  # alone: steps are lost in the rounding of fewer bits
