@@ -58,6 +58,19 @@ def sequence_sum(
     return jnp.take_along_axis(_by_segment(values_BT, segments_BT), segments_BT, -1)
 
 
+def sequence_cumsum(
+    values_BT: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array | None = None
+) -> jax.Array:
+    """At each token, the sum over the masked tokens of its sequence up to it, f[B, T]."""
+    values_BT = keep(values_BT, mask_BT)
+    sums_BT = jnp.cumsum(values_BT, -1)
+    if segments_BT is None:
+        return sums_BT
+    first_BT = segments_BT != jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    before_BT = keep(sums_BT - values_BT, first_BT)  # the tokens of a segment are adjacent
+    return sums_BT - jnp.take_along_axis(_by_segment(before_BT, segments_BT), segments_BT, -1)
+
+
 def sequence_mean(
     values_BT: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array | None = None
 ) -> jax.Array:

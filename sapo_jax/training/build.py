@@ -17,7 +17,7 @@ from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
 from sapo_jax.model import attention, blocked, head, params, routing
-from sapo_jax.objectives.kl import KL_ESTIMATORS
+from sapo_jax.objectives.kl import KL_ESTIMATORS, KL_PENALTIES
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Task
@@ -168,7 +168,7 @@ def make_objective(c: Any) -> objectives.Objective:
     if c.source == "demonstrations":
         only = "'reinforce' for source='demonstrations': likelihood is REINFORCE with advantage 1"
         require(name == "reinforce", "objective.name", name, only)
-    choice("objective.kl", kl, KL_ESTIMATORS)
+    choice("objective.kl", kl, KL_PENALTIES)
     others = from_config("base").objective  # whose fields may be None, whoever has them
     given = {k: value for k, value in fields.items() if value is not None or k not in others}
     with of_field("objective"):
@@ -274,8 +274,12 @@ def make_hyperparameters(
     choice("learner.routing_replay", replay, routing.REPLAY)
     sparse = "'none' for a model without experts"
     require(replay == "none" or shape.num_experts > 0, "learner.routing_replay", replay, sparse)
+    if shape.num_experts and objective.replay != "none":
+        own = f"'none' or {objective.replay!r}: objective.name={c.objective.name!r} replays that"
+        require(replay in ("none", objective.replay), "learner.routing_replay", replay, own)
+        replay = options["routing_replay"] = objective.replay
     recompute = replay != "R2" or old_logp == "recompute"
-    only = "'recompute' with learner.routing_replay='R2', which records the old policy's routing"
+    only = "'recompute' with routing replay R2, which records the old policy's routing"
     require(recompute, "learner.old_logp", old_logp, only)
     updates = c.iterations * c.batch.minibatches
     options["head_chunk"] = options["head_chunk"] or head.chunk_size(
