@@ -70,6 +70,8 @@ def get_config() -> ConfigDict:
     c.objective.dual_clip = config_dict.placeholder(float)  # bound of r where A < 0; inf: none
     c.objective.max_length = config_dict.placeholder(float)  # tokens that const_len divides by
     c.objective.kl_coef = config_dict.placeholder(float)  # of KL in the loss; needs init_from
+    c.objective.schedule = "constant"  # constant, linear, cosine: of what has an end, by iteration
+    c.objective.end = ConfigDict(type_safe=False)  # {"tau_neg": 2.0}: values in the last iteration
 
     # Correction: weights of tokens by π_old / π_sampler, see sapo_jax.corrections.
     c.correction = ConfigDict()
@@ -163,6 +165,7 @@ def get_config() -> ConfigDict:
     c.compilation_cache = ".cache/xla"  # compiled programs, reused by later runs; "" for none
     c.lock()  # but for what only objectives, tasks and chat templates know
     c.objective.unlock()
+    c.objective.end.unlock()
     c.task.options.unlock()
     c.tokenizer.template_options.unlock()
     return c

@@ -39,7 +39,7 @@ def update(
     chex.assert_equal_shape([batch.tokens, batch.mask, batch.segments, batch.old_logp])
     parts = hp.static.micro_batches * sharding.parts(hp.static.mesh)
     chex.assert_is_divisible(batch.tokens.shape[0], parts)
-    sums, terms = numerators(state.params, batch, hp)
+    sums, terms = numerators(state.params, batch, hp.at(state.iteration))
     grads = divided(sums, terms)
     rate, norm = learning_rate(hp, state.update), optax.tree.norm(grads)
     late = ~jnp.isfinite(jnp.stack([masked.ratio(terms["loss"]), norm]))

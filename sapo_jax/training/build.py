@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from sapo_jax.training.checks import choice, require
 OLD_LOGP = ("sampler", "recompute")
 MICRO_TOKENS = {"cpu": 2048}  # of a micro-batch on one device, at most; elsewhere MANY_TOKENS
 MANY_TOKENS = 16384
-OF_OBJECTIVE = ("name", "aggregation", "kl")  # fields beside its hyperparameters
+OF_OBJECTIVE = ("name", "aggregation", "kl", "schedule", "end")  # beside its hyperparameters
 NO_REFERENCE = "0 without config.init_from, whose policy is the reference"
 
 
@@ -164,7 +165,7 @@ def lengths(
 def make_objective(c: Any) -> objectives.Objective:
     """The objective with its hyperparameters."""
     fields = dict(vars(c.objective))
-    name, aggregation, kl = (fields.pop(key) for key in OF_OBJECTIVE)
+    name, aggregation, kl, *_ = (fields.pop(key) for key in OF_OBJECTIVE)
     if c.source == "demonstrations":
         only = "'reinforce' for source='demonstrations': likelihood is REINFORCE with advantage 1"
         require(name == "reinforce", "objective.name", name, only)
@@ -186,6 +187,27 @@ def make_objective(c: Any) -> objectives.Objective:
     has_reference = not objective.needs_reference or c.init_from != ""
     require(has_reference, "objective.kl_coef", given.get("kl_coef"), NO_REFERENCE)
     return objective
+
+
+def make_schedule(c: Any, objective: objectives.Objective) -> objectives.Schedule:
+    """How its hyperparameters change over the run."""
+    shape, end = c.objective.schedule, dict(c.objective.end)
+    choice("objective.schedule", shape, objectives.SHAPES)
+    moves = shape != "constant"
+    only = "'constant' without config.objective.end, the values in the last iteration"
+    require(bool(end) or not moves, "objective.schedule", shape, only)
+    require(moves or not end, "objective.end", end, "empty with objective.schedule='constant'")
+    for key, value in end.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        require(number, f"objective.end.{key}", value, "a number")
+        start = objective.hyperparameters.get(key, 0.0)
+        finite = f"left out where it starts from {start}, of which there is no part"
+        require(math.isfinite(start), f"objective.end.{key}", value, finite)
+    with of_field("objective.end"):
+        at_end = objectives.resolve(objective, **{key: float(x) for key, x in end.items()})
+    has_reference = not at_end.needs_reference or c.init_from != ""
+    require(has_reference, "objective.end.kl_coef", end.get("kl_coef"), NO_REFERENCE)
+    return objectives.Schedule(at_end, float(objectives.SHAPES.index(shape)), float(c.iterations))
 
 
 def make_mesh(c: Any, shape: model.ModelConfig, devices: Sequence[Any] | None) -> Mesh | None:
@@ -294,6 +316,7 @@ def make_hyperparameters(
         kl=c.objective.kl,
         total=0 if options["schedule"] == "constant" else updates,
         router_aux_coef=options.pop("router_aux_coef") or None,
+        objective_schedule=make_schedule(c, objective),
         mesh=mesh,
         **options,
     )

@@ -140,6 +140,9 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
             "near 0",
         )
     },
+    "objective.schedule": {
+        "objective/<name>": ("value of a hyperparameter in config.objective.end", "", "as planned")
+    },
     "learner.router_aux_coef": {"router/balance": ("load-balancing loss times its weight",)},
     "an evaluation": {
         "eval/pass_at_<k>": _PASS,

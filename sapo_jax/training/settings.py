@@ -39,7 +39,7 @@ GONE = {"sampler.shrink"}  # fields that runs of before have
 ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "tensor", "expert")} | {
     f"sampler.mesh.{axis}": 0 for axis in ("data", "tensor", "expert")
 }
-OPEN = {"task", "tasks", "mesh", "template_options"}  # sections read by the names in them
+OPEN = {"task", "tasks", "mesh", "template_options", "end"}  # sections read by the names in them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +110,19 @@ class Settings:
     @property
     def needs_reference(self) -> bool:
         """Whether a KL penalty compares the policy with the one that the run started from."""
-        return self.hp.objective.needs_reference or self.config.reward.kl_coef != 0
+        both = self.hp.objective, self.hp.objective_schedule.end
+        return any(o.needs_reference for o in both) or self.config.reward.kl_coef != 0
+
+    def scheduled(self, iteration: int) -> dict[str, float]:
+        """The hyperparameters that change over the run, as they are in an iteration (from 1)."""
+        now = self.hp.objective_schedule.at(self.hp.objective, iteration - 1, np)
+        return {f"objective/{k}": float(now.hyperparameters[k]) for k in self.config.objective.end}
 
     @property
     def may_differ(self) -> frozenset[str]:
         """Fields that may change when a run is started again: no result depends on them."""
-        fixed_length = self.config.learner.schedule != "constant"
+        schedules = self.config.learner.schedule, self.config.objective.schedule
+        fixed_length = schedules != ("constant", "constant")
         return frozenset(GONE | MAY_DIFFER - ({"iterations"} if fixed_length else set()))
 
     @property

@@ -252,6 +252,30 @@ def test_one_executable_for_every_traced_hyperparameter(nano, batch):
     assert compilations.count == 0
 
 
+def test_an_update_has_the_objective_of_its_iteration(nano, batch):
+    """Of iteration 3 of 5, halfway: τ as a schedule has it there, and no program of its own."""
+    config, weights = nano
+    start, end = (objectives.resolve("sapo", tau_neg=tau) for tau in (1.0, 5.0))
+    hp = settings(config, objective_schedule=objectives.Schedule(end, 1, 5)).replace(
+        objective=start
+    )
+
+    def updated(hp, iteration):
+        state = learner.init(jax.tree.map(jnp.copy, weights), hp)
+        state, metrics = learner.update(state.replace(iteration=jnp.int32(iteration)), batch, hp)
+        return state.params, finish(metrics)[0]
+
+    halfway = hp.replace(objective=objectives.resolve(start, tau_neg=3.0), objective_schedule=None)
+    found, expected = updated(hp, 2), updated(halfway, 0)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), found, expected
+    )
+    assert float(updated(hp, 0)[1]) != float(found[1])
+    with fakes.Compilations() as compilations:
+        updated(hp.replace(objective_schedule=objectives.Schedule(start, 2, 9)), 4)
+    assert compilations.count == 0
+
+
 def test_state_is_donated(nano, batch):
     config, weights = nano
     hp = settings(config)
