@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.types import Max, Min, Weighted, is_reduction
+from sapo_jax.types import Effective, Max, Min, Weighted, is_reduction
 
 
 def ratio(weighted: Weighted) -> jax.Array:
@@ -20,6 +20,9 @@ def value(reduction: Any) -> Any:
     """The number of a merged reduction; a histogram stays what it is."""
     if isinstance(reduction, Weighted):
         return ratio(reduction)
+    if isinstance(reduction, Effective):
+        square = reduction.count * reduction.square
+        return ratio(Weighted(reduction.total**2, square))
     return reduction.value if isinstance(reduction, Max | Min) else reduction
 
 
@@ -43,6 +46,14 @@ def _by_segment(values_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
     """Sums by segment id, f[B, T + 1]; ids run from 1 to T, 0 is padding."""
     bins = values_BT.shape[-1] + 1
     return jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, bins))(values_BT, segments_BT)
+
+
+def total_by_sequence(
+    values_BT: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array | None = None
+) -> jax.Array:
+    """Of each sequence, the sum over its masked tokens: f[B], or f[B, T + 1] by segment id."""
+    values_BT = keep(values_BT, mask_BT)
+    return jnp.sum(values_BT, -1) if segments_BT is None else _by_segment(values_BT, segments_BT)
 
 
 def sequence_sum(

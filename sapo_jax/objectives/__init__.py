@@ -19,6 +19,7 @@ An objective is data; a new one is a gate and a row of the table in `presets`:
     finish            divides merged terms, once
     token_inputs      what the gate sees of each token
     coefficients      c of each token, by differentiating the gate
+    temperatures      τ of each token
     token_losses      the loss of single tokens, where it is `by_token`; each over its `divisors`
 """
 
@@ -29,6 +30,7 @@ from sapo_jax.objectives.loss import (
     divisors,
     policy_loss,
     policy_terms,
+    temperatures,
     token_inputs,
     token_losses,
 )
@@ -46,5 +48,5 @@ from sapo_jax.objectives.schedules import SHAPES, Schedule
 __all__ = [
     "OBJECTIVES", "SHAPES", "Objective", "Schedule", "Switch", "by_token", "coefficients",
     "divisors", "finish", "named", "policy_loss", "policy_terms", "register", "resolve", "switch",
-    "token_inputs", "token_losses",
+    "temperatures", "token_inputs", "token_losses",
 ]  # fmt: skip

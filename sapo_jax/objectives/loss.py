@@ -18,7 +18,7 @@ from sapo_jax import masked
 from sapo_jax.objectives.aggregations import aggregate, divisor
 from sapo_jax.objectives.gates import TokenInputs
 from sapo_jax.objectives.kl import KL_PENALTIES, kl_penalty, kl_to_old
-from sapo_jax.objectives.presets import Objective, Switch, resolve
+from sapo_jax.objectives.presets import OBJECTIVES, Objective, Switch, resolve
 from sapo_jax.objectives.ratios import LOG_RATIO_BOUND, RATIOS, bounded, clip_tokens, finite_logp
 from sapo_jax.types import Max, Min
 
@@ -134,6 +134,15 @@ def coefficients(
     counted_BT = mask_BT & (inputs.advantages != 0)
     safe_BT = jnp.where(counted_BT, inputs.advantages, 1)
     return masked.keep(gradient_BT / safe_BT, counted_BT), counted_BT
+
+
+@_of_the_chosen
+def temperatures(objective: Objective, advantages_BT: jax.Array) -> jax.Array:
+    """τ at each token by the sign of A; SAPO's own where the objective has none, f[B, T]."""
+    hp = OBJECTIVES["sapo"].hyperparameters | objective.hyperparameters
+    one = hp.get("tau")
+    pos, neg = (hp[k] if one is None else one for k in ("tau_pos", "tau_neg"))
+    return jnp.where(advantages_BT > 0, pos, neg).astype(advantages_BT.dtype)
 
 
 @_of_the_chosen
