@@ -154,7 +154,11 @@ def test_what_was_not_measured_is_no_number(nano, batch):
     assert (alone["update"], both["update"], empty["update"]) == (1, 1, 0)
     first, last = both.pop("minibatch")
     assert [first] == alone.pop("minibatch")
+    late = [key for key in alone if key.startswith(diagnostics.OFF_POLICY)]
+    behind, _ = ({key: found.pop(key) for key in late} for found in (both, alone))
     assert both == alone
+    for key, value in behind.items():  # of minibatches behind the first
+        assert not any(value["counts"]) if key.startswith("histogram/") else np.isnan(value)
     assert empty["update/skipped"] == 0  # that counts what is not finite
     for found in (last, *empty.pop("minibatch"), empty):
         for key, value in found.items():
