@@ -15,20 +15,11 @@ import jax.numpy as jnp
 import optax
 
 from sapo_jax import masked
-from sapo_jax.learner.diagnostics import OFF_POLICY, STATIONS, quantiles
+from sapo_jax.learner.diagnostics import MAY_LACK, OFF_POLICY, STATIONS, quantiles
 from sapo_jax.learner.gradients import divided, numerators
 from sapo_jax.learner.optimizer import Hyperparameters, learning_rate, optimizer, partition_specs
 from sapo_jax.parallel import sharding
-from sapo_jax.types import (
-    Batch,
-    Effective,
-    Histogram,
-    Max,
-    TrainState,
-    Weighted,
-    is_reduction,
-    merge,
-)
+from sapo_jax.types import Batch, Effective, Histogram, Max, TrainState, Weighted, merge
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -85,16 +76,21 @@ def finish_iteration(metrics: tuple) -> tuple[dict, list[dict]]:
     The sampler's gap is that of the first minibatch: the others compare the sampler with a policy
     that has moved on. What is OFF_POLICY is of those others, if there are any.
 
-    Where nothing was counted, means are NaN: 0 would read as a measurement.
+    Where no token was counted, means are NaN: 0 would read as a measurement. So are those of
+    MAY_LACK where none was of their kind.
     """
 
-    def value(x):
-        nothing = {Weighted: "denominator", Effective: "count"}.get(type(x))
-        found = masked.value(x)
-        return jnp.where(getattr(x, nothing) == 0, jnp.nan, found) if nothing else found
-
     def values(terms):
-        found = jax.tree.map(value, quantiles(terms), is_leaf=is_reduction)
+        empty = terms["loss"].denominator == 0
+
+        def value(key, x):
+            nothing = {Weighted: "denominator", Effective: "count"}.get(type(x))
+            if nothing is None:
+                return masked.value(x)
+            lacks = (getattr(x, nothing) == 0) & (empty | key.startswith(MAY_LACK))
+            return jnp.where(lacks, jnp.nan, masked.value(x))
+
+        found = {key: value(key, x) for key, x in quantiles(terms).items()}
         return {"policy/loss": found.pop("loss"), **found}
 
     def of(prefixes, metrics):
