@@ -293,9 +293,9 @@ PLOTS = {
     "effective": _curves(
         "Effective updates",
         "share",
-        ("policy/eur_pos", "blue", "mean weight by problem, A > 0"),
-        ("policy/eur_neg", "orange", "mean weight by problem, A < 0"),
-        ("ratio/ess", "green", "effective share of tokens by r"),
+        ("policy/eur_pos", "blue", "weight, A > 0"),
+        ("policy/eur_neg", "orange", "weight, A < 0"),
+        ("ratio/ess", "green", "tokens by r"),
         scale="percent",
     ),
     "quadrants": _curves(
@@ -315,7 +315,7 @@ PLOTS = {
         scale="log",
     ),
     "reduction": _curves(
-        "From token gates to a sequence's gate",
+        "Gates of tokens against one of the sequence",
         "distance",
         ("ratio/bound_mean", "grey", "bound, τ²/4 · variance"),
         ("ratio/d_log_mean", "blue", "gates on log r"),
