@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from configs.paper import cold_start, controlled, multitask, temperatures
+from configs.paper import cold_start, controlled, multitask, tau_neg
 from sapo_jax import preflight
 from sapo_jax.cli import flat
 from sapo_jax.sweep import cohorts
@@ -30,13 +30,13 @@ SETTING = {
 }  # fmt: skip
 STATED = {
     controlled: SETTING | {"task.name": "math_answer", "batch.minibatches": 4, "eval.samples": 16},
-    temperatures: SETTING | {
+    tau_neg: SETTING | {
         "objective.name": "sapo", "objective.tau_pos": 1.0, "batch.minibatches": 4,
         "eval.samples": 16,
     },
     multitask: SETTING | {"batch.minibatches": 2, "eval.samples": 32},
 }  # fmt: skip
-STEPS = {controlled: 1800, temperatures: 1800, multitask: 500}  # gradient steps that are shown
+STEPS = {controlled: 1800, tau_neg: 1800, multitask: 500}  # gradient steps that are shown
 ALGORITHMS = {  # hyperparameters, ratio, routing replay
     "sapo": ({"tau_pos": 1.0, "tau_neg": 1.05}, "token", "none"),
     "gspo": ({"eps_low": 3e-4, "eps_high": 4e-4}, "sequence", "none"),
@@ -56,7 +56,7 @@ def test_paper_configs_state_what_the_paper_does(experiment):
     c = on_one(experiment)
     runs = [run for cohort in cohorts.make(c, experiment.get_sweep()) for run in cohort.runs]
     taus = [run.hp.objective.hyperparameters.get("tau_neg") for run in runs]
-    if experiment is temperatures:
+    if experiment is tau_neg:
         assert taus == [1.05, 1.0, 0.95]
         return
     assert [run.config.objective.name for run in runs] == list(ALGORITHMS)
@@ -86,7 +86,7 @@ def test_the_cold_start_is_of_the_base_model():
     assert settings.from_config(starts).model == settings.from_config(goes_on).model
 
 
-@pytest.mark.parametrize("module", [controlled, temperatures, multitask, cold_start])
+@pytest.mark.parametrize("module", [controlled, tau_neg, multitask, cold_start])
 def test_every_number_says_whose_it_is(module):
     """A number that no source states must not pass for the paper's."""
     source = pathlib.Path(module.__file__).read_text()

@@ -3,9 +3,9 @@
 Claim     The paper's: τ_neg = 0.95 collapses from about 870 gradient steps on, 1.0 from about 1420,
           1.05 goes on to 1800 (one run each; 1.0 learns fastest until then).
 Command   Each run alone, as configs/paper/controlled.py, whose setting it is:
-          python -m sapo_jax.main --config=configs/paper/temperatures.py --workdir=gs://.../1.05
+          python -m sapo_jax.main --config=configs/paper/tau_neg.py --workdir=gs://.../1.05
           ... --config.objective.tau_neg=1.0 and ... --config.objective.tau_neg=0.95
-          As one sweep: sapo-jax sweep --config=paper/temperatures, once a sweep can give each run
+          As one sweep: sapo-jax sweep --config=paper/tau_neg, once a sweep can give each run
           several chips.
 Time      Not measured.
 Result    Not measured.
@@ -19,7 +19,7 @@ from sapo_jax.axes import axis
 
 def get_config() -> ConfigDict:
     c = controlled.get_config()
-    c.name = "paper_temperatures"  # ours
+    c.name = "paper_tau_neg"  # ours
     c.objective.tau_pos = 1.0  # paper
     c.objective.tau_neg = 1.05  # paper
     return c
