@@ -81,7 +81,7 @@ def make_room(config: ConfigDict, fields: Iterable[str]) -> None:
                 section = section[name] if name in section else ConfigDict()
             held = section.get_type(key) if key in section else None
             plain = (float, str) if parents == "objective" else (bool, int, float, str)
-            if held not in plain:
+            if held not in (*plain, ConfigDict):
                 value = section.get(key)
                 if key in section:
                     del section[key]  # a field keeps its type

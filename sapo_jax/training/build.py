@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,12 +12,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from sapo_jax import corrections, learner, model, objectives, tasks
-from sapo_jax.cli import from_config, nearest
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
 from sapo_jax.model import attention, blocked, head, params, routing
-from sapo_jax.objectives.kl import KL_ESTIMATORS, KL_PENALTIES
+from sapo_jax.objectives.kl import KL_ESTIMATORS
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Task
@@ -27,7 +25,6 @@ from sapo_jax.training.checks import choice, require
 OLD_LOGP = ("sampler", "recompute")
 MICRO_TOKENS = {"cpu": 2048}  # of a micro-batch on one device, at most; elsewhere MANY_TOKENS
 MANY_TOKENS = 16384
-OF_OBJECTIVE = ("name", "aggregation", "kl", "schedule", "end")  # beside its hyperparameters
 NO_REFERENCE = "0 without config.init_from, whose policy is the reference"
 
 
@@ -162,54 +159,6 @@ def lengths(
     return width, room, keep
 
 
-def make_objective(c: Any) -> objectives.Objective:
-    """The objective with its hyperparameters."""
-    fields = dict(vars(c.objective))
-    name, aggregation, kl, *_ = (fields.pop(key) for key in OF_OBJECTIVE)
-    if c.source == "demonstrations":
-        only = "'reinforce' for source='demonstrations': likelihood is REINFORCE with advantage 1"
-        require(name == "reinforce", "objective.name", name, only)
-    choice("objective.kl", kl, KL_PENALTIES)
-    others = from_config("base").objective  # whose fields may be None, whoever has them
-    given = {k: value for k, value in fields.items() if value is not None or k not in others}
-    with of_field("objective"):
-        known = [*objectives.named(name).hyperparameters, *OF_OBJECTIVE]
-        for key, value in given.items():
-            if key not in known:
-                near = f"the nearest is {nearest(key, known)!r}"
-                has = f"it has {', '.join(known[: -len(OF_OBJECTIVE)])}"
-                raise ValueError(f"{name} has no hyperparameter {key!r}; {has}; {near}")
-            if isinstance(value, int) and not isinstance(value, bool):
-                given[key] = float(value)  # programs are of their types
-        objective = objectives.resolve(name, **given)
-        if aggregation is not None:
-            objective = dataclasses.replace(objective, aggregation=aggregation)
-    has_reference = not objective.needs_reference or c.init_from != ""
-    require(has_reference, "objective.kl_coef", given.get("kl_coef"), NO_REFERENCE)
-    return objective
-
-
-def make_schedule(c: Any, objective: objectives.Objective) -> objectives.Schedule:
-    """How its hyperparameters change over the run."""
-    shape, end = c.objective.schedule, dict(c.objective.end)
-    choice("objective.schedule", shape, objectives.SHAPES)
-    moves = shape != "constant"
-    only = "'constant' without config.objective.end, the values in the last iteration"
-    require(bool(end) or not moves, "objective.schedule", shape, only)
-    require(moves or not end, "objective.end", end, "empty with objective.schedule='constant'")
-    for key, value in end.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        require(number, f"objective.end.{key}", value, "a number")
-        start = objective.hyperparameters.get(key, 0.0)
-        finite = f"left out where it starts from {start}, of which there is no part"
-        require(math.isfinite(start), f"objective.end.{key}", value, finite)
-    with of_field("objective.end"):
-        at_end = objectives.resolve(objective, **{key: float(x) for key, x in end.items()})
-    has_reference = not at_end.needs_reference or c.init_from != ""
-    require(has_reference, "objective.end.kl_coef", end.get("kl_coef"), NO_REFERENCE)
-    return objectives.Schedule(at_end, float(objectives.SHAPES.index(shape)), float(c.iterations))
-
-
 def make_mesh(c: Any, shape: model.ModelConfig, devices: Sequence[Any] | None) -> Mesh | None:
     """The mesh; None on one device."""
     alone = devices is None and jax.process_count() == 1
@@ -316,7 +265,6 @@ def make_hyperparameters(
         kl=c.objective.kl,
         total=0 if options["schedule"] == "constant" else updates,
         router_aux_coef=options.pop("router_aux_coef") or None,
-        objective_schedule=make_schedule(c, objective),
         mesh=mesh,
         **options,
     )

@@ -22,7 +22,7 @@ from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import PARTS, Recipe
 from sapo_jax.tasks.base import Example, Task
-from sapo_jax.training import build
+from sapo_jax.training import build, objective
 from sapo_jax.training.checks import LARGEST, check_fields, check_sizes, choice, require
 from sapo_jax.training.workdir import read_config
 
@@ -289,7 +289,7 @@ def from_config(
             model.attention.check(c.model.attention, platform)
     made, shares = build.make_tasks(c)
     tokenizer = build.make_tokenizer(c, made)
-    objective = build.make_objective(c)
+    chosen = objective.make_objective(c)
     shape = build.make_model(c, tokenizer)
     width, room, keep = build.lengths(c, made, tokenizer, shape)
     mesh = build.make_mesh(c, shape, devices)
@@ -301,6 +301,7 @@ def from_config(
     parts = sharding.parts(sampler_mesh)
     options = {"slots": c.sampler.slots, "parts": parts}
     packing = build.make_packing(c, shape, width, room, mesh)
+    hp = build.make_hyperparameters(c, shape, chosen, mesh, packing)
     plan = partial(sampler.make_plan, max_new_tokens=room, **options)
     # The last batch of an evaluation is filled up, and so is one that the mesh does not divide.
     eval_batch = -(-min(c.batch.prompts, c.eval.prompts) // parts) * parts
@@ -314,7 +315,7 @@ def from_config(
         tokenizer=tokenizer,
         keep=keep,
         model=shape,
-        hp=build.make_hyperparameters(c, shape, objective, mesh, packing),
+        hp=hp.replace(objective_schedule=objective.make_schedule(c, chosen)),
         width=width,
         max_new_tokens=room,
         bounds=build.make_bounds(c),
