@@ -44,21 +44,25 @@ def sequences(
       segments_BT: i32[B, T] of packed rows.
     """
     z_BT = masked.keep(log_ratio_BT, mask_BT)
-    off_BT = z_BT - masked.sequence_mean(z_BT, mask_BT, segments_BT)
+    first = jnp.stack([z_BT, jnp.ones_like(z_BT)], -1)
+    first = masked.total_by_sequence(first, mask_BT, segments_BT)
+    mean, tokens = masked.ratio(Weighted(first[..., 0], first[..., 1])), first[..., 1]
+    mean_BT = masked.at_tokens(mean, segments_BT)
+    square_BT = (z_BT - mean_BT) ** 2
 
     def opened(x):  # 1 − g(x): near 0, where 1 − g would be rounding
         return jnp.tanh(tau * x / 2) ** 2
 
-    at_mean_BT = opened(z_BT - off_BT)
     each = (
-        off_BT**2,
-        opened(z_BT) - at_mean_BT,
-        opened(jnp.expm1(z_BT)) - at_mean_BT,
-        tau**2 / 4 * off_BT**2,
+        square_BT,
+        opened(z_BT) - opened(mean_BT),
+        opened(jnp.expm1(z_BT)) - opened(mean_BT),
+        tau**2 / 4 * square_BT,
     )
-    tokens = masked.total_by_sequence(jnp.ones_like(z_BT), mask_BT, segments_BT)
-    totals = (masked.total_by_sequence(x, mask_BT, segments_BT) for x in each)
-    variance, d_log, d_gate, bound = (masked.ratio(Weighted(x, tokens)) for x in totals)
+    totals = masked.total_by_sequence(jnp.stack(each, -1), mask_BT, segments_BT)
+    variance, d_log, d_gate, bound = jnp.moveaxis(
+        masked.ratio(Weighted(totals, tokens[..., None])), -1, 0
+    )
     return Sequences(tokens, variance, jnp.abs(d_log), jnp.abs(d_gate), bound)
 
 
