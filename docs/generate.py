@@ -42,15 +42,15 @@ be set, or what else it takes; without it the key is not there. `<task>` is a na
 
 Numerators and denominators are added up over micro-batches, devices and minibatches and divided
 once; `minibatch` has the numbers of each update. A number that is not finite is `null`, and so
-is what an iteration or an update had no token for. What is under `ratio/`, `coefficient/` and
-`histogram/ratio` is of the minibatches behind the first, which the policy that sampled has still
-to learn from (the paper's Figures 2 and 3 leave it out as well), or of the only one; `minibatch`
-has each of them. There, ratios are of tokens whatever the objective's level, and τ is the
-objective's, by the sign of A, or SAPO's where it has none.
+is what an iteration or an update had no token for. `ratio/`, `coefficient/` and `histogram/ratio`
+leave the first minibatch out, unless it is the only one: it is learnt by the policy that sampled
+it, and the paper's Figures 2 and 3 leave it out, too. `minibatch` has each of them. Ratios under
+`ratio/` are of tokens, whatever the objective's level, and τ there is the objective's, by the sign
+of A, or SAPO's where it has none.
 
 Times are of the wall clock; in a sweep, a run's share of its cohort's. "In a healthy run" is what
-the runs of this repository show, and for `ratio/` the paper's figures: something to
-compare with first, no law.
+the runs of this repository show, and for `ratio/` and `coefficient/` what the paper's figures show
+or a policy near its sampler has to: something to compare with first, no law.
 """
 JUDGING_TEXT = r"""# How answers in mathematics are judged
 
