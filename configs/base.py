@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
     c.objective = ConfigDict()
     c.objective.name = "sapo"  # sapo-jax list objectives
     c.objective.aggregation = config_dict.placeholder(str)  # seq_mean, token_mean, const_len, …
-    c.objective.kl = "k3"  # estimator of the KL to the reference policy: k1, k2, k3
+    c.objective.kl = "k3"  # estimator of the KL to the reference: k1, k2, k3; times r: k1_r, k3_r
     c.objective.tau = config_dict.placeholder(float)  # sharpness of a smooth gate
     c.objective.tau_pos = config_dict.placeholder(float)  # … where the advantage is positive
     c.objective.tau_neg = config_dict.placeholder(float)  # … where it is negative
@@ -70,6 +70,8 @@ def get_config() -> ConfigDict:
     c.objective.dual_clip = config_dict.placeholder(float)  # bound of r where A < 0; inf: none
     c.objective.max_length = config_dict.placeholder(float)  # tokens that const_len divides by
     c.objective.kl_coef = config_dict.placeholder(float)  # of KL in the loss; needs init_from
+    c.objective.schedule = "constant"  # constant, linear, cosine: of what has an end, by iteration
+    c.objective.end = ConfigDict(type_safe=False)  # {"tau_neg": 2.0}: values in the last iteration
 
     # Correction: weights of tokens by π_old / π_sampler, see sapo_jax.corrections.
     c.correction = ConfigDict()
@@ -129,7 +131,7 @@ def get_config() -> ConfigDict:
     c.learner.b2 = 0.95
     c.learner.eps = 1e-8
     c.learner.old_logp = "sampler"  # "sampler": its own; "recompute": the learner's, one more pass
-    c.learner.routing_replay = "none"  # "none", "R2" (old policy), "R3" (sampler)
+    c.learner.routing_replay = "none"  # "R2" (old policy), "R3" (sampler), "none": the objective's
     c.learner.router_aux_coef = 0.0  # weight of the load-balancing loss
     c.learner.head_chunk = 0  # tokens whose logits exist at a time; 0: by the vocabulary
     c.learner.remat = False  # recompute activations in the backward pass; memory, not results
@@ -163,6 +165,7 @@ def get_config() -> ConfigDict:
     c.compilation_cache = ".cache/xla"  # compiled programs, reused by later runs; "" for none
     c.lock()  # but for what only objectives, tasks and chat templates know
     c.objective.unlock()
+    c.objective.end.unlock()
     c.task.options.unlock()
     c.tokenizer.template_options.unlock()
     return c

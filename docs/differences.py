@@ -16,10 +16,25 @@ _SEQUENCE = (
     "NeMo-RL, ROLL, slime and AReaL differentiate s directly. For an advantage that is constant "
     "in the sequence both have the same gradient, which a test asserts.",
 )
-_SOFT = (
-    "The scale of the inner argument could not be checked against the paper. Here τ means the "
-    "half-width of SAPO's gate at the same τ: κ = 0.4723·τ for erf, 0.5673·τ for arctan, 0.2350·τ "
-    "for softsign. Divide τ by the factor for a gate whose κ is τ.",
+
+
+def _soft(factor: float, ratio: float) -> tuple[str, ...]:
+    return (
+        f"Here κ = {factor:.4f}·τ: at any τ the half-width is that of SAPO's gate at the same τ. "
+        f"The paper's τ is another unit: τ here = {ratio:.3f}·τ there. Its best, (10, 12) for all "
+        f"gates, is `tau_pos={10 * ratio:.2f}`, `tau_neg={12 * ratio:.2f}`, as a test asserts.",
+        "The paper adds a constant, so that f(1) = 1; here f(1) = 0. No gradient sees it.",
+    )
+
+
+_DIVERGENCE = (
+    "The authors' divergences are of the 20 likeliest tokens, or binary: the sampled token against "
+    "all others, as here. They report both as equal.",
+    "The paper's π_old is the sampler, whatever the learner makes of the tokens. That is "
+    "`learner.old_logp='sampler'`; with 'recompute' it is the learner's, as in their `_recompute`.",
+    "Tokens are summed, not averaged over the length (`seq_sum`); verl's script divides by a "
+    "constant as well, which is `const_len`. Advantages without a standard deviation, as there: "
+    "`advantages='mean'`.",
 )
 DIFFERENCES: dict[str, tuple[str, ...]] = {
     "sapo": (
@@ -32,13 +47,33 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
         "Trinity requires τ_neg ≥ τ_pos; here any two are allowed.",
         "All take τ_pos where A > 0 and τ_neg elsewhere.",
     ),
-    "sapo_erf": _SOFT,
-    "sapo_arctan": _SOFT,
-    "sapo_softsign": (*_SOFT, "The gate has a kink in its slope at r = 1."),
+    "sapo_erf": _soft(0.4723, 1.4971),
+    "sapo_arctan": _soft(0.5673, 1.7627),
+    "sapo_softsign": _soft(0.4348, 2.3000),
+    "sapo_softsign_abs": (
+        "Formerly `sapo_softsign` here, a name that arXiv 2602.19345 gives to another function. "
+        "κ = 0.2350·τ, and the gate has a kink in its slope at r = 1.",
+    ),
+    "sapo_quadrant": (
+        "Not in any paper. The corrective quadrants (A > 0 with r < 1, A < 0 with r > 1) are the "
+        "ones that PPO leaves open and SAPO damps: a small τ opens them, "
+        "`--config.objective.tau_pos_below=0.1 --config.objective.tau_neg_above=0.1`.",
+    ),
+    "sapo_sequence": (
+        "SAPO's gate on GSPO's ratio; of the frameworks, TRL can combine them. The ratio of a "
+        "sequence stays near 1, so that a τ that matters there is larger: GSPO's band is 4e-4.",
+    ),
     "grpo": (
         *_CLIP,
         "The default of TRL's GRPO trainer is DAPO's averaging (over tokens), verl's as well; "
         "tunix averages per sequence with β = 0.04. Here: per sequence, as in the paper, β = 0.",
+    ),
+    "grpo_r2": (
+        "The baseline of SAPO's paper: the band of GSPO's, 0.2 and 0.27, and the old policy's "
+        'routing replayed (`learner.routing_replay="R2"`, which the name implies) where the model '
+        "has experts. Its companion, arXiv 2512.01374, finds R2 unstable from 4 minibatches a "
+        "rollout on, the number that SAPO's comparison takes.",
+        *_CLIP,
     ),
     "dapo": (
         *_CLIP,
@@ -106,5 +141,42 @@ DIFFERENCES: dict[str, tuple[str, ...]] = {
     "luspo": (
         "GSPO summed instead of averaged over tokens: the gradient grows with the length, so "
         "compare at the same gradient norm.",
+    ),
+    "topr": (
+        "The paper writes rewards of ±1 in place of A; with a baseline, the sign is A's, as in "
+        "Trinity. `low` and `high` are its limits a and b.",
+        "W is the product over the sequence, as in the paper and in Trinity; an open change to "
+        "verl takes the geometric mean.",
+    ),
+    "dppo_tv": (
+        *_DIVERGENCE,
+        "The authors' code also caps r, at 10 or 10,000; here r is bounded by e^20 alone.",
+    ),
+    "dppo_kl": (
+        *_DIVERGENCE,
+        "The authors' code also caps r, at 10 or 10,000; here r is bounded by e^20 alone.",
+    ),
+    "cppo": (
+        *_DIVERGENCE,
+        "δ_b is a constant here, as the paper has it for a policy that is trained already (0.015, "
+        "with δ = 0.15 for dense models and 0.2 for 30B-A3B). For base models it takes the 90th "
+        "percentile of a sequence's D, between 1 and 2 times a least value.",
+        "A sequence's length and places count the tokens under the mask.",
+    ),
+}
+# What the pages do not have, and why: a formula is taken from its authors, or not at all.
+LEFT_OUT = {
+    "SSPO (arXiv 2602.19327)": "its text could not be had; what others write of it differs.",
+    "R²VPO (arXiv 2605.26784)": "its text could not be had beyond the abstract.",
+    "MiniRL (arXiv 2512.01374)": (
+        "its equations were read at second hand only. By what is said of it (token ratios, PPO's "
+        "clip, no length normalisation, the sampler corrected for by token) these fields make it: "
+        "`objective.name=grpo`, `objective.aggregation=seq_sum`, `correction.name=token_tis`, "
+        "`learner.old_logp=recompute`, `learner.routing_replay=R2` or `R3`."
+    ),
+    "Clip-Cov (arXiv 2505.22617)": (
+        "it silences tokens drawn at random from those whose (A − mean)·(log π − mean), with means "
+        "of the whole batch, lies in a range. The loss would depend on the draw and on how a "
+        "minibatch is cut into micro-batches, which none here does (in verl it does)."
     ),
 }

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from docs.differences import DIFFERENCES
+from docs.differences import DIFFERENCES, LEFT_OUT
 from sapo_jax import corrections, objectives
 from sapo_jax.objectives import OBJECTIVES, Objective
 from sapo_jax.objectives.aggregations import AGGREGATIONS
@@ -26,6 +26,7 @@ GRID = (0.1, 0.5, 0.8, 1.0, 1.2, 2.0, 5.0, 20.0)
 SIDES = (("A > 0", "#0072b2", ""), ("A < 0", "#d55e00", ' stroke-dasharray="6 4"'))
 LEVELS = {
     "token": "of each token, r = π_θ/π_old",
+    "prefix": "of each token, r = π_θ/π_old, beside those before it",
     "sequence": "of the sequence, the geometric mean s of its tokens' ratios",
     "sequence_token": "of the sequence, s, with the gradient of each token's own log π",
     "product": "of the sequence, the product W of its tokens' ratios",
@@ -37,13 +38,19 @@ Written by `python -m docs.generate` from `sapo_jax/training/metrics.py`; `sapo-
 prints the same. A run writes a record an iteration: a line of JSON in `metrics/part-*.jsonl`, and
 its numbers and histograms to TensorBoard. The last column names the field of the config that must
 be set, or what else it takes; without it the key is not there. `<task>` is a name in
-`config.tasks`, `<k>` a number.
+`config.tasks`, `<k>` a number, `<name>` a hyperparameter.
 
 Numerators and denominators are added up over micro-batches, devices and minibatches and divided
 once; `minibatch` has the numbers of each update. A number that is not finite is `null`, and so
-is what an iteration or an update had no token for. Times are of the wall clock; in a sweep, a run's
-share of its cohort's. "In a healthy run" is what the runs of this repository show: something to
-compare with first, no law.
+is what an iteration or an update had no token for. `ratio/`, `coefficient/` and `histogram/ratio`
+leave the first minibatch out, unless it is the only one: it is learnt by the policy that sampled
+it, and the paper's Figures 2 and 3 leave it out, too. `minibatch` has each of them. Ratios under
+`ratio/` are of tokens, whatever the objective's level, and τ there is the objective's, by the sign
+of A, or SAPO's where it has none.
+
+Times are of the wall clock; in a sweep, a run's share of its cohort's. "In a healthy run" is what
+the runs of this repository show, and for `ratio/` and `coefficient/` what the paper's figures show
+or a policy near its sampler has to: something to compare with first, no law.
 """
 JUDGING_TEXT = r"""# How answers in mathematics are judged
 
@@ -77,7 +84,9 @@ wrong answers are tried with the reference and the answer exchanged, too.
 """
 METRICS_GROUPS = {
     "": "The record", "reward": "Rewards", "eval": "Evaluation", "length": "Lengths",
-    "policy": "Policy and gate", "grad": "Gradient", "advantage": "Advantages",
+    "policy": "Policy and gate", "ratio": "Ratios and sequences",
+    "coefficient": "Coefficients by quadrant", "objective": "Objective", "grad": "Gradient",
+    "advantage": "Advantages",
     "sampler": "Sampler and learner", "correction": "Sampler corrections", "router": "Routers",
     "histogram": "Histograms", "data": "Data", "time": "Time",
 }  # fmt: skip
@@ -114,10 +123,12 @@ def _formula(name: str, preset: Objective) -> tuple[str, str]:
     formula, source = _described(preset.gate)
     extra = {
         "dapo": "arXiv 2503.14476", "grpo": "arXiv 2402.03300", "dr_grpo": "arXiv 2503.20783",
+        "grpo_r2": "arXiv 2511.20347, section 5.1", "sapo_sequence": "this project (f(s) for f(r))",
         "gspo": "arXiv 2507.18071", "gspo_token": "arXiv 2507.18071, Eq. 13",
         "luspo": "arXiv 2602.05261",
     }.get(name)  # fmt: skip
-    return formula, f"{extra}; the clip: {source}" if extra else source
+    of_gate = "the gate" if name.startswith("sapo") else "the clip"
+    return formula, f"{extra}; {of_gate}: {source}" if extra else source
 
 
 def _panel(name: str, title: str, x0: int, values: dict[str, np.ndarray], r: np.ndarray) -> str:
@@ -194,8 +205,11 @@ def page(name: str) -> str:
         f"- aggregation: `{preset.aggregation}`, {AGGREGATIONS[preset.aggregation]}",
         "- `kl_coef` weighs a penalty on KL(π_old‖π_θ), estimated by r − 1 − log r"
         if preset.kl_against == "old"
-        else "- `kl_coef` weighs a penalty on KL(π_θ‖π_ref), with the estimator `kl` (k1, k2, k3)",
+        else "- `kl_coef` weighs a penalty on KL(π_θ‖π_ref), with the estimator `kl` (k1, k2, k3; "
+        "off-policy k1_r, k3_r, which are multiplied by r)",
     ]  # fmt: skip
+    if preset.replay != "none":
+        lines.append(f"- routing replay `{preset.replay}`, where the model has experts")
     if "eps_low" in preset.hyperparameters:
         unit = "of log r" if preset.ratio == "geo_clipped" else "of the ratio from 1"
         lines.append(f"- ε are distances {unit}")
@@ -230,6 +244,7 @@ def index() -> str:
     for name, rule in corrections.CORRECTIONS.items():
         bounds = ", ".join(f"{k} {v:g}" for k, v in rule.bounds.items())
         lines.append(f"| {name} | {rule.ratio} | {bounds} | {rule.source} |")
+    lines += ["", "## Left out", "", *(f"- {name}: {why}" for name, why in LEFT_OUT.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.types import Max, Min, Weighted, is_reduction
+from sapo_jax.types import Effective, Max, Min, Weighted, is_reduction
 
 
 def ratio(weighted: Weighted) -> jax.Array:
@@ -20,6 +20,9 @@ def value(reduction: Any) -> Any:
     """The number of a merged reduction; a histogram stays what it is."""
     if isinstance(reduction, Weighted):
         return ratio(reduction)
+    if isinstance(reduction, Effective):
+        square = reduction.count * reduction.square
+        return ratio(Weighted(reduction.total**2, square))
     return reduction.value if isinstance(reduction, Max | Min) else reduction
 
 
@@ -40,9 +43,24 @@ def mean(values: jax.Array, mask: jax.Array) -> Weighted:
 
 
 def _by_segment(values_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-    """Sums by segment id, f[B, T + 1]; ids run from 1 to T, 0 is padding."""
-    bins = values_BT.shape[-1] + 1
+    """Sums by segment id, f[B, T + 1, ...]; ids run from 1 to T, 0 is padding."""
+    bins = segments_BT.shape[-1] + 1
     return jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, bins))(values_BT, segments_BT)
+
+
+def total_by_sequence(
+    values_BTK: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array | None = None
+) -> jax.Array:
+    """Of each sequence, sums over its masked tokens: f[B, K], or f[B, T + 1, K] by segment id."""
+    values_BTK = keep(values_BTK, mask_BT[..., None])
+    return jnp.sum(values_BTK, 1) if segments_BT is None else _by_segment(values_BTK, segments_BT)
+
+
+def at_tokens(values: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
+    """A number of each sequence, f[B] or f[B, T + 1] by segment id, at its tokens."""
+    if segments_BT is None:
+        return values[:, None]
+    return jnp.take_along_axis(values, segments_BT, -1)
 
 
 def sequence_sum(
@@ -55,7 +73,20 @@ def sequence_sum(
     values_BT = keep(values_BT, mask_BT)
     if segments_BT is None:
         return jnp.broadcast_to(jnp.sum(values_BT, -1, keepdims=True), values_BT.shape)
-    return jnp.take_along_axis(_by_segment(values_BT, segments_BT), segments_BT, -1)
+    return at_tokens(_by_segment(values_BT, segments_BT), segments_BT)
+
+
+def sequence_cumsum(
+    values_BT: jax.Array, mask_BT: jax.Array, segments_BT: jax.Array | None = None
+) -> jax.Array:
+    """At each token, the sum over the masked tokens of its sequence up to it, f[B, T]."""
+    values_BT = keep(values_BT, mask_BT)
+    sums_BT = jnp.cumsum(values_BT, -1)
+    if segments_BT is None:
+        return sums_BT
+    first_BT = segments_BT != jnp.pad(segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    before_BT = keep(sums_BT - values_BT, first_BT)  # the tokens of a segment are adjacent
+    return sums_BT - at_tokens(_by_segment(before_BT, segments_BT), segments_BT)
 
 
 def sequence_mean(

@@ -278,8 +278,8 @@ def _iterate(
             state, learnt = bundle.engine.learn(bundle.state, minibatches)
         after.append(bundle._replace(state=state))
         samples += got.samples
-        count = {"iteration": iteration}
-        records += [a | count | b for a, b in zip(learnt, got.metrics, strict=True)]
+        for run, own, more in zip(bundle.engine.runs, learnt, got.metrics, strict=True):
+            records.append(own | {"iteration": iteration} | more | run.scheduled(iteration))
     return after, records, samples
 
 

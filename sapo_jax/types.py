@@ -58,6 +58,9 @@ class Batch:
     routing: jax.Array | None = None  # MoE only: i8/i16[B, S, L_moe, k], what was recorded
     prefix: jax.Array | None = None  # i32[B, S], segment that a token's own continues; 0: none
     count: jax.Array | None = None  # i32[parts], micro-batches in use; None: all
+    # f32[B, 2] or f32[B, S, 2], tokens with A ≠ 0 of the row's prompt, and those of them whose A
+    # has the row's sign; None: every sequence is a prompt of its own
+    prompt_tokens: jax.Array | None = None
 
     @property
     def token_advantages(self) -> jax.Array:
@@ -86,6 +89,19 @@ class Weighted:
     def merge(self, axis: int = 0) -> Weighted:
         """Sum over a stacked axis (micro-batches, minibatches, shards)."""
         return Weighted(jnp.sum(self.numerator, axis), jnp.sum(self.denominator, axis))
+
+
+@struct.dataclass
+class Effective:
+    """The effective share of a sample with weights v, (Σv)²/(n·Σv²); merging adds the sums."""
+
+    total: jax.Array
+    square: jax.Array
+    count: jax.Array
+
+    def merge(self, axis: int = 0) -> Effective:
+        """Sum over a stacked axis."""
+        return Effective(*(jnp.sum(x, axis) for x in (self.total, self.square, self.count)))
 
 
 @struct.dataclass
@@ -122,7 +138,7 @@ class Histogram:
         return Histogram(jnp.sum(self.counts, axis), jnp.take(self.edges, 0, axis))
 
 
-REDUCTIONS = (Weighted, Max, Min, Histogram)
+REDUCTIONS = (Weighted, Effective, Max, Min, Histogram)
 
 
 def is_reduction(x: Any) -> bool:

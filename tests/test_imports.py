@@ -6,8 +6,8 @@ import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 ORDER = """
-types axes cli masked tasks parallel data datasets objectives advantages model rewards corrections
-sampler learner training gradlab report evaluate export train preflight main sweep
+types axes cli masked diagnostics tasks parallel data datasets objectives advantages model rewards
+corrections sampler learner training gradlab report evaluate export train preflight main sweep
 """
 WINGS = ORDER.split()
 CORE = {"jax", "flax", "optax", "orbax", "chex", "ml_collections", "absl", "numpy", "etils"}

@@ -265,11 +265,13 @@ def test_what_is_rejected_moves_nothing(tmp_path):
         "reward.buffer": 6, "reward.max_length": 6,
         "correction.name": "geometric", "correction.low": 2.0, "correction.high": 3.0,
         "init_from": str(tmp_path / "start"), "iterations": 1, "eval.every": 0,
+        "objective.schedule": "cosine", "objective.end.tau_neg": 2.0,
     }  # fmt: skip
     run(tmp_path / "run", **fields)
     record = read_metrics(tmp_path / "run")[0]
     others = ("objective.kl_coef or reward.kl_coef", "batch.oversample", "correction.name")
-    check(record, "", "source=rollout", *of_reward, *others)
+    check(record, "", "source=rollout", *of_reward, *others, "objective.schedule")
+    assert record["objective/tau_neg"] == 1.05
     assert record["correction/cut"] == 1
     assert record["correction/rho_mean"] == pytest.approx(1, abs=1e-4)
     assert record["grad/norm"] == 0

@@ -2,8 +2,8 @@
 
 Claim     None yet: the paper's setting (a 30B-A3B mixture of experts, 4 minibatches a rollout, no
           routing replay), where its figure compares SAPO with GSPO and GRPO with routing replay:
-          --config.objective.name=gspo, or --config.objective.name=grpo
-          --config.learner.routing_replay=R2.
+          --config.objective.name=gspo, or --config.objective.name=grpo_r2. Its own experiments
+          are in configs/paper.
 Command   On every host of a v5p 4x4x8 slice (docs/pods.md), with Qwen/Qwen3-30B-A3B in
           models/Qwen3-30B-A3B and JSON lines with "problem" and "answer" in data/math:
           python -m sapo_jax.main --config=configs/pod/qwen3_30b_a3b_v5p.py --workdir=gs://...

@@ -29,8 +29,8 @@ from sapo_jax.training.progress import Clock, Progress
 from sapo_jax.types import Batch
 
 DEFAULT = [
-    "sapo", "sapo_softsign", "grpo", "dapo", "gspo", "gmpo", "cispo", "p3o", "reinforce", "maspo",
-    "mhpo_unit", "vespo",
+    "sapo", "sapo_softsign_abs", "grpo", "dapo", "gspo", "gmpo", "cispo", "p3o", "reinforce",
+    "maspo", "mhpo_unit", "vespo",
 ]  # fmt: skip
 FLAGS = cli.Flags("experiments.gradient_statistics.run", __doc__)
 FLAGS.string("workdir", "", "Run directory.")

@@ -25,7 +25,9 @@ CONFIGS = next(
 )
 
 # The fields in these sections are those of what config.objective.name, config.task.name, … name.
-OPEN = re.compile(r"(objective|(?:task|tasks\.[^.]+)\.options|tokenizer\.template_options)\.(\w+)")
+OPEN = re.compile(
+    r"(objective(?:\.end)?|(?:task|tasks\.[^.]+)\.options|tokenizer\.template_options)\.(\w+)"
+)
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:
@@ -79,7 +81,7 @@ def make_room(config: ConfigDict, fields: Iterable[str]) -> None:
                 section = section[name] if name in section else ConfigDict()
             held = section.get_type(key) if key in section else None
             plain = (float, str) if parents == "objective" else (bool, int, float, str)
-            if held not in plain:
+            if held not in (*plain, ConfigDict):
                 value = section.get(key)
                 if key in section:
                     del section[key]  # a field keeps its type

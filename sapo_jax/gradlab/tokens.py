@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapo_jax import learner, objectives
+from sapo_jax import diagnostics, learner, objectives
 from sapo_jax.gradlab.pull import cotangents
 from sapo_jax.learner.diagnostics import GATE_EDGES
 from sapo_jax.model import params, transformer, vocab
@@ -83,25 +83,14 @@ def effective(values: np.ndarray) -> float | None:
     return float(np.sum(values)) ** 2 / square if square else None
 
 
-def gate_spread(log_ratio: np.ndarray, tau: float) -> dict[str, float]:
-    """Var_i of a sequence and how far the mean of its gates is from the gate of its mean.
-
-    With g(z) = sech²(τz/2): D_log = |mean_t g(ℓ_t) − g(mean ℓ)| ≤ τ²/4 · Var_i (ddof 0), the bound
-    of SAPO's sequence-level reduction (arXiv 2511.20347). The gate in use is w(r) = g(r − 1), and
-    D_actual = |mean_t w(r_t) − g(mean ℓ)| has no such bound.
-    """
-    variance, mean = float(np.var(log_ratio)), float(np.mean(log_ratio))
-
-    def gate(z):
-        tail = np.exp(-np.abs(tau * z))  # cosh overflows
-        return 4 * tail / (1 + tail) ** 2
-
-    return {
-        "variance": variance,
-        "d_log": float(abs(gate(log_ratio).mean() - gate(mean))),
-        "d_actual": float(abs(gate(np.expm1(log_ratio)).mean() - gate(mean))),
-        "bound": tau**2 / 4 * variance,
-    }
+def gate_spread(
+    log_ratio_BS: np.ndarray, mask_BS: np.ndarray, tau: float
+) -> list[dict[str, float]]:
+    """Var_i, D_i and their bound of each row with tokens, see `diagnostics.sequences`."""
+    found = diagnostics.sequences(jnp.asarray(log_ratio_BS), jnp.asarray(mask_BS), tau)
+    names = ("variance", "d_log", "d_actual", "bound")
+    rows = np.stack(found[1:], -1)[np.asarray(found.tokens) > 0].tolist()
+    return [dict(zip(names, row, strict=True)) for row in rows]
 
 
 def deciles(values_BS: np.ndarray, mask_BS: np.ndarray) -> np.ndarray:
@@ -183,7 +172,7 @@ def describe(
     tau = OBJECTIVES["sapo"].hyperparameters["tau_pos"]
     return {
         "tokens": int(mask_BS.sum()),
-        "sequences": [gate_spread(row, tau) for row in rows],
+        "sequences": gate_spread(log_ratio_BS, mask_BS, tau),
         "entropy": float(entropy_BS[mask_BS].mean()),
         "abs_log_ratio": {"mean": float(near.mean()), "max": float(near.max())},
         "off_policy": {str(d): float(np.mean(near > d)) for d in NEAR},

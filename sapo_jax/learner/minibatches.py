@@ -33,6 +33,18 @@ def select_rows(
     return sharding.constrain(chosen, mesh, sharding.spec("rows"))
 
 
+def _prompt_tokens(batch: Batch, group_size: int) -> jax.Array:
+    """See `Batch.prompt_tokens`, f32[B, 2]."""
+    tokens_B = jnp.sum(batch.mask, -1, dtype=jnp.float32) * (batch.advantages != 0)
+    gain_B = batch.advantages > 0
+
+    def of_prompt(x_B):
+        return jnp.repeat(jnp.sum(x_B.reshape(-1, group_size), -1), group_size)
+
+    all_B, pos_B = of_prompt(tokens_B), of_prompt(tokens_B * gain_B)
+    return jnp.stack([all_B, jnp.where(gain_B, pos_B, all_B - pos_B)], -1)
+
+
 @partial(jax.jit, static_argnames=("estimator", "group_size", "kl", "correction", "parts", "mesh"))
 def make_minibatches(
     batch: Batch,
@@ -76,6 +88,7 @@ def make_minibatches(
         metrics["reward/kl"] = masked.ratio(Weighted(jnp.sum(kl_B), rows))
     advantages_B = advantages.ESTIMATORS[estimator](rewards_B, group_size, penalty_B)
     batch = batch.replace(advantages=advantages_B)
+    batch = batch.replace(prompt_tokens=_prompt_tokens(batch, group_size))
     if correction != "none":
         weights_BS, cut = corrections.weights(
             correction, batch.old_logp, batch.sampler_logp, batch.mask,

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 from sapo_jax import model
 from sapo_jax.model import blocked
 from sapo_jax.model.config import ModelConfig
-from sapo_jax.objectives import Objective, Switch
+from sapo_jax.objectives import Objective, Schedule, Switch
 from sapo_jax.parallel import sharding
 from sapo_jax.types import TrainState
 
@@ -72,6 +72,7 @@ class Hyperparameters:
       max_grad_norm: gradients are clipped to this global norm; inf switches it off.
       temperature: of the policy, as in the sampler.
       router_aux_coef: weight of the load-balancing loss; None switches it off.
+      objective_schedule: of its numbers, over the iterations; None keeps them as they are.
     """
 
     objective: Objective | Switch
@@ -80,11 +81,12 @@ class Hyperparameters:
     max_grad_norm: jax.Array | float
     temperature: jax.Array | float
     router_aux_coef: jax.Array | float | None
+    objective_schedule: Schedule | None
     static: Static = struct.field(pytree_node=False)
 
     def __init__(
         self, objective, learning_rate, weight_decay, max_grad_norm, temperature, model=None,
-        *, router_aux_coef=None, static=None, **shape,
+        *, router_aux_coef=None, objective_schedule=None, static=None, **shape,
     ):  # fmt: skip
         shape |= {} if model is None else {"model": model}
         vars(self).update(  # frozen: attributes cannot be assigned
@@ -94,8 +96,15 @@ class Hyperparameters:
             max_grad_norm=max_grad_norm,
             temperature=temperature,
             router_aux_coef=router_aux_coef,
+            objective_schedule=objective_schedule,
             static=dataclasses.replace(static, **shape) if static else Static(**shape),
         )
+
+    def at(self, iteration: jax.Array) -> Hyperparameters:
+        """Those of an iteration (from 0): with the objective as it is by its schedule."""
+        if self.objective_schedule is None:
+            return self
+        return self.replace(objective=self.objective_schedule.at(self.objective, iteration))
 
 
 def learning_rate(hp: Hyperparameters, update: jax.Array) -> jax.Array:

@@ -174,9 +174,12 @@ def pack(batch: Batch, layout: Layout, mesh: Mesh | None = None) -> Batch:
     }
     if batch.routing is not None:
         per_token["routing"] = take(batch.routing, -1)
+    for name in ("advantages", "prompt_tokens"):
+        if (x := getattr(batch, name)) is not None:
+            own, present = x[layout.token // width], layout.token >= 0
+            per_token[name] = jnp.where(present if own.ndim == 2 else present[..., None], own, 0)
     packed = batch.replace(
         **per_token,
-        advantages=jnp.where(layout.token >= 0, batch.advantages[layout.token // width], 0),
         segments=jnp.asarray(layout.segments),
         prefix=None if layout.prefix is None else jnp.asarray(layout.prefix),
         count=jnp.asarray(layout.count),

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import optax
 
 from sapo_jax import masked
-from sapo_jax.learner.diagnostics import STATIONS
+from sapo_jax.learner.diagnostics import MAY_LACK, OFF_POLICY, STATIONS, quantiles
 from sapo_jax.learner.gradients import divided, numerators
 from sapo_jax.learner.optimizer import Hyperparameters, learning_rate, optimizer, partition_specs
 from sapo_jax.parallel import sharding
-from sapo_jax.types import Batch, Histogram, Max, TrainState, Weighted, is_reduction, merge
+from sapo_jax.types import Batch, Effective, Histogram, Max, TrainState, Weighted, merge
 
 
 @partial(jax.jit, donate_argnames="state")
@@ -39,7 +39,7 @@ def update(
     chex.assert_equal_shape([batch.tokens, batch.mask, batch.segments, batch.old_logp])
     parts = hp.static.micro_batches * sharding.parts(hp.static.mesh)
     chex.assert_is_divisible(batch.tokens.shape[0], parts)
-    sums, terms = numerators(state.params, batch, hp)
+    sums, terms = numerators(state.params, batch, hp.at(state.iteration))
     grads = divided(sums, terms)
     rate, norm = learning_rate(hp, state.update), optax.tree.norm(grads)
     late = ~jnp.isfinite(jnp.stack([masked.ratio(terms["loss"]), norm]))
@@ -73,24 +73,35 @@ def update(
 def finish_iteration(metrics: tuple) -> tuple[dict, list[dict]]:
     """Metrics of an iteration, merged over its minibatches, and those of each minibatch.
 
-    Where no token was counted, means are NaN: 0 would read as a measurement.
+    The sampler's gap is that of the first minibatch: the others compare the sampler with a policy
+    that has moved on. What is OFF_POLICY is of those others, if there are any.
+
+    Where no token was counted, means are NaN: 0 would read as a measurement. So are those of
+    MAY_LACK where none was of their kind.
     """
 
     def values(terms):
         empty = terms["loss"].denominator == 0
 
-        def value(x):
-            if isinstance(x, Weighted):
-                return jnp.where(empty & (x.denominator == 0), jnp.nan, masked.ratio(x))
-            return masked.value(x)
+        def value(key, x):
+            nothing = {Weighted: "denominator", Effective: "count"}.get(type(x))
+            if nothing is None:
+                return masked.value(x)
+            lacks = (getattr(x, nothing) == 0) & (empty | key.startswith(MAY_LACK))
+            return jnp.where(lacks, jnp.nan, masked.value(x))
 
-        found = jax.tree.map(value, terms, is_leaf=is_reduction)
+        found = {key: value(key, x) for key, x in quantiles(terms).items()}
         return {"policy/loss": found.pop("loss"), **found}
 
+    def of(prefixes, metrics):
+        return {k: v for k, v in metrics.items() if k.startswith(prefixes)}
+
+    def merged(metrics):
+        return values(merge(jax.tree.map(lambda *x: jnp.stack(x), *metrics)))
+
     each = [values(m) for m in metrics]
-    # Later minibatches compare the sampler with a policy that has moved on.
-    gap = {k: v for k, v in each[0].items() if k.startswith("sampler/")}
-    return values(merge(jax.tree.map(lambda *x: jnp.stack(x), *metrics))) | gap, each
+    late = merged(metrics[1:] or metrics)
+    return merged(metrics) | of("sampler/", each[0]) | of(OFF_POLICY, late), each
 
 
 def _plain(value: Any) -> Any:
@@ -105,7 +116,7 @@ def record(update: int, merged: dict, each: list[dict]) -> dict[str, Any]:
 
     Each minibatch says whether its update was skipped, and what was the first that was not finite.
     """
-    keys = [k for k in each[0] if k.startswith(("policy/", "grad/"))]
+    keys = [k for k in each[0] if k.startswith(("policy/", "grad/", "ratio/", "coefficient/"))]
     minibatches = []
     for found in each:
         bad = [name for name, at in zip(STATIONS, found["nonfinite"], strict=True) if at]

@@ -12,12 +12,14 @@ An objective is data; a new one is a gate and a row of the table in `presets`:
     OBJECTIVES        the presets by name: sapo, grpo, gspo, dapo, cispo, …
     register, named   one of your own: by a name, or of a file, "my.py:my_objective"
     resolve           a preset or an objective with other hyperparameters, checked
+    Schedule          an objective's hyperparameters over a run, one of SHAPES
     switch            several objectives as one, of which a traced index chooses
     policy_loss       (loss to minimise, metrics) of one batch
     policy_terms      the same before the division, to be merged over micro-batches and devices
     finish            divides merged terms, once
     token_inputs      what the gate sees of each token
     coefficients      c of each token, by differentiating the gate
+    temperatures      τ of each token
     token_losses      the loss of single tokens, where it is `by_token`; each over its `divisors`
 """
 
@@ -28,6 +30,7 @@ from sapo_jax.objectives.loss import (
     divisors,
     policy_loss,
     policy_terms,
+    temperatures,
     token_inputs,
     token_losses,
 )
@@ -40,8 +43,10 @@ from sapo_jax.objectives.presets import (
     resolve,
     switch,
 )
+from sapo_jax.objectives.schedules import SHAPES, Schedule
 
 __all__ = [
-    "OBJECTIVES", "Objective", "Switch", "by_token", "coefficients", "divisors", "finish", "named",
-    "policy_loss", "policy_terms", "register", "resolve", "switch", "token_inputs", "token_losses",
+    "OBJECTIVES", "SHAPES", "Objective", "Schedule", "Switch", "by_token", "coefficients",
+    "divisors", "finish", "named", "policy_loss", "policy_terms", "register", "resolve", "switch",
+    "temperatures", "token_inputs", "token_losses",
 ]  # fmt: skip

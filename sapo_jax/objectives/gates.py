@@ -27,6 +27,8 @@ class TokenInputs(NamedTuple):
     old_logp: jax.Array  # log π_old, nats
     log_ratio: jax.Array  # log r at the objective's ratio level, within ±20
     advantages: jax.Array
+    mask: jax.Array | None = None  # bool[B, T], as all that follows for the ratio "prefix" alone
+    segments: jax.Array | None = None  # i32[B, T], None where a row is a sequence
 
     @property
     def ratio(self) -> jax.Array:
@@ -55,6 +57,19 @@ def sapo(x: TokenInputs, hp: dict) -> jax.Array:
     return 4 / tau * logistic(tau * (x.ratio - 1)) * x.advantages
 
 
+def sapo_quadrant(x: TokenInputs, hp: dict) -> jax.Array:
+    """SAPO with four temperatures: f(r) = (4/τ)·(σ(τ(r − 1)) − ½) + 2/τ_above, τ = τ_below where
+    r < 1, else τ_above, each by the sign of A; w = sech²(τ(r − 1)/2). The constants join the sides
+    at r = 1. With τ_below = τ_above it is SAPO.
+
+    Source: this project; the gate is that of arXiv 2511.20347, Eq. 6.
+    """
+    above = x.by_sign(hp["tau_pos_above"], hp["tau_neg_above"])
+    below = x.by_sign(hp["tau_pos_below"], hp["tau_neg_below"])
+    tau = jnp.where(x.log_ratio < 0, below, above)
+    return (4 / tau * (logistic(tau * (x.ratio - 1)) - 0.5) + 2 / above) * x.advantages
+
+
 def _soft(x: TokenInputs, hp: dict, antiderivative: Callable, half_width: float) -> jax.Array:
     """f(r) = F(κ(r − 1))/κ with F′(0) = 1, for w = F′ that falls to ½ at ``half_width``.
 
@@ -70,7 +85,7 @@ def sapo_erf(x: TokenInputs, hp: dict) -> jax.Array:
     """f(r) = (√π/2κ)·erf(κ(r − 1)); w = e^{−u²} with u = κ(r − 1), κ = τ times a factor that gives
     it the half-width of SAPO's gate.
 
-    Source: arXiv 2602.19345.
+    Source: arXiv 2602.19345 (version 2).
     """
     half = math.sqrt(math.pi) / 2
     return _soft(x, hp, lambda u: half * jax.scipy.special.erf(u), math.log(2) ** 0.5)
@@ -80,16 +95,25 @@ def sapo_arctan(x: TokenInputs, hp: dict) -> jax.Array:
     """f(r) = arctan(κ(r − 1))/κ; w = 1/(1 + u²) with u = κ(r − 1), κ = τ times a factor that gives
     it the half-width of SAPO's gate.
 
-    Source: arXiv 2602.19345.
+    Source: arXiv 2602.19345 (version 2).
     """
     return _soft(x, hp, jnp.arctan, 1.0)
 
 
 def sapo_softsign(x: TokenInputs, hp: dict) -> jax.Array:
+    """f(r) = (1/κ)·u/√(1 + u²); w = (1 + u²)^{−3/2} with u = κ(r − 1), κ = τ times a factor that
+    gives it the half-width of SAPO's gate.
+
+    Source: arXiv 2602.19345 (version 2).
+    """
+    return _soft(x, hp, lambda u: u / jnp.sqrt(1 + u * u), (2 ** (2 / 3) - 1) ** 0.5)
+
+
+def sapo_softsign_abs(x: TokenInputs, hp: dict) -> jax.Array:
     """f(r) = (1/κ)·u/(1 + |u|); w = 1/(1 + |u|)² with u = κ(r − 1), κ = τ times a factor that gives
     it the half-width of SAPO's gate.
 
-    Source: arXiv 2602.19345.
+    Source: this project; the usual softsign, which that of arXiv 2602.19345 is not.
     """
     return _soft(x, hp, lambda u: u / (1 + jnp.where(u < 0, -u, u)), math.sqrt(2) - 1)
 
@@ -177,3 +201,14 @@ def vespo(x: TokenInputs, hp: dict) -> jax.Array:
     rate = x.by_sign(hp["lambda_pos"], hp["lambda_neg"])
     weight = jnp.exp(rate + k * x.log_ratio - rate * x.ratio)
     return sg(weight) * x.advantages * x.logp
+
+
+def topr(x: TokenInputs, hp: dict) -> jax.Array:
+    """TOPR: sg(clip(W, low, high))·A·log π_θ of the sequence's product ratio W; low and high by the
+    sign of A: 1 and 1 where A > 0, where W plays no part, 0 and 1 elsewhere.
+
+    Source: arXiv 2503.14286, Eq. 7-8, as excerpts of version 2 give them.
+    """
+    low = x.by_sign(hp["low_pos"], hp["low_neg"])
+    high = x.by_sign(hp["high_pos"], hp["high_neg"])
+    return sg(jnp.clip(x.ratio, low, high)) * x.advantages * x.logp

@@ -13,6 +13,8 @@ KL_ESTIMATORS = {
     "k2": lambda d: d * d / 2,
     "k3": lambda d: jnp.expm1(-d) + d,
 }  # of KL(π_θ‖π_ref) from d = log π_θ − log π_ref
+CORRECTED = {"k1_r": "k1", "k3_r": "k3"}  # times r: of tokens of π_old
+KL_PENALTIES = (*KL_ESTIMATORS, *CORRECTED)  # in a loss
 
 
 def kl_estimate(logp: jax.Array, ref_logp: jax.Array, estimator: str) -> jax.Array:
@@ -28,6 +30,19 @@ def kl_estimate(logp: jax.Array, ref_logp: jax.Array, estimator: str) -> jax.Arr
     if estimator not in KL_ESTIMATORS:
         raise ValueError(f"kl={estimator!r}: must be one of {', '.join(KL_ESTIMATORS)}")
     return KL_ESTIMATORS[estimator](bounded(logp - jax.lax.stop_gradient(ref_logp)))
+
+
+def kl_penalty(
+    logp: jax.Array, old_logp: jax.Array, ref_logp: jax.Array, estimator: str
+) -> jax.Array:
+    """Per-token penalty on KL(π_θ‖π_ref) in a loss: `kl_estimate`, or r times it (k1_r, k3_r).
+
+    Of tokens of π_old, the mean of r·k1 and of r·k3, r = π_θ/π_old of the token, is KL(π_θ‖π_ref),
+    and with the gradient that r has, too, its gradient is that of the KL. Source: arXiv 2512.02556
+    (DeepSeek-V3.2, k3), and TRL's ``use_bias_correction_kl``.
+    """
+    found = kl_estimate(logp, ref_logp, CORRECTED.get(estimator, estimator))
+    return jnp.exp(bounded(logp - old_logp)) * found if estimator in CORRECTED else found
 
 
 def kl_to_old(log_ratio: jax.Array) -> jax.Array:

@@ -17,8 +17,8 @@ import numpy as np
 from sapo_jax import masked
 from sapo_jax.objectives.aggregations import aggregate, divisor
 from sapo_jax.objectives.gates import TokenInputs
-from sapo_jax.objectives.kl import KL_ESTIMATORS, kl_estimate, kl_to_old
-from sapo_jax.objectives.presets import Objective, Switch, resolve
+from sapo_jax.objectives.kl import KL_PENALTIES, kl_penalty, kl_to_old
+from sapo_jax.objectives.presets import OBJECTIVES, Objective, Switch, resolve
 from sapo_jax.objectives.ratios import LOG_RATIO_BOUND, RATIOS, bounded, clip_tokens, finite_logp
 from sapo_jax.types import Max, Min
 
@@ -107,7 +107,9 @@ def token_inputs(
     log_ratio_BT = RATIOS[objective.ratio](log_ratio_BT, mask_BT, segments_BT)
     clipped_BT = mask_BT & (jnp.abs(log_ratio_BT) > LOG_RATIO_BOUND)
     log_ratio_BT = masked.keep(bounded(log_ratio_BT), mask_BT)
-    return TokenInputs(logp_BT, old_logp_BT, log_ratio_BT, advantages_BT), clipped_BT
+    sequences = (mask_BT, segments_BT) if objective.ratio == "prefix" else ()
+    inputs = TokenInputs(logp_BT, old_logp_BT, log_ratio_BT, advantages_BT, *sequences)
+    return inputs, clipped_BT
 
 
 @_of_the_chosen
@@ -132,6 +134,15 @@ def coefficients(
     counted_BT = mask_BT & (inputs.advantages != 0)
     safe_BT = jnp.where(counted_BT, inputs.advantages, 1)
     return masked.keep(gradient_BT / safe_BT, counted_BT), counted_BT
+
+
+@_of_the_chosen
+def temperatures(objective: Objective, advantages_BT: jax.Array) -> jax.Array:
+    """τ at each token by the sign of A; SAPO's own where the objective has none, f[B, T]."""
+    hp = OBJECTIVES["sapo"].hyperparameters | objective.hyperparameters
+    one = hp.get("tau")
+    pos, neg = (hp[k] if one is None else one for k in ("tau_pos", "tau_neg"))
+    return jnp.where(advantages_BT > 0, pos, neg).astype(advantages_BT.dtype)
 
 
 @_of_the_chosen
@@ -180,7 +191,8 @@ def _losses(objective, inputs, mask_BT, ref_logp_BT, kl, weights_BT):
     if objective.kl_against == "old":
         loss_BT = loss_BT + hp["kl_coef"] * kl_to_old(inputs.log_ratio)
     if ref_logp_BT is not None:
-        kl_ref_BT = kl_estimate(inputs.logp, finite_logp(ref_logp_BT, mask_BT), kl)
+        ref_logp_BT = finite_logp(ref_logp_BT, mask_BT)
+        kl_ref_BT = kl_penalty(inputs.logp, inputs.old_logp, ref_logp_BT, kl)
         if objective.kl_against == "ref":
             loss_BT = loss_BT + hp["kl_coef"] * kl_ref_BT
     return loss_BT, kl_ref_BT
@@ -262,7 +274,7 @@ def policy_loss(
       advantages_B: [B] or [B, T], same dtype.
       mask_BT: bool[B, T], the tokens that exist; a row with none counts in no denominator.
       ref_logp_BT: log π_ref for the KL penalty.
-      kl: its estimator, k1, k2 or k3.
+      kl: its estimator, see `objectives.kl`: k1, k2, k3, or corrected for π_old, k1_r, k3_r.
       weights_BT: importance corrections ≥ 0: multiply the surrogate, never a denominator.
       segments_BT: i32[B, T], ids 1..T of packed sequences, 0 on padding; one a row by default.
       **hyperparameters: override the preset's; None means the preset's value. May be traced.
@@ -279,8 +291,8 @@ def policy_loss(
     for key, value in objective.hyperparameters.items():
         if np.shape(value) != ():
             raise ValueError(f"{key} has shape {np.shape(value)}: must be a scalar")
-    if kl not in KL_ESTIMATORS:
-        raise ValueError(f"kl={kl!r}: must be one of {', '.join(KL_ESTIMATORS)}")
+    if kl not in KL_PENALTIES:
+        raise ValueError(f"kl={kl!r}: must be one of {', '.join(KL_PENALTIES)}")
     more = {"ref_logp": ref_logp_BT, "weights": weights_BT, "segments": segments_BT}
     check_arrays(logp_BT, old_logp_BT, advantages_B, mask_BT, **more)
     _check_values(mask_BT, weights_BT, segments_BT)

@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 
 from sapo_jax import cli
-from sapo_jax.objectives import gates
+from sapo_jax.objectives import divergences, gates
 from sapo_jax.objectives.aggregations import AGGREGATIONS
 from sapo_jax.objectives.ratios import RATIOS
 
@@ -24,9 +24,13 @@ _NOT_NEGATIVE = (lambda v: (v >= 0) & (v < np.inf), "a number ≥ 0, finite")
 _DISTANCE = (lambda v: v >= 0, "a number ≥ 0 (inf: no bound)")
 DOMAINS = {
     **dict.fromkeys(("tau", "tau_pos", "tau_neg", "sigma", "bound", "scale"), _POSITIVE),
+    **{f"tau_{sign}_{side}": _POSITIVE for sign in ("pos", "neg") for side in ("below", "above")},
     **dict.fromkeys(("k_pos", "k_neg", "lambda_pos", "lambda_neg"), _POSITIVE),
     **dict.fromkeys(("kl_coef", "alpha", "beta"), _NOT_NEGATIVE),
-    **dict.fromkeys(("eps_low", "eps_high"), _DISTANCE),
+    **dict.fromkeys(("low_pos", "low_neg"), _NOT_NEGATIVE),
+    **dict.fromkeys(("eps_low", "eps_high", "high_pos", "high_neg"), _DISTANCE),
+    **dict.fromkeys(("delta", "delta_low", "delta_high", "delta_prefix"), _DISTANCE),
+    "w_min": (lambda v: (v > 0) & (v <= 1), "a number in (0, 1]"),
     "dual_clip": (lambda v: v > 1, "a number > 1 (inf switches it off)"),
     "max_length": (lambda v: v >= 1, "a number ≥ 1"),
 }  # hyperparameter: a test of its value, and what that asks for in words
@@ -43,6 +47,7 @@ class Objective:
       hyperparameters: name → scalar; None where the user has to give one.
       kl_against: what the KL penalty holds the policy to: "ref", the reference policy given as
         ``ref_logp_BT``, or "old", the policy that sampled.
+      replay: the routing that a mixture of experts replays with it, see `model.routing`.
     """
 
     gate: Callable = struct.field(pytree_node=False)
@@ -50,6 +55,7 @@ class Objective:
     aggregation: str = struct.field(pytree_node=False)
     hyperparameters: dict[str, Any]
     kl_against: str = struct.field(pytree_node=False, default="ref")
+    replay: str = struct.field(pytree_node=False, default="none")
 
     def __post_init__(self):
         hp = self.hyperparameters
@@ -124,8 +130,11 @@ class Switch:
         return any(member.needs_reference for member in self.members)
 
 
-def _preset(gate, ratio, aggregation, *, kl_against="ref", kl_coef=0.0, **more) -> Objective:
-    return Objective(gate, ratio, aggregation, {"kl_coef": kl_coef, **more}, kl_against)
+def _preset(
+    gate, ratio, aggregation, *, kl_against="ref", replay="none", kl_coef=0.0, **more
+) -> Objective:
+    held = {"kl_coef": kl_coef, **more}
+    return Objective(gate, ratio, aggregation, held, kl_against, replay)
 
 
 def _band(eps_low: float, eps_high: float) -> dict[str, float]:
@@ -142,7 +151,16 @@ OBJECTIVES: dict[str, Objective] = {
     "sapo_erf": _preset(gates.sapo_erf, "token", "seq_mean", tau_pos=1.0, tau_neg=1.05),
     "sapo_arctan": _preset(gates.sapo_arctan, "token", "seq_mean", tau_pos=1.0, tau_neg=1.05),
     "sapo_softsign": _preset(gates.sapo_softsign, "token", "seq_mean", tau_pos=1.0, tau_neg=1.05),
+    "sapo_softsign_abs": _preset(
+        gates.sapo_softsign_abs, "token", "seq_mean", tau_pos=1.0, tau_neg=1.05
+    ),
+    "sapo_quadrant": _preset(
+        gates.sapo_quadrant, "token", "seq_mean",
+        tau_pos_below=1.0, tau_pos_above=1.0, tau_neg_below=1.05, tau_neg_above=1.05,
+    ),
+    "sapo_sequence": _preset(gates.sapo, "sequence", "seq_mean", tau_pos=1.0, tau_neg=1.05),
     "grpo": _preset(gates.clip, "token", "seq_mean", **_band(0.2, 0.2)),
+    "grpo_r2": _preset(gates.clip, "token", "seq_mean", **_band(0.2, 0.27), replay="R2"),
     "gspo": _preset(gates.clip, "sequence", "seq_mean", **_band(3e-4, 4e-4)),
     "gspo_token": _preset(gates.clip, "sequence_token", "seq_mean", **_band(3e-4, 4e-4)),
     "dapo": _preset(gates.clip, "token", "token_mean", **_band(0.2, 0.28)),
@@ -159,7 +177,15 @@ OBJECTIVES: dict[str, Objective] = {
     "vespo": _preset(
         gates.vespo, "product", "token_mean", k_pos=2.0, lambda_pos=3.0, k_neg=3.0, lambda_neg=2.0
     ),
-}
+    "topr": _preset(
+        gates.topr, "product", "seq_mean", low_pos=1.0, high_pos=1.0, low_neg=0.0, high_neg=1.0
+    ),
+    "dppo_tv": _preset(divergences.dppo_tv, "token", "seq_sum", delta_low=0.15, delta_high=0.15),
+    "dppo_kl": _preset(divergences.dppo_kl, "token", "seq_sum", delta_low=0.05, delta_high=0.05),
+    "cppo": _preset(
+        divergences.cppo, "prefix", "seq_sum", delta=0.15, delta_prefix=0.015, w_min=0.8
+    ),
+}  # fmt: skip
 
 
 SHIPPED = frozenset(OBJECTIVES)

@@ -30,8 +30,13 @@ def _sequence_token(log_ratio_BT, mask_BT, segments_BT):
     return sg(mean_BT) + log_ratio_BT - sg(log_ratio_BT)
 
 
+def _token(log_ratio_BT, mask_BT, segments_BT):
+    return log_ratio_BT
+
+
 RATIOS = {
-    "token": lambda log_ratio_BT, mask_BT, segments_BT: log_ratio_BT,
+    "token": _token,
+    "prefix": _token,  # of a gate that looks at the tokens before each
     "sequence": masked.sequence_mean,  # of log-ratios: log of the geometric mean
     "sequence_token": _sequence_token,  # its value, with the gradient of each token's own log π
     "product": masked.sequence_sum,

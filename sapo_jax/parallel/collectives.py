@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from sapo_jax.parallel.sharding import ROWS
-from sapo_jax.types import Histogram, Max, Min, Weighted, is_reduction
+from sapo_jax.types import Effective, Histogram, Max, Min, Weighted, is_reduction
 
 
 def axis_size(axis: str) -> int:
@@ -128,7 +128,7 @@ def all_gather_param(x: jax.Array, dimension: int, dtype: Any) -> jax.Array:
 def merge(terms: Any) -> Any:
     """Mergeable reductions of the rows of all devices, one all-reduce for each kind."""
     leaves, treedef = jax.tree.flatten(terms, is_leaf=is_reduction)
-    kinds = {Weighted: psum, Histogram: psum, Max: pmax, Min: pmin}
+    kinds = {Weighted: psum, Effective: psum, Histogram: psum, Max: pmax, Min: pmin}
     for kind, reduce in kinds.items():
         at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, kind)]
         values = [leaves[i].counts if kind is Histogram else leaves[i] for i in at]

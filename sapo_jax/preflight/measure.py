@@ -30,11 +30,11 @@ def stand_in(config: ConfigDict) -> ConfigDict:
     """The config with stand-ins for what shapes no program: data, tokenizer, and weights.
 
     A Hugging Face directory that is not here gives its shape by its name: that of the preset with
-    the same.
+    the same, which base models (…-Base) have, too.
     """
     c = ConfigDict(config.to_dict(), type_safe=False)
     directory = epath.Path(c.model.preset)
-    preset = directory.name.lower().replace("-", "_").replace(".", "_")
+    preset = directory.name.lower().replace("-", "_").replace(".", "_").removesuffix("_base")
     if not (directory / "config.json").exists() and preset in model.PRESETS:
         c.model.preset = preset
     if c.tokenizer.directory:

@@ -107,6 +107,9 @@ def abstract_batch(settings: Settings, *, scored: bool) -> Batch:
         ref_logp=floats if scored and settings.needs_reference else None,
         weights=floats if scored and settings.bounds else None,
         routing=routing,
+        prompt_tokens=Abstract((rows, 2), jnp.float32)
+        if scored and not settings.supervised
+        else None,
     )
     if settings.packing is not None:
         lengths = np.zeros((2, rows), int)

@@ -65,7 +65,8 @@ def objective_of(config: Config) -> dict[str, Any]:
     given = given if isinstance(given, Mapping) else {"name": given}
     preset = objectives.OBJECTIVES.get(given.get("name"))
     whole = {"aggregation": preset.aggregation, **preset.hyperparameters} if preset else {}
-    whole |= {key: value for key, value in given.items() if value is not None}
+    unset = (None, {}, "constant")  # a schedule without an end
+    whole |= {key: value for key, value in given.items() if value not in unset}
     return whole if whole.get("kl_coef") else {k: v for k, v in whole.items() if k[:2] != "kl"}
 
 
@@ -288,6 +289,38 @@ PLOTS = {
         ("policy/gate_mean", "blue", "mean gate weight"),
         ("policy/clipped", "orange", "silenced tokens (share)"),
         percent=True,
+    ),
+    "effective": _curves(
+        "Effective updates",
+        "share",
+        ("policy/eur_pos", "blue", "weight, A > 0"),
+        ("policy/eur_neg", "orange", "weight, A < 0"),
+        ("ratio/ess", "green", "tokens by r"),
+        scale="percent",
+    ),
+    "quadrants": _curves(
+        "What moves the policy",
+        "share of |c·A|",
+        ("coefficient/pos_above", "blue", "A > 0, r > 1"),
+        ("coefficient/pos_below", "soft", "A > 0, r < 1"),
+        ("coefficient/neg_below", "orange", "A < 0, r < 1"),
+        ("coefficient/neg_above", "amber", "A < 0, r > 1"),
+        scale="percent",
+    ),
+    "spread": _curves(
+        "Variance of log r within a sequence",
+        "nats²",
+        ("ratio/var_p99", "orange", "99th percentile"),
+        ("ratio/var_mean", "blue", "mean"),
+        scale="log",
+    ),
+    "reduction": _curves(
+        "Gates of tokens against one of the sequence",
+        "distance",
+        ("ratio/bound_mean", "grey", "bound, τ²/4 · variance"),
+        ("ratio/d_log_mean", "blue", "gates on log r"),
+        ("ratio/d_gate_mean", "orange", "gates in use"),
+        scale="log",
     ),
     "gate": Panel("The gate in closed form", _draw_gate),
     "phases": Panel("Phases of an iteration", _draw_phases, wide=True),

@@ -124,7 +124,8 @@ def _is_traced(field: str) -> bool:
 def static(run: Settings) -> str:
     """Equal for runs that can share their executables."""
     fields = {k: v for k, v in flat(run.plain).items() if not _is_traced(k)}
-    return json.dumps([fields, run.needs_reference], sort_keys=True)
+    replay = run.hp.static.routing_replay  # an objective may have its own
+    return json.dumps([fields, run.needs_reference, replay], sort_keys=True)
 
 
 def _cohort(listed: Sequence[tuple[str, Mapping[str, Any], Settings]]) -> Cohort:

@@ -63,10 +63,15 @@ def hyperparameters(runs: Sequence[Settings]) -> Hyperparameters:
         members.setdefault(name, hp.objective)
     if len(members) > 1:
         both, order = objectives.switch(members), list(members)
+
+        def chosen(name, objective):
+            values = {f"{name}.{key}": x for key, x in objective.hyperparameters.items()}
+            return objectives.resolve(both, index=order.index(name), **values)
+
         for r, (name, hp) in enumerate(zip(names, every, strict=True)):
-            values = {f"{name}.{key}": x for key, x in hp.objective.hyperparameters.items()}
-            chosen = objectives.resolve(both, index=order.index(name), **values)
-            every[r] = hp.replace(objective=chosen)
+            schedule = hp.objective_schedule
+            schedule = schedule.replace(end=chosen(name, schedule.end))
+            every[r] = hp.replace(objective=chosen(name, hp.objective), objective_schedule=schedule)
     return stack(every)
 
 

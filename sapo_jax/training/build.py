@@ -12,7 +12,6 @@ from etils import epath
 from jax.sharding import Mesh
 
 from sapo_jax import corrections, learner, model, objectives, tasks
-from sapo_jax.cli import from_config, nearest
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
@@ -26,7 +25,6 @@ from sapo_jax.training.checks import choice, require
 OLD_LOGP = ("sampler", "recompute")
 MICRO_TOKENS = {"cpu": 2048}  # of a micro-batch on one device, at most; elsewhere MANY_TOKENS
 MANY_TOKENS = 16384
-OF_OBJECTIVE = ("name", "aggregation", "kl")  # fields beside its hyperparameters
 NO_REFERENCE = "0 without config.init_from, whose policy is the reference"
 
 
@@ -161,33 +159,6 @@ def lengths(
     return width, room, keep
 
 
-def make_objective(c: Any) -> objectives.Objective:
-    """The objective with its hyperparameters."""
-    fields = dict(vars(c.objective))
-    name, aggregation, kl = (fields.pop(key) for key in OF_OBJECTIVE)
-    if c.source == "demonstrations":
-        only = "'reinforce' for source='demonstrations': likelihood is REINFORCE with advantage 1"
-        require(name == "reinforce", "objective.name", name, only)
-    choice("objective.kl", kl, KL_ESTIMATORS)
-    others = from_config("base").objective  # whose fields may be None, whoever has them
-    given = {k: value for k, value in fields.items() if value is not None or k not in others}
-    with of_field("objective"):
-        known = [*objectives.named(name).hyperparameters, *OF_OBJECTIVE]
-        for key, value in given.items():
-            if key not in known:
-                near = f"the nearest is {nearest(key, known)!r}"
-                has = f"it has {', '.join(known[: -len(OF_OBJECTIVE)])}"
-                raise ValueError(f"{name} has no hyperparameter {key!r}; {has}; {near}")
-            if isinstance(value, int) and not isinstance(value, bool):
-                given[key] = float(value)  # programs are of their types
-        objective = objectives.resolve(name, **given)
-        if aggregation is not None:
-            objective = dataclasses.replace(objective, aggregation=aggregation)
-    has_reference = not objective.needs_reference or c.init_from != ""
-    require(has_reference, "objective.kl_coef", given.get("kl_coef"), NO_REFERENCE)
-    return objective
-
-
 def make_mesh(c: Any, shape: model.ModelConfig, devices: Sequence[Any] | None) -> Mesh | None:
     """The mesh; None on one device."""
     alone = devices is None and jax.process_count() == 1
@@ -274,8 +245,12 @@ def make_hyperparameters(
     choice("learner.routing_replay", replay, routing.REPLAY)
     sparse = "'none' for a model without experts"
     require(replay == "none" or shape.num_experts > 0, "learner.routing_replay", replay, sparse)
+    if shape.num_experts and objective.replay != "none":
+        own = f"'none' or {objective.replay!r}: objective.name={c.objective.name!r} replays that"
+        require(replay in ("none", objective.replay), "learner.routing_replay", replay, own)
+        replay = options["routing_replay"] = objective.replay
     recompute = replay != "R2" or old_logp == "recompute"
-    only = "'recompute' with learner.routing_replay='R2', which records the old policy's routing"
+    only = "'recompute' with routing replay R2, which records the old policy's routing"
     require(recompute, "learner.old_logp", old_logp, only)
     updates = c.iterations * c.batch.minibatches
     options["head_chunk"] = options["head_chunk"] or head.chunk_size(

@@ -36,8 +36,8 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "learning_rate": ("mean over the iteration's updates",),
         "update/skipped": ("updates not made, since a number was not finite", "", "0"),
         "minibatch": (
-            "list: what is under policy/ and grad/, of each update; where it was skipped, "
-            "update/nonfinite is the first that was not finite",
+            "list: what is under policy/, ratio/, coefficient/ and grad/, of each update; where it "
+            "was skipped, update/nonfinite is the first that was not finite",
         ),
         "length/mean": ("mean length of a completion, with its stop token", "tokens"),
         "data/dropped": ("examples so far whose prompt was too long", "", "0"),
@@ -51,8 +51,63 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
             "near 1 for SAPO",
         ),
         "policy/clipped": ("share of those tokens with c = 0", "share", "0 for SAPO"),
+        "policy/eur": (
+            "effective update ratio: w over the tokens of a prompt with A ≠ 0, then over prompts; "
+            "for clips 1 − the share that is silenced (arXiv 2602.19345)",
+            "",
+            "0.9 to 1; falls with staleness",
+        ),
+        "policy/eur_pos": ("the same over tokens with A > 0", "", "as policy/eur"),
+        "policy/eur_neg": ("the same over tokens with A < 0", "", "as policy/eur"),
         "policy/log_ratio_clipped": ("share of tokens with |log r| over 20", "share", "0"),
         "policy/kl_old": ("mean r − 1 − log r, estimates KL(π_old‖π_θ)", "nats", "below 0.01"),
+        "ratio/var_mean": (
+            "mean over sequences of Var_i, the variance of log π_θ/π_old over a sequence's tokens",
+            "nats²",
+            "below 0.02; the paper's most frequent: 0.001 dense, 0.004 sparse",
+        ),
+        "ratio/var_p50": ("median of Var_i, to 5%", "nats²", "below the mean"),
+        "ratio/var_p99": ("99th percentile of Var_i, to 5%", "nats²", "below 0.02"),
+        "ratio/d_log_mean": (
+            "mean of D_i = |mean of g(log r) − g(mean of log r)|, g(z) = sech²(τz/2): how far a "
+            "sequence's gates are from one gate of the sequence; never above the bound",
+            "",
+            "below 0.001",
+        ),
+        "ratio/d_log_p99": ("99th percentile of it, to 5%", "", "below 0.005"),
+        "ratio/d_gate_mean": (
+            "the same with the gate in use, g(r − 1), which has no such bound",
+            "",
+            "near ratio/d_log_mean",
+        ),
+        "ratio/d_gate_p99": ("99th percentile of it, to 5%", "", "near ratio/d_log_p99"),
+        "ratio/bound_mean": ("mean of the bound τ²/4 · Var_i", "", "a quarter of ratio/var_mean"),
+        "ratio/bound_broken": (
+            "share of sequences where D_i with the gate in use is above the bound",
+            "share",
+            "near 0; rises where log r ≈ r − 1 no longer holds",
+        ),
+        "ratio/ess": (
+            "effective share of tokens by their ratios, (Σr)²/(n·Σr²)",
+            "share",
+            "above 0.95; 1 on-policy",
+        ),
+        "ratio/log_p01": ("1st percentile of log π_θ/π_old over tokens, to 5%", "nats", "-0.2"),
+        "ratio/log_p50": ("median of it", "nats", "0"),
+        "ratio/log_p99": ("99th percentile of it", "nats", "0.2"),
+        "coefficient/pos_below": (
+            "share of Σ|c·A| of tokens with A > 0 and r < 1, at the objective's level; the four "
+            "add up to 1 but for tokens at r = 1",
+            "share",
+            "below coefficient/pos_above",
+        ),
+        "coefficient/pos_above": ("… with A > 0 and r > 1", "share", "the update has its way"),
+        "coefficient/neg_below": ("… with A < 0 and r < 1", "share", "the update has its way"),
+        "coefficient/neg_above": (
+            "… with A < 0 and r > 1",
+            "share",
+            "does not grow: PPO has no bound here",
+        ),
         "grad/norm": ("norm of the gradient before it is clipped", "", "no spikes"),
         "grad/update_norm": ("norm of the change of the parameters",),
         "sampler/logp_gap_mean": (
@@ -69,6 +124,7 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "histogram/log_ratio_neg": ("the same for A < 0",),
         "histogram/gate_pos": ("edges and counts of the weight w of tokens with A > 0",),
         "histogram/gate_neg": ("the same for A < 0",),
+        "histogram/ratio": ("edges and counts of π_θ/π_old of tokens, from 0.4 to 1.6",),
         "time/startup": (
             "restoring, compiling, evaluation before training; in the first record of a start",
             "s",
@@ -139,6 +195,9 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
             "share",
             "near 0",
         )
+    },
+    "objective.schedule": {
+        "objective/<name>": ("value of a hyperparameter in config.objective.end", "", "as planned")
     },
     "learner.router_aux_coef": {"router/balance": ("load-balancing loss times its weight",)},
     "an evaluation": {

@@ -22,7 +22,7 @@ from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import PARTS, Recipe
 from sapo_jax.tasks.base import Example, Task
-from sapo_jax.training import build
+from sapo_jax.training import build, objective
 from sapo_jax.training.checks import LARGEST, check_fields, check_sizes, choice, require
 from sapo_jax.training.workdir import read_config
 
@@ -39,7 +39,7 @@ GONE = {"sampler.shrink"}  # fields that runs of before have
 ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "tensor", "expert")} | {
     f"sampler.mesh.{axis}": 0 for axis in ("data", "tensor", "expert")
 }
-OPEN = {"task", "tasks", "mesh", "template_options"}  # sections read by the names in them
+OPEN = {"task", "tasks", "mesh", "template_options", "end"}  # sections read by the names in them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,12 +110,19 @@ class Settings:
     @property
     def needs_reference(self) -> bool:
         """Whether a KL penalty compares the policy with the one that the run started from."""
-        return self.hp.objective.needs_reference or self.config.reward.kl_coef != 0
+        both = self.hp.objective, self.hp.objective_schedule.end
+        return any(o.needs_reference for o in both) or self.config.reward.kl_coef != 0
+
+    def scheduled(self, iteration: int) -> dict[str, float]:
+        """The hyperparameters that change over the run, as they are in an iteration (from 1)."""
+        now = self.hp.objective_schedule.at(self.hp.objective, iteration - 1, np)
+        return {f"objective/{k}": float(now.hyperparameters[k]) for k in self.config.objective.end}
 
     @property
     def may_differ(self) -> frozenset[str]:
         """Fields that may change when a run is started again: no result depends on them."""
-        fixed_length = self.config.learner.schedule != "constant"
+        schedules = self.config.learner.schedule, self.config.objective.schedule
+        fixed_length = schedules != ("constant", "constant")
         return frozenset(GONE | MAY_DIFFER - ({"iterations"} if fixed_length else set()))
 
     @property
@@ -282,7 +289,7 @@ def from_config(
             model.attention.check(c.model.attention, platform)
     made, shares = build.make_tasks(c)
     tokenizer = build.make_tokenizer(c, made)
-    objective = build.make_objective(c)
+    chosen = objective.make_objective(c)
     shape = build.make_model(c, tokenizer)
     width, room, keep = build.lengths(c, made, tokenizer, shape)
     mesh = build.make_mesh(c, shape, devices)
@@ -294,6 +301,7 @@ def from_config(
     parts = sharding.parts(sampler_mesh)
     options = {"slots": c.sampler.slots, "parts": parts}
     packing = build.make_packing(c, shape, width, room, mesh)
+    hp = build.make_hyperparameters(c, shape, chosen, mesh, packing)
     plan = partial(sampler.make_plan, max_new_tokens=room, **options)
     # The last batch of an evaluation is filled up, and so is one that the mesh does not divide.
     eval_batch = -(-min(c.batch.prompts, c.eval.prompts) // parts) * parts
@@ -307,7 +315,7 @@ def from_config(
         tokenizer=tokenizer,
         keep=keep,
         model=shape,
-        hp=build.make_hyperparameters(c, shape, objective, mesh, packing),
+        hp=hp.replace(objective_schedule=objective.make_schedule(c, chosen)),
         width=width,
         max_new_tokens=room,
         bounds=build.make_bounds(c),

@@ -277,11 +277,9 @@ def test_noise_scale_of_a_known_mixture():
 
 def test_sequence_gates_of_the_toy_batch():
     """Var_i, D_log and its bound, and D of the real gate, which exceeds the bound."""
-    for i, row in enumerate(
-        [GOLDEN["inputs"]["log_ratio"][0], GOLDEN["inputs"]["log_ratio"][1][:2]]
-    ):
-        tau = (1.0, 1.05)[i]
-        found = tokens.gate_spread(np.array(row), tau)
+    log_ratio, mask = (np.array(GOLDEN["inputs"][key]) for key in ("log_ratio", "mask"))
+    for i, tau in enumerate((1.0, 1.05)):
+        found = tokens.gate_spread(log_ratio, mask > 0, tau)[i]
         expected = {
             "variance": (0.1125, 0.030625), "d_log": (0.02579054, 0.00825092),
             "bound": (0.028125, 0.00844102), "d_actual": (0.05176942, 0.00521229),

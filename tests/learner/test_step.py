@@ -154,7 +154,11 @@ def test_what_was_not_measured_is_no_number(nano, batch):
     assert (alone["update"], both["update"], empty["update"]) == (1, 1, 0)
     first, last = both.pop("minibatch")
     assert [first] == alone.pop("minibatch")
+    late = [key for key in alone if key.startswith(diagnostics.OFF_POLICY)]
+    behind, _ = ({key: found.pop(key) for key in late} for found in (both, alone))
     assert both == alone
+    for key, value in behind.items():  # of minibatches behind the first
+        assert not any(value["counts"]) if key.startswith("histogram/") else np.isnan(value)
     assert empty["update/skipped"] == 0  # that counts what is not finite
     for found in (last, *empty.pop("minibatch"), empty):
         for key, value in found.items():
@@ -249,6 +253,30 @@ def test_one_executable_for_every_traced_hyperparameter(nano, batch):
     with fakes.Compilations() as compilations:
         for values in ((0.5, 1e-4, 0.7), (2.0, 1e-2, 1.3)):
             state, _ = learner.update(state, batch, point(*values))
+    assert compilations.count == 0
+
+
+def test_an_update_has_the_objective_of_its_iteration(nano, batch):
+    """Of iteration 3 of 5, halfway: τ as a schedule has it there, and no program of its own."""
+    config, weights = nano
+    start, end = (objectives.resolve("sapo", tau_neg=tau) for tau in (1.0, 5.0))
+    hp = settings(config, objective_schedule=objectives.Schedule(end, 1, 5)).replace(
+        objective=start
+    )
+
+    def updated(hp, iteration):
+        state = learner.init(jax.tree.map(jnp.copy, weights), hp)
+        state, metrics = learner.update(state.replace(iteration=jnp.int32(iteration)), batch, hp)
+        return state.params, finish(metrics)[0]
+
+    halfway = hp.replace(objective=objectives.resolve(start, tau_neg=3.0), objective_schedule=None)
+    found, expected = updated(hp, 2), updated(halfway, 0)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8), found, expected
+    )
+    assert float(updated(hp, 0)[1]) != float(found[1])
+    with fakes.Compilations() as compilations:
+        updated(hp.replace(objective_schedule=objectives.Schedule(start, 2, 9)), 4)
     assert compilations.count == 0
 
 

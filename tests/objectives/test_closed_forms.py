@@ -34,6 +34,42 @@ def soft(half_width, value, weight):
     return gate
 
 
+def quadrant(r, a, pos=(1.0, 1.0), neg=(1.05, 1.05)):
+    below, above = (np.where(a > 0, p, n) for p, n in zip(pos, neg, strict=True))
+    tau = np.where(r < 1, below, above)
+    f = 4 / tau * (1 / (1 + np.exp(-tau * (r - 1))) - 0.5) + 2 / above
+    return f, r * sech2(tau * (r - 1) / 2)
+
+
+def masked_by(divergence, bound):
+    """r where the update moves towards r = 1, or the token's divergence is within the bound."""
+
+    def gate(r, a, logp, old):
+        p, q = np.exp(old), np.exp(logp)
+        d = {
+            "tv": abs(q - p),
+            "kl": p * np.log(p / q) + (1 - p) * np.log((1 - p + 1e-8) / (1 - q + 1e-8)),
+        }[divergence]
+        kept = (a * (r - 1) <= 0) | (d <= bound)
+        return r * kept, r * kept
+
+    return gate
+
+
+def cppo(r, a, logp, old, mask, delta=0.15, delta_prefix=0.015, w_min=0.8):
+    """Algorithm 1 of arXiv 2606.10968, token by token."""
+    kept = np.zeros(r.shape, bool)
+    for i, row in enumerate(mask):
+        places, total, weights = np.flatnonzero(row), 0.0, 0.0
+        for n, t in enumerate(places):
+            w = 1 - (1 - w_min) / max(1, len(places) - 1) * n
+            z = w * abs(np.exp(logp[i, t]) - np.exp(old[i, t]))
+            bound = min(delta, delta + delta_prefix * weights - total)
+            kept[i, t] = a[i, t] * (r[i, t] - 1) <= 0 or z <= bound
+            total, weights = total + z, weights + w
+    return r * kept, r * kept
+
+
 def clip(low, high):
     def gate(r, a):
         inside = np.where(a > 0, r <= 1 + high, r >= 1 - low)
@@ -63,11 +99,12 @@ def closed(name, logp, old, a, mask):
     length = np.maximum(mask.sum(-1, keepdims=True), 1)
     a = np.broadcast_to(a[:, None], ell.shape)
     r, s = np.exp(ell), np.exp(np.broadcast_to(ell.sum(-1, keepdims=True) / length, ell.shape))
-    if name in ("reinforce", "cispo", "vespo"):  # A · sg(c) · log π
+    if name in ("reinforce", "cispo", "vespo", "topr"):  # A · sg(c) · log π
         w = np.exp(ell.sum(-1, keepdims=True))
         k, rate = np.where(a > 0, 2, 3), np.where(a > 0, 3, 2)
         c = {"reinforce": np.ones_like(r), "cispo": np.clip(r, 0, 5),
-             "vespo": np.exp(rate) * w**k * np.exp(-rate * w)}[name]  # fmt: skip
+             "vespo": np.exp(rate) * w**k * np.exp(-rate * w),
+             "topr": np.where(a > 0, 1, np.minimum(w, 1))}[name]  # fmt: skip
         return c * a * logp, c * a
     if name == "gmpo":
         kept = np.where(a > 0, ell <= 0.4, ell >= -0.4)
@@ -86,9 +123,19 @@ def closed(name, logp, old, a, mask):
         )(r, a),
         "sapo_arctan": lambda: soft(1, np.arctan, lambda u: 1 / (1 + u * u))(r, a),
         "sapo_softsign": lambda: soft(
+            math.sqrt(2 ** (2 / 3) - 1), lambda u: u / np.sqrt(1 + u * u),
+            lambda u: (1 + u * u) ** -1.5,
+        )(r, a),
+        "sapo_quadrant": lambda: quadrant(r, a),
+        "sapo_sequence": lambda: sapo(s, a),
+        "sapo_softsign_abs": lambda: soft(
             math.sqrt(2) - 1, lambda u: u / (1 + abs(u)), lambda u: 1 / (1 + abs(u)) ** 2
         )(r, a),
         "grpo": lambda: clip(0.2, 0.2)(r, a),
+        "grpo_r2": lambda: clip(0.2, 0.27)(r, a),
+        "dppo_tv": lambda: masked_by("tv", 0.15)(r, a, logp, old),
+        "dppo_kl": lambda: masked_by("kl", 0.05)(r, a, logp, old),
+        "cppo": lambda: cppo(r, a, logp, old, mask),
         "dr_grpo": lambda: clip(0.2, 0.2)(r, a),
         "ppo": lambda: clip(0.2, 0.2)(r, a),
         "dapo": lambda: clip(0.2, 0.28)(r, a),
@@ -111,7 +158,8 @@ def share(name, mask):
     sequences = (mask.sum(-1) > 0).sum()
     if name in TOKEN_MEAN:
         return mask / mask.sum()
-    each = {"dr_grpo": LENGTH, "luspo": 1.0}.get(name, length)
+    summed = dict.fromkeys(("luspo", "dppo_tv", "dppo_kl", "cppo"), 1.0)
+    each = ({"dr_grpo": LENGTH} | summed).get(name, length)
     return mask / (each * sequences)
 
 
@@ -137,3 +185,45 @@ def test_value_and_gradient_are_the_closed_form(name, dtype, tolerance, spread):
     weight = share(name, mask)
     np.testing.assert_allclose(loss, -np.sum(weight * value), rtol=tolerance, atol=tolerance)
     np.testing.assert_allclose(grad, -weight * slope, rtol=tolerance, atol=tolerance)
+
+
+def on_grid(name, r, sign, **hp):
+    """f(r) and w(r) of single tokens, f64 each, from the loss and its gradient."""
+    with jax.enable_x64(True):
+        logp, one = jnp.log(jnp.asarray(r)), jnp.ones((1, 1), bool)
+
+        def token(x):
+            old, a = jnp.zeros((1, 1)), jnp.full(1, sign)
+            return -sign * policy_loss(name, x[None, None], old, a, one, **hp)[0]
+
+        f, c = jax.vmap(jax.value_and_grad(token))(logp)
+        return np.asarray(f), np.asarray(c) / r
+
+
+def test_quadrants_have_their_own_temperatures():
+    """Each side and sign has the slope of its own τ, and both sides meet at r = 1."""
+    own = {"pos": (0.7, 2.0), "neg": (1.3, 3.0)}
+    sides = ("below", "above")
+    hp = {f"tau_{sign}_{side}": own[sign][i] for sign in own for i, side in enumerate(sides)}
+    r = np.array([0.2, 0.7, 1 - 1e-9, 1 + 1e-9, 1.4, 3.0])
+    for sign in (1.0, -1.0):
+        found, (f, c) = on_grid("sapo_quadrant", r, sign, **hp), quadrant(r, sign, *own.values())
+        np.testing.assert_allclose(found, (f, c / r), rtol=1e-12)
+        assert abs(found[0][2] - found[0][3]) < 1e-8
+
+
+def test_the_gates_of_the_study_in_its_own_units():
+    """arXiv 2602.19345 writes w of erf as e^{−τ²(r−1)²/2}, of softsign as (1+τ²(r−1)²)^{−3/2}: its
+    best, τ = 10, is ours times these factors.
+    """
+    r = np.linspace(0.7, 1.4, 15)
+    theirs = {
+        "sapo": (1.0, lambda u: sech2(u / 2)),
+        "sapo_erf": (HALF / math.sqrt(2 * math.log(2)), lambda u: np.exp(-u * u / 2)),
+        "sapo_arctan": (HALF, lambda u: 1 / (1 + u * u)),
+        "sapo_softsign": (HALF / math.sqrt(2 ** (2 / 3) - 1), lambda u: (1 + u * u) ** -1.5),
+    }
+    assert [round(factor, 3) for factor, _ in theirs.values()] == [1.0, 1.497, 1.763, 2.3]
+    for name, (factor, weight) in theirs.items():
+        _, w = on_grid(name, r, 1.0, tau_pos=10 * factor)
+        np.testing.assert_allclose(w, weight(10 * (r - 1)), rtol=1e-12)

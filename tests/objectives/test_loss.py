@@ -12,6 +12,7 @@ import pytest
 from sapo_jax import objectives
 from sapo_jax.masked import finish
 from sapo_jax.objectives import OBJECTIVES, policy_loss
+from sapo_jax.objectives.kl import kl_penalty
 from sapo_jax.types import merge
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "goldens/gates.json").read_text())
@@ -82,13 +83,13 @@ OTHER = {  # row of the table: preset, sign of A, what it is, hyperparameters, �
     "erf_w tau=1": ("sapo_erf", -1, "w", ERF),
     "atan_f tau=1": ("sapo_arctan", 1, "f", ARCTAN),
     "atan_w tau=1": ("sapo_arctan", -1, "w", ARCTAN),
-    "ss_f tau=1": ("sapo_softsign", 1, "f", SOFTSIGN),
-    "ss_w tau=1": ("sapo_softsign", -1, "w", SOFTSIGN),
+    "ss_f tau=1": ("sapo_softsign_abs", 1, "f", SOFTSIGN),
+    "ss_w tau=1": ("sapo_softsign_abs", -1, "w", SOFTSIGN),
     "tanh_f tau=1": ("sapo", 1, "f − f(1)", TANH),
     "tanh_w tau=1": ("sapo", -1, "w", TANH),
     "erf_w matched to sigmoid tau=1": ("sapo_erf", 1, "w"),
     "atan_w matched to sigmoid tau=1": ("sapo_arctan", 1, "w"),
-    "ss_w matched to sigmoid tau=1": ("sapo_softsign", 1, "w"),
+    "ss_w matched to sigmoid tau=1": ("sapo_softsign_abs", 1, "w"),
     "MASPO w A=1.0 pold=1.0": ("maspo", 1, "w", {}, 1.0),
     "MASPO w A=1.0 pold=0.01": ("maspo", 1, "w", {}, 0.01),
     "MASPO w A=-1.0 pold=1.0": ("maspo", -1, "w", {}, 1.0),
@@ -209,7 +210,7 @@ def test_gradient_agrees_with_finite_differences(name, rng):
 
         grad = jax.grad(loss)(logp)
         assert not np.any(np.asarray(grad)[~np.asarray(mask)])
-        if name in ("cispo", "gspo_token", "maspo", "mhpo", "mhpo_unit", "vespo"):
+        if name in ("cispo", "gspo_token", "maspo", "mhpo", "mhpo_unit", "topr", "vespo"):
             return
         direction = jnp.asarray(rng.normal(size=logp.shape))
         step = 1e-6
@@ -361,6 +362,9 @@ def test_identities(rng):
 
         p3o = grad("p3o", tau=1.7, kl_coef=0.0)
         np.testing.assert_allclose(p3o, grad("sapo", tau_pos=1.7, tau_neg=1.7), atol=1e-14)
+        np.testing.assert_allclose(grad("sapo_quadrant"), grad("sapo"), atol=1e-15)
+        named = [policy_loss(n, logp, old, advantages, mask)[0] for n in ("sapo", "sapo_quadrant")]
+        np.testing.assert_allclose(*named, rtol=1e-14)
         wide = {"eps_low": 0.5, "eps_high": 0.5}
         losses = [
             policy_loss(n, logp, old, advantages, mask, **wide)[0] for n in ("gspo", "gspo_token")
@@ -381,6 +385,10 @@ def test_kl_penalty(rng):
         d = logp - ref
         values = {"k1": d, "k2": d**2 / 2, "k3": np.exp(-d) - 1 + d}
         slopes = {"k1": np.ones_like(d), "k2": d, "k3": 1 - np.exp(-d)}
+        r = np.exp(logp - old)
+        for kind in ("k1", "k3"):
+            slopes[f"{kind}_r"] = r * (values[kind] + slopes[kind])
+            values[f"{kind}_r"] = r * values[kind]
         length = np.maximum(mask.sum(-1, keepdims=True), 1)
         per_token = mask / length / (mask.sum(-1) > 0).sum()
         plain = policy_loss("sapo", logp, old, advantages, mask, weights_BT=weights)[0]
@@ -400,6 +408,25 @@ def test_kl_penalty(rng):
             np.testing.assert_allclose(
                 jax.grad(loss)(logp) - no_kl, 0.3 * slopes[kind] * per_token, atol=1e-13
             )
+
+
+@pytest.mark.parametrize("estimator", ["k1_r", "k3_r"])
+def test_the_corrected_kl_is_unbiased_off_policy(estimator, rng):
+    """Over all tokens by their π_old, value and gradient are those of KL(π_θ‖π_ref) itself."""
+    with jax.enable_x64(True):
+        theta, old, ref = jnp.asarray(rng.normal(size=(3, 7)))
+
+        def estimated(logits):
+            logp = [jax.nn.log_softmax(x) for x in (logits, old, ref)]
+            return jnp.sum(jnp.exp(logp[1]) * kl_penalty(*logp, estimator))
+
+        def exact(logits):
+            logp = jax.nn.log_softmax(logits)
+            return jnp.sum(jnp.exp(logp) * (logp - jax.nn.log_softmax(ref)))
+
+        found, expected = jax.value_and_grad(estimated)(theta), jax.value_and_grad(exact)(theta)
+        np.testing.assert_allclose(found[0], expected[0], rtol=1e-12)
+        np.testing.assert_allclose(found[1], expected[1], rtol=1e-10, atol=1e-14)
 
 
 def test_sapo_coefficient_facts():

@@ -14,7 +14,19 @@ from sapo_jax.types import Batch
 from tests import fakes
 
 # Every ratio level, aggregation, KL, and kind of gate.
-NAMES = ["sapo", "gspo_token", "dr_grpo", "p3o", "vespo", "gmpo", "luspo", "cispo", "maspo", "mhpo"]
+NAMES = [
+    "sapo",
+    "gspo_token",
+    "dr_grpo",
+    "p3o",
+    "vespo",
+    "gmpo",
+    "luspo",
+    "cispo",
+    "maspo",
+    "mhpo",
+    "cppo",
+]
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,10 @@ def coefficient(name, log_ratio, advantage):
     return -float(gradient[0, 0]) / advantage
 
 
-CLIPPED = {"grpo", "gspo", "gspo_token", "dapo", "dr_grpo", "ppo", "gmpo", "luspo"}
+CLIPPED = {
+    "grpo", "grpo_r2", "gspo", "gspo_token", "dapo", "dr_grpo", "ppo", "gmpo", "luspo",
+    "dppo_tv", "dppo_kl", "cppo",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -238,12 +238,18 @@ def test_stored_tables_are_those_of_the_results():
     ("config", "count"), [(qwen3_4b_v5e, 16), (qwen3_8b_v6e, 16), (qwen3_30b_a3b_v5p, 128)]
 )
 def test_pod_configs_are_those_of_the_paper(config, count):
-    """Their weights, data and tokenizer are elsewhere; 4 minibatches a rollout."""
+    """Their weights, data and tokenizer are elsewhere; 4 minibatches a rollout, SAPO as it is
+    written: Eq. 5-6 with τ of 1 and 1.05, the group's advantages, no KL. See test_paper.
+    """
     c = preflight.stand_in(config.get_config())
     assert c.batch.minibatches == 4
+    assert (c.objective.name, c.advantages, c.reward.kl_coef) == ("sapo", "group", 0)
     sizes = {**c.mesh}
     assert count % (sizes["tensor"] * sizes["expert"]) == 0
     checked = settings.from_config(_on_one(c))
+    objective = checked.hp.objective
+    assert objective.hyperparameters == {"kl_coef": 0.0, "tau_pos": 1.0, "tau_neg": 1.05}
+    assert (objective.ratio, objective.aggregation) == ("token", "seq_mean")
     assert checked.model.vocab_size == 151936
     assert checked.width + checked.max_new_tokens in (4096, 8192)
 

@@ -54,7 +54,7 @@ def stage(rng, updates):
         "tokens": {
             "tokens": 100,
             "abs_log_ratio": {"mean": 0.01, "max": 0.3},
-            "sequences": [tokens.gate_spread(rng.normal(0, 0.3, 5), 1.0) for _ in range(9)],
+            "sequences": tokens.gate_spread(rng.normal(0, 0.3, (9, 5)), np.ones((9, 5), bool), 1.0),
             "gate_edges": edges.tolist(),
             "algorithms": {"sapo": algorithm, "gspo": algorithm},
         },

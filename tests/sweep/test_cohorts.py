@@ -1,5 +1,6 @@
 """Which runs of a sweep share their executables, and what is refused."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -54,6 +55,44 @@ def test_objectives_become_a_switch():
     assert held["sapo.tau_pos"][0] == 1
     assert held["grpo.eps_high"][1] == np.float32(0.3)
     np.testing.assert_array_equal(held["dr_grpo.max_length"], [32] * 4)
+
+
+def test_schedules_share_one_program():
+    """Constant, linear and cosine, of τ and of ε, with other ends: one cohort, each its own."""
+    runs = [
+        {"objective.schedule": "cosine", "objective.end.tau_neg": 3.05},
+        {"objective.name": "grpo", "objective.schedule": "linear", "objective.end.eps_high": 0.4},
+        {"objective.tau_neg": 2.0},
+    ]
+    (cohort,) = cohorts.make(base(iterations=5), runs)
+    at = jax.jit(jax.vmap(lambda hp, i: hp.at(i).objective, (0, None)))
+    both = hyperparameters(cohort.runs)
+    found = [at(both, i).hyperparameters for i in range(5)]
+    share = (1 - np.cos(np.pi * np.arange(5) / 4)) / 2
+    taus, epsilons = ([now[k] for now in found] for k in ("sapo.tau_neg", "grpo.eps_high"))
+    np.testing.assert_allclose(np.array(taus)[:, 0], 1.05 + 2 * share, rtol=1e-6)
+    np.testing.assert_array_equal(np.array(taus)[:, 2], 2.0)
+    np.testing.assert_allclose(np.array(epsilons)[:, 1], 0.2 + 0.05 * np.arange(5), rtol=1e-6)
+    np.testing.assert_array_equal([now["index"] for now in found], [[0, 1, 0]] * 5)
+    shown = [run.scheduled(3) for run in cohort.runs]
+    expected = [{"objective/tau_neg": 2.05}, {"objective/eps_high": 0.3}, {}]
+    assert shown == [pytest.approx(each) for each in expected]
+
+
+def test_an_objective_that_replays_has_programs_of_its_own():
+    """The paper's GRPO-R2; without experts there is nothing to replay, and it is a plain member."""
+    sweep = axis("objective.name", "sapo", "grpo", "grpo_r2")
+    sparse = {"model.preset": "nano_moe", "learner.old_logp": "recompute"}
+    plain, replaying = cohorts.make(base(**sparse), sweep)
+    assert [run.hp.static.routing_replay for run in (plain.lead, replaying.lead)] == ["none", "R2"]
+    assert len(plain.runs) == 2
+    (dense,) = cohorts.make(base(), sweep)
+    held = hyperparameters(dense.runs).objective.hyperparameters
+    np.testing.assert_allclose(held["grpo_r2.eps_high"], 0.27)
+    with pytest.raises(ValueError, match=r"routing_replay='R3': must be 'none' or 'R2': .*grpo_r2"):
+        cohorts.make(base(**sparse, **{"learner.routing_replay": "R3"}), sweep[2:])
+    with pytest.raises(ValueError, match=r"old_logp='sampler': must be 'recompute' with .*R2"):
+        cohorts.make(base(**{"model.preset": "nano_moe"}), sweep[2:])
 
 
 def test_a_kl_penalty_separates():

@@ -14,7 +14,8 @@ CHECKED = {
     "": "test_train", "source=rollout": "test_train", "eval.every": "test_train",
     "checkpoint.every": "test_train", "batch.oversample": "test_train",
     "objective.kl_coef or reward.kl_coef": "test_train",
-    "correction.name": "test_train", "tasks": "test_build", "an evaluation, tasks": "test_build",
+    "correction.name": "test_train", "objective.schedule": "test_train",
+    "tasks": "test_build", "an evaluation, tasks": "test_build",
     "a model with experts": "test_routing", "a model with experts, source=rollout": "test_routing",
     "learner.router_aux_coef": "test_routing", "an evaluation": "test_export",
     "sapo_jax.evaluate": "test_export", "reward.function": "test_own",
@@ -27,7 +28,7 @@ def check(found, *conditions, tasks=("",), samples=4):
     """The keys of records, or of one, are those of the table that have one of the conditions."""
     records = [found] if isinstance(found, dict) else found
     expected = {
-        key.replace("<task>", task).replace("<k>", str(k))
+        key.replace("<task>", task).replace("<k>", str(k)).replace("<name>", "tau_neg")
         for key, metric in METRICS.items()
         if metric.when in conditions
         for task in tasks

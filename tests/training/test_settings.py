@@ -23,6 +23,7 @@ def changed(fields):
 
 HALF = {"name": "countdown", "share": 0.5}
 TIS = {"correction.name": "token_tis", "learner.old_logp": "recompute"}
+LINEAR = {"objective.schedule": "linear"}
 ROUNDED = {"reward.kl_coef": 0.1, "init_from": "somewhere"}
 WRONG = [
     ({"objective.name": "sap"}, "'sap'", "nearest is 'sapo'"),
@@ -57,6 +58,21 @@ WRONG = [
     ({"objective.aggregation": "mean"}, "'mean'", "token_mean"),
     ({"objective.kl": "k9"}, "'k9'", "k1, k2, k3"),
     ({"objective.kl_coef": 0.1}, "kl_coef=0.1", "init_from"),
+    ({"objective.schedule": "linear"}, "schedule='linear'", "'constant' without .*objective.end"),
+    ({"objective.schedule": "step"}, "'step'", "constant, linear, cosine"),
+    ({"objective.end.tau_neg": 2.0}, "end={'tau_neg': 2.0}", "empty with .*'constant'"),
+    (LINEAR | {"objective.end.tau_nge": 2.0}, "'tau_nge'", "objective.end: .*nearest is 'tau_neg'"),
+    (LINEAR | {"objective.end.eps_low": 0.1}, "'eps_low'", "objective.end: .*tau_pos, tau_neg"),
+    (LINEAR | {"objective.end.tau_neg": -2.0}, "tau_neg=-2.0", "objective.end: .*> 0"),
+    (LINEAR | {"objective.end.tau_neg": None}, "end.tau_neg=None", "a number"),
+    (LINEAR | {"objective.end.tau_neg": True}, "end.tau_neg=True", "a number"),
+    (LINEAR | {"objective.end.tau_neg": math.inf}, "end.tau_neg=inf", "finite"),
+    (LINEAR | {"objective.end.kl_coef": 0.1}, "end.kl_coef=0.1", "init_from"),
+    (
+        LINEAR | {"objective.name": "grpo", "objective.end.dual_clip": 3.0},
+        "end.dual_clip=3.0",
+        "starts from inf",
+    ),
     ({"reward.kl_coef": 0.1}, "reward.kl_coef=0.1", "init_from"),
     ({"reward.kl_coef": -0.1}, "reward.kl_coef=-0.1", "at least 0"),
     ({"reward.kl": "k9"}, "reward.kl='k9'", "k1, k2, k3"),
