@@ -142,6 +142,11 @@ def get_config() -> ConfigDict:
     c.eval.temperature = 1.0  # 0: greedy
     c.eval.top_k = config_dict.placeholder(int)  # keep the k likeliest tokens; None: all
     c.eval.top_p = config_dict.placeholder(float)  # keep the least set of this probability
+    c.eval.best = "mean"  # which of evals the best checkpoint goes by, and eval/pass_at_1 is
+    # Several sets by name, each with any of these fields; what one lacks is that of c.eval, and a
+    # set without a task is of the run's own: {"aime25": {"task": {"name": …, "options": …},
+    # "prompts": 30, "samples": 16, "temperature": 1.0}, "hmmt25": …}
+    c.evals = ConfigDict(type_safe=False)  # in the place of the one set of eval
 
     # Population: how the runs of a sweep share the hardware, see sapo_jax.sweep.population.
     c.population = ConfigDict()

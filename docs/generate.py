@@ -37,7 +37,7 @@ Written by `python -m docs.generate` from `sapo_jax/training/metrics.py`; `sapo-
 prints the same. A run writes a record an iteration: a line of JSON in `metrics/part-*.jsonl`, and
 its numbers and histograms to TensorBoard. The last column names the field of the config that must
 be set, or what else it takes; without it the key is not there. `<task>` is a name in
-`config.tasks`, `<k>` a number.
+`config.tasks`, `<name>` one in `config.evals`, `<k>` a number.
 
 Numerators and denominators are added up over micro-batches, devices and minibatches and divided
 once; `minibatch` has the numbers of each update. A number that is not finite is `null`, and so

@@ -25,7 +25,10 @@ CONFIGS = next(
 )
 
 # The fields in these sections are those of what config.objective.name, config.task.name, … name.
-OPEN = re.compile(r"(objective|(?:task|tasks\.[^.]+)\.options|tokenizer\.template_options)\.(\w+)")
+OPEN = re.compile(
+    r"(objective|evals\.[^.]+|(?:task|tasks\.[^.]+|evals\.[^.]+\.task)\.options|"
+    r"tokenizer\.template_options)\.(\w+)"
+)
 
 
 def shipped_configs() -> dict[str, pathlib.Path]:

@@ -24,11 +24,17 @@ class Metric(NamedTuple):
     when: str = ""
 
 
-_PASS = ("unbiased Pass@k of held-out prompts, for k = 1 and all samples", "share", "rises")
+_PASS = (
+    "unbiased Pass@k of held-out prompts, for k = 1 and all samples; with evals, for k = 1, the "
+    "mean of theirs, or that of the one that eval.best names",
+    "share",
+    "rises",
+)
 _LOW = ("lower end of its 95% bootstrap interval over prompts", "share")
 _HIGH = ("upper end of that interval", "share")
 
-# By what writes them. <task> stands for a name in config.tasks, <k> for a number.
+# By what writes them. <task> stands for a name in config.tasks, <name> for one in config.evals,
+# <k> for a number.
 _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
     "": {
         "iteration": ("number of rollouts; 0 is the evaluation before the first",),
@@ -151,6 +157,12 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "eval/<task>/pass_at_<k>": ("the same for one task of a mixture", "share", "rises"),
         "eval/<task>/pass_at_<k>_low": _LOW,
         "eval/<task>/pass_at_<k>_high": _HIGH,
+    },
+    "an evaluation, evals": {
+        "eval/<name>/pass_at_<k>": ("Pass@k of one of several evaluations", "share", "rises"),
+        "eval/<name>/pass_at_<k>_low": _LOW,
+        "eval/<name>/pass_at_<k>_high": _HIGH,
+        "eval/<name>/length_mean": ("mean length of its completions", "tokens"),
     },
     "tasks": {"reward/<task>": ("mean reward of one task of a mixture", "", "rises")},
     "eval.every": {"time/eval": ("evaluation", "s")},

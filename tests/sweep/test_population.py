@@ -383,9 +383,10 @@ def test_a_switch_gives_each_run_its_own_objective(rng):
 def test_a_population_by_vmap_goes_on_where_it_stopped(tmp_path):
     """A cohort of two objectives, whole and in two parts: bit for bit, and nothing compiles late.
 
-    Both runs learn, each by its own objective and in its own directory.
+    Both runs learn, each by its own objective and in its own directory, and have two evaluations.
     """
     fields = {"population.method": "vmap", "model.num_hidden_layers": 1, "checkpoint.every": 1}
+    fields["evals"] = {"own": {}, "few": {"prompts": 4, "samples": 2}}
     times = {"eval.every": 1, "batch.minibatches": 1, "sampler.max_new_tokens": 24}
     runs = axes.product(axes.axis("objective.name", "sapo", "grpo"), axes.axis("seed", 3))
     late, warm_up = fakes.Compilations(), startup.warm_up
@@ -418,6 +419,7 @@ def test_a_population_by_vmap_goes_on_where_it_stopped(tmp_path):
     sapo, grpo = (records(tmp_path / "whole" / name)[1] for name in cohort.names)
     assert sapo["reward/mean"] == grpo["reward/mean"]
     assert sapo["policy/loss"] != grpo["policy/loss"]
+    assert {"eval/pass_at_1", "eval/own/pass_at_1", "eval/few/pass_at_1"} <= set(sapo)
 
 
 @pytest.mark.slow
