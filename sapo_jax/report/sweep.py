@@ -56,6 +56,17 @@ def _finals(found: Found) -> list[list[str]]:
     return rows
 
 
+def _evaluations(found: Found) -> tuple[list[str], list[list[str]]]:
+    """The names of evaluations, and what each setting reached in each."""
+    names = list(found["settings"][0].get("evaluations", ()))
+    rows = [
+        [plots.label(found, entry["setting"])]
+        + [_with_interval(entry["evaluations"][name]) for name in names]
+        for entry in found["settings"] if names
+    ]  # fmt: skip
+    return ["setting", *names], rows
+
+
 def _collapsed(found: Found) -> list[list[str]]:
     rows = []
     for entry in found["settings"]:
@@ -120,6 +131,7 @@ def write(workdir: epath.PathLike) -> epath.Path:
         starts=found.get("provenance", []),
         plots=page.plots(plots.PLOTS, found),
         finals=_finals(found),
+        evaluations=_evaluations(found),
         collapsed=_collapsed(found),
         runs=_runs(found, workdir),
     )

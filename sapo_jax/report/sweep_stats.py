@@ -8,6 +8,7 @@ noise, so that settings are compared seed by seed.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -72,6 +73,20 @@ def curve(runs: Sequence[Run], key: str) -> dict[str, list]:
     common = sorted(set.intersection(*(set(s) for s in each))) if each else []
     means = [mean_of([s[i] for s in each]) for i in common]
     return {"iteration": common} | {k: [m[k] for m in means] for k in ("mean", "low", "high")}
+
+
+def evaluations(runs: Sequence[Run]) -> list[str]:
+    """The names of evaluations, and of tasks, that all runs have a Pass@1 of."""
+    each = [
+        dict.fromkeys(
+            match[1]
+            for record in run.records
+            for key in record
+            if (match := re.fullmatch(r"eval/(.+)/pass_at_1", key))
+        )
+        for run in runs
+    ]
+    return [name for name in each[0] if all(name in own for own in each)] if each else []
 
 
 def final(records: Records, key: str = "eval/pass_at_1") -> float | None:
@@ -173,7 +188,8 @@ def collapses(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
 
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
     """Everything that the report shows, as JSON holds it; the first setting is the reference."""
-    groups = group(runs)
+    groups, names = group(runs), evaluations(runs)
+    keys = {name: f"eval/{name}/pass_at_1" for name in names}
     settings: list[dict[str, Any]] = []
     for key, members in groups.items():
         ends = [final(run.records) for run in members]
@@ -192,7 +208,15 @@ def summarise(runs: Sequence[Run]) -> dict[str, Any]:
             "pass_at_1": mean_of([end for end in ends if end is not None]),
             "difference": None,
             "collapse": collapses(members),
-            "curves": {k: curve(members, k) for k in CURVES if series(members[0].records, k)},
+            "curves": {
+                key: curve(members, key)
+                for key in (*CURVES, *keys.values())
+                if series(members[0].records, key)
+            },
+            "evaluations": {
+                name: mean_of([x for run in members if (x := final(run.records, key)) is not None])
+                for name, key in keys.items()
+            },
         })  # fmt: skip
     first, *others = settings
     for entry in others:
