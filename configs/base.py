@@ -148,6 +148,15 @@ def get_config() -> ConfigDict:
     # "prompts": 30, "samples": 16, "temperature": 1.0}, "hmmt25": …}
     c.evals = ConfigDict(type_safe=False)  # in the place of the one set of eval
 
+    # Collapse: since when a run has lost what it had learnt, see sapo_jax.training.collapse. A run
+    # that is down by the rule has the iteration in run/collapsed_at, and 0 once it recovers.
+    c.collapse = ConfigDict()
+    c.collapse.rule = "reward"  # reward, entropy, either
+    c.collapse.window = 10  # iterations of the running means that are compared
+    c.collapse.reward = 0.5  # down below this share of the best accuracy so far
+    c.collapse.least = 0.05  # a lower best accuracy is nothing to lose
+    c.collapse.entropy = 0.1  # down below this share of the first entropy
+
     # Population: how the runs of a sweep share the hardware, see sapo_jax.sweep.population.
     c.population = ConfigDict()
     c.population.method = "auto"  # map (in turn), vmap (all at once), devices (split over them)

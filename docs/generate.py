@@ -76,7 +76,8 @@ wrong answers are tried with the reference and the answer exchanged, too.
 |---|---|---|---|---|
 """
 METRICS_GROUPS = {
-    "": "The record", "reward": "Rewards", "eval": "Evaluation", "length": "Lengths",
+    "": "The record", "run": "Collapse", "reward": "Rewards", "eval": "Evaluation",
+    "length": "Lengths",
     "policy": "Policy and gate", "grad": "Gradient", "advantage": "Advantages",
     "sampler": "Sampler and learner", "correction": "Sampler corrections", "router": "Routers",
     "histogram": "Histograms", "data": "Data", "time": "Time",

@@ -169,6 +169,32 @@ def _draw_collapse(figure: FigureBase, found: Found) -> None:
     style.legend(ax)
 
 
+def lives(found: Found) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Settings with their survival; none where `lifelines` was not there."""
+    groups = (found.get("survival") or {"groups": {}})["groups"]
+    return list(zip(found["settings"], groups.values(), strict=False))
+
+
+def _draw_survival(figure: FigureBase, found: Found) -> None:
+    """Steps, with a tick where a run was last seen; nothing where no run collapsed."""
+    each = lives(found)
+    if all(own["share"][-1] == 1 for _, own in each):
+        return
+    ax = figure.subplots()
+    for (entry, own), (_, colour) in zip(each, _coloured(found), strict=True):
+        x, share, low, high = (np.array(own[k]) for k in ("iteration", "share", "low", "high"))
+        look = {"color": colour, "label": label(found, entry["setting"])}
+        ax.step(x, 100 * share, where="post", linewidth=1.8, **look)
+        if len(each) <= 4:
+            fill = {"step": "post", "color": colour, "alpha": 0.12, "linewidth": 0}
+            ax.fill_between(x, 100 * low, 100 * high, **fill)
+        left = np.unique(own["left"])
+        at = share[np.searchsorted(x, left, "right") - 1]
+        ax.plot(left, 100 * at, "|", color=colour, markersize=7)
+    ax.set(xlabel="iteration", ylabel="runs not collapsed (%)", ylim=(-2, 104))
+    ax.legend(fontsize=7.5, loc="lower left")
+
+
 PLOTS = {
     "pass": _curves("Pass@1 on held-out problems", "eval/pass_at_1", "Pass@1 (%)", scale=100),
     "reward": _curves("Reward of the sampled completions", "reward/mean", "mean reward"),
@@ -178,5 +204,6 @@ PLOTS = {
     "differences": Panel("Difference to the first setting, seed by seed", _draw_differences),
     "evaluations": Panel("Pass@1 of each evaluation", _draw_evaluations, wide=True),
     "heat": Panel("Final Pass@1 over the two axes of the sweep", _draw_heat, wide=True),
+    "survival": Panel("Runs that have not collapsed (Kaplan–Meier)", _draw_survival),
     "collapse": Panel("Share of runs that collapsed", _draw_collapse),
 }

@@ -85,6 +85,14 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "time/tokens_per_second": ("completion tokens ÷ time/iteration", "tokens/s"),
     },
     "source=rollout": {
+        "run/collapsed_at": (
+            "iteration since which the run is down by collapse.rule, without a break: the mean "
+            "accuracy of collapse.window iterations below collapse.reward times its best so far "
+            "(that is collapse.least or more), or the mean entropy below collapse.entropy times "
+            "its first; 0: it is not",
+            "iteration",
+            "0",
+        ),
         "reward/mean": ("mean reward of the completions", "", "rises"),
         "reward/std": ("standard deviation of the rewards", "", "not 0"),
         "reward/accuracy": ("mean verdict of the task", "0 to 1", "rises"),

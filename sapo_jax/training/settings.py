@@ -21,7 +21,7 @@ from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import PARTS, Recipe
 from sapo_jax.tasks.base import Example, Task
-from sapo_jax.training import build, evals
+from sapo_jax.training import build, collapse, evals
 from sapo_jax.training.checks import LARGEST, check_fields, check_sizes, choice, require
 from sapo_jax.training.workdir import read_config
 
@@ -146,7 +146,7 @@ def _check_numbers(c: Any) -> None:
     _bounded(
         c, 1, "iterations", "batch.prompts", "batch.group_size", "batch.minibatches",
         "batch.micro_batches", "batch.oversample", "checkpoint.every", "learner.max_skipped",
-        "log.samples_every", "reward.workers",
+        "log.samples_every", "reward.workers", "collapse.window",
     )  # fmt: skip
     _bounded(
         c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "eval.every",
@@ -158,6 +158,9 @@ def _check_numbers(c: Any) -> None:
     for field in ("sampler.temperature", "learner.max_grad_norm", "learner.eps"):
         value = operator.attrgetter(field)(c)
         require(value > 0, field, value, "greater than 0")
+    for field in ("collapse.reward", "collapse.entropy", "collapse.least"):
+        value = operator.attrgetter(field)(c)
+        require(0 <= value <= 1, field, value, "in [0, 1]")
     for field in ("learner.b1", "learner.b2"):
         value = operator.attrgetter(field)(c)
         require(0 <= np.float32(value) < 1, field, value, "in [0, 1), in float32 too")
@@ -268,6 +271,7 @@ def from_config(
     choice("source", c.source, SOURCES)
     choice("advantages", c.advantages, tuple(advantages.ESTIMATORS))
     choice("population.method", c.population.method, POPULATION_METHODS)
+    choice("collapse.rule", c.collapse.rule, collapse.RULES)
     _check_numbers(c)
     _check_batch(c)
     if learns:

@@ -13,7 +13,7 @@ from tests import fakes, tiny_config
 def changed(fields):
     config = tiny_config.get_config()
     with config.unlocked():
-        for name in ("task", "tasks"):
+        for name in ("task", "tasks", "evals"):
             if name in fields:
                 config[name] = ConfigDict(fields[name])
         flat = {k: v for k, v in fields.items() if not isinstance(v, dict)}
@@ -163,6 +163,9 @@ WRONG = [
     ({"evals": {"a": {"task": {"name": "chain_sum", "share": 1}}}}, "evals.a.task=", "of name"),
     ({"evals": {"a": {}}, "eval.best": "b"}, "eval.best='b'", "one of mean, a; the nearest is"),
     ({"eval.best": "aime25"}, "eval.best='aime25'", "one of mean; "),
+    ({"collapse.rule": "rewards"}, "collapse.rule='rewards'", "reward, entropy, either; the near"),
+    ({"collapse.window": 0}, "collapse.window=0", "at least 1"),
+    ({"collapse.reward": 1.5}, "collapse.reward=1.5", r"in \[0, 1\]"),
     ({"checkpoint.every": 0}, "checkpoint.every=0", "at least 1"),
     ({"reward.buffer": -1}, "reward.buffer=-1", "at least 0"),
     # What would be made, counted or waited for before anything else refuses it.
