@@ -170,6 +170,7 @@ def get_config() -> ConfigDict:
     c.checkpoint.minutes = 30.0  # between checkpoints at most, iterations being finished; 0: any
 
     c.log = ConfigDict()
+    c.log.trackers = ("tensorboard",)  # and "wandb", where they are installed; () for none
     c.log.samples_every = 10  # iterations between written samples
     c.log.samples = 32  # rows
 

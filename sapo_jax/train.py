@@ -23,6 +23,7 @@ from sapo_jax.training.lease import Lease
 from sapo_jax.training.progress import Clock, Progress, Skips, mean_of
 from sapo_jax.training.settings import Settings
 from sapo_jax.training.stopping import Finished, Interrupted, Stop
+from sapo_jax.training.tracker import listed
 from sapo_jax.training.workdir import (
     Metrics,
     check_config,
@@ -192,15 +193,15 @@ def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], list[Skips]
     if done >= total:
         return bundles, skips
     with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(Metrics(p, first_iteration=done or -1)) for p in edge.places]
+        options = {"first_iteration": done or -1, "trackers": listed(c.log.trackers)}
+        logs = [stack.enter_context(Metrics(place, **options)) for place in edge.places]
         for place in edge.places:
             provenance.write(place)
         clock = Clock(edge.watchdog.beat, stop.pause)
         startup.warm_up(bundles, edge.scorer, edge.note, edge.alone)
         if done == 0 and c.eval.every:
-            zero = {"iteration": 0, "update": 0}
-            zeros = [zero | found for found in _evaluate(bundles, edge)]
-            _write(edge, logs, skips, collapses, zeros)
+            before = [{"iteration": 0, "update": 0} | found for found in _evaluate(bundles, edge)]
+            _write(edge, logs, skips, collapses, before)
         clock.add("startup", time.perf_counter() - begun)
         for iteration in range(done + 1, total + 1):
             clock.iteration, last = iteration, iteration == total

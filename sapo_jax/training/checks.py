@@ -25,6 +25,7 @@ TYPES = {
     int: (int, "a whole number"),
     float: ((int, float), "a number"),
     str: (str, "text"),
+    tuple: (list, "a list of texts"),
     ConfigDict: (dict, "a section, or a dictionary"),
 }
 
@@ -95,6 +96,7 @@ def check_fields(plain: Mapping[str, Any]) -> None:
             continue
         kinds, text = TYPES[kind]
         proper = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+        proper = proper and (kind is not tuple or all(isinstance(x, str) for x in value))
         require(proper, field, value, text)
 
 

@@ -21,7 +21,7 @@ from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import PARTS, Recipe
 from sapo_jax.tasks.base import Example, Task
-from sapo_jax.training import build, collapse, evals
+from sapo_jax.training import build, collapse, evals, tracker
 from sapo_jax.training.checks import LARGEST, check_fields, check_sizes, choice, require
 from sapo_jax.training.workdir import read_config
 
@@ -29,8 +29,8 @@ SOURCES = ("rollout", "demonstrations")
 POPULATION_METHODS = ("auto", "map", "vmap", "devices")
 MAY_DIFFER = {
     "iterations", "profile_steps", "compilation_cache", "checkpoint.every", "checkpoint.minutes",
-    "log.samples", "log.samples_every", "data.workers", "reward.workers", "distributed.timeout",
-    "learner.max_skipped",
+    "log.samples", "log.samples_every", "log.trackers", "data.workers", "reward.workers",
+    "distributed.timeout", "learner.max_skipped",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",  # but for the last bits
     "sampler.mesh.data", "sampler.mesh.tensor", "sampler.mesh.expert",
 }  # fmt: skip
@@ -271,6 +271,8 @@ def from_config(
     choice("source", c.source, SOURCES)
     choice("advantages", c.advantages, tuple(advantages.ESTIMATORS))
     choice("population.method", c.population.method, POPULATION_METHODS)
+    for name in tracker.listed(c.log.trackers):
+        choice("log.trackers", name, tuple(tracker.TRACKERS))
     choice("collapse.rule", c.collapse.rule, collapse.RULES)
     _check_numbers(c)
     _check_batch(c)

@@ -164,6 +164,7 @@ WRONG = [
     ({"evals": {"a": {}}, "eval.best": "b"}, "eval.best='b'", "one of mean, a; the nearest is"),
     ({"eval.best": "aime25"}, "eval.best='aime25'", "one of mean; "),
     ({"collapse.rule": "rewards"}, "collapse.rule='rewards'", "reward, entropy, either; the near"),
+    ({"log.trackers": ("tensorbord",)}, "trackers='tensorbord'", "tensorboard, wandb; the nearest"),
     ({"collapse.window": 0}, "collapse.window=0", "at least 1"),
     ({"collapse.reward": 1.5}, "collapse.reward=1.5", r"in \[0, 1\]"),
     ({"checkpoint.every": 0}, "checkpoint.every=0", "at least 1"),
