@@ -84,6 +84,7 @@ def get_config() -> ConfigDict:
     c.reward.format = 0.0  # weight of <think>…</think>, then an answer
     c.reward.overlong = 0.0  # of a soft penalty in the last `buffer` tokens before `max_length`
     c.reward.repetition = 0.0  # of a penalty on repeated n-grams
+    c.reward.language = 0.0  # of a penalty on letters of other writing systems than the prompt's
     c.reward.think = False  # judge only what follows </think>
     c.reward.opened = False  # prompts end with <think>
     c.reward.max_length = 0  # 0: the room for a completion

@@ -125,6 +125,13 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
     "reward.repetition": {
         "reward/repetition": ("minus the mean share of repeated n-grams", "−1 to 0", "near 0")
     },
+    "reward.language": {
+        "reward/language": (
+            "minus the mean share of letters in other writing systems than the prompt's",
+            "−1 to 0",
+            "0",
+        )
+    },
     "objective.kl_coef or reward.kl_coef": {
         "policy/kl_ref": ("mean KL(π_θ‖π_ref) of a token", "nats", "rises slowly"),
         "reward/kl": ("mean over completions of Σ KL(π_old‖π_ref)", "nats", "rises slowly"),
