@@ -144,10 +144,11 @@ def get_config() -> ConfigDict:
     c.eval.top_k = config_dict.placeholder(int)  # keep the k likeliest tokens; None: all
     c.eval.top_p = config_dict.placeholder(float)  # keep the least set of this probability
     c.eval.best = "mean"  # which of evals the best checkpoint goes by, and eval/pass_at_1 is
-    # Several sets by name, each with any of these fields; what one lacks is that of c.eval, and a
-    # set without a task is of the run's own: {"aime25": {"task": {"name": …, "options": …},
-    # "prompts": 30, "samples": 16, "temperature": 1.0}, "hmmt25": …}
-    c.evals = ConfigDict(type_safe=False)  # in the place of the one set of eval
+    # Each with any of task, prompts, samples, temperature, top_k, top_p; what one lacks is that of
+    # c.eval, and one without a task is of the run's own.
+    c.evals = ConfigDict(
+        type_safe=False
+    )  # sets by name: {"a": {"task": {"name": …}, "samples": …}}
 
     # Collapse: since when a run has lost what it had learnt, see sapo_jax.training.collapse. A run
     # that is down by the rule has the iteration in run/collapsed_at, and 0 once it recovers.

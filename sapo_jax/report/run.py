@@ -104,7 +104,7 @@ def _evaluations(records: Records) -> list[list[str]]:
 
 
 def _warning(records: Records) -> str:
-    """Metrics that were not finite or not measured, and since when."""
+    """A collapse, metrics that were not finite or not measured, and since when."""
     first: dict[str, int] = {}
     for record in records:
         for key in (k for k, v in record.items() if v is None):
@@ -112,6 +112,8 @@ def _warning(records: Records) -> str:
     where = ", ".join(f"{key} (first in iteration {first[key]})" for key in sorted(first))
     lost = gaps(records, 1, records[-1]["iteration"]) if records else ""
     notes = [f"Not finite or not measured, and left out of the plots: {where}."] if where else []
+    if records and (since := records[-1].get("run/collapsed_at")):
+        notes.append(f"Collapsed at iteration {since}, by the rule of config.collapse.")
     return " ".join(notes + ([f"No records of the iterations {lost}."] if lost else []))
 
 

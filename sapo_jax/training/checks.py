@@ -25,7 +25,7 @@ TYPES = {
     int: (int, "a whole number"),
     float: ((int, float), "a number"),
     str: (str, "text"),
-    tuple: (list, "a list of texts"),
+    tuple: ((list, tuple), "a list of texts"),
     ConfigDict: (dict, "a section, or a dictionary"),
 }
 

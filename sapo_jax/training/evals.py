@@ -119,7 +119,8 @@ def _check_entry(name: str, entry: Any) -> None:
 def _check_numbers(field: str, numbers: Mapping[str, Any]) -> None:
     for key in ("prompts", "samples"):
         value = numbers[key]
-        require(type(value) is int and value >= 1, f"{field}.{key}", value, "at least 1")
+        whole = type(value) is int and value >= 1
+        require(whole, f"{field}.{key}", value, "a whole number, at least 1")
     temperature, top_k, top_p = (numbers[key] for key in ("temperature", "top_k", "top_p"))
     warm = type(temperature) in (int, float) and 0 <= temperature < math.inf
     require(warm, f"{field}.temperature", temperature, "a number, at least 0")

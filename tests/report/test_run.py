@@ -384,6 +384,7 @@ def test_nulls_are_left_out_and_told(tmp_path):
     records = make_run(tmp_path / "run", iterations=12)
     for record in records[6:]:
         record |= {"policy/loss": None, "grad/norm": None, "eval/pass_at_1_low": None}
+        record["run/collapsed_at"] = 7
         record["histogram/gate_pos"] = None
         record["minibatch"] = [{"policy/ratio_max": None, "policy/ratio_min": None}, {}]
     for record in records:
@@ -397,6 +398,7 @@ def test_nulls_are_left_out_and_told(tmp_path):
     assert not re.search(r"\b(nan|inf)\b", html, re.IGNORECASE)
     head = " ".join(Page(html[html.index("<header>") : html.index("<nav>")]).words)
     assert "policy/loss (first in iteration 7)" in head
+    assert "Collapsed at iteration 7, by the rule" in head
     assert "policy/kl_old (first in iteration 1)" in head
 
 
