@@ -184,7 +184,10 @@ def shaped(
 
 
 def alike(evals: Evals) -> list[list[str]]:
-    """The names of evaluations in groups that are sampled together, as one set of prompts."""
+    """The names of evaluations in groups that are sampled together, as one set of prompts.
+
+    A prompt that two of a group share has samples of its own in each.
+    """
     groups: dict[tuple, list[str]] = {}
     for name, one in evals.items():
         key = (one.samples, one.temperature, one.top_k, one.top_p)
