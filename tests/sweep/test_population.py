@@ -570,12 +570,20 @@ def test_the_bar_moves_while_the_runs_of_a_map_train(together):
         assert f"{doing} run 2 of {len(cohort.runs)}" in bar.notes
 
 
-def test_jobs_share_a_sweep(swept, tmp_path):
+def test_jobs_share_a_sweep(swept, tmp_path, monkeypatch):
     """Each job does its cohorts; the sweep is complete when both have ended."""
     whole, parts, _ = swept
     assert not schedule.run(parts, tmp_path, job=(1, 2))
     assert not (tmp_path / "cohort-000").exists()
+    trained = []
+
+    def taken(cohort, place, bar):  # what it would train once more
+        trained.append((cohort, place.name))
+        shutil.copytree(whole / place.name, place)
+
+    monkeypatch.setattr(schedule, "run_cohort", taken)
     assert schedule.run(parts, tmp_path, job=(0, 2))
+    assert trained == [(parts[0], "cohort-000")]
     for run in json.loads((tmp_path / "manifest.json").read_text())["runs"]:
         assert records(tmp_path / run["directory"]) == records(whole / run["directory"])
 
