@@ -89,7 +89,8 @@ def make(c: Any, made: Mapping[str, Task], shares: Mapping[str, float]) -> dict[
     found, offset = {}, len(made)
     for name, entry in c.evals.items() or [("", {})]:
         field = f"evals.{name}" if name else "eval"
-        _check_entry(name, entry)
+        if c.evals:
+            _check_entry(name, entry)
         numbers = {key: entry.get(key, getattr(c.eval, key)) for key in FIELDS[1:]}
         _check_numbers(field, numbers)
         task, own = entry.get("task"), {"tasks": made, "shares": shares, "offset": 0}
@@ -106,8 +107,9 @@ def make(c: Any, made: Mapping[str, Task], shares: Mapping[str, float]) -> dict[
 
 
 def _check_entry(name: str, entry: Any) -> None:
-    letters = "names of letters, digits, _ and -, but not 'mean'"
-    require(bool(re.fullmatch(r"[\w-]*", name)) and name != MEAN, "evals", name, letters)
+    letters = "named by letters, digits, _ and -, and not 'mean'"
+    named = re.fullmatch(r"[\w-]+", name) and name != MEAN
+    require(bool(named), f"evals.{name}", entry, letters)
     require(isinstance(entry, dict), f"evals.{name}", entry, f"a dictionary of {', '.join(FIELDS)}")
     for key, value in entry.items():
         only = f"one of {', '.join(FIELDS)}; the nearest is {nearest(key, FIELDS)!r}"

@@ -271,8 +271,9 @@ def from_config(
     choice("source", c.source, SOURCES)
     choice("advantages", c.advantages, tuple(advantages.ESTIMATORS))
     choice("population.method", c.population.method, POPULATION_METHODS)
-    for name in tracker.listed(c.log.trackers):
-        choice("log.trackers", name, tuple(tracker.TRACKERS))
+    some = f"some of {', '.join(tracker.TRACKERS)}, or none"
+    known = set(tracker.listed(c.log.trackers)) <= set(tracker.TRACKERS)
+    require(known, "log.trackers", c.log.trackers, some)
     choice("collapse.rule", c.collapse.rule, collapse.RULES)
     _check_numbers(c)
     _check_batch(c)
