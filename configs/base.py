@@ -86,6 +86,7 @@ def get_config() -> ConfigDict:
     c.reward.format = 0.0  # weight of <think>…</think>, then an answer
     c.reward.overlong = 0.0  # of a soft penalty in the last `buffer` tokens before `max_length`
     c.reward.repetition = 0.0  # of a penalty on repeated n-grams
+    c.reward.language = 0.0  # of a penalty on letters of other writing systems than the prompt's
     c.reward.think = False  # judge only what follows </think>
     c.reward.opened = False  # prompts end with <think>
     c.reward.max_length = 0  # 0: the room for a completion
@@ -144,6 +145,21 @@ def get_config() -> ConfigDict:
     c.eval.temperature = 1.0  # 0: greedy
     c.eval.top_k = config_dict.placeholder(int)  # keep the k likeliest tokens; None: all
     c.eval.top_p = config_dict.placeholder(float)  # keep the least set of this probability
+    c.eval.best = "mean"  # which of evals the best checkpoint goes by, and eval/pass_at_1 is
+    # Each with any of task, prompts, samples, temperature, top_k, top_p; what one lacks is that of
+    # c.eval, and one without a task is of the run's own.
+    c.evals = ConfigDict(
+        type_safe=False
+    )  # sets by name: {"a": {"task": {"name": …}, "samples": …}}
+
+    # Collapse: since when a run has lost what it had learnt, see sapo_jax.training.collapse. A run
+    # that is down by the rule has the iteration in run/collapsed_at, and 0 once it recovers.
+    c.collapse = ConfigDict()
+    c.collapse.rule = "reward"  # reward, entropy, either
+    c.collapse.window = 10  # iterations of the running means that are compared
+    c.collapse.reward = 0.5  # down below this share of the best accuracy so far
+    c.collapse.least = 0.05  # a lower best accuracy is nothing to lose
+    c.collapse.entropy = 0.1  # down below this share of the first entropy
 
     # Population: how the runs of a sweep share the hardware, see sapo_jax.sweep.population.
     c.population = ConfigDict()
@@ -158,6 +174,7 @@ def get_config() -> ConfigDict:
     c.checkpoint.minutes = 30.0  # between checkpoints at most, iterations being finished; 0: any
 
     c.log = ConfigDict()
+    c.log.trackers = ("tensorboard",)  # and "wandb", where they are installed; () for none
     c.log.samples_every = 10  # iterations between written samples
     c.log.samples = 32  # rows
 

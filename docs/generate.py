@@ -38,7 +38,7 @@ Written by `python -m docs.generate` from `sapo_jax/training/metrics.py`; `sapo-
 prints the same. A run writes a record an iteration: a line of JSON in `metrics/part-*.jsonl`, and
 its numbers and histograms to TensorBoard. The last column names the field of the config that must
 be set, or what else it takes; without it the key is not there. `<task>` is a name in
-`config.tasks`, `<k>` a number, `<name>` a hyperparameter.
+`config.tasks`, `<name>` one in `config.evals`, `<k>` a number, `<field>` a hyperparameter.
 
 Numerators and denominators are added up over micro-batches, devices and minibatches and divided
 once; `minibatch` has the numbers of each update. A number that is not finite is `null`, and so
@@ -83,8 +83,8 @@ wrong answers are tried with the reference and the answer exchanged, too.
 |---|---|---|---|---|
 """
 METRICS_GROUPS = {
-    "": "The record", "reward": "Rewards", "eval": "Evaluation", "length": "Lengths",
-    "policy": "Policy and gate", "ratio": "Ratios and sequences",
+    "": "The record", "run": "Collapse", "reward": "Rewards", "eval": "Evaluation",
+    "length": "Lengths", "policy": "Policy and gate", "ratio": "Ratios and sequences",
     "coefficient": "Coefficients by quadrant", "objective": "Objective", "grad": "Gradient",
     "advantage": "Advantages",
     "sampler": "Sampler and learner", "correction": "Sampler corrections", "router": "Routers",

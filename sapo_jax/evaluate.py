@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -27,6 +29,7 @@ FLAGS.string("hf", "", "Hugging Face directory of the policy.")
 FLAGS.string("workdir", "", "Run directory of the policy, in place of --hf.")
 FLAGS.enum("which", "latest", ["latest", "best"], "Checkpoint of the run.")
 FLAGS.strings("task", [], "NAME,option=value,… of a set; NAME may be my.py:MyTask.")
+FLAGS.strings("eval", [], "NAME in config.evals of the run; without it, all of them.")
 FLAGS.string("reward", "", "my.py:name, a reward function whose mean is reported, too.")
 FLAGS.integer("prompts", 512, "At most this many prompts of the test split.", 1)
 FLAGS.integer("samples", 16, "Completions per prompt.", 1)
@@ -91,6 +94,13 @@ def _options(pairs: list[str], flag: str) -> dict[str, Any]:
     return options
 
 
+class Held(NamedTuple):
+    """A set, and how it is sampled where the command line does not say it."""
+
+    task: Task
+    numbers: Mapping[str, Any] = MappingProxyType({})
+
+
 class Policy(NamedTuple):
     """What is evaluated, and on what."""
 
@@ -98,23 +108,42 @@ class Policy(NamedTuple):
     params: Any
     tokenizer: Tokenizer
     recipe: rewards.Recipe
-    sets: dict[str, Task]
+    sets: dict[str, Held]
 
 
-def _sets(given: cli.Flags) -> dict[str, Task]:
+def _sets(given: cli.Flags) -> dict[str, Held]:
     """The tasks of the command line."""
     parsed = {text: parse_task(text) for text in given.task}
     made = {}
     for text, (name, options) in parsed.items():
         try:
-            made[text] = tasks.make(name, **options)
+            made[text] = Held(tasks.make(name, **options))
         except ValueError as error:
             raise ValueError(f"--task={text}: {error}") from None
     return made
 
 
+def _sets_of_run(given: cli.Flags, run: settings.Settings) -> dict[str, Held]:
+    """The evaluations of a run by name; of one over several tasks, each of these."""
+    known = [name for name in run.evals if name]
+    for name in given.eval:
+        if name not in known:
+            has = f"one of {', '.join(known)}" if known else "left out: the run has no config.evals"
+            raise ValueError(f"--eval={name}: must be {has}")
+    found = {}
+    for name in given.eval or run.evals:
+        own = run.evals[name]
+        numbers = {key: getattr(own, key) for key in EVALUATED}
+        for key, task in own.tasks.items():
+            label = "/".join(filter(None, [name, key if len(own.tasks) > 1 or not name else ""]))
+            found[label] = Held(task, numbers)
+    return found
+
+
 def _of_directory(given: cli.Flags) -> Policy:
     """The policy of --hf."""
+    if given.eval:
+        raise ValueError(f"--eval={given.eval[0]}: needs the --workdir of a run that has it")
     for flag in ("hf", "task"):
         if not given[flag].value:
             what = " ".join(given[flag].help.split()).rstrip(".")
@@ -138,13 +167,15 @@ def _of_run(given: cli.Flags) -> Policy:
         if given[flag].present:
             raise ValueError(f"--{flag} must not stand beside --workdir: the run says it")
     run = settings.of_run(given.workdir)
-    c, recipe, sets = run.config, run.recipe, _sets(given) or dict(run.tasks)
+    if given.task and given.eval:
+        raise ValueError(f"--eval={given.eval[0]}: must not stand beside --task")
+    c, recipe, sets = run.config, run.recipe, _sets(given) or _sets_of_run(given, run)
     if given.reward:
         recipe = dataclasses.replace(recipe, function=given.reward)
     own = {"reward": recipe.function, "seed": c.seed, "dtype": c.dtype.compute}
     width, room = run.width, run.max_new_tokens
     if isinstance(run.tokenizer, CharTokenizer):  # other tasks may need more
-        whole = tasks.Mixture(sets)
+        whole = tasks.Mixture({label: held.task for label, held in sets.items()})
         width, room = max(width, whole.max_prompt_chars), max(room, whole.max_completion_chars + 1)
     own |= {"max_prompt_tokens": width, "max_new_tokens": room}
     own |= {name: getattr(c.eval, name) for name in EVALUATED}
@@ -158,34 +189,41 @@ def _of_run(given: cli.Flags) -> Policy:
     return Policy(run.model, params, run.tokenizer, recipe, sets)
 
 
+def _numbers(given: cli.Flags, held: Held) -> dict[str, Any]:
+    """How a set is sampled."""
+    flags = {name: given[name].value for name in EVALUATED if given[name].present}
+    return {name: given[name].value for name in EVALUATED} | held.numbers | flags
+
+
 def _evaluate_set(given: cli.Flags, policy: Policy, text: str) -> dict:
     """Metrics of one evaluation set."""
     from tqdm import tqdm
 
-    task, tokenizer = policy.sets[text], policy.tokenizer
+    (task, _), tokenizer = policy.sets[text], policy.tokenizer
+    own = _numbers(given, policy.sets[text])
+    prompts, samples = own.pop("prompts"), own.pop("samples")
     width, room = given.max_prompt_tokens, given.max_new_tokens
     fits = stream.Fits(tokenizer, width)
-    examples = list(encode.distinct(task.examples("test"), given.prompts, keep=fits))
+    examples = list(encode.distinct(task.examples("test"), prompts, keep=fits))
     if not examples:
         raise ValueError(f"--task={text}: no prompt fits --max_prompt_tokens={width}")
     batch = min(given.batch, len(examples))
     most = LARGEST // (batch * (width + room))
-    if given.samples > most:
+    if samples > most:
         rows = f"at most {most} with {batch} prompts at a time and rows of {width + room} tokens"
-        raise ValueError(f"--samples={given.samples}: must be {rows}")
+        raise ValueError(f"--samples={samples}: must be {rows}")
     bar = tqdm(total=len(examples), desc=text, unit="prompt", dynamic_ncols=True)
 
     def sample(prompts, on_groups):
         rows = sampler.rollout(
-            policy.params, policy.config, prompts, group_size=given.samples, max_new_tokens=room,
-            temperature=given.temperature, top_k=given.top_k, top_p=given.top_p,
-            seed=given.seed, iteration=0, domain="eval", on_groups=on_groups[0],
+            policy.params, policy.config, prompts, group_size=samples, max_new_tokens=room,
+            seed=given.seed, iteration=0, domain="eval", on_groups=on_groups[0], **own,
         )  # fmt: skip
         bar.update(min(batch, bar.total - bar.n))
         return [sampler.ends(rows)[0]]
 
     with bar, rewards.Scorer(task, policy.recipe, workers=given.workers) as scorer:
-        controls = {"samples": given.samples, "width": width, "batch": batch}
+        controls = {"samples": samples, "width": width, "batch": batch}
         (metrics,) = evaluate(sample, scorer, examples, tokenizer, **controls)
     return {"eval/prompts": len(examples), **metrics}
 
@@ -215,12 +253,16 @@ def main(given: cli.Flags) -> None:
     cli.use_cache(given.compilation_cache, "--compilation_cache")
     policy = _of_run(given) if given.workdir else _of_directory(given)
     policy = policy._replace(params=sampler.to_sampler(policy.params, policy.config))
-    found = {}
+    found, numbers = {}, {}
     for text in policy.sets:
         found[text] = _evaluate_set(given, policy, text)
-        print(_line(text, found[text], given.samples), flush=True)
+        numbers[text] = _numbers(given, policy.sets[text])
+        print(_line(text, found[text], numbers[text]["samples"]), flush=True)
     if given.out:
-        results = {"settings": {name: given[name].value for name in RECORDED}, "sets": found}
+        same = numbers[text] if all(own == numbers[text] for own in numbers.values()) else {}
+        shown = {name: given[name].value for name in RECORDED} | same
+        own = {} if same else {"evals": numbers}
+        results = {"settings": shown | own, "sets": found}
         files.write_text(files.normal(given.out), json.dumps(results, indent=1))
         print(f"written: {given.out}")
 

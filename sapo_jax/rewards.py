@@ -20,10 +20,11 @@ from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.parallel import distributed
 from sapo_jax.tasks import own
 from sapo_jax.tasks.base import Example, Task
+from sapo_jax.tasks.verifiers.writing import switching
 from sapo_jax.types import STOP
 
 _THINK = re.compile(r"</?think>")
-PARTS = ("accuracy", "format", "overlong", "repetition")
+PARTS = ("accuracy", "format", "overlong", "repetition", "language")
 NOTICE = 300.0  # seconds after which the verdicts that a run waits for are mentioned
 PATIENCE = 5.0  # seconds that the last verdicts get when a scorer closes
 
@@ -79,6 +80,8 @@ class Recipe:
       overlong: weight p of the soft penalty min(0, −(|y| − (max_length − buffer)) / buffer),
         from 0 to −1 inside the buffer (DAPO, arXiv 2503.14476, Eq. 13).
       repetition: weight of −(1 − distinct n-grams / n-grams), from 0 to −1, over the words.
+      language: weight of −(share of letters in another writing system than the prompt's), from −1
+        to 0, see `tasks.verifiers.writing`.
       think: the task judges only what follows ``</think>``; a row without it gets accuracy 0.
       opened: the prompt already ends with ``<think>``, so that completions lack it.
       max_length: L_max, tokens; needed for overlong.
@@ -94,6 +97,7 @@ class Recipe:
     format: float = 0.0
     overlong: float = 0.0
     repetition: float = 0.0
+    language: float = 0.0
     think: bool = False
     opened: bool = False
     max_length: int = 0
@@ -142,6 +146,7 @@ def judge(task: Task, row: Row, recipe: Recipe, index: int = 0) -> dict[str, flo
         "format": lambda: float(row.finished == STOP and thought is not None and bool(answer)),
         "overlong": lambda: overlong(row.length, recipe.max_length, recipe.buffer),
         "repetition": lambda: repetition(row.completion, recipe.ngram),
+        "language": lambda: switching(row.example.prompt, row.completion),
     }
     return {name: values[name]() for name in recipe.weights}
 

@@ -16,12 +16,14 @@ from sapo_jax import cli, rewards
 from sapo_jax.parallel import distributed
 from sapo_jax.training import evaluation, provenance, startup
 from sapo_jax.training.checkpoint import Checkpoints
+from sapo_jax.training.collapse import Collapse
 from sapo_jax.training.engine import Bundle, Streamed
 from sapo_jax.training.experience import SOURCES
 from sapo_jax.training.lease import Lease
 from sapo_jax.training.progress import Clock, Progress, Skips, mean_of
 from sapo_jax.training.settings import Settings
 from sapo_jax.training.stopping import Finished, Interrupted, Stop
+from sapo_jax.training.tracker import listed
 from sapo_jax.training.workdir import (
     Metrics,
     check_config,
@@ -159,7 +161,7 @@ def report(workdir: epath.Path) -> None:
         logging.warning("No report of %s: %s: %s", workdir, type(error).__name__, error)
 
 
-def _begin(edge: Edge, run: Settings, place: epath.Path, done: int) -> Skips:
+def _begin(edge: Edge, run: Settings, place: epath.Path, done: int) -> tuple[Skips, Collapse]:
     """Make the files of a run those of its first iterations; says which records are missing."""
     records = [r for r in read_metrics(place) if r["iteration"] <= done] if done else []
     skips = Skips(run.config.learner.max_skipped, records)
@@ -173,7 +175,7 @@ def _begin(edge: Edge, run: Settings, place: epath.Path, done: int) -> Skips:
     startup.check_shared(place, run.plain)
     cut_samples(place, done)
     remove_temporary(place)
-    return skips
+    return skips, Collapse(vars(run.config.collapse), records)
 
 
 def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], list[Skips]]:
@@ -185,19 +187,21 @@ def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], list[Skips]
     stop = edge.stop
     stop.begin(done, bundles)
     edge.checkpoints.tidy(done)
-    skips = [_begin(edge, *each, done) for each in zip(runs, edge.places, strict=True)]
+    past = [_begin(edge, *each, done) for each in zip(runs, edge.places, strict=True)]
+    skips, collapses = (list(each) for each in zip(*past, strict=True))
     edge.bar.skip(len(runs) * done)
     if done >= total:
         return bundles, skips
     with contextlib.ExitStack() as stack:
-        logs = [stack.enter_context(Metrics(p, first_iteration=done or -1)) for p in edge.places]
+        options = {"first_iteration": done or -1, "trackers": listed(c.log.trackers)}
+        logs = [stack.enter_context(Metrics(place, **options)) for place in edge.places]
         for place in edge.places:
             provenance.write(place)
         clock = Clock(edge.watchdog.beat, stop.pause)
         startup.warm_up(bundles, edge.scorer, edge.note, edge.alone)
         if done == 0 and c.eval.every:
-            zero = {"iteration": 0, "update": 0}
-            _write(edge, logs, skips, [zero | found for found in _evaluate(bundles, edge)])
+            before = [{"iteration": 0, "update": 0} | found for found in _evaluate(bundles, edge)]
+            _write(edge, logs, skips, collapses, before)
         clock.add("startup", time.perf_counter() - begun)
         for iteration in range(done + 1, total + 1):
             clock.iteration, last = iteration, iteration == total
@@ -218,7 +222,7 @@ def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], list[Skips]
             # Metrics and samples first, then the checkpoint: killed in between, the run goes on
             # from the checkpoint before, and what is of later iterations is cut and written anew.
             # The other way round, it would go on behind records that were never written.
-            _write(edge, logs, skips, records)
+            _write(edge, logs, skips, collapses, records)
             for place, skip, rows in zip(edge.places, skips, samples, strict=True):
                 if rows and not skip.why and (last or iteration % c.log.samples_every == 0):
                     write_samples(place, iteration, rows)
@@ -298,12 +302,19 @@ def _evaluate(bundles: Sequence[Bundle], edge: Edge) -> list[dict[str, float]]:
 
 
 def _write(
-    edge: Edge, logs: Sequence[Metrics], skips: Sequence[Skips], records: Sequence[dict[str, Any]]
+    edge: Edge,
+    logs: Sequence[Metrics],
+    skips: Sequence[Skips],
+    collapses: Sequence[Collapse],
+    records: Sequence[dict[str, Any]],
 ) -> None:
     """Add a record to the metrics of each run that goes on, and show what they have in the mean."""
-    each = zip(edge.places, logs, skips, records, strict=True)
+    each = zip(edge.places, logs, skips, collapses, records, strict=True)
     going = [run for run in each if not run[2].why]
-    for place, log, skip, record in going:
+    for place, log, skip, collapse, record in going:
+        collapse.add(record)
+        if "reward/mean" in record:
+            record["run/collapsed_at"] = collapse.since()
         log.write(record)
         skip.add(record)
         if skip.why and not edge.alone:

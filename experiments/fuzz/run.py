@@ -130,7 +130,7 @@ def outcome(how: Callable, changes: odd.Changes) -> tuple[str, str, settings.Set
 
 def is_small(run: settings.Settings) -> bool:
     """Whether an iteration of it is a matter of seconds."""
-    tokens = max(run.sampled, run.eval_batch * run.config.eval.samples)
+    tokens = max(run.sampled, *(one.batch * one.samples for one in run.evals.values()))
     shape = run.model
     layer = shape.hidden_size * (4 * shape.hidden_size + 3 * shape.intermediate_size)
     small = shape.num_hidden_layers * layer <= PARAMETERS

@@ -26,7 +26,8 @@ CONFIGS = next(
 
 # The fields in these sections are those of what config.objective.name, config.task.name, … name.
 OPEN = re.compile(
-    r"(objective(?:\.end)?|(?:task|tasks\.[^.]+)\.options|tokenizer\.template_options)\.(\w+)"
+    r"(objective(?:\.end)?|evals\.[^.]+|(?:task|tasks\.[^.]+|evals\.[^.]+\.task)\.options|"
+    r"tokenizer\.template_options)\.(\w+)"
 )
 
 

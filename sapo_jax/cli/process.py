@@ -17,6 +17,8 @@ from sapo_jax.cli.flags import Flags
 from sapo_jax.cli.signals import Signals, Stopped
 
 EXTRAS = {  # of the package, with the modules that they bring
+    "survival": ("lifelines",),
+    "wandb": ("wandb",),
     "plots": ("jinja2", "markupsafe", "matplotlib", "tensorboardX"),
     "data": ("importlib_resources", "tensorflow_datasets", "tokenizers"),
     "tasks": ("mpmath", "reasoning_gym"),

@@ -32,19 +32,25 @@ def distinct(
 
 
 def held_out(
-    examples: Sequence[Example], count: int, *, total: int | None = None, **which: Any
+    examples: Sequence[Example],
+    count: int,
+    *,
+    total: int | None = None,
+    field: str = "eval.prompts",
+    **which: Any,
 ) -> list[Example]:
     """A fixed evaluation set: `distinct` examples, of which there must be ``count``.
 
     Raises:
-      ValueError: the split has fewer; ``total`` is config.eval.prompts, if some are of other tasks.
+      ValueError: the split has fewer; ``total`` is what the config's field says, if some are of
+        other tasks.
     """
     found = distinct(examples, count, **which)
     if len(found) < count:
         fitting = " that have room" if which.get("keep") else ""
         whose = f"{count} of them are of a task whose" if (total or count) > count else "the"
         raise ValueError(
-            f"config.eval.prompts={total or count}: must be smaller: {whose} test split holds only "
+            f"config.{field}={total or count}: must be smaller: {whose} test split holds only "
             f"{len(found)} distinct prompts{fitting}"
         )
     return found

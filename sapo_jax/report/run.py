@@ -89,8 +89,22 @@ def _tiles(records: Records) -> list[Tile]:
     return tiles
 
 
+def _evaluations(records: Records) -> list[list[str]]:
+    """Of each evaluation the first, the best and the last Pass@1, in per cent."""
+    rows = []
+    for name in plots.evaluations(records):
+        key = f"eval/{name}/pass_at_1"
+        x, y = plots.series(records, key)
+        (*_, last) = (r for r in records if is_number(r.get(key)))
+        low, high = (last.get(f"{key}_{end}") for end in ("low", "high"))
+        sure = f" ({100 * low:.1f} to {100 * high:.1f})" if None not in (low, high) else ""
+        best = f"{100 * y.max():.1f} at {x[y.argmax()]:g}"
+        rows.append([name, f"{100 * y[0]:.1f}", best, f"{100 * y[-1]:.1f}{sure}"])
+    return rows
+
+
 def _warning(records: Records) -> str:
-    """Metrics that were not finite or not measured, and since when."""
+    """A collapse, metrics that were not finite or not measured, and since when."""
     first: dict[str, int] = {}
     for record in records:
         for key in (k for k, v in record.items() if v is None):
@@ -98,6 +112,8 @@ def _warning(records: Records) -> str:
     where = ", ".join(f"{key} (first in iteration {first[key]})" for key in sorted(first))
     lost = gaps(records, 1, records[-1]["iteration"]) if records else ""
     notes = [f"Not finite or not measured, and left out of the plots: {where}."] if where else []
+    if records and (since := records[-1].get("run/collapsed_at")):
+        notes.append(f"Collapsed at iteration {since}, by the rule of config.collapse.")
     return " ".join(notes + ([f"No records of the iterations {lost}."] if lost else []))
 
 
@@ -209,6 +225,7 @@ def write(workdir: epath.PathLike) -> epath.Path:
         warning=_warning(records),
         starts=provenance.read(workdir),
         plots=page.plots(plots.PLOTS, records, config),
+        evaluations=_evaluations(records),
         shares=_shares(records),
         preflight=_preflight(workdir),
         problems=_problems(read_samples(workdir)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,6 +47,13 @@ def counts_of(record: Mapping[str, Any], key: str) -> tuple[np.ndarray, np.ndarr
     edges, counts = value.get("edges") or [], value.get("counts") or []
     whole = len(edges) == len(counts) + 1 and all(map(is_number, [*edges, *counts]))
     return (np.array(counts, float), np.array(edges, float)) if whole and any(counts) else None
+
+
+def evaluations(records: Records) -> list[str]:
+    """The names of evaluations, and of tasks, with a Pass@1 of their own."""
+    keys = dict.fromkeys(key for record in records for key in record)
+    found = [re.fullmatch(r"eval/(.+)/pass_at_1", key) for key in keys]
+    return [match[1] for match in found if match and len(series(records, match[0])[0])]
 
 
 def seconds(record: Mapping[str, Any]) -> dict[str, float]:
@@ -146,15 +154,28 @@ def _draw_pass(figure: FigureBase, records: Records, config: Config) -> None:
     found = {int(k[13:]) for r in records for k in r if re.fullmatch(r"eval/pass_at_\d+", k)}
     found = [n for n in sorted(found) if len(series(records, f"eval/pass_at_{n}")[0])]
     for n, colour in zip(found, ("blue", "orange", "green", "purple"), strict=False):
-        key, colour = f"eval/pass_at_{n}", COLOURS[colour]
-        x, y = series(records, key)
-        ax.plot(x, y, color=colour, marker="o", markersize=3.5, linewidth=1.8, label=f"Pass@{n}")
-        sure = [r for r in records if all(is_number(r.get(key + b)) for b in ("_low", "_high"))]
-        (x, low), (_, high) = series(sure, f"{key}_low"), series(sure, f"{key}_high")
-        ax.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
-        ax.vlines(x, low, high, color=colour, alpha=0.35, linewidth=1)
+        _with_band(ax, records, f"eval/pass_at_{n}", COLOURS[colour], f"Pass@{n}")
     style.percent(ax)
     style.legend(ax)
+
+
+def _with_band(ax: Axes, records: Records, key: str, colour: str, label: str) -> None:
+    """A share at evaluations, with its interval."""
+    x, y = series(records, key)
+    ax.plot(x, y, color=colour, marker="o", markersize=3.5, linewidth=1.8, label=label)
+    sure = [r for r in records if all(is_number(r.get(key + b)) for b in ("_low", "_high"))]
+    (x, low), (_, high) = series(sure, f"{key}_low"), series(sure, f"{key}_high")
+    ax.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
+    ax.vlines(x, low, high, color=colour, alpha=0.35, linewidth=1)
+
+
+def _draw_evaluations(figure: FigureBase, records: Records, config: Config) -> None:
+    ax = _axes(figure, records, "Pass@1")
+    colours = itertools.cycle(("blue", "orange", "green", "purple", "amber", "ink", "grey"))
+    for name, colour in zip(evaluations(records), colours, strict=False):
+        _with_band(ax, records, f"eval/{name}/pass_at_1", COLOURS[colour], name)
+    style.percent(ax)
+    style.legend(ax, columns=3)
 
 
 def _draw_extremes(figure: FigureBase, records: Records, config: Config) -> None:
@@ -251,6 +272,7 @@ def _draw_phases(figure: FigureBase, records: Records, config: Config) -> None:
 
 PLOTS = {
     "pass": Panel("Pass@1 on held-out problems", _draw_pass),
+    "evaluations": Panel("Pass@1 of each evaluation", _draw_evaluations),
     "reward": _curves(
         "Reward of the sampled completions", "mean reward", ("reward/mean", "blue", "reward")
     ),

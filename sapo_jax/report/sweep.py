@@ -13,7 +13,7 @@ from sapo_jax.report.page import Tile
 from sapo_jax.report.sweep_stats import COLLAPSES, Run, leaders, summarise, varied
 from sapo_jax.training import provenance
 from sapo_jax.training.files import read_json, write_json
-from sapo_jax.training.workdir import read_metrics
+from sapo_jax.training.workdir import read_config, read_metrics
 
 PICTURED = ("pass", "reward", "differences", "heat", "ends", "entropy")
 Found = Mapping[str, Any]
@@ -28,7 +28,10 @@ def _read(workdir: epath.Path) -> Found:
         return read_json(workdir / "report.json", REPORT)
     places = [workdir / run["directory"] for run in manifest["runs"]]
     each = zip(manifest["runs"], places, strict=True)
-    runs = [Run(**run, records=read_metrics(place)) for run, place in each]
+    runs = [
+        Run(**run, records=read_metrics(place), config=read_config(place) or {})
+        for run, place in each
+    ]
     starts = provenance.read(places[0])
     return summarise(runs) | ({"provenance": starts} if starts else {})
 
@@ -56,6 +59,17 @@ def _finals(found: Found) -> list[list[str]]:
     return rows
 
 
+def _evaluations(found: Found) -> tuple[list[str], list[list[str]]]:
+    """The names of evaluations, and what each setting reached in each."""
+    names = list(found["settings"][0].get("evaluations", ()))
+    rows = [
+        [plots.label(found, entry["setting"])]
+        + [_with_interval(entry["evaluations"][name]) for name in names]
+        for entry in found["settings"] if names
+    ]  # fmt: skip
+    return ["setting", *names], rows
+
+
 def _collapsed(found: Found) -> list[list[str]]:
     rows = []
     for entry in found["settings"]:
@@ -65,6 +79,26 @@ def _collapsed(found: Found) -> list[list[str]]:
             when = "" if median is None else f", median iteration {median:g}"
             rows[-1].append(f"{share:.0%}{when}")
     return rows
+
+
+def _survival(found: Found) -> list[list[str]]:
+    """How long the runs of each setting last, against the first."""
+    rows, survival = [], found.get("survival") or {"groups": {}}
+    for i, (entry, own) in enumerate(plots.lives(found)):
+        count, left = len(entry["runs"]), len(own["left"])
+        low, high = (_percent(own[k][-1]) for k in ("low", "high"))
+        median = "–" if own["median"] is None else f"{own['median']:g}"
+        end = f"{_percent(own['share'][-1])} ({low} to {high})"
+        p = _p(own["p"]) if i else "reference"
+        name = plots.label(found, entry["setting"])
+        rows.append([name, f"{count - left} of {count}", median, end, p])
+    if rows and survival["p"] is not None:
+        rows.append(["all settings", "", "", "", _p(survival["p"])])
+    return rows
+
+
+def _p(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2g}" if value >= 0.001 else "< 0.001"
 
 
 def _runs(found: Found, workdir: epath.Path) -> list[list]:
@@ -120,7 +154,9 @@ def write(workdir: epath.PathLike) -> epath.Path:
         starts=found.get("provenance", []),
         plots=page.plots(plots.PLOTS, found),
         finals=_finals(found),
+        evaluations=_evaluations(found),
         collapsed=_collapsed(found),
+        survival=_survival(found),
         runs=_runs(found, workdir),
     )
 

@@ -17,6 +17,7 @@ from sapo_jax.report.style import COLOURS, Panel
 Found = Mapping[str, Any]
 PALETTE = ("blue", "orange", "green", "purple", "amber", "grey", "ink")
 FEW = 12  # points of a curve that are marked: evaluations, between which nothing is known
+MOST_EVALUATIONS = 4  # beside each other
 MOST_BANDS = 12  # more settings are drawn without bands: they would hide each other
 
 
@@ -42,26 +43,42 @@ def _curves(title: str, key: str, ylabel: str, *, scale: int = 1) -> Panel:
     """A metric's mean over the seeds of each setting, with its interval."""
 
     def draw(figure: FigureBase, found: Found) -> None:
-        ax, count = figure.subplots(), len(found["settings"])
-        for i, (entry, colour) in enumerate(_coloured(found)):
-            curve = entry["curves"].get(key) or {"iteration": []}
-            if not (x := curve["iteration"]):
-                continue
-            keys = ("mean", "low", "high")
-            mean, low, high = (scale * np.array(curve[k], float) for k in keys)
-            if count <= MOST_BANDS:
-                ax.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
-            marker = "o" if len(x) <= FEW else ""
-            # Thinner and thinner: where curves lie on each other, all of them show.
-            width = 1.5 + (0.9 * (count - 1 - i) if count <= 4 else 0)
-            look = {"marker": marker, "markersize": 3 + width, "linewidth": width}
-            ax.plot(x, mean, color=colour, label=label(found, entry["setting"]), **look)
+        ax = figure.subplots()
+        _draw_curve(ax, found, key, scale)
         ax.set(xlabel="iteration", ylabel=ylabel)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         if ax.has_data():
-            ax.legend(fontsize=7.5, ncols=1 + (count > 8))
+            ax.legend(fontsize=7.5, ncols=1 + (len(found["settings"]) > 8))
 
     return Panel(title, draw)
+
+
+def _draw_curve(ax: Axes, found: Found, key: str, scale: int) -> None:
+    count = len(found["settings"])
+    for i, (entry, colour) in enumerate(_coloured(found)):
+        curve = entry["curves"].get(key) or {"iteration": []}
+        if not (x := curve["iteration"]):
+            continue
+        mean, low, high = (scale * np.array(curve[k], float) for k in ("mean", "low", "high"))
+        if count <= MOST_BANDS:
+            ax.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
+        marker = "o" if len(x) <= FEW else ""
+        # Thinner and thinner: where curves lie on each other, all of them show.
+        width = 1.5 + (0.9 * (count - 1 - i) if count <= 4 else 0)
+        look = {"marker": marker, "markersize": 3 + width, "linewidth": width}
+        ax.plot(x, mean, color=colour, label=label(found, entry["setting"]), **look)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def _draw_evaluations(figure: FigureBase, found: Found) -> None:
+    names = list(found["settings"][0].get("evaluations", ()))[:MOST_EVALUATIONS]
+    if not names:
+        return
+    axes = style.row(figure, len(names))
+    for ax, name in zip(axes, names, strict=True):
+        _draw_curve(ax, found, f"eval/{name}/pass_at_1", 100)
+        ax.set(title=name, xlabel="iteration")
+    axes[0].set_ylabel("Pass@1 (%)")
+    axes[0].legend(fontsize=7.5)
 
 
 def _by_setting(figure: FigureBase, found: Found, ylabel: str) -> Axes:
@@ -152,6 +169,32 @@ def _draw_collapse(figure: FigureBase, found: Found) -> None:
     style.legend(ax)
 
 
+def lives(found: Found) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Settings with their survival; none where `lifelines` was not there."""
+    groups = (found.get("survival") or {"groups": {}})["groups"]
+    return list(zip(found["settings"], groups.values(), strict=False))
+
+
+def _draw_survival(figure: FigureBase, found: Found) -> None:
+    """Steps, with a tick where a run was last seen; nothing where no run collapsed."""
+    each = lives(found)
+    if all(own["share"][-1] == 1 for _, own in each):
+        return
+    ax = figure.subplots()
+    for (entry, own), (_, colour) in zip(each, _coloured(found), strict=True):
+        x, share, low, high = (np.array(own[k]) for k in ("iteration", "share", "low", "high"))
+        look = {"color": colour, "label": label(found, entry["setting"])}
+        ax.step(x, 100 * share, where="post", linewidth=1.8, **look)
+        if len(each) <= 4:
+            fill = {"step": "post", "color": colour, "alpha": 0.12, "linewidth": 0}
+            ax.fill_between(x, 100 * low, 100 * high, **fill)
+        left = np.unique(own["left"])
+        at = share[np.searchsorted(x, left, "right") - 1]
+        ax.plot(left, 100 * at, "|", color=colour, markersize=7)
+    ax.set(xlabel="iteration", ylabel="runs not collapsed (%)", ylim=(-2, 104))
+    ax.legend(fontsize=7.5, loc="lower left")
+
+
 PLOTS = {
     "pass": _curves("Pass@1 on held-out problems", "eval/pass_at_1", "Pass@1 (%)", scale=100),
     "reward": _curves("Reward of the sampled completions", "reward/mean", "mean reward"),
@@ -159,6 +202,8 @@ PLOTS = {
     "length": _curves("Response length", "length/mean", "tokens"),
     "ends": Panel("Final Pass@1 of every run", _draw_ends),
     "differences": Panel("Difference to the first setting, seed by seed", _draw_differences),
+    "evaluations": Panel("Pass@1 of each evaluation", _draw_evaluations, wide=True),
     "heat": Panel("Final Pass@1 over the two axes of the sweep", _draw_heat, wide=True),
+    "survival": Panel("Runs that have not collapsed (Kaplan–Meier)", _draw_survival),
     "collapse": Panel("Share of runs that collapsed", _draw_collapse),
 }

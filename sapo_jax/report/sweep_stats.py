@@ -8,15 +8,19 @@ noise, so that settings are compared seed by seed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from sapo_jax.cli import from_config
+from sapo_jax.report import survival
 from sapo_jax.training.bootstrap import interval
-from sapo_jax.training.progress import WALL
+from sapo_jax.training.collapse import Collapse
+from sapo_jax.training.progress import WALL, Skips
 
-LOST_REWARD, LOST_ENTROPY, LEAST = 0.5, 0.1, 0.05  # see `collapse`
 FEWEST = 3  # seeds of an interval: resampling two tells of nothing between them
 COLLAPSES = ("reward", "entropy", "finite")
 CURVES = ("eval/pass_at_1", "reward/mean", "policy/entropy", "length/mean")
@@ -32,6 +36,11 @@ class Run(NamedTuple):
     directory: str
     overrides: Overrides
     records: Records
+    config: Mapping[str, Any] = MappingProxyType({})  # as the run stored it; else the defaults
+
+    def section(self, name: str) -> dict[str, Any]:
+        """A section of its config, with the defaults of fields that are newer than the run."""
+        return from_config("base")[name].to_dict() | self.config.get(name, {})
 
 
 def replicate_fields(runs: Sequence[Overrides]) -> set[str]:
@@ -74,6 +83,20 @@ def curve(runs: Sequence[Run], key: str) -> dict[str, list]:
     return {"iteration": common} | {k: [m[k] for m in means] for k in ("mean", "low", "high")}
 
 
+def evaluations(runs: Sequence[Run]) -> list[str]:
+    """The names of evaluations, and of tasks, that all runs have a Pass@1 of."""
+    each = [
+        dict.fromkeys(
+            match[1]
+            for record in run.records
+            for key in record
+            if (match := re.fullmatch(r"eval/(.+)/pass_at_1", key))
+        )
+        for run in runs
+    ]
+    return [name for name in each[0] if all(name in own for own in each)] if each else []
+
+
 def final(records: Records, key: str = "eval/pass_at_1") -> float | None:
     """The last value of a metric."""
     found = series(records, key)
@@ -112,57 +135,38 @@ def leaders(settings: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return found
 
 
-def smoothed(values: Iterable[float], window: int) -> np.ndarray:
-    """Mean over the last ``window`` values, of fewer at the start."""
-    values_N = np.array(list(values))
-    total = np.concatenate([[0.0], np.cumsum(values_N)])
-    end = np.arange(1, len(values_N) + 1)
-    start = np.maximum(end - window, 0)
-    return (total[end] - total[start]) / (end - start)
-
-
-def _for_good(bad_N: np.ndarray, iterations: Sequence[int]) -> int | None:
-    """The first iteration from which on all are bad."""
-    good = np.flatnonzero(~bad_N)
-    first = good[-1] + 1 if len(good) else 0
-    return int(iterations[first]) if first < len(bad_N) else None
-
-
-def collapse(records: Records) -> dict[str, int | None]:
+def collapse(
+    records: Records, rule: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, int | None]:
     """The iteration at which a run collapsed, in three ways; None where it did not.
 
-    With running means over a tenth of the iterations (3 to 20):
-
-    - ``reward``: the accuracy in training is below half of its best so far, for good; a best below
-      0.05 does not count.
-    - ``entropy``: the entropy is below a tenth of its first running mean, for good. Near the
-      ceiling of a task this is success; before it, the end of exploration.
-    - ``finite``: the loss or the gradient's norm is not finite for the first time.
+    ``reward`` and ``entropy`` are those of `training.collapse`, by the fields of config.collapse
+    in ``rule``, the others being the defaults; ``finite``: the loss or the gradient's norm is not
+    finite for the first time.
     """
-    trained = [r for r in records if r["iteration"] > 0]
-    window = int(np.clip(len(trained) // 10, 3, 20))
-    found: dict[str, int | None] = dict.fromkeys(COLLAPSES)
-    if reward := series(trained, "reward/accuracy"):
-        mean_N = smoothed(reward.values(), window)
-        best_N = np.maximum.accumulate(mean_N)
-        bad_N = (mean_N < LOST_REWARD * best_N) & (best_N >= LEAST)
-        found["reward"] = _for_good(bad_N, list(reward))
-    entropy = series(trained, "policy/entropy")
-    if len(entropy) >= window:
-        mean_N = smoothed(entropy.values(), window)
-        bad_N = mean_N < LOST_ENTROPY * mean_N[window - 1]
-        found["entropy"] = _for_good(bad_N, list(entropy))
+    found = Collapse(from_config("base").collapse.to_dict() | dict(rule), records)
     # A number that is not finite is null in a record; a metric that a run lacks is no key of it.
     # Null, too, is what an iteration does not measure whose groups all lack a signal.
+    trained = (r for r in records if r["iteration"] > 0)
     updated = (r for r in trained if r.get("advantage/kept_groups") != 0)
     broken = [r for r in updated if None in (r.get("policy/loss", 0), r.get("grad/norm", 0))]
-    found["finite"] = min((r["iteration"] for r in broken), default=None)
-    return found
+    finite = min((r["iteration"] for r in broken), default=None)
+    return {kind: found.since(kind) or None for kind in COLLAPSES[:2]} | {"finite": finite}
+
+
+def life(run: Run) -> survival.Life:
+    """How long a run lasted: to its collapse, as run/collapsed_at has it, or to where it stopped
+    since its numbers were not finite; else to its last iteration.
+    """
+    last = run.records[-1]["iteration"] if run.records else 0
+    since = Collapse(run.section("collapse"), run.records).since()
+    stopped = Skips(run.section("learner")["max_skipped"], run.records).why != ""
+    return survival.Life(since or last, since > 0 or stopped)
 
 
 def collapses(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     """Of each way to collapse: the share of runs, and the median of the iterations."""
-    each = [collapse(run.records) for run in runs]
+    each = [collapse(run.records, run.section("collapse")) for run in runs]
     out = {}
     for kind in COLLAPSES:
         steps = [found[kind] for found in each if found[kind] is not None]
@@ -171,33 +175,43 @@ def collapses(runs: Sequence[Run]) -> dict[str, dict[str, Any]]:
     return out
 
 
+def _shown(run: Run, end: float | None) -> dict[str, Any]:
+    named = {"name": run.name, "directory": run.directory, "seed": run.overrides.get("seed")}
+    collapsed = collapse(run.records, run.section("collapse"))
+    return named | {"pass_at_1": end} | {f"collapse_{k}": v for k, v in collapsed.items()}
+
+
 def summarise(runs: Sequence[Run]) -> dict[str, Any]:
     """Everything that the report shows, as JSON holds it; the first setting is the reference."""
-    groups = group(runs)
+    groups, names = group(runs), evaluations(runs)
+    keys = {name: f"eval/{name}/pass_at_1" for name in names}
     settings: list[dict[str, Any]] = []
     for key, members in groups.items():
         ends = [final(run.records) for run in members]
         settings.append({
             "setting": json.loads(key),
-            "runs": [
-                {
-                    "name": run.name,
-                    "directory": run.directory,
-                    "seed": run.overrides.get("seed"),
-                    "pass_at_1": end,
-                    **{f"collapse_{k}": v for k, v in collapse(run.records).items()},
-                }
-                for run, end in zip(members, ends, strict=True)
-            ],
+            "runs": list(map(_shown, members, ends)),
             "pass_at_1": mean_of([end for end in ends if end is not None]),
             "difference": None,
             "collapse": collapses(members),
-            "curves": {k: curve(members, k) for k in CURVES if series(members[0].records, k)},
+            "curves": {
+                key: curve(members, key)
+                for key in (*CURVES, *keys.values())
+                if series(members[0].records, key)
+            },
+            "evaluations": {
+                name: mean_of([x for run in members if (x := final(run.records, key)) is not None])
+                for name, key in keys.items()
+            },
         })  # fmt: skip
     first, *others = settings
     for entry in others:
         entry["difference"] = paired(ends_of(entry), ends_of(first))
-    return {"settings": settings, "hours": hours(runs)}
+    return {
+        "settings": settings,
+        "hours": hours(runs),
+        "survival": survival.compare({k: list(map(life, some)) for k, some in groups.items()}),
+    }
 
 
 def hours(runs: Sequence[Run]) -> float:

@@ -139,13 +139,14 @@ class Population:
         on_groups: Sequence[rewards.Groups],
         *,
         iteration: int,
-        domain: str = "train",
+        evaluation: str | None = None,
         warm_up: Callable[[str], None] | None = None,
         on_segment: Callable[[], None] | None = None,
     ) -> tuple[Rollout, list[Ends]]:
         """All prompts at once, in one segment; groups are reported when all runs are sampled."""
         del on_segment
-        each, first = [run.sampling(domain) for run in self.runs], self.runs[0].sampling(domain)
+        each = [run.sampling(evaluation) for run in self.runs]
+        first = each[0]
         top = {name: first.get(name) for name in ("top_k", "top_p")}
         plan = first["plan"].of_part(1, first["group_size"])
         seed_R = np.array([own["seed"] for own in each], np.uint32)
@@ -156,7 +157,7 @@ class Population:
             weights,
             self.runs[0].model,
             stack(map(sampling.with_occurrence, prompts)),
-            rollouts.base_keys(seed_R, domain, np.int32(iteration)),
+            rollouts.base_keys(seed_R, first["domain"], np.int32(iteration)),
             stack([sampling.controls(own["temperature"], **top) for own in each]),
             np.int32(iteration),
             group_size=first["group_size"],

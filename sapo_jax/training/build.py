@@ -48,32 +48,33 @@ def make_tasks(c: Any) -> tuple[dict[str, Task], dict[str, float]]:
     for key, entry in entries(c).items():
         field = f"tasks.{key}" if c.tasks else "task"
         wanted = "a dictionary of name, share and, if need be, options"
-        known = isinstance(entry, dict) and {"name", "share"} <= set(entry)
-        require(known and not set(entry) - {"name", "share", "options"}, field, entry, wanted)
-        options = entry.get("options", {})
-        require(isinstance(entry["name"], str), f"{field}.name", entry["name"], "text")
-        require(isinstance(options, dict), f"{field}.options", options, "a dictionary")
+        require(isinstance(entry, dict) and "share" in entry, field, entry, wanted)
         share, prompts = entry["share"], c.batch.prompts
         number = type(share) in (int, float) and 0 < share <= 1
         require(number, f"{field}.share", share, "a number in (0, 1]")
         whole = f"a whole number of the {prompts} of batch.prompts"
         divides = abs(share * prompts - round(share * prompts)) < 1e-6
         require(divides, f"{field}.share", share, whole)
+        rest = {option: value for option, value in entry.items() if option != "share"}
+        made[key], shares[key] = make_task(field, rest, wanted), float(share)
         with of_field(field):
-            task = tasks.make(entry["name"], **options)
-            task.examples("train")
-            if c.eval.every:
-                task.examples("test")
-        made[key], shares[key] = task, float(share)
+            made[key].examples("train")
     total = sum(shares.values())
     require(abs(total - 1) < 1e-6, "tasks", shares, f"shares that add up to 1, not {total:g}")
-    least = f"at least {len(made)}, one of each task"
-    require(c.eval.prompts >= len(made), "eval.prompts", c.eval.prompts, least)
-    for key in made if c.eval.every else ():
-        size, part = len(made[key].examples("test")), int(shares[key] * c.eval.prompts)
-        most = f"at most {int(size / shares[key])}, for the test split of {key} has {size} prompts"
-        require(part <= size, "eval.prompts", c.eval.prompts, most)
     return made, shares
+
+
+def make_task(
+    field: str, entry: Any, wanted: str = "a dictionary of name and, if need be, options"
+) -> Task:
+    """The task of a dictionary with its name and, if need be, options."""
+    known = isinstance(entry, dict) and "name" in entry and not set(entry) - {"name", "options"}
+    require(known, field, entry, wanted)
+    name, options = entry["name"], entry.get("options", {})
+    require(isinstance(name, str), f"{field}.name", name, "text")
+    require(isinstance(options, dict), f"{field}.options", options, "a dictionary")
+    with of_field(field):
+        return tasks.make(name, **options)
 
 
 def make_tokenizer(c: Any, made: Mapping[str, Task]) -> Tokenizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import keyword
 import math
 import operator
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,14 +15,17 @@ from sapo_jax.cli import OPEN, flat, from_config, nearest
 
 LARGEST = 2**31 - 1  # counts are i32 on the device
 MOST = {"seed": 2**32 - 1, "reward.workers": 4096, "data.workers": 1024}
-OF_TASKS = ("task.", "tasks.", "tokenizer.template_options.")  # what others read: up to 64 bits
+# What others read: up to 64 bits.
+OF_TASKS = re.compile(r"(task|tasks|evals\.[^.]+\.task|tokenizer\.template_options)\..*")
 CHARACTERS = 2**16
-INSIDE = ("task.options.", "tasks.", "tokenizer.template_options.")  # fields of others' names
+# Fields of others' names.
+INSIDE = ("task.options.", "tasks.", "evals.", "tokenizer.template_options.")
 TYPES = {
     bool: (bool, "True or False"),
     int: (int, "a whole number"),
     float: ((int, float), "a number"),
     str: (str, "text"),
+    tuple: ((list, tuple), "a list of texts"),
     ConfigDict: (dict, "a section, or a dictionary"),
 }
 
@@ -35,7 +39,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:80]}… ({len(text)} characters)"
 
 
-COMPUTED = {"objective", "correction", "reward", "sampler", "learner", "eval"}  # on the device
+# On the device.
+COMPUTED = {"objective", "correction", "reward", "sampler", "learner", "eval", "evals"}
 MAY_BE_INFINITE = {  # no bound
     "objective.eps_low", "objective.eps_high", "objective.dual_clip", "correction.high",
     "learner.max_grad_norm",
@@ -57,7 +62,7 @@ def check_sizes(config: Mapping[str, Any]) -> None:
             no_bound = value == math.inf and field in MAY_BE_INFINITE
             require(no_bound, field, value, "finite")
         elif isinstance(value, int):
-            most = MOST.get(field, 2**63 - 1 if field.startswith(OF_TASKS) else LARGEST)
+            most = MOST.get(field, 2**63 - 1 if OF_TASKS.fullmatch(field) else LARGEST)
             bound = f"at most {most}" if value > 0 else f"at least {-most}"
             require(abs(value) <= most, field, value, bound)
         elif isinstance(value, str):
@@ -91,6 +96,7 @@ def check_fields(plain: Mapping[str, Any]) -> None:
             continue
         kinds, text = TYPES[kind]
         proper = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+        proper = proper and (kind is not tuple or all(isinstance(x, str) for x in value))
         require(proper, field, value, text)
 
 

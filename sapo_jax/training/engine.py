@@ -89,7 +89,7 @@ class Streamed:
         on_groups: Sequence[sampler.OnGroups],
         *,
         iteration: int,
-        domain: str = "train",
+        evaluation: str | None = None,
         warm_up: Callable[[str], None] | None = None,
         on_segment: Callable[[], None] | None = None,
     ) -> tuple[Rollout, list[Ends]]:
@@ -100,12 +100,11 @@ class Streamed:
             run.model,
             self.join(prompts),
             iteration=iteration,
-            domain=domain,
             on_groups=self.join(on_groups),
             on_end=computed.append,
             warm_up=warm_up,
             on_segment=on_segment,
-            **run.sampling(domain),
+            **run.sampling(evaluation),
         )
         return rollout, [Ends(*sampler.ends(rollout), computed[-1])]
 

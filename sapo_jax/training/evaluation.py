@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import collections
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from sapo_jax import rewards
 from sapo_jax.data import encode
-from sapo_jax.data.stream import slots
 from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.tasks.base import Example
 from sapo_jax.training import bootstrap
-from sapo_jax.training.checks import require
 from sapo_jax.training.engine import Bundle
-from sapo_jax.training.settings import Settings
+from sapo_jax.training.evals import MEAN, Evals, Evaluation, alike
 from sapo_jax.types import Prompts
 
 
@@ -57,7 +55,26 @@ def summarise(correct_PN: np.ndarray) -> dict[str, float]:
     return metrics
 
 
-def evaluate(
+class Judged(NamedTuple):
+    """Judged completions of held-out prompts by one policy."""
+
+    correct: np.ndarray  # bool[P, n]
+    length: np.ndarray  # i[P, n], tokens
+    function: np.ndarray | None = None  # f[P, n], of a reward function
+
+    def at(self, prompts: slice) -> Judged:
+        """The completions of some of the prompts."""
+        return Judged(*(None if x is None else x[prompts] for x in self))
+
+    def metrics(self) -> dict[str, float]:
+        """``eval/pass_at_1``, ``eval/pass_at_<n>``, with ``_low`` and ``_high``, and the means."""
+        found = summarise(self.correct)
+        if self.function is not None:
+            found["eval/reward_function"] = float(self.function.mean())
+        return found | {"eval/length_mean": float(self.length.mean())}
+
+
+def judge(
     sample: Callable[[Prompts, list[rewards.Groups]], list[np.ndarray]],
     scorer: rewards.Scorer,
     examples: Sequence[Example],
@@ -66,10 +83,9 @@ def evaluate(
     samples: int,
     width: int,
     batch: int,
-    names: Sequence[str] = (),
     policies: int = 1,
-) -> list[dict[str, float]]:
-    """Metrics of policies on held-out examples.
+) -> list[Judged]:
+    """Completions of held-out examples by each policy.
 
     Args:
       sample: ``sample(prompts, on_groups)`` draws ``samples`` completions of each of ``batch``
@@ -81,12 +97,7 @@ def evaluate(
       samples: completions per prompt.
       width: tokens of room for a prompt.
       batch: prompts sampled at a time.
-      names: of the tasks that ``Example.task`` counts, for metrics of each of them.
       policies: how many.
-
-    Returns:
-      Of each policy ``eval/pass_at_1``, ``eval/pass_at_<samples>``, each with ``_low`` and
-      ``_high``, and ``eval/length_mean``; with names, ``eval/<name>/pass_at_1`` and so on too.
     """
     drawn = []
     for start in range(0, len(examples), batch):
@@ -95,24 +106,21 @@ def evaluate(
         groups = [rewards.Groups(scorer, filled, tokenizer) for _ in range(policies)]
         lengths = sample(encode.encode_prompts(filled, tokenizer, width), groups)
         drawn.append((len(real) * samples, groups, lengths))
-    task_P = np.array([example.task for example in examples])
 
     def of_policy(r):
-        verdicts = [v for rows, groups, _ in drawn for v in groups[r].wait()[:rows]]
+        parts = [v.parts for rows, groups, _ in drawn for v in groups[r].wait()[:rows]]
         length_B = np.concatenate([lengths[r][:rows] for rows, _, lengths in drawn])
-        correct_B = np.array([verdict.parts["accuracy"] == 1 for verdict in verdicts])
-        correct_PN = correct_B.reshape(-1, samples)
-        metrics = summarise(correct_PN)
-        for k, name in enumerate(names):
-            if (task_P == k).any():
-                own = summarise(correct_PN[task_P == k])
-                metrics |= {key.replace("eval/", f"eval/{name}/"): x for key, x in own.items()}
-        if "function" in verdicts[0].parts:
-            own = [verdict.parts["function"] for verdict in verdicts]
-            metrics["eval/reward_function"] = float(np.mean(own))
-        return metrics | {"eval/length_mean": float(length_B.mean())}
+        columns = [np.array([p["accuracy"] == 1 for p in parts]), length_B]
+        if "function" in parts[0]:
+            columns.append(np.array([p["function"] for p in parts]))
+        return Judged(*(x.reshape(-1, samples) for x in columns))
 
     return [of_policy(r) for r in range(policies)]
+
+
+def evaluate(*arguments, **options) -> list[dict[str, float]]:
+    """`Judged.metrics` of what `judge` returns."""
+    return [judged.metrics() for judged in judge(*arguments, **options)]
 
 
 def held_out(
@@ -121,43 +129,64 @@ def held_out(
     warm_up: Callable[[str], None] | None = None,
     on_segment: Callable[[], None] | None = None,
 ) -> list[dict[str, float]]:
-    """Metrics of each run on the fixed evaluation set; the same noise at every iteration."""
-    engine, run = bundle.engine, bundle.engine.runs[0]
-    weights, count = engine.to_sampler(bundle.state.params), run.config.eval.prompts
+    """Metrics of each run on the fixed evaluation sets; the same noise at every iteration.
 
-    def sample(prompts, on_groups):
-        every, controls = [prompts] * len(on_groups), {"iteration": 0, "domain": "eval"}
-        controls |= {"warm_up": warm_up, "on_segment": on_segment}
-        _, ends = engine.rollout(weights, every, on_groups, **controls)
-        return [own.length for own in ends]
-
-    return evaluate(
-        sample,
-        scorer,
-        test_set(run, min(run.eval_batch, count) if warm_up else count),
-        run.tokenizer,
-        samples=run.config.eval.samples,
-        width=run.width,
-        batch=run.eval_batch,
-        names=tuple(run.tasks) if len(run.tasks) > 1 else (),
-        policies=len(engine.runs),
-    )
-
-
-def test_set(run: Settings, count: int) -> list[Example]:
-    """The first ``count`` examples of the evaluation set, in the tasks' shares.
-
-    Raises:
-      ValueError: a task has too few, or none with room.
+    With ``warm_up``, programs are compiled, by a batch of each kind, and there are no metrics.
     """
-    parts = collections.Counter(slots(run.shares, count))
-    sources = list(run.sources("test").values())
-    for name, source in run.sources("test").items():
-        room = f"larger: no prompt of the test split of {name} has room"
-        some = run.keep is None or encode.distinct(source, 1, keep=run.keep)
-        require(bool(some), "data.max_prompt_tokens", run.width, room)
-    return [
-        example
-        for k in sorted(parts)
-        for example in encode.held_out(sources[k], parts[k], total=count, keep=run.keep, task=k)
-    ]
+    engine, run = bundle.engine, bundle.engine.runs[0]
+    weights = engine.to_sampler(bundle.state.params)
+    found: list[dict[str, Judged]] = [{} for _ in engine.runs]
+    for names in alike(run.evals):
+        first, sets = run.evals[names[0]], [run.evals[name].examples for name in names]
+
+        def sample(prompts, on_groups, evaluation=names[0]):
+            every, controls = [prompts] * len(on_groups), {"iteration": 0, "warm_up": warm_up}
+            controls |= {"evaluation": evaluation, "on_segment": on_segment}
+            _, ends = engine.rollout(weights, every, on_groups, **controls)
+            return [own.length for own in ends]
+
+        examples = [example for each in sets for example in each]
+        every = judge(
+            sample,
+            scorer,
+            examples[: first.batch] if warm_up else examples,
+            run.tokenizer,
+            samples=first.samples,
+            width=run.width,
+            batch=first.batch,
+            policies=len(engine.runs),
+        )
+        ends = np.cumsum([0, *map(len, sets)])
+        for own, judged in zip(found, every, strict=True):
+            for name, start, end in zip(names, ends, ends[1:], strict=False):
+                own[name] = judged.at(slice(start, end))
+    return [] if warm_up else [_metrics(run.evals, own, run.config.eval.best) for own in found]
+
+
+def _metrics(evals: Evals, judged: Mapping[str, Judged], best: str) -> dict[str, float]:
+    """Metrics of each evaluation, and of named ones what the best checkpoint goes by."""
+    found: dict[str, float] = {}
+    for name in evals:
+        own = judged[name].metrics() | _of_tasks(evals[name], judged[name])
+        found |= _under(name, own) if name else own
+    if "" not in judged:
+        scored = judged.values() if best == MEAN else [judged[best]]
+        values = [own.correct.mean(-1) for own in scored]
+        low, high = bootstrap.interval(*values)
+        mean = float(np.mean([values_P.mean() for values_P in values]))
+        found |= {"eval/pass_at_1": mean, "eval/pass_at_1_low": low, "eval/pass_at_1_high": high}
+    return found
+
+
+def _of_tasks(evaluation: Evaluation, judged: Judged) -> dict[str, float]:
+    """The same of each task, where there are several."""
+    found, tasks = {}, list(evaluation.tasks)
+    task_P = np.array([example.task for example in evaluation.examples]) - evaluation.offset
+    for k, name in enumerate(tasks if len(tasks) > 1 else ()):
+        if (task_P == k).any():
+            found |= _under(name, summarise(judged.correct[task_P == k]))
+    return found
+
+
+def _under(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    return {key.replace("eval/", f"eval/{name}/", 1): value for key, value in metrics.items()}

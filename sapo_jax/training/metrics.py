@@ -24,11 +24,17 @@ class Metric(NamedTuple):
     when: str = ""
 
 
-_PASS = ("unbiased Pass@k of held-out prompts, for k = 1 and all samples", "share", "rises")
+_PASS = (
+    "unbiased Pass@k of held-out prompts, for k = 1 and all samples; with evals, for k = 1, the "
+    "mean of theirs, or that of the one that eval.best names",
+    "share",
+    "rises",
+)
 _LOW = ("lower end of its 95% bootstrap interval over prompts", "share")
 _HIGH = ("upper end of that interval", "share")
 
-# By what writes them. <task> stands for a name in config.tasks, <k> for a number.
+# By what writes them. <task> stands for a name in config.tasks, <name> for one in config.evals,
+# <k> for a number.
 _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
     "": {
         "iteration": ("number of rollouts; 0 is the evaluation before the first",),
@@ -135,6 +141,14 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "time/tokens_per_second": ("completion tokens ÷ time/iteration", "tokens/s"),
     },
     "source=rollout": {
+        "run/collapsed_at": (
+            "iteration since which the run is down by collapse.rule, without a break: the mean "
+            "accuracy of collapse.window iterations below collapse.reward times its best so far "
+            "(that is collapse.least or more), or the mean entropy below collapse.entropy times "
+            "its first; 0: it is not",
+            "iteration",
+            "0",
+        ),
         "reward/mean": ("mean reward of the completions", "", "rises"),
         "reward/std": ("standard deviation of the rewards", "", "not 0"),
         "reward/accuracy": ("mean verdict of the task", "0 to 1", "rises"),
@@ -167,6 +181,13 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
     "reward.repetition": {
         "reward/repetition": ("minus the mean share of repeated n-grams", "−1 to 0", "near 0")
     },
+    "reward.language": {
+        "reward/language": (
+            "minus the mean share of letters in other writing systems than the prompt's",
+            "−1 to 0",
+            "0",
+        )
+    },
     "objective.kl_coef or reward.kl_coef": {
         "policy/kl_ref": ("mean KL(π_θ‖π_ref) of a token", "nats", "rises slowly"),
         "reward/kl": ("mean over completions of Σ KL(π_old‖π_ref)", "nats", "rises slowly"),
@@ -197,7 +218,7 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         )
     },
     "objective.schedule": {
-        "objective/<name>": ("value of a hyperparameter in config.objective.end", "", "as planned")
+        "objective/<field>": ("value of a hyperparameter in config.objective.end", "", "as planned")
     },
     "learner.router_aux_coef": {"router/balance": ("load-balancing loss times its weight",)},
     "an evaluation": {
@@ -210,6 +231,12 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "eval/<task>/pass_at_<k>": ("the same for one task of a mixture", "share", "rises"),
         "eval/<task>/pass_at_<k>_low": _LOW,
         "eval/<task>/pass_at_<k>_high": _HIGH,
+    },
+    "an evaluation, evals": {
+        "eval/<name>/pass_at_<k>": ("Pass@k of one of several evaluations", "share", "rises"),
+        "eval/<name>/pass_at_<k>_low": _LOW,
+        "eval/<name>/pass_at_<k>_high": _HIGH,
+        "eval/<name>/length_mean": ("mean length of its completions", "tokens"),
     },
     "tasks": {"reward/<task>": ("mean reward of one task of a mixture", "", "rises")},
     "eval.every": {"time/eval": ("evaluation", "s")},

@@ -7,7 +7,6 @@ import json
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import PARTS, Recipe
 from sapo_jax.tasks.base import Example, Task
-from sapo_jax.training import build, objective
+from sapo_jax.training import build, collapse, evals, objective, tracker
 from sapo_jax.training.checks import LARGEST, check_fields, check_sizes, choice, require
 from sapo_jax.training.workdir import read_config
 
@@ -30,8 +29,8 @@ SOURCES = ("rollout", "demonstrations")
 POPULATION_METHODS = ("auto", "map", "vmap", "devices")
 MAY_DIFFER = {
     "iterations", "profile_steps", "compilation_cache", "checkpoint.every", "checkpoint.minutes",
-    "log.samples", "log.samples_every", "data.workers", "reward.workers", "distributed.timeout",
-    "learner.max_skipped",
+    "log.samples", "log.samples_every", "log.trackers", "data.workers", "reward.workers",
+    "distributed.timeout", "learner.max_skipped",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",  # but for the last bits
     "sampler.mesh.data", "sampler.mesh.tensor", "sampler.mesh.expert",
 }  # fmt: skip
@@ -39,7 +38,7 @@ GONE = {"sampler.shrink"}  # fields that runs of before have
 ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "tensor", "expert")} | {
     f"sampler.mesh.{axis}": 0 for axis in ("data", "tensor", "expert")
 }
-OPEN = {"task", "tasks", "mesh", "template_options", "end"}  # sections read by the names in them
+OPEN = {"task", "tasks", "evals", "mesh", "template_options", "end"}  # read by the names in them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +50,15 @@ class Settings:
         and fingerprints of files that it names code of.
       config: the same as frozen dataclasses: ``config.batch.prompts``.
       tasks: what the prompts are of, by name.
+      judges: these, and then the tasks of evaluations.
       shares: of each task in a batch.
       keep: whether an example has room; None where all have.
       width: tokens of room for a prompt, N.
       max_new_tokens: T; rows have N + T tokens.
       bounds: of the sampler correction, where there is one.
       packing: of the rows of an update; None where they are not packed.
-      plan, eval_plan: the sampler's shapes, for training and for evaluation.
-      eval_batch: prompts that an evaluation samples at a time.
+      plan: the sampler's shapes in training.
+      evals: the evaluations by name; "" is the name of config.eval, where it is the only one.
       mesh: the learner's; None on one device.
       sampler_mesh: the same, or the same devices in another shape.
     """
@@ -66,6 +66,7 @@ class Settings:
     plain: dict[str, Any]
     config: Any
     tasks: Mapping[str, Task]
+    judges: Mapping[str, Task]
     shares: Mapping[str, float]
     recipe: Recipe
     tokenizer: Tokenizer
@@ -77,30 +78,27 @@ class Settings:
     bounds: Mapping[str, float]
     packing: learner.PackedShape | None
     plan: sampler.Plan
-    eval_plan: sampler.Plan
-    eval_batch: int
+    evals: evals.Evals
     mesh: Mesh | None
     sampler_mesh: Mesh | None
 
     @property
     def task(self) -> Task:
         """The judge of every example: the only task, or all of them as one."""
-        only, *more = self.tasks.values()
-        return tasks.Mixture(self.tasks) if more else only
+        only, *more = self.judges.values()
+        return tasks.Mixture(self.judges) if more else only
 
     def sources(self, split: str) -> dict[str, Sequence[Example]]:
         """The examples of each task."""
         return {name: task.examples(split) for name, task in self.tasks.items()}
 
-    def sampling(self, domain: str = "train") -> dict[str, Any]:
-        """The config's arguments of `sampler.rollout`; for "eval", those of the evaluation."""
+    def sampling(self, evaluation: str | None = None) -> dict[str, Any]:
+        """The config's arguments of `sampler.rollout`, in training or for an evaluation."""
         c, common = self.config, {"max_new_tokens": self.max_new_tokens, "seed": self.config.seed}
-        if domain == "train":
-            sizes = {"group_size": c.batch.group_size, "plan": self.plan}
-            return common | sizes | {"temperature": c.sampler.temperature}
-        sizes = {"group_size": c.eval.samples, "plan": self.eval_plan}
-        top = {"top_k": c.eval.top_k, "top_p": c.eval.top_p}
-        return common | sizes | top | {"temperature": c.eval.temperature}
+        if evaluation is not None:
+            return common | self.evals[evaluation].sampling
+        sizes = {"group_size": c.batch.group_size, "plan": self.plan}
+        return common | sizes | {"domain": "train", "temperature": c.sampler.temperature}
 
     @property
     def supervised(self) -> bool:
@@ -154,12 +152,12 @@ def _bounded(c: Any, bound: float, *fields: str) -> None:
 def _check_numbers(c: Any) -> None:
     _bounded(
         c, 1, "iterations", "batch.prompts", "batch.group_size", "batch.minibatches",
-        "batch.micro_batches", "batch.oversample", "eval.prompts", "eval.samples",
-        "checkpoint.every", "learner.max_skipped", "log.samples_every", "reward.workers",
+        "batch.micro_batches", "batch.oversample", "checkpoint.every", "learner.max_skipped",
+        "log.samples_every", "reward.workers", "collapse.window",
     )  # fmt: skip
     _bounded(
         c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "eval.every",
-        "eval.temperature", "learner.warmup", "learner.weight_decay", "log.samples",
+        "learner.warmup", "learner.weight_decay", "log.samples",
         "profile_steps", "learner.head_chunk", "learner.learning_rate", "data.max_prompt_tokens",
         "data.workers", "distributed.timeout", "reward.kl_coef", "reward.max_length",
         "reward.buffer", "checkpoint.minutes", "learner.router_aux_coef",
@@ -167,15 +165,15 @@ def _check_numbers(c: Any) -> None:
     for field in ("sampler.temperature", "learner.max_grad_norm", "learner.eps"):
         value = operator.attrgetter(field)(c)
         require(value > 0, field, value, "greater than 0")
+    for field in ("collapse.reward", "collapse.entropy", "collapse.least"):
+        value = operator.attrgetter(field)(c)
+        require(0 <= value <= 1, field, value, "in [0, 1]")
     for field in ("learner.b1", "learner.b2"):
         value = operator.attrgetter(field)(c)
         require(0 <= np.float32(value) < 1, field, value, "in [0, 1), in float32 too")
     updates = f"at most {LARGEST // c.batch.minibatches} with batch.minibatches="
     updates += f"{c.batch.minibatches}: updates are counted in 32 bits"
     require(c.iterations * c.batch.minibatches <= LARGEST, "iterations", c.iterations, updates)
-    top_k, top_p = c.eval.top_k, c.eval.top_p
-    require(top_k is None or top_k >= 1, "eval.top_k", top_k, "at least 1, or None")
-    require(top_p is None or 0 < top_p <= 1, "eval.top_p", top_p, "in (0, 1], or None")
 
 
 def _check_batch(c: Any) -> None:
@@ -245,12 +243,12 @@ def _merged(base: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     return {**base, **given, **{key: _merged(base[key], given[key]) for key in inner}}
 
 
-def _check_tokens(c: Any, width: int, room: int, eval_batch: int) -> None:
-    """Refuse rows whose tokens 32 bits do not count, of an iteration or of the evaluation."""
+def _check_tokens(c: Any, width: int, room: int, each: evals.Evals) -> None:
+    """Refuse rows whose tokens 32 bits do not count, of an iteration or of an evaluation."""
     sizes = {f"batch.{n}": getattr(c.batch, n) for n in ("prompts", "oversample", "group_size")}
     largest, rows = max(sizes, key=sizes.get), math.prod(sizes.values())
-    of_eval = ("eval.samples", c.eval.samples, eval_batch)
-    for field, count, others in ((largest, sizes[largest], rows // sizes[largest]), of_eval):
+    of_evals = [(f"{one.field}.samples", one.samples, one.batch) for one in each.values()]
+    for field, count, others in ((largest, sizes[largest], rows // sizes[largest]), *of_evals):
         most = LARGEST // (others * (width + room))
         tokens = f"at most {most}, for {others} times as many rows of {width + room} tokens"
         require(count <= most, field, count, tokens)
@@ -280,6 +278,10 @@ def from_config(
     choice("source", c.source, SOURCES)
     choice("advantages", c.advantages, tuple(advantages.ESTIMATORS))
     choice("population.method", c.population.method, POPULATION_METHODS)
+    some = f"some of {', '.join(tracker.TRACKERS)}, or none"
+    known = set(tracker.listed(c.log.trackers)) <= set(tracker.TRACKERS)
+    require(known, "log.trackers", c.log.trackers, some)
+    choice("collapse.rule", c.collapse.rule, collapse.RULES)
     _check_numbers(c)
     _check_batch(c)
     if learns:
@@ -288,28 +290,30 @@ def from_config(
             platform = devices[0].platform if devices else jax.default_backend()
             model.attention.check(c.model.attention, platform)
     made, shares = build.make_tasks(c)
-    tokenizer = build.make_tokenizer(c, made)
+    sets = evals.make(c, made, shares)
+    judges = evals.judges(made, sets)
+    tokenizer = build.make_tokenizer(c, judges)
     chosen = objective.make_objective(c)
     shape = build.make_model(c, tokenizer)
-    width, room, keep = build.lengths(c, made, tokenizer, shape)
+    width, room, keep = build.lengths(c, judges, tokenizer, shape)
     mesh = build.make_mesh(c, shape, devices)
     sampler_mesh = build.make_sampler_mesh(c, shape, mesh)
     with build.of_field("reward.function"):
         cli.own.fingerprints([c.reward.function])  # the others were read
-    names = [c.objective.name, *(task["name"] for task in build.entries(c).values())]
-    files = cli.own.fingerprints([*names, c.reward.function])
+    names = [task["name"] for task in build.entries(c).values()] + list(evals.task_names(c))
+    files = cli.own.fingerprints([c.objective.name, *names, c.reward.function])
     parts = sharding.parts(sampler_mesh)
     options = {"slots": c.sampler.slots, "parts": parts}
     packing = build.make_packing(c, shape, width, room, mesh)
     hp = build.make_hyperparameters(c, shape, chosen, mesh, packing)
-    plan = partial(sampler.make_plan, max_new_tokens=room, **options)
-    # The last batch of an evaluation is filled up, and so is one that the mesh does not divide.
-    eval_batch = -(-min(c.batch.prompts, c.eval.prompts) // parts) * parts
-    _check_tokens(c, width, room, eval_batch)
+    sets = evals.shaped(sets, c.batch.prompts, room, keep=keep, width=width, **options)
+    _check_tokens(c, width, room, sets)
+    drawn = c.batch.prompts * c.batch.oversample
     return Settings(
         plain=plain | ({"files": files} if files else {}),
         config=c,
         tasks=made,
+        judges=judges,
         shares=shares,
         recipe=build.make_recipe(c, room),
         tokenizer=tokenizer,
@@ -320,9 +324,8 @@ def from_config(
         max_new_tokens=room,
         bounds=build.make_bounds(c),
         packing=packing,
-        plan=plan(c.batch.prompts * c.batch.oversample, group_size=c.batch.group_size),
-        eval_plan=plan(eval_batch, group_size=c.eval.samples),
-        eval_batch=eval_batch,
+        plan=sampler.make_plan(drawn, room, group_size=c.batch.group_size, **options),
+        evals=sets,
         mesh=mesh,
         sampler_mesh=sampler_mesh,
     )

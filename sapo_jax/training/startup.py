@@ -46,8 +46,8 @@ def start(
       ValueError: what is needed cannot be restored.
     """
     lead = engines[0].runs[0]
-    if lead.config.eval.every:  # whether there are enough distinct prompts, before any compile
-        evaluation.test_set(lead, lead.config.eval.prompts)
+    for one in lead.evals.values() if lead.config.eval.every else ():
+        len(one.examples)  # raises where there are too few, before any compile
     check_memory(lead)
     runs = [run for engine in engines for run in engine.runs]
     found = _restore_newest(engines, checkpoints, alone)

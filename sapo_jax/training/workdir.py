@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,12 +25,12 @@ from sapo_jax.training.files import (
     write_json,
     write_text,
 )
-from sapo_jax.training.tracker import Tracker
+from sapo_jax.training.tracker import TRACKERS, Tracker
 
 PART_LINES = 100
 RECORD = {"iteration": int}
-FOLDERS = "metrics", "samples", "checkpoints", "tensorboard"
-FILES = "config.json", "provenance.json", "report.html", "lease.json", ".lock"
+FOLDERS = "metrics", "samples", "checkpoints", *TRACKERS
+FILES = "config.json", "provenance.json", "report.html", "lease.json", ".lock", "wandb.json"
 
 
 def write_config(workdir: epath.PathLike, config: dict) -> None:
@@ -99,19 +100,25 @@ def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset
 
 
 class Metrics:
-    """Writes records as JSON lines in numbered parts, metrics/part-00000.jsonl, and to TensorBoard.
+    """Writes records as JSON lines in numbered parts, metrics/part-00000.jsonl, and to trackers.
 
     Object stores cannot append, so every record rewrites its part, of at most 100 lines, as a
     whole: a killed process leaves only whole lines.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, first_iteration: int):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        first_iteration: int,
+        trackers: Sequence[str] = ("tensorboard",),
+    ):
         """Cut the records beyond ``first_iteration``, the number of finished iterations restored.
 
         Where nothing was restored, -1 cuts the record of an evaluation before training as well.
         """
         self._directory = normal(workdir) / "metrics"
-        self._part, self._lines, self._tracker = 0, [], None
+        self._part, self._lines, self._trackers = 0, [], []
         if jax.process_index() > 0:
             return
         parts = _numbered(self._directory, "part")
@@ -123,7 +130,8 @@ class Metrics:
             elif (text := "".join(map(_line, rest))).encode() != path.read_bytes():
                 write_text(path, text)
         self._part = max(_numbered(self._directory, "part"), default=-1) + 1
-        self._tracker = Tracker(normal(workdir) / "tensorboard", first_iteration + 1)
+        place, step = normal(workdir), first_iteration + 1
+        self._trackers = [Tracker(name, place, step) for name in trackers]
 
     def write(self, record: dict) -> None:
         """Add one record of numbers, lists and dicts; non-finite numbers become null."""
@@ -134,13 +142,13 @@ class Metrics:
             self._part, self._lines = self._part + 1, []
         self._lines.append(_line(record))
         write_text(self._directory / f"part-{self._part:05d}.jsonl", "".join(self._lines))
-        if self._tracker:
-            self._tracker.write(record)
+        for tracker in self._trackers:
+            tracker.write(record)
 
     def close(self) -> None:
-        """Flush the TensorBoard events; the JSON lines are already there."""
-        if self._tracker:
-            self._tracker.close()
+        """Let the trackers write what is left; the JSON lines are already there."""
+        for tracker in self._trackers:
+            tracker.close()
 
     def __enter__(self) -> Metrics:
         return self

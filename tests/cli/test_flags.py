@@ -39,7 +39,7 @@ def sapo(monkeypatch, capfd):
 FLAGS = {
     "train": "config reward workdir coordinator processes process",
     "sweep": "config reward workdir axis most job_index job_count",
-    "evaluate": "hf workdir which task reward prompts samples temperature top_k top_p "
+    "evaluate": "hf workdir which task eval reward prompts samples temperature top_k top_p "
     "max_prompt_tokens max_new_tokens batch seed workers dtype chat system template_options out "
     "compilation_cache",
     "export": "workdir out which",

@@ -71,6 +71,9 @@ def _record(rng, iteration, iterations, supervised):
         record["eval/pass_at_8"] = solved + 0.1
         record["eval/pass_at_1_low"] = solved - 0.04
         record["eval/pass_at_1_high"] = solved + 0.04
+        for name, easier in (("aime25", -0.05), ("hmmt25", 0.05)):
+            own = f"eval/{name}/pass_at_1"
+            record |= {own: solved + easier, f"{own}_low": solved, f"{own}_high": solved + 0.1}
     record |= _ratios(rng, 0.05 + 0.12 * grown)
     record |= {"length/mean": 22 + 30 * grown, "sampler/logp_gap_mean": 1e-6}
     if not supervised:
@@ -238,6 +241,12 @@ def test_every_panel_has_a_place_a_caption_and_a_drawing(html):
         assert len(caption) > 30
 
 
+def test_each_evaluation_has_a_row(html, run):
+    last = 100 * workdir.read_metrics(run)[-1]["eval/aime25/pass_at_1"]
+    assert re.search(rf"<tr><td>aime25</td>(<td>[^<]*</td>){{2}}<td>{last:.1f} \(", html)
+    assert "hmmt25</td>" in html
+
+
 def test_page_loads_nothing_and_runs_nothing(html):
     """One file that can be mailed: a viewer without a network sees the same page."""
     page = Page(html)
@@ -362,7 +371,7 @@ def test_supervised_run_has_no_reward_ratios_or_samples(tmp_path):
     """The learner logs ratios to an old policy that demonstrations do not have: not shown."""
     make_run(tmp_path / "run", iterations=60, supervised=True)
     html = report.write(tmp_path / "run").read_text(encoding="utf-8")
-    panels = {"pass", "entropy", "gradient", "loss", "phases"}
+    panels = {"pass", "evaluations", "entropy", "gradient", "loss", "phases"}
     assert _present(html) == panels | {"learning", "policy", "time", "config"}
     head = html[: html.index("<nav>")]
     assert "Supervised training" in head
@@ -384,6 +393,7 @@ def test_nulls_are_left_out_and_told(tmp_path):
     records = make_run(tmp_path / "run", iterations=12)
     for record in records[6:]:
         record |= {"policy/loss": None, "grad/norm": None, "eval/pass_at_1_low": None}
+        record["run/collapsed_at"] = 7
         record["histogram/gate_pos"] = None
         record["minibatch"] = [{"policy/ratio_max": None, "policy/ratio_min": None}, {}]
     for record in records:
@@ -397,6 +407,7 @@ def test_nulls_are_left_out_and_told(tmp_path):
     assert not re.search(r"\b(nan|inf)\b", html, re.IGNORECASE)
     head = " ".join(Page(html[html.index("<header>") : html.index("<nav>")]).words)
     assert "policy/loss (first in iteration 7)" in head
+    assert "Collapsed at iteration 7, by the rule" in head
     assert "policy/kl_old (first in iteration 1)" in head
 
 

@@ -1,6 +1,7 @@
 """What a sweep's report says: pairing by seed, the rule of collapse, grids, and the page."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from sapo_jax.report.sweep_stats import Run
 
 def records(reward, *, ends=0.5, entropy=None, broken=None):
     """A run's records: rewards by iteration, evaluations at its start and end."""
-    out = [{"iteration": 0, "eval/pass_at_1": 0.1}]
+    out = [{"iteration": 0, "eval/pass_at_1": 0.1, "eval/aime25/pass_at_1": 0.2}]
     for i, value in enumerate(reward, 1):
         out.append({
             "iteration": i,
@@ -22,7 +23,7 @@ def records(reward, *, ends=0.5, entropy=None, broken=None):
             "length/mean": 5.0,
             "time/iteration": 36.0,
         })  # fmt: skip
-    out[-1]["eval/pass_at_1"] = ends
+    out[-1] |= {"eval/pass_at_1": ends, "eval/aime25/pass_at_1": ends / 2}
     return out
 
 
@@ -154,9 +155,20 @@ def test_the_report_of_a_sweep(tmp_path):
         path.parent.mkdir(parents=True)
         path.write_text("".join(json.dumps(r) + "\n" for r in run.records))
     text = sweep.write(tmp_path).read_text()
-    for panel in ("pass", "reward", "entropy", "ends", "differences", "heat", "collapse"):
+    for panel in (
+        "pass",
+        "reward",
+        "entropy",
+        "ends",
+        "differences",
+        "heat",
+        "collapse",
+        "evaluations",
+    ):
         assert f'id="{panel}"' in text, panel
     assert "+10.0 (+10.0 to +10.0)" in text
+    assert "<th>aime25</th>" in text
+    assert re.search(r"<td>tau_neg 1.0</td><td>10.0 \(", text)
     assert 'href="d/1.0-0/report.html"' in text
     assert "<script" not in text
     assert "<image" not in text  # refused by the page's own policy

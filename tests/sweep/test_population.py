@@ -383,9 +383,10 @@ def test_a_switch_gives_each_run_its_own_objective(rng):
 def test_a_population_by_vmap_goes_on_where_it_stopped(tmp_path):
     """A cohort of two objectives, whole and in two parts: bit for bit, and nothing compiles late.
 
-    Both runs learn, each by its own objective and in its own directory.
+    Both runs learn, each by its own objective and in its own directory, and have two evaluations.
     """
     fields = {"population.method": "vmap", "model.num_hidden_layers": 1, "checkpoint.every": 1}
+    fields["evals"] = {"own": {}, "few": {"prompts": 4, "samples": 2}}
     times = {"eval.every": 1, "batch.minibatches": 1, "sampler.max_new_tokens": 24}
     runs = axes.product(axes.axis("objective.name", "sapo", "grpo"), axes.axis("seed", 3))
     late, warm_up = fakes.Compilations(), startup.warm_up
@@ -418,6 +419,7 @@ def test_a_population_by_vmap_goes_on_where_it_stopped(tmp_path):
     sapo, grpo = (records(tmp_path / "whole" / name)[1] for name in cohort.names)
     assert sapo["reward/mean"] == grpo["reward/mean"]
     assert sapo["policy/loss"] != grpo["policy/loss"]
+    assert {"eval/pass_at_1", "eval/own/pass_at_1", "eval/few/pass_at_1"} <= set(sapo)
 
 
 @pytest.mark.slow
@@ -568,12 +570,20 @@ def test_the_bar_moves_while_the_runs_of_a_map_train(together):
         assert f"{doing} run 2 of {len(cohort.runs)}" in bar.notes
 
 
-def test_jobs_share_a_sweep(swept, tmp_path):
+def test_jobs_share_a_sweep(swept, tmp_path, monkeypatch):
     """Each job does its cohorts; the sweep is complete when both have ended."""
     whole, parts, _ = swept
     assert not schedule.run(parts, tmp_path, job=(1, 2))
     assert not (tmp_path / "cohort-000").exists()
+    trained = []
+
+    def taken(cohort, place, bar):  # what it would train once more
+        trained.append((cohort, place.name))
+        shutil.copytree(whole / place.name, place)
+
+    monkeypatch.setattr(schedule, "run_cohort", taken)
     assert schedule.run(parts, tmp_path, job=(0, 2))
+    assert trained == [(parts[0], "cohort-000")]
     for run in json.loads((tmp_path / "manifest.json").read_text())["runs"]:
         assert records(tmp_path / run["directory"]) == records(whole / run["directory"])
 

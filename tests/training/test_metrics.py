@@ -18,7 +18,8 @@ CHECKED = {
     "tasks": "test_build", "an evaluation, tasks": "test_build",
     "a model with experts": "test_routing", "a model with experts, source=rollout": "test_routing",
     "learner.router_aux_coef": "test_routing", "an evaluation": "test_export",
-    "sapo_jax.evaluate": "test_export", "reward.function": "test_own",
+    "an evaluation, evals": "test_evals", "sapo_jax.evaluate": "test_export",
+    "reward.function": "test_own",
     "an evaluation, reward.function": "test_evaluate",
     **dict.fromkeys((f"reward.{part}" for part in rewards.PARTS[1:]), "test_train"),
 }  # fmt: skip
@@ -28,7 +29,10 @@ def check(found, *conditions, tasks=("",), samples=4):
     """The keys of records, or of one, are those of the table that have one of the conditions."""
     records = [found] if isinstance(found, dict) else found
     expected = {
-        key.replace("<task>", task).replace("<k>", str(k)).replace("<name>", "tau_neg")
+        key.replace("<task>", task)
+        .replace("<name>", task)
+        .replace("<k>", str(k))
+        .replace("<field>", "tau_neg")
         for key, metric in METRICS.items()
         if metric.when in conditions
         for task in tasks

@@ -13,7 +13,7 @@ from tests import fakes, tiny_config
 def changed(fields):
     config = tiny_config.get_config()
     with config.unlocked():
-        for name in ("task", "tasks"):
+        for name in ("task", "tasks", "evals"):
             if name in fields:
                 config[name] = ConfigDict(fields[name])
         flat = {k: v for k, v in fields.items() if not isinstance(v, dict)}
@@ -162,6 +162,28 @@ WRONG = [
     ({"seed": -1}, "seed=-1", "at least 0"),
     ({"eval.top_p": 1.5}, "top_p=1.5", r"\(0, 1\]"),
     ({"eval.top_k": 0}, "top_k=0", "at least 1"),
+    ({"evals": {"a": {"samples": 0}}}, "evals.a.samples=0", "at least 1"),
+    ({"evals": {"a": {"samples": 2.0}}}, "evals.a.samples=2.0", "at least 1"),
+    ({"evals": {"a": {"samples": 10**20}}}, "evals.a.samples=1000", "at most"),
+    ({"evals": {"a": {"prompts": 0}}}, "evals.a.prompts=0", "at least 1"),
+    ({"evals": {"a": {"prompts": 5000}}}, "evals.a.prompts=5000", "at most 4096, for the test"),
+    ({"evals": {"a": {"temperature": -1.0}}}, "evals.a.temperature=-1.0", "at least 0"),
+    ({"evals": {"a": {"temperature": math.nan}}}, "evals.a.temperature=nan", "finite"),
+    ({"evals": {"a": {"top_p": 0.0}}}, "evals.a.top_p=0.0", r"in \(0, 1\]"),
+    ({"evals": {"a": {"smaples": 3}}}, "evals.a.smaples=3", "no such field: .*is 'samples'"),
+    ({"evals": {"a": 3}}, "evals.a=3", "a dictionary of task, prompts"),
+    ({"evals": {"mean": {}}}, "evals.mean={}", "and not 'mean'"),
+    ({"evals": {"a/b": {}}}, "evals.a/b={}", "letters, digits"),
+    ({"evals": {"": {}}}, "evals.={}", "letters, digits"),
+    ({"evals": {"a": {"task": {"name": "countdwn"}}}}, "evals.a.task: unknown", "'countdown'"),
+    ({"evals": {"a": {"task": {"options": {}}}}}, "evals.a.task=", "dictionary of name"),
+    ({"evals": {"a": {"task": {"name": "chain_sum", "share": 1}}}}, "evals.a.task=", "of name"),
+    ({"evals": {"a": {}}, "eval.best": "b"}, "eval.best='b'", "one of mean, a; the nearest is"),
+    ({"eval.best": "aime25"}, "eval.best='aime25'", "one of mean; "),
+    ({"collapse.rule": "rewards"}, "collapse.rule='rewards'", "reward, entropy, either; the near"),
+    ({"log.trackers": ("tensorbord",)}, "trackers=['tensorbord']", "some of tensorboard, wandb"),
+    ({"collapse.window": 0}, "collapse.window=0", "at least 1"),
+    ({"collapse.reward": 1.5}, "collapse.reward=1.5", r"in \[0, 1\]"),
     ({"checkpoint.every": 0}, "checkpoint.every=0", "at least 1"),
     ({"reward.buffer": -1}, "reward.buffer=-1", "at least 0"),
     # What would be made, counted or waited for before anything else refuses it.

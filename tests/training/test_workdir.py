@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -239,7 +240,8 @@ def write_records(workdir, first, last):
 
 @pytest.fixture
 def no_tensorboard(monkeypatch):
-    monkeypatch.setattr(workdir, "Tracker", lambda *_: None)
+    silent = types.SimpleNamespace(write=lambda record: None, close=lambda: None)
+    monkeypatch.setattr(workdir, "Tracker", lambda *_: silent)
 
 
 def test_records_are_json_and_exact(tmp_path, no_tensorboard):
@@ -295,8 +297,7 @@ WRITER = """
     import sys
     from sapo_jax.training import workdir
 
-    workdir.Tracker = lambda *_: None
-    metrics = workdir.Metrics(sys.argv[1], first_iteration=int(sys.argv[2]))
+    metrics = workdir.Metrics(sys.argv[1], first_iteration=int(sys.argv[2]), trackers=())
     for iteration in range(int(sys.argv[2]) + 1, 100_000):
         metrics.write({"iteration": iteration, "noise": [iteration] * 300})
         if iteration == int(sys.argv[2]) + 2:
