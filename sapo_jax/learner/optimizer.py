@@ -13,7 +13,7 @@ from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
 from sapo_jax import model
-from sapo_jax.model import blocked
+from sapo_jax.model import blocked, lora
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.objectives import Objective, Switch
 from sapo_jax.parallel import sharding
@@ -72,6 +72,7 @@ class Hyperparameters:
       max_grad_norm: gradients are clipped to this global norm; inf switches it off.
       temperature: of the policy, as in the sampler.
       router_aux_coef: weight of the load-balancing loss; None switches it off.
+      lora_scale: alpha/rank, what adapters count beside their projections; None without LoRA.
     """
 
     objective: Objective | Switch
@@ -80,11 +81,12 @@ class Hyperparameters:
     max_grad_norm: jax.Array | float
     temperature: jax.Array | float
     router_aux_coef: jax.Array | float | None
+    lora_scale: jax.Array | float | None
     static: Static = struct.field(pytree_node=False)
 
     def __init__(
         self, objective, learning_rate, weight_decay, max_grad_norm, temperature, model=None,
-        *, router_aux_coef=None, static=None, **shape,
+        *, router_aux_coef=None, lora_scale=None, static=None, **shape,
     ):  # fmt: skip
         shape |= {} if model is None else {"model": model}
         vars(self).update(  # frozen: attributes cannot be assigned
@@ -94,6 +96,7 @@ class Hyperparameters:
             max_grad_norm=max_grad_norm,
             temperature=temperature,
             router_aux_coef=router_aux_coef,
+            lora_scale=lora_scale,
             static=dataclasses.replace(static, **shape) if static else Static(**shape),
         )
 
@@ -115,7 +118,8 @@ def learning_rate(hp: Hyperparameters, update: jax.Array) -> jax.Array:
 def optimizer(hp: Hyperparameters, rate: jax.Array) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) behind clipping by global norm; its state depends on no setting."""
     static = hp.static
-    decays = jax.tree.map(lambda spec: spec.fan_in > 0, model.params.table(static.model))
+    table = lora.trained(model.params.table(static.model), static.model)
+    decays = jax.tree.map(lambda spec: spec.fan_in > 0, table)
     return optax.chain(
         optax.clip_by_global_norm(hp.max_grad_norm),
         optax.scale_by_adam(static.b1, static.b2, static.eps, mu_dtype=jnp.float32),
@@ -126,7 +130,7 @@ def optimizer(hp: Hyperparameters, rate: jax.Array) -> optax.GradientTransformat
 
 @jax.jit
 def init(params: Any, hp: Hyperparameters) -> TrainState:
-    """The state before the first iteration.
+    """The state before the first iteration; with LoRA, ``params`` are the adapters.
 
     Raises:
       ValueError: parameters in less than 32 bits, whose rounding loses most steps.
@@ -146,9 +150,9 @@ def init(params: Any, hp: Hyperparameters) -> TrainState:
 
 def partition_specs(hp: Hyperparameters) -> TrainState:
     """Where the state lies: the optimizer's moments where their parameters do."""
-    config, whole = hp.static.model, PartitionSpec()
-    step, params = optimizer(hp, jnp.float32(0)), model.params.partition_specs(config)
-    opt_state = jax.eval_shape(step.init, model.params.abstract(config))
+    config, whole, step = hp.static.model, PartitionSpec(), optimizer(hp, jnp.float32(0))
+    params = lora.trained(model.params.partition_specs(config), config)
+    opt_state = jax.eval_shape(step.init, lora.trained(model.params.abstract(config), config))
     placed = optax.tree_map_params(
         step, lambda _, spec: spec, opt_state, params, transform_non_params=lambda _: whole
     )
@@ -157,7 +161,8 @@ def partition_specs(hp: Hyperparameters) -> TrainState:
 
 def abstract(hp: Hyperparameters) -> TrainState:
     """Shapes, dtypes and, on a mesh, shardings of the state."""
-    mesh, state = hp.static.mesh, jax.eval_shape(init, model.params.abstract(hp.static.model), hp)
+    mesh, config = hp.static.mesh, hp.static.model
+    state = jax.eval_shape(init, lora.trained(model.params.abstract(config), config), hp)
     if mesh is None:
         return state
     return jax.tree.map(

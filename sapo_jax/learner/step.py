@@ -19,12 +19,21 @@ from sapo_jax.learner.diagnostics import STATIONS
 from sapo_jax.learner.gradients import divided, numerators
 from sapo_jax.learner.optimizer import Hyperparameters, learning_rate, optimizer, partition_specs
 from sapo_jax.parallel import sharding
-from sapo_jax.types import Batch, Histogram, Max, TrainState, Weighted, is_reduction, merge
+from sapo_jax.types import (
+    Batch,
+    Frozen,
+    Histogram,
+    Max,
+    TrainState,
+    Weighted,
+    is_reduction,
+    merge,
+)
 
 
 @partial(jax.jit, donate_argnames="state")
 def update(
-    state: TrainState, batch: Batch, hp: Hyperparameters
+    state: TrainState, batch: Batch, hp: Hyperparameters, frozen: Frozen | None = None
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimizer step on one minibatch; none where no token counts, or a number is not finite.
 
@@ -32,6 +41,7 @@ def update(
       state: donated; use the one that comes back.
       batch: rows whose number ``micro_batches`` divides.
       hp: hyperparameters.
+      frozen: with LoRA, the base of the adapters in ``state``.
 
     Returns:
       (state, metrics): metrics as mergeable reductions, see `masked`.
@@ -39,7 +49,7 @@ def update(
     chex.assert_equal_shape([batch.tokens, batch.mask, batch.segments, batch.old_logp])
     parts = hp.static.micro_batches * sharding.parts(hp.static.mesh)
     chex.assert_is_divisible(batch.tokens.shape[0], parts)
-    sums, terms = numerators(state.params, batch, hp)
+    sums, terms = numerators(state.params, batch, hp, frozen)
     grads = divided(sums, terms)
     rate, norm = learning_rate(hp, state.update), optax.tree.norm(grads)
     late = ~jnp.isfinite(jnp.stack([masked.ratio(terms["loss"]), norm]))
@@ -120,7 +130,10 @@ end_iteration = jax.jit(lambda s: s.replace(iteration=s.iteration + 1), donate_a
 
 
 def learn(
-    state: TrainState, minibatches: tuple[Batch, ...], hp: Hyperparameters
+    state: TrainState,
+    minibatches: tuple[Batch, ...],
+    hp: Hyperparameters,
+    frozen: Frozen | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """An iteration's updates, one for each minibatch.
 
@@ -130,7 +143,7 @@ def learn(
     """
     collected = []
     for batch in minibatches:
-        state, metrics = update(state, batch, hp)
+        state, metrics = update(state, batch, hp, frozen)
         collected.append(metrics)
     found = sharding.to_host((state.update, *finish_iteration(tuple(collected))))
     return end_iteration(state), record(*found)
