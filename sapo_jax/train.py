@@ -275,7 +275,7 @@ def _iterate(
             between = hold()
         minibatches = _separated(got.minibatches, between) if between else got.minibatches
         with clock("update"):
-            state, learnt = bundle.engine.learn(bundle.state, minibatches)
+            state, learnt = bundle.engine.learn(bundle.state, minibatches, bundle.frozen)
         after.append(bundle._replace(state=state))
         samples += got.samples
         count = {"iteration": iteration}

@@ -17,7 +17,7 @@ from absl import logging
 
 from sapo_jax import learner, rewards, train
 from sapo_jax.model import params
-from sapo_jax.training import checkpoint, provenance, settings, startup
+from sapo_jax.training import checkpoint, parameters, provenance, settings, startup
 from sapo_jax.training.lease import Lease
 from sapo_jax.training.workdir import read_metrics, read_samples
 from tests import fakes, tiny_config
@@ -219,7 +219,7 @@ def test_starting_from_what_is_not_finite_is_refused(whole, tmp_path, monkeypatc
         found = checkpoint.restore_params(*arguments, **options)
         return found | {"embed": found["embed"].at[3, 5].set(np.nan)}
 
-    monkeypatch.setattr(startup, "restore_params", lost)
+    monkeypatch.setattr(parameters, "restore_params", lost)
     with pytest.raises(ValueError, match=r"init_from=.*: params/embed is not finite"):
         run(tmp_path / "run", init_from=str(whole))
 

@@ -17,7 +17,7 @@ from sapo_jax.model import blocked, lora
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.objectives import Objective, Switch
 from sapo_jax.parallel import sharding
-from sapo_jax.types import TrainState
+from sapo_jax.types import Frozen, TrainState
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -161,11 +161,22 @@ def partition_specs(hp: Hyperparameters) -> TrainState:
 
 def abstract(hp: Hyperparameters) -> TrainState:
     """Shapes, dtypes and, on a mesh, shardings of the state."""
-    mesh, config = hp.static.mesh, hp.static.model
+    config = hp.static.model
     state = jax.eval_shape(init, lora.trained(model.params.abstract(config), config), hp)
+    return _placed(state, hp.static.mesh, partition_specs(hp))
+
+
+def abstract_frozen(hp: Hyperparameters) -> Frozen | None:
+    """The same of what updates leave as it is; None where that is nothing."""
+    config = hp.static.model
+    specs = lora.frozen(model.params.partition_specs(config), config)
+    return _placed(lora.frozen(model.params.abstract(config), config), hp.static.mesh, specs)
+
+
+def _placed(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
     if mesh is None:
-        return state
+        return tree
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        state, sharding.shardings(mesh, partition_specs(hp)),
+        tree, sharding.shardings(mesh, specs),
     )  # fmt: skip

@@ -75,8 +75,8 @@ def forward(
 def shard_map(function: Callable, hp: Hyperparameters, out_specs: Any) -> Callable:
     """(params, batch, hp, frozen) → …, for each device's rows and part of the parameters."""
     config, specs = hp.static.model, model.params.partition_specs(hp.static.model)
-    in_specs = (lora.trained(specs, config), sharding.spec("rows"), PartitionSpec(),
-                lora.frozen(specs, config))  # fmt: skip
+    own, base = lora.trained(specs, config), lora.frozen(specs, config) or PartitionSpec()
+    in_specs = (own, sharding.spec("rows"), PartitionSpec(), base)
     return sharding.shard_map(function, hp.static.mesh, in_specs, out_specs)
 
 

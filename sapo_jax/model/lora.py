@@ -99,11 +99,17 @@ def frozen(tree: Any, config: ModelConfig) -> Frozen | None:
     return Frozen({**tree, "layers": layers})
 
 
+def scaled(adapters: Any, scale: jax.Array | float) -> Any:
+    """Adapters with alpha/rank in their factors B."""
+    layers = {n: x * scale if n.endswith(B) else x for n, x in adapters["layers"].items()}
+    return {**adapters, "layers": layers}
+
+
 def join(trained: Any, frozen: Frozen | None, scale: jax.Array | float | None) -> Any:
     """The parameters of a policy, the factors B times ``scale`` (alpha/rank)."""
     if frozen is None:
         return trained
-    own = {n: x * scale if n.endswith(B) else x for n, x in trained["layers"].items()}
+    own = scaled(trained, scale)["layers"]
     return {**frozen.params, "layers": {**frozen.params["layers"], **own}}
 
 

@@ -22,6 +22,7 @@ TYPES = {
     int: (int, "a whole number"),
     float: ((int, float), "a number"),
     str: (str, "text"),
+    tuple: (list, "a tuple"),  # as JSON holds one
     ConfigDict: (dict, "a section, or a dictionary"),
 }
 

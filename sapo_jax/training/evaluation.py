@@ -123,7 +123,8 @@ def held_out(
 ) -> list[dict[str, float]]:
     """Metrics of each run on the fixed evaluation set; the same noise at every iteration."""
     engine, run = bundle.engine, bundle.engine.runs[0]
-    weights, count = engine.to_sampler(bundle.state.params), run.config.eval.prompts
+    weights = engine.to_sampler(bundle.state.params, bundle.frozen)
+    count = run.config.eval.prompts
 
     def sample(prompts, on_groups):
         every, controls = [prompts] * len(on_groups), {"iteration": 0, "domain": "eval"}

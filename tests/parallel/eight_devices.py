@@ -13,7 +13,7 @@ from sapo_jax.model import params, transformer
 from sapo_jax.parallel import sharding
 from sapo_jax.sampler import Plan, decode, decode_state, sampling
 from sapo_jax.sampler.weights import partition_specs
-from sapo_jax.training import checkpoint, settings, startup
+from sapo_jax.training import checkpoint, parameters, settings, startup
 from sapo_jax.training.engine import Streamed
 from sapo_jax.training.workdir import read_metrics
 from sapo_jax.types import Batch
@@ -379,5 +379,5 @@ def test_random_parameters_are_those_of_one_device():
     for mesh in ({}, {"mesh.fsdp": 8, "sampler.slots": 0}):
         config = tiny_config.get_config()
         config.update_from_flattened_dict(mesh)
-        drawn.append(startup.random_parameters(settings.from_config(config)))
+        drawn.append(parameters.random(settings.from_config(config)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *drawn)
