@@ -106,11 +106,11 @@ def scaled(adapters: Any, scale: jax.Array | float) -> Any:
 
 
 def join(trained: Any, frozen: Frozen | None, scale: jax.Array | float | None) -> Any:
-    """The parameters of a policy, the factors B times ``scale`` (alpha/rank)."""
+    """The parameters of a policy, the factors B times ``scale`` (alpha/rank; None: as they are)."""
     if frozen is None:
         return trained
-    own = scaled(trained, scale)["layers"]
-    return {**frozen.params, "layers": {**frozen.params["layers"], **own}}
+    own = trained if scale is None else scaled(trained, scale)
+    return {**frozen.params, "layers": {**frozen.params["layers"], **own["layers"]}}
 
 
 def base(config: ModelConfig) -> ModelConfig:
