@@ -221,6 +221,7 @@ REFUSED = [
     ({"lora.rank": 2, "lora.alpha": -1.0}, r"lora.alpha=-1.0: must be greater than 0"),
     ({"lora.rank": 2, "lora.targets": ("q", "keys")},
      r"lora.targets: 'keys' is no projection; there are q, k, v, o, gate, up, down; or attention"),
+    ({"lora.rank": 2, "lora.targets": ("q,keys",)}, r"lora.targets: 'keys' is no projection"),
     ({"lora.rank": 2, "lora.targets": (1,)}, r"lora.targets=\[1\]: must be a tuple of names"),
     ({"lora.targets": ("q",)}, r"lora.targets=\['q'\]: must be \(\) without config.lora.rank"),
     ({"dtype.params": "bfloat16"}, r"dtype.params='bfloat16': must be 'float32'"),

@@ -142,10 +142,11 @@ def add_adapters(c: Any, shape: model.ModelConfig) -> model.ModelConfig:
     most = f"at least 1 and at most model.hidden_size={width}; None: all parameters are learnt"
     require(1 <= rank <= width, "lora.rank", rank, most)
     require(alpha > 0, "lora.alpha", alpha, "greater than 0")
-    names = all(isinstance(name, str) for name in targets)
-    require(names, "lora.targets", targets, "a tuple of names")
+    texts = all(isinstance(name, str) for name in targets)
+    require(texts, "lora.targets", targets, "a tuple of names")
+    names = ",".join(targets).replace(" ", "").split(",") if targets else ()  # "q,v" of a flag
     with of_field("lora.targets"):
-        found = lora.targets(targets, params.layer_table(shape))
+        found = lora.targets(names, params.layer_table(shape))
     return dataclasses.replace(shape, lora_rank=rank, lora_targets=found)
 
 

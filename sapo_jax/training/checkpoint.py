@@ -57,8 +57,7 @@ class Checkpoints:
         score: float | None = None,
         finite: bool = False,
     ) -> None:
-        """Start saving a pytree of arrays, each with a checksum; on return the caller may donate
-        its buffers.
+        """Start saving a pytree of arrays, each with a checksum; its buffers may be donated then.
 
         Args:
           iteration: number of finished iterations, above that of every checkpoint so far.
