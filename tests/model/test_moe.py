@@ -77,7 +77,7 @@ def close(got, expected):
 
 @pytest.mark.parametrize(("few", "rank"), [(8, 0), (4096, 0), (8, 3)])
 def test_devices_with_some_of_the_experts_add_up(few, rank, rng, monkeypatch):
-    """In one wave or in many, as when all tokens choose the experts of one device; with adapters."""
+    """In one wave or in many, as when all tokens choose experts of one device; with adapters."""
     devices, tokens, place = 4, 130, None
     monkeypatch.setattr(waves, "FEW", few)
     monkeypatch.setattr(moe.collectives, "axis_size", lambda axis: devices)
@@ -87,6 +87,7 @@ def test_devices_with_some_of_the_experts_add_up(few, rank, rng, monkeypatch):
     for i, (matrix,) in enumerate(weights if rank else ()):
         sizes = (E, matrix.shape[1], rank), (E, rank, matrix.shape[2])
         weights[i] += tuple(rng.normal(0, 0.2, size).astype(np.float32) for size in sizes)
+    weights = tuple(weights)
     hidden, cotangent = rng.normal(size=(2, tokens, D)).astype(np.float32)
     gates = rng.uniform(size=(tokens, K)).astype(np.float32)
 
