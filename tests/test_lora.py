@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ from tests import tiny_config
 from tests.oracles import drawn
 from tests.sweep.test_population import Bar, KilledError, kill
 from tests.test_export import evaluated
-from tests.test_train import SHAPED, digest, records
+from tests.test_train import SHAPED, digest, records, spawn
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 SMALL = {"model.num_hidden_layers": 1, "sampler.slots": 0, "log.samples_every": 1}
@@ -95,6 +96,18 @@ def test_a_run_goes_on_where_it_stopped(alone, base, tmp_path):
     run(tmp_path / "run", **LORA, init_from=str(base))
     assert records(tmp_path / "run") == records(workdir)
     assert digest(tmp_path / "run") == digest(workdir)
+    same_states(state_of(tmp_path / "run", checked), state_of(workdir, checked))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", ["rollout 3", "minibatch 4", "checkpoint 2"])
+def test_a_killed_run_ends_like_an_uninterrupted_one(stop, alone, base, tmp_path):
+    """By SIGKILL, as tests/test_train.py has it for a run of all parameters."""
+    checked, workdir = alone
+    fields = LORA | {"init_from": str(base)}
+    assert spawn(tmp_path / "run", stop, **fields).wait() == -signal.SIGKILL
+    run(tmp_path / "run", **fields)
+    assert records(tmp_path / "run") == records(workdir)
     same_states(state_of(tmp_path / "run", checked), state_of(workdir, checked))
 
 

@@ -65,9 +65,10 @@ def whole(tmp_path_factory):
     return workdir
 
 
-def spawn(workdir, stop_at=None):
+def spawn(workdir, stop_at=None, **fields):
     """The tiny run in a process; with stop_at it kills itself there (see tests/killed_run.py)."""
-    environment = {**os.environ, "SAPO_JAX_TEST_STOP_AT": stop_at or ""}
+    own = {"SAPO_JAX_TEST_STOP_AT": stop_at or "", "SAPO_JAX_TEST_FIELDS": json.dumps(fields)}
+    environment = os.environ | own
     command = [sys.executable, "-m", "tests.killed_run", str(workdir)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
