@@ -75,7 +75,13 @@ def cotangents(
 
 
 def blocks_of(tree: Any, count: int, axis: int = 0) -> Any:
-    """Split rows into blocks: their axis becomes two, of which that of blocks goes to the front."""
+    """Split rows into blocks: their axis becomes two, of which that of blocks goes to the front.
+
+    Raises:
+      ValueError: packed rows, whose groups are not in order.
+    """
+    if isinstance(tree, Batch) and tree.count is not None:
+        raise ValueError("batch.pack=True: must be False, for rows to be taken in blocks")
 
     def blocks(x):
         shape = (*x.shape[:axis], count, -1, *x.shape[axis + 1 :])

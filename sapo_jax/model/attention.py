@@ -7,13 +7,17 @@ import math
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.model import blocked, rope, splash
+from sapo_jax.model import blocked, flash, rope, splash
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import collectives
 
 HIGHEST = jax.lax.Precision.HIGHEST
-PLATFORMS = {"splash": "tpu", "cudnn": "gpu"}  # kernels of one
-SHARES_PREFIX = ("blocked", "xla")  # kernels whose rows may share a prefix, see `segments`
+PLATFORMS = {"splash": "tpu", "cudnn": "gpu", "triton": "gpu"}  # kernels of one
+SHARES_PREFIX = (
+    "blocked",
+    "triton",
+    "xla",
+)  # kernels whose rows may share a prefix, see `segments`
 SHORT = 64  # tokens of rows whose scores are no larger than their queries and keys
 NEGATIVE = -1e30  # finite: a row without any key must not give NaN
 
@@ -68,13 +72,15 @@ def check(kernel: str, platform: str) -> None:
         raise ValueError(f"model.attention={kernel!r}: {only}")
 
 
-def choose(kernel: str, platform: str, length: int) -> str:
+def choose(kernel: str, platform: str, length: int, head_dim: int) -> str:
     """The kernel that "auto" takes on a platform for rows of so many tokens."""
     if kernel != "auto":
         return kernel
     if platform == "tpu":
         return "splash"
-    return "blocked" if length > SHORT else "xla"
+    if length <= SHORT:
+        return "xla"
+    return "triton" if platform == "gpu" and flash.supports(head_dim) else "blocked"
 
 
 def causal(
@@ -92,16 +98,19 @@ def causal(
       q_BSHd, k_BSKd, v_BSKd: rotated queries and keys, and values.
       segments_BS: i32[B, S], 0 at pads.
       kernel: a name in `config.ATTENTION`; "auto" takes splash where the program is compiled for
-        TPU, else "blocked" for rows that are not `SHORT`; "cudnn" is for GPU, and for rows of one
-        segment; "xla" materialises the scores and is the reference of the others.
-      prefix_BS: i32[B, S], the segment that each token's own continues, 0 for none; with "blocked"
-        and "xla" only.
+        TPU, "triton" where it is for GPU, else "blocked", both for rows that are not `SHORT`;
+        "cudnn" is for GPU, and for rows of one segment; "xla" materialises the scores and is the
+        reference of the others.
+      prefix_BS: i32[B, S], the segment that each token's own continues, 0 for none; with
+        `SHARES_PREFIX` only.
       block: tokens of a block, at most, see `blocked.block_size`.
     """
     check(kernel, collectives.platform())
-    kernel = choose(kernel, collectives.platform(), q_BSHd.shape[1])
+    kernel = choose(kernel, collectives.platform(), *q_BSHd.shape[1::2])
     if kernel == "blocked":
         return blocked.causal(q_BSHd, k_BSKd, v_BSKd, segments_BS, prefix_BS, block)
+    if kernel == "triton":
+        return flash.causal(q_BSHd, k_BSKd, v_BSKd, segments_BS, prefix_BS)
     if prefix_BS is not None and kernel not in SHARES_PREFIX:
         raise ValueError(f"attention={kernel!r}: shared prefixes need one of {SHARES_PREFIX}")
     if kernel == "splash":

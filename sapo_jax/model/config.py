@@ -9,7 +9,7 @@ from sapo_jax.cli import nearest
 from sapo_jax.model.rope import check_scaling
 
 DTYPES = ("float32", "bfloat16")
-ATTENTION = ("auto", "blocked", "xla", "splash", "cudnn")
+ATTENTION = ("auto", "blocked", "xla", "splash", "triton", "cudnn")
 MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2", "llama")
 LARGEST = {"num_hidden_layers": 4096, "num_experts": 2**16}  # each is named; others: 32 bits
 MAY_BE_ZERO = (

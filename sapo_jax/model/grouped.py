@@ -8,7 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from sapo_jax.model import grouped_triton
 from sapo_jax.model.attention import HIGHEST
+from sapo_jax.parallel import collectives
 
 
 @struct.dataclass
@@ -23,7 +25,7 @@ class Layout:
 
 def block_size(rows: int, experts: int) -> int:
     """Rows of a block: an eighth of an expert's mean share, so that padding stays below that."""
-    size = 8
+    size = grouped_triton.LEAST if collectives.platform() == "gpu" else 8
     while size < 256 and 16 * size <= rows // experts:
         size *= 2
     return size
@@ -148,25 +150,35 @@ def multiply(
       sizes_E: i32[E], rows of each expert.
       transpose: x is [M, F], the result [M, D].
 
-    The platform that the program is compiled for decides how: megablox on TPU, else a loop over
-    blocks. ``jax.lax.ragged_dot`` computes every expert for every row on CPU, and in the gradient
-    of the weights on TPU; on GPU it may, by XLA's choice.
+    The platform that the program is compiled for decides how: megablox on TPU, tiles by Triton on
+    GPU, else a loop over blocks. ``jax.lax.ragged_dot`` computes every expert for every row on CPU,
+    and in the gradient of the weights on TPU; on GPU it may, by XLA's choice.
     """
-    return jax.lax.platform_dependent(
+    ways = {"tpu": _by_megablox, "cuda": grouped_triton.multiply, "default": _by_blocks}
+    return _by_platform(
+        {name: partial(way, transpose=transpose) for name, way in ways.items()},
         x_MD, w_EDF, expert, sizes_E,
-        tpu=partial(_by_megablox, transpose=transpose),
-        default=partial(_by_blocks, transpose=transpose),
     )  # fmt: skip
+
+
+def _by_platform(ways: dict, x_MD, other, expert, sizes_E):
+    """The way of the platform, by blocks where Triton has no tile for the sizes."""
+    block = x_MD.shape[0] // expert.shape[0]
+    if not grouped_triton.supports(block, x_MD.shape[1], *other.shape[1:]):
+        del ways["cuda"]
+    return jax.lax.platform_dependent(x_MD, other, expert, sizes_E, **ways)
 
 
 def weight_gradient(
     x_MD: jax.Array, y_MF: jax.Array, expert: jax.Array, sizes_E: jax.Array
 ) -> jax.Array:
     """Σ xᵀy over each expert's rows, [E, D, F]."""
-    return jax.lax.platform_dependent(
-        x_MD, y_MF, expert, sizes_E,
-        tpu=_weight_gradient_by_megablox, default=_weight_gradient_by_blocks,
-    )  # fmt: skip
+    ways = {
+        "tpu": _weight_gradient_by_megablox,
+        "cuda": grouped_triton.weight_gradient,
+        "default": _weight_gradient_by_blocks,
+    }
+    return _by_platform(ways, x_MD, y_MF, expert, sizes_E)
 
 
 @jax.custom_vjp

@@ -80,16 +80,16 @@ def embed(params: Any, config: ModelConfig, tokens: jax.Array) -> jax.Array:
 def recomputed(step: Callable, remat: bool) -> Callable:
     """The step of the scan over layers, with what the backward pass computes again.
 
-    With ``remat`` that is all but what splash attention saves, which costs more to compute than to
-    store. With `fsdp` it is at least the parameters' parts of other devices: saved, they would add
-    up to a whole model. All but the matmuls' results is recomputed then, since what follows from
-    such a parameter (its reshaped form, say) would be saved in its place.
+    With ``remat`` that is all but what flash attention saves, which costs more to compute than to
+    store. On GPU, and with `fsdp`, it is at least what is neither that nor a matmul's result: the
+    rest takes less time to compute than memory to hold, and parameters' parts of other devices, or
+    what follows from them (a reshaped form, say), would add up to a whole model.
     """
     policies = jax.checkpoint_policies
     attention_alone = policies.save_only_these_names(splash.SAVED)
     if remat:
         return jax.checkpoint(step, policy=attention_alone)
-    if collectives.axis_size("fsdp") > 1:
+    if collectives.axis_size("fsdp") > 1 or collectives.platform() == "gpu":
         dots = policies.save_from_both_policies(policies.checkpoint_dots, attention_alone)
         return jax.checkpoint(step, policy=dots)
     return step

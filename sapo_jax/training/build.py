@@ -251,7 +251,7 @@ def make_packing(
 ) -> learner.PackedShape | None:
     """How the rows of an update are packed; None where they stay as they are."""
     batch, parts, platform = c.batch, sharding.parts(mesh), sharding.platform(mesh)
-    kernel = attention.choose(shape.attention, platform, width + room)
+    kernel = attention.choose(shape.attention, platform, width + room, shape.head_dim)
     share, pack = batch.share_prefix, batch.pack and kernel != "cudnn"
     if share:
         only = "None or False with batch.pack=False"

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sapo_jax.model import attention, blocked
+from sapo_jax.model import attention, blocked, flash
 
 XLA = partial(attention.causal, kernel="xla")
+SMALL = flash.Tiles(32, 16, warps=4, stages=1)
+FLASH = flash.Kernels(SMALL, SMALL, SMALL._replace(queries=16, keys=32))
 
 
 def rows(kind: str, s: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -28,7 +30,16 @@ def rows(kind: str, s: int) -> tuple[np.ndarray, np.ndarray | None]:
 @pytest.mark.parametrize("kind", ["one", "packed", "prefix"])
 @pytest.mark.parametrize("s", [12, 150, 300])  # one block; two; three
 def test_values_and_gradients_are_those_of_whole_rows(kind, s, rng):
-    h, k, d = 4, 2, 8
+    compare(blocked.causal, kind, s, rng)
+
+
+@pytest.mark.parametrize("kind", ["one", "packed", "prefix"])
+def test_those_of_the_gpu_kernel_are_too(kind, rng):
+    compare(partial(flash.causal, kernels=FLASH, interpret=True), kind, 150, rng)
+
+
+def compare(kernel, kind, s, rng):
+    h, k, d = 4, 2, 16
     segments, prefix = rows(kind, s)
     q, weight = rng.normal(size=(2, 2, s, h, d)).astype(np.float32)
     keys, values = rng.normal(size=(2, 2, s, k, d)).astype(np.float32)
@@ -43,7 +54,7 @@ def test_values_and_gradients_are_those_of_whole_rows(kind, s, rng):
         (_, out), grads = wrt(q, keys, values)
         return out * (segments > 0)[..., None, None], *grads
 
-    for got, want in zip(run(blocked.causal), run(XLA), strict=True):
+    for got, want in zip(run(kernel), run(XLA), strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * float(jnp.abs(want).max()))
 
 

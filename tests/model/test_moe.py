@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from sapo_jax import model
-from sapo_jax.model import grouped, moe, waves
+from sapo_jax.model import grouped, grouped_triton, moe, waves
 from sapo_jax.preflight import costs, hlo
 
-E, K, D, F = 8, 2, 16, 24
+E, K, D, F = 8, 2, 16, 32
 CONFIG = model.make(
     "nano_moe", vocab_size=23, hidden_size=D, num_experts=E, moe_intermediate_size=F
 )
@@ -155,29 +155,38 @@ def test_a_program_for_tpu_uses_megablox():
     x, w = jnp.ones((128, 128)), jnp.ones((2, 128, 128))
     arguments = x, w, jnp.arange(2), jnp.array([64, 64])
     grad = jax.jit(jax.grad(lambda *a: grouped.grouped_matmul(*a).sum(), (0, 1)))
-    texts = {p: grad.trace(*arguments).lower(lowering_platforms=(p,)).as_text() for p in PLATFORMS}
-    assert {p: "tpu_custom_call" in text for p, text in texts.items()} == PLATFORMS
+    h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=h100)):
+        traced = grad.trace(*arguments)
+        texts = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda", "tpu")}
+    kernels = {"cuda": "__gpu$xla.gpu.triton", "tpu": "tpu_custom_call"}
+    for kernel in kernels.values():
+        assert {p for p, text in texts.items() if kernel in text} == {
+            p for p in texts if kernels.get(p) == kernel
+        }
 
 
-PLATFORMS = {"cpu": False, "cuda": False, "tpu": True}
+MEGABLOX = grouped._by_megablox, grouped._weight_gradient_by_megablox
+TRITON = grouped_triton.multiply, grouped_triton.weight_gradient
 
 
-def test_megablox_agrees_with_blocks(rng):
-    """The kernels of the other platform, interpreted here."""
+@pytest.mark.parametrize(("multiply", "weight_gradient"), [MEGABLOX, TRITON])
+def test_kernels_agree_with_blocks(multiply, weight_gradient, rng):
+    """Those of other platforms, interpreted here."""
     ids = choices("random", 40, rng).astype(np.int32)
-    plan = grouped.layout(ids, E)
+    plan = grouped.layout(ids, E, 16)
     x = rng.normal(size=(len(plan.source), D)).astype(np.float32)
     y = rng.normal(size=(len(plan.source), F)).astype(np.float32)
     w = rng.normal(size=(E, D, F)).astype(np.float32)
     used = int(plan.sizes.sum())
     rest = plan.expert, plan.sizes
-    forward = grouped._by_megablox(x, w, *rest, interpret=True)
+    forward = multiply(x, w, *rest, interpret=True)
     np.testing.assert_allclose(forward[:used], grouped._by_blocks(x, w, *rest)[:used], atol=1e-4)
-    back = grouped._by_megablox(y, w, *rest, transpose=True, interpret=True)
+    back = multiply(y, w, *rest, transpose=True, interpret=True)
     expected = grouped._by_blocks(y, w, *rest, transpose=True)
     np.testing.assert_allclose(back[:used], expected[:used], atol=1e-4)
     y[used:] = 0
-    d_w = grouped._weight_gradient_by_megablox(x, y, *rest, interpret=True)
+    d_w = weight_gradient(x, y, *rest, interpret=True)
     np.testing.assert_allclose(d_w, grouped._weight_gradient_by_blocks(x, y, *rest), atol=1e-4)
 
 

@@ -1,0 +1,1 @@
+"""How fast and how exact on a GPU: see README.md."""
