@@ -44,8 +44,14 @@ def get_config() -> ConfigDict:
     c.model.max_position_embeddings = config_dict.placeholder(int)
     c.model.attention = "auto"  # splash (TPU), triton, cudnn (GPU), blocked, xla
 
+    # LoRA: low-rank adapters are learnt beside frozen parameters, see docs/lora.md.
+    c.lora = ConfigDict()
+    c.lora.rank = config_dict.placeholder(int)  # of the adapters; None: all parameters are learnt
+    c.lora.alpha = 32.0  # adapters count alpha/rank
+    c.lora.targets = ()  # projections that have one, such as ("q", "v", "mlp"); (): all there are
+
     c.dtype = ConfigDict()
-    c.dtype.params = "float32"  # alone: steps are lost in the rounding of fewer bits
+    c.dtype.params = "float32"  # or, of the frozen ones of LoRA, "bfloat16"
     c.dtype.compute = "float32"  # or "bfloat16": activations and inputs of matmuls
     c.dtype.cache = "float32"  # or "bfloat16": the sampler's keys and values
 

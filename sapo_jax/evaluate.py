@@ -18,9 +18,8 @@ from etils import epath
 from sapo_jax import cli, model, rewards, sampler, tasks
 from sapo_jax.data import encode, hf_tokenizer, stream
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
-from sapo_jax.model.params import abstract
 from sapo_jax.tasks import Task
-from sapo_jax.training import checkpoint, files, settings
+from sapo_jax.training import checkpoint, files, parameters, settings
 from sapo_jax.training.checks import LARGEST, MOST
 from sapo_jax.training.evaluation import evaluate
 
@@ -182,10 +181,9 @@ def _of_run(given: cli.Flags) -> Policy:
     for name, value in own.items():
         if not given[name].present:
             given[name].value = value
-    wanted = abstract(run.model)
-    params = checkpoint.restore_params(
-        files.normal(given.workdir) / "checkpoints", wanted, which=given.which
-    )
+    workdir = files.normal(given.workdir)
+    iteration = checkpoint.find(workdir / "checkpoints", which=given.which)
+    params = parameters.learnt(run, workdir, iteration)
     return Policy(run.model, params, run.tokenizer, recipe, sets)
 
 

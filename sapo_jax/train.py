@@ -279,7 +279,7 @@ def _iterate(
             between = hold()
         minibatches = _separated(got.minibatches, between) if between else got.minibatches
         with clock("update"):
-            state, learnt = bundle.engine.learn(bundle.state, minibatches)
+            state, learnt = bundle.engine.learn(bundle.state, minibatches, bundle.frozen)
         after.append(bundle._replace(state=state))
         samples += got.samples
         for run, own, more in zip(bundle.engine.runs, learnt, got.metrics, strict=True):

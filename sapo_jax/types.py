@@ -70,12 +70,19 @@ class Batch:
 
 
 @struct.dataclass
+class Frozen:
+    """Parameters that no update changes; the runs of a population share them."""
+
+    params: Any
+
+
+@struct.dataclass
 class TrainState:
-    """Everything on the device that the next update depends on."""
+    """What updates change of all that the next update depends on."""
 
     iteration: jax.Array  # i32[], finished iterations
     update: jax.Array  # i32[], finished optimizer steps
-    params: Any
+    params: Any  # what is trained: all parameters, or adapters beside those of a `Frozen`
     opt_state: Any
 
 

@@ -1,6 +1,7 @@
-"""The tiny run as a process that kills itself at a given place."""
+"""The tiny run, perhaps with other fields, as a process that kills itself at a given place."""
 
 import hashlib
+import json
 import os
 import signal
 import sys
@@ -72,7 +73,9 @@ def main(workdir: str, stop_at: str) -> None:
     if stop_at:
         place, iteration = stop_at.split()
         _kill_at(place, int(iteration))
-    train.run(settings.from_config(tiny_config.get_config()), workdir)
+    config = tiny_config.get_config()
+    config.update_from_flattened_dict(json.loads(os.environ.get("SAPO_JAX_TEST_FIELDS", "{}")))
+    train.run(settings.from_config(config), workdir)
 
 
 if __name__ == "__main__":

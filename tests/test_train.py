@@ -17,7 +17,7 @@ from absl import logging
 
 from sapo_jax import learner, rewards, train
 from sapo_jax.model import params
-from sapo_jax.training import checkpoint, provenance, settings, startup
+from sapo_jax.training import checkpoint, parameters, provenance, settings, startup
 from sapo_jax.training.lease import Lease
 from sapo_jax.training.workdir import read_metrics, read_samples
 from tests import fakes, tiny_config
@@ -65,9 +65,10 @@ def whole(tmp_path_factory):
     return workdir
 
 
-def spawn(workdir, stop_at=None):
+def spawn(workdir, stop_at=None, **fields):
     """The tiny run in a process; with stop_at it kills itself there (see tests/killed_run.py)."""
-    environment = {**os.environ, "SAPO_JAX_TEST_STOP_AT": stop_at or ""}
+    own = {"SAPO_JAX_TEST_STOP_AT": stop_at or "", "SAPO_JAX_TEST_FIELDS": json.dumps(fields)}
+    environment = os.environ | own
     command = [sys.executable, "-m", "tests.killed_run", str(workdir)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
@@ -219,7 +220,7 @@ def test_starting_from_what_is_not_finite_is_refused(whole, tmp_path, monkeypatc
         found = checkpoint.restore_params(*arguments, **options)
         return found | {"embed": found["embed"].at[3, 5].set(np.nan)}
 
-    monkeypatch.setattr(startup, "restore_params", lost)
+    monkeypatch.setattr(parameters, "restore_params", lost)
     with pytest.raises(ValueError, match=r"init_from=.*: params/embed is not finite"):
         run(tmp_path / "run", init_from=str(whole))
 

@@ -52,7 +52,13 @@ def load(workdir: str, learning_rate: float | None = None) -> settings.Settings:
     changes = {"batch.oversample": 1, "batch.pack": False}
     if learning_rate is not None:
         changes["learner.learning_rate"] = learning_rate
-    return settings.of_run(workdir, changes)
+    run = settings.of_run(workdir, changes)
+    if run.model.lora_rank:
+        raise ValueError(
+            f"{workdir} has adapters, and the lab compares gradients of all parameters: export it, "
+            "and name a run that starts from the export"
+        )
+    return run
 
 
 def concatenate(parts: tuple[Batch, ...]) -> Batch:

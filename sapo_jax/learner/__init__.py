@@ -8,6 +8,7 @@ The page of what this wing gives to others:
 
     Hyperparameters   numbers, traced, and `Static`, which shapes programs          optimizer.py
     init, abstract    the state before the first iteration, and its shapes
+    abstract_frozen   those of what it leaves as it is: with LoRA, the base
     partition_specs   where the state lies on a mesh
     learning_rate     of an update, by one of SCHEDULES
     make_minibatches  advantages, KL in the reward, sampler corrections             minibatches.py
@@ -30,6 +31,7 @@ from sapo_jax.learner.optimizer import (
     Hyperparameters,
     Static,
     abstract,
+    abstract_frozen,
     init,
     learning_rate,
     partition_specs,
@@ -41,8 +43,8 @@ from sapo_jax.learner.scores import forward, map_rows, score, score_routing
 from sapo_jax.learner.step import end_iteration, finish_iteration, learn, record, update
 
 __all__ = [
-    "SCHEDULES", "Hyperparameters", "Layout", "PackedShape", "Static", "abstract", "end_iteration",
-    "finish_iteration", "forward", "gradient", "init", "learn", "learning_rate", "make_minibatches",
-    "map_rows", "pack", "packed_shape", "partition_specs", "plan", "record", "score",
-    "score_routing", "select_rows", "split_rows", "unpack", "update",
+    "SCHEDULES", "Hyperparameters", "Layout", "PackedShape", "Static", "abstract",
+    "abstract_frozen", "end_iteration", "finish_iteration", "forward", "gradient", "init", "learn",
+    "learning_rate", "make_minibatches", "map_rows", "pack", "packed_shape", "partition_specs",
+    "plan", "record", "score", "score_routing", "select_rows", "split_rows", "unpack", "update",
 ]  # fmt: skip

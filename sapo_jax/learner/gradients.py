@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec
 from sapo_jax import masked, model, objectives
 from sapo_jax.learner import diagnostics, scores
 from sapo_jax.learner.optimizer import Hyperparameters
-from sapo_jax.model import head, routing
+from sapo_jax.model import head, lora, routing
 from sapo_jax.parallel import collectives
-from sapo_jax.types import Batch, Weighted
+from sapo_jax.types import Batch, Frozen, Weighted
 
 
 def _per_token(batch: Batch, hp: Hyperparameters) -> dict[str, jax.Array]:
@@ -90,13 +90,15 @@ def _balance(params: Any, micros: scores.MicroBatches, hp: Hyperparameters):
     return lambda summary: hp.router_aux_coef * scale * routing.balance(summary, share_LE, layers)
 
 
-def gradient(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict[str, Any]]:
+def gradient(
+    params: Any, batch: Batch, hp: Hyperparameters, frozen: Frozen | None = None
+) -> tuple[Any, dict[str, Any]]:
     """Gradient of the loss and the merged terms of a minibatch, accumulated over micro-batches.
 
     Numerators and denominators add up, over micro-batches and devices, and are divided once: the
     split changes nothing.
     """
-    sums, terms = numerators(params, batch, hp)
+    sums, terms = numerators(params, batch, hp, frozen)
     return divided(sums, terms), terms
 
 
@@ -106,18 +108,24 @@ def divided(sums: Any, terms: dict[str, Any]) -> Any:
     return jax.tree.map(lambda g: masked.ratio(Weighted(g, count.astype(g.dtype))), sums)
 
 
-def numerators(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict[str, Any]]:
+def numerators(
+    params: Any, batch: Batch, hp: Hyperparameters, frozen: Frozen | None
+) -> tuple[Any, dict[str, Any]]:
     """Gradient of the loss's numerator and the merged terms of a minibatch."""
-    out_specs = (model.params.partition_specs(hp.static.model), PartitionSpec())
-    return scores.shard_map(_gradient, hp, out_specs)(params, batch, hp)
+    config = hp.static.model
+    specs = lora.trained(model.params.partition_specs(config), config)
+    return scores.shard_map(_gradient, hp, (specs, PartitionSpec()))(params, batch, hp, frozen)
 
 
-def _gradient(params: Any, batch: Batch, hp: Hyperparameters) -> tuple[Any, dict[str, Any]]:
+def _gradient(
+    params: Any, batch: Batch, hp: Hyperparameters, frozen: Frozen | None
+) -> tuple[Any, dict[str, Any]]:
     micros = scores.micro_batches(batch, hp)
-    balance = _balance(params, micros, hp)
+    balance = _balance(lora.join(params, frozen, hp.lora_scale), micros, hp)
 
     def numerator(params, micro):
-        terms, summary = _loss_terms(params, micro, hp)
+        policy = lora.join(params, frozen, hp.lora_scale)
+        terms, summary = _loss_terms(policy, micro, hp)
         if balance is not None:
             extra = balance(summary)
             loss = terms["loss"]

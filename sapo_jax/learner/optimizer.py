@@ -13,11 +13,11 @@ from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 
 from sapo_jax import model
-from sapo_jax.model import blocked
+from sapo_jax.model import blocked, lora
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.objectives import Objective, Schedule, Switch
 from sapo_jax.parallel import sharding
-from sapo_jax.types import TrainState
+from sapo_jax.types import Frozen, TrainState
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -73,6 +73,7 @@ class Hyperparameters:
       temperature: of the policy, as in the sampler.
       router_aux_coef: weight of the load-balancing loss; None switches it off.
       objective_schedule: of its numbers, over the iterations; None keeps them as they are.
+      lora_scale: alpha/rank, what adapters count beside their projections; None without LoRA.
     """
 
     objective: Objective | Switch
@@ -82,11 +83,12 @@ class Hyperparameters:
     temperature: jax.Array | float
     router_aux_coef: jax.Array | float | None
     objective_schedule: Schedule | None
+    lora_scale: jax.Array | float | None
     static: Static = struct.field(pytree_node=False)
 
     def __init__(
         self, objective, learning_rate, weight_decay, max_grad_norm, temperature, model=None,
-        *, router_aux_coef=None, objective_schedule=None, static=None, **shape,
+        *, router_aux_coef=None, objective_schedule=None, lora_scale=None, static=None, **shape,
     ):  # fmt: skip
         shape |= {} if model is None else {"model": model}
         vars(self).update(  # frozen: attributes cannot be assigned
@@ -97,6 +99,7 @@ class Hyperparameters:
             temperature=temperature,
             router_aux_coef=router_aux_coef,
             objective_schedule=objective_schedule,
+            lora_scale=lora_scale,
             static=dataclasses.replace(static, **shape) if static else Static(**shape),
         )
 
@@ -124,7 +127,8 @@ def learning_rate(hp: Hyperparameters, update: jax.Array) -> jax.Array:
 def optimizer(hp: Hyperparameters, rate: jax.Array) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) behind clipping by global norm; its state depends on no setting."""
     static = hp.static
-    decays = jax.tree.map(lambda spec: spec.fan_in > 0, model.params.table(static.model))
+    table = lora.trained(model.params.table(static.model), static.model)
+    decays = jax.tree.map(lambda spec: spec.fan_in > 0, table)
     return optax.chain(
         optax.clip_by_global_norm(hp.max_grad_norm),
         optax.scale_by_adam(static.b1, static.b2, static.eps, mu_dtype=jnp.float32),
@@ -135,7 +139,7 @@ def optimizer(hp: Hyperparameters, rate: jax.Array) -> optax.GradientTransformat
 
 @jax.jit
 def init(params: Any, hp: Hyperparameters) -> TrainState:
-    """The state before the first iteration.
+    """The state before the first iteration; with LoRA, ``params`` are the adapters.
 
     Raises:
       ValueError: parameters in less than 32 bits, whose rounding loses most steps.
@@ -155,9 +159,9 @@ def init(params: Any, hp: Hyperparameters) -> TrainState:
 
 def partition_specs(hp: Hyperparameters) -> TrainState:
     """Where the state lies: the optimizer's moments where their parameters do."""
-    config, whole = hp.static.model, PartitionSpec()
-    step, params = optimizer(hp, jnp.float32(0)), model.params.partition_specs(config)
-    opt_state = jax.eval_shape(step.init, model.params.abstract(config))
+    config, whole, step = hp.static.model, PartitionSpec(), optimizer(hp, jnp.float32(0))
+    params = lora.trained(model.params.partition_specs(config), config)
+    opt_state = jax.eval_shape(step.init, lora.trained(model.params.abstract(config), config))
     placed = optax.tree_map_params(
         step, lambda _, spec: spec, opt_state, params, transform_non_params=lambda _: whole
     )
@@ -166,10 +170,22 @@ def partition_specs(hp: Hyperparameters) -> TrainState:
 
 def abstract(hp: Hyperparameters) -> TrainState:
     """Shapes, dtypes and, on a mesh, shardings of the state."""
-    mesh, state = hp.static.mesh, jax.eval_shape(init, model.params.abstract(hp.static.model), hp)
+    config = hp.static.model
+    state = jax.eval_shape(init, lora.trained(model.params.abstract(config), config), hp)
+    return _placed(state, hp.static.mesh, partition_specs(hp))
+
+
+def abstract_frozen(hp: Hyperparameters) -> Frozen | None:
+    """The same of what updates leave as it is; None where that is nothing."""
+    config = hp.static.model
+    specs = lora.frozen(model.params.partition_specs(config), config)
+    return _placed(lora.frozen(model.params.abstract(config), config), hp.static.mesh, specs)
+
+
+def _placed(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
     if mesh is None:
-        return state
+        return tree
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        state, sharding.shardings(mesh, partition_specs(hp)),
+        tree, sharding.shardings(mesh, specs),
     )  # fmt: skip

@@ -11,9 +11,9 @@ from jax.sharding import PartitionSpec
 
 from sapo_jax import model
 from sapo_jax.learner.optimizer import Hyperparameters
-from sapo_jax.model import head, routing, segments, transformer
+from sapo_jax.model import head, lora, routing, segments, transformer
 from sapo_jax.parallel import sharding
-from sapo_jax.types import Batch, add, zero
+from sapo_jax.types import Batch, Frozen, add, zero
 
 
 class MicroBatches(NamedTuple):
@@ -73,9 +73,10 @@ def forward(
 
 
 def shard_map(function: Callable, hp: Hyperparameters, out_specs: Any) -> Callable:
-    """(params, batch, hp) → …, for each device's rows and part of the parameters."""
-    specs = model.params.partition_specs(hp.static.model)
-    in_specs = (specs, sharding.spec("rows"), PartitionSpec())
+    """(params, batch, hp, frozen) → …, for each device's rows and part of the parameters."""
+    config, specs = hp.static.model, model.params.partition_specs(hp.static.model)
+    own, base = lora.trained(specs, config), lora.frozen(specs, config) or PartitionSpec()
+    in_specs = (own, sharding.spec("rows"), PartitionSpec(), base)
     return sharding.shard_map(function, hp.static.mesh, in_specs, out_specs)
 
 
@@ -97,13 +98,16 @@ def total(function: Callable[[Batch], Any], micros: MicroBatches) -> Any:
         return jax.lax.fori_loop(0, count, lambda i, total: add(function(at(i)), total), start)
 
 
-def map_rows(function: Callable, params: Any, batch: Batch, hp: Hyperparameters) -> Any:
-    """``function(params, micro-batch, hp)`` of the rows of each device; results are [B, ...].
+def map_rows(
+    function: Callable, params: Any, batch: Batch, hp: Hyperparameters, frozen: Frozen | None = None
+) -> Any:
+    """``function(policy, micro-batch, hp)`` of the rows of each device; results are [B, ...].
 
     Those of micro-batches that are not in use are 0.
     """
 
-    def local(params, batch, hp):
+    def local(params, batch, hp, frozen):
+        params = lora.join(params, frozen, hp.lora_scale)
         count, at = micro_batches(batch, hp)
         shapes = jax.eval_shape(lambda: function(params, at(0), hp))
         start = jax.tree.map(
@@ -118,18 +122,20 @@ def map_rows(function: Callable, params: Any, batch: Batch, hp: Hyperparameters)
             out = jax.lax.fori_loop(0, count, visit, start)
         return jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], *x.shape[2:]), out)
 
-    return shard_map(local, hp, sharding.spec("rows"))(params, batch, hp)
+    return shard_map(local, hp, sharding.spec("rows"))(params, batch, hp, frozen)
 
 
 @jax.jit
-def score(params: Any, batch: Batch, hp: Hyperparameters) -> jax.Array:
+def score(
+    params: Any, batch: Batch, hp: Hyperparameters, frozen: Frozen | None = None
+) -> jax.Array:
     """log π of the tokens, f32[B, S], by the programs and micro-batches of `update`."""
-    return map_rows(lambda *arguments: forward(*arguments)[0], params, batch, hp)
+    return map_rows(lambda *arguments: forward(*arguments)[0], params, batch, hp, frozen)
 
 
 @jax.jit
 def score_routing(
-    params: Any, batch: Batch, hp: Hyperparameters
+    params: Any, batch: Batch, hp: Hyperparameters, frozen: Frozen | None = None
 ) -> tuple[jax.Array, jax.Array | None]:
     """`score` and the routing that an update replays with R2, by the routers' own choice."""
 
@@ -137,4 +143,4 @@ def score_routing(
         logp_BS, _, summary = forward(params, micro, hp)
         return logp_BS, summary and routing.recorded(summary, micro.segments)
 
-    return map_rows(one, params, batch, hp.replace(routing_replay="none"))
+    return map_rows(one, params, batch, hp.replace(routing_replay="none"), frozen)

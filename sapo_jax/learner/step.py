@@ -19,12 +19,21 @@ from sapo_jax.learner.diagnostics import MAY_LACK, OFF_POLICY, STATIONS, quantil
 from sapo_jax.learner.gradients import divided, numerators
 from sapo_jax.learner.optimizer import Hyperparameters, learning_rate, optimizer, partition_specs
 from sapo_jax.parallel import sharding
-from sapo_jax.types import Batch, Effective, Histogram, Max, TrainState, Weighted, merge
+from sapo_jax.types import (
+    Batch,
+    Effective,
+    Frozen,
+    Histogram,
+    Max,
+    TrainState,
+    Weighted,
+    merge,
+)
 
 
 @partial(jax.jit, donate_argnames="state")
 def update(
-    state: TrainState, batch: Batch, hp: Hyperparameters
+    state: TrainState, batch: Batch, hp: Hyperparameters, frozen: Frozen | None = None
 ) -> tuple[TrainState, dict[str, Any]]:
     """One optimizer step on one minibatch; none where no token counts, or a number is not finite.
 
@@ -32,6 +41,7 @@ def update(
       state: donated; use the one that comes back.
       batch: rows whose number ``micro_batches`` divides.
       hp: hyperparameters.
+      frozen: with LoRA, the base of the adapters in ``state``.
 
     Returns:
       (state, metrics): metrics as mergeable reductions, see `masked`.
@@ -39,7 +49,7 @@ def update(
     chex.assert_equal_shape([batch.tokens, batch.mask, batch.segments, batch.old_logp])
     parts = hp.static.micro_batches * sharding.parts(hp.static.mesh)
     chex.assert_is_divisible(batch.tokens.shape[0], parts)
-    sums, terms = numerators(state.params, batch, hp.at(state.iteration))
+    sums, terms = numerators(state.params, batch, hp.at(state.iteration), frozen)
     grads = divided(sums, terms)
     rate, norm = learning_rate(hp, state.update), optax.tree.norm(grads)
     late = ~jnp.isfinite(jnp.stack([masked.ratio(terms["loss"]), norm]))
@@ -131,7 +141,10 @@ end_iteration = jax.jit(lambda s: s.replace(iteration=s.iteration + 1), donate_a
 
 
 def learn(
-    state: TrainState, minibatches: tuple[Batch, ...], hp: Hyperparameters
+    state: TrainState,
+    minibatches: tuple[Batch, ...],
+    hp: Hyperparameters,
+    frozen: Frozen | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
     """An iteration's updates, one for each minibatch.
 
@@ -141,7 +154,7 @@ def learn(
     """
     collected = []
     for batch in minibatches:
-        state, metrics = update(state, batch, hp)
+        state, metrics = update(state, batch, hp, frozen)
         collected.append(metrics)
     found = sharding.to_host((state.update, *finish_iteration(tuple(collected))))
     return end_iteration(state), record(*found)

@@ -8,6 +8,7 @@ What lies where:
 
     config, hf_config    the shape: hashable, in Hugging Face's terms; its JSON
     params               one table: shape, axes, initial value, HF name
+    lora, peft           low-rank adapters beside frozen parameters, and as files of peft
     hf, hf_tensors       files in and out
     transformer          a layer, and the scan over layers
     attention, splash    over whole rows (splash: on TPU), and over the sampler's cache

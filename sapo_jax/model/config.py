@@ -12,7 +12,9 @@ DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "blocked", "xla", "splash", "triton", "cudnn")
 MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2", "llama")
 LARGEST = {"num_hidden_layers": 4096, "num_experts": 2**16}  # each is named; others: 32 bits
-MAY_BE_ZERO = ("pad_token", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+MAY_BE_ZERO = (
+    "pad_token", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "lora_rank",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,8 @@ class ModelConfig:
       stop_tokens: any of these ends a completion, and is part of it.
       pad_token: fills rows after their end; never attended to.
       bos_token: begins a text in the files of the model; carried along.
+      lora_rank, lora_targets: of adapters, and the projections that have them, see `lora`; with a
+        rank the other parameters are frozen.
       attention: the kernel over whole rows, one of ATTENTION; see `attention.causal`.
       param_dtype, compute_dtype, cache_dtype: storage of the parameters, of activations and
         matmul inputs, of the sampler's keys and values.
@@ -59,6 +63,8 @@ class ModelConfig:
     stop_tokens: tuple[int, ...] = (1,)
     pad_token: int = 0
     bos_token: int | None = None
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = ()
     attention: str = "auto"
     param_dtype: str = "float32"
     compute_dtype: str = "float32"
@@ -70,6 +76,7 @@ class ModelConfig:
             object.__setattr__(self, "rope_scaling", pairs)
         object.__setattr__(self, "mlp_only_layers", tuple(self.mlp_only_layers))
         object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         self._check_fields()
         self._check_experts()
         check_scaling(dict(self.rope_scaling))

@@ -180,7 +180,8 @@ def load(
     return config, treedef.unflatten(leaves)
 
 
-def _to_hf(spec: Spec, leaf: jax.Array, at: tuple[int, ...]) -> np.ndarray:
+def to_hf(spec: Spec, leaf: jax.Array, at: tuple[int, ...]) -> np.ndarray:
+    """The tensor of the files at a place along the stacked axes of a parameter."""
     own = np.asarray(leaf[at])
     if spec.transposed:
         own = own.reshape(spec.fan_in, -1).T
@@ -239,7 +240,7 @@ def save(
     where = {}
     for n, content in enumerate(files, 1):
         file = SINGLE if len(files) == 1 else f"model-{n:05}-of-{len(files):05}.safetensors"
-        arrays = {name: _to_hf(specs[i], leaves[i], at) for i, at, name in content}
+        arrays = {name: to_hf(specs[i], leaves[i], at) for i, at, name in content}
         save_file(arrays, directory / file, metadata={"format": "pt"})
         (directory / file).chmod(0o644)
         where |= dict.fromkeys(arrays, file)

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from sapo_jax.model import waves
+from sapo_jax.model import lora, waves
 from sapo_jax.model.attention import einsum
 from sapo_jax.model.config import ModelConfig
-from sapo_jax.model.grouped import Layout, block_size, grouped_matmul, layout
+from sapo_jax.model.grouped import Layout, block_size, layout
 from sapo_jax.parallel import collectives
 
 
@@ -67,7 +67,7 @@ def differs(first_Xk: jax.Array, second_Xk: jax.Array) -> jax.Array:
 
 
 def _of_this_device(
-    weights: tuple[jax.Array, ...],
+    weights: waves.Experts,
     config: ModelConfig,
     hidden_TD: jax.Array,
     experts_Tk: jax.Array,
@@ -97,7 +97,7 @@ def _of_this_device(
 
 
 def _of_all(
-    weights: tuple[jax.Array, ...],
+    weights: waves.Experts,
     config: ModelConfig,
     hidden_TD: jax.Array,
     experts_Tk: jax.Array,
@@ -106,10 +106,11 @@ def _of_all(
     """The gated sum of each token's experts, f32[T, D]."""
     plan = layout(experts_Tk, config.num_experts)
     x_MD = hidden_TD.at[plan.source].get(mode="fill", fill_value=0)
-    gate, up, down = (partial(grouped_matmul, w_EDF=w) for w in weights)
-    where = {"expert": plan.expert, "sizes_E": plan.sizes}
-    inner_MF = jax.nn.silu(gate(x_MD, **where)) * up(x_MD, **where)
-    out_TkD = down(inner_MF, **where)[plan.position].astype(jnp.float32)
+    gate, up, down = (
+        partial(lora.grouped, w, expert=plan.expert, sizes_E=plan.sizes) for w in weights
+    )
+    inner_MF = jax.nn.silu(gate(x_MD)) * up(x_MD)
+    out_TkD = down(inner_MF)[plan.position].astype(jnp.float32)
     return jnp.sum(out_TkD * gates_Tk[..., None], 1)
 
 
@@ -126,7 +127,7 @@ def experts(
     shared = (collectives.copy_to_tensor(hidden_XD.reshape(-1, d)), routing.experts.reshape(-1, k),
               collectives.copy_to_tensor(routing.gates.reshape(-1, k)))  # fmt: skip
     gathered = (collectives.all_gather(x, ("expert",)) for x in shared)
-    own = tuple(weights[f"experts_{name}"].astype(dtype) for name in ("gate", "up", "down"))
+    own = tuple(lora.factors(weights, f"experts_{n}", dtype) for n in ("gate", "up", "down"))
     compute = _of_this_device if collectives.axis_size("expert") > 1 else _of_all
     out_TD = compute(own, config, *gathered)
     out_TD = collectives.reduce_from_tensor(collectives.reduce_scatter(out_TD, ("expert",)))

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sapo_jax.model import lora
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import collectives, sharding
 
@@ -31,6 +32,7 @@ class Spec:
       fan_in: inputs of a linear map, whose initial variance is 1/fan_in; 0 for norms and biases.
       scale: multiplies the initial standard deviation; where fan_in is 0, the initial value.
       layers: numbers of the layers that have it, the order along the leading axis.
+      dtype: where it is not ``config.param_dtype``.
     """
 
     shape: tuple[int, ...]
@@ -39,6 +41,7 @@ class Spec:
     fan_in: int = 0
     scale: float = 1.0
     layers: tuple[int, ...] = ()
+    dtype: str | None = None
 
     @property
     def transposed(self) -> bool:
@@ -102,11 +105,12 @@ def layer_table(config: ModelConfig) -> dict[str, Spec]:
     parts = ((every, _attention_table(config, residual) | {"mlp_norm": norm}),)
     parts += ((dense, _mlp_table(config, residual)),) if dense else ()
     parts += ((sparse, _experts_table(config, residual)),) if sparse else ()
-    return {
+    found = {
         name: dataclasses.replace(spec, layers=layers)
         for layers, table in parts
         for name, spec in table.items()
     }
+    return found | lora.adapters(found, config)
 
 
 def table(config: ModelConfig) -> dict[str, Any]:
@@ -185,20 +189,26 @@ def layer_stacks(config: ModelConfig) -> tuple[LayerStack, ...]:
 
 def abstract(config: ModelConfig) -> Any:
     """Shapes and dtypes of the parameters."""
-    dtype = jnp.dtype(config.param_dtype)
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), table(config))
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, jnp.dtype(s.dtype or config.param_dtype)),
+        table(config),
+    )
 
 
 def init(config: ModelConfig, seed: int | jax.Array) -> Any:
-    """Random parameters: norms 1, biases 0, matrices normal with variance scale²/fan_in."""
-    specs, treedef = jax.tree.flatten(table(config))
+    """Random parameters: norms 1, biases 0, matrices normal with variance scale²/fan_in.
+
+    With LoRA, of the adapters alone.
+    """
+    specs, treedef = jax.tree.flatten(lora.trained(table(config), config))
     keys = jax.random.split(jax.random.key(seed, impl="threefry2x32"), len(specs))
 
     def draw(key, spec):
+        dtype = spec.dtype or config.param_dtype
         if not spec.fan_in:
-            return jnp.full(spec.shape, spec.scale, config.param_dtype)
+            return jnp.full(spec.shape, spec.scale, dtype)
         std = spec.scale / math.sqrt(spec.fan_in)
-        return (std * jax.random.normal(key, spec.shape, jnp.float32)).astype(config.param_dtype)
+        return (std * jax.random.normal(key, spec.shape, jnp.float32)).astype(dtype)
 
     return treedef.unflatten([draw(key, spec) for key, spec in zip(keys, specs, strict=True)])
 
@@ -259,7 +269,7 @@ def psum_gradients(grads: Any, config: ModelConfig) -> Any:
     """Gradients of each device's rows, added up: over the axes that do not split the parameter."""
     leaves, treedef = jax.tree.flatten(grads)
     over: dict[tuple, list[int]] = {}
-    for i, spec in enumerate(jax.tree.leaves(partition_specs(config))):
+    for i, spec in enumerate(jax.tree.leaves(lora.trained(partition_specs(config), config))):
         own = {a for part in spec if part for a in ((part,) if isinstance(part, str) else part)}
         over.setdefault(tuple(a for a in sharding.ROWS if a not in own), []).append(i)
     for axes, at in over.items():

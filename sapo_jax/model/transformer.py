@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.model import attention, blocked, moe, segments, splash, vocab
-from sapo_jax.model.attention import dense, einsum
+from sapo_jax.model import attention, blocked, lora, moe, segments, splash, vocab
+from sapo_jax.model.attention import einsum
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.model.moe import Routing
 from sapo_jax.model.params import all_gather, head_weight, layer_stacks, layer_table
@@ -28,7 +28,7 @@ def _biased(w: dict[str, jax.Array], name: str, out: jax.Array) -> jax.Array:
 
 
 def _project(w: dict[str, jax.Array], name: str, x: jax.Array) -> jax.Array:
-    return _biased(w, name, dense(x, w[name]))
+    return _biased(w, name, lora.linear(w, name, x))
 
 
 def layer(
@@ -54,21 +54,22 @@ def layer(
       The stream after the layer, and what the router decided where there is one.
     """
     dtype, eps = jnp.dtype(config.compute_dtype), config.rms_norm_eps
-    w = {name: value.astype(dtype) for name, value in weights.items()}
+    w = {n: value.astype(dtype) for n, value in lora.copy_to_tensor(weights).items()}
     h = collectives.copy_to_tensor(rms_norm(x_XD, weights["attn_norm"], eps))
     q, k, v = (_project(w, name, h) for name in ("q", "k", "v"))
     if "q_norm" in weights:
         scales = (collectives.copy_to_tensor(weights[name]) for name in ("q_norm", "k_norm"))
         q, k = (rms_norm(y, scale, eps) for y, scale in zip((q, k), scales, strict=True))
     q, k = attention.rotate(q, rope), attention.rotate(k, rope)
-    x_XD = x_XD + _biased(w, "o", collectives.reduce_from_tensor(dense(attend(q, k, v), w["o"], 2)))
+    out = lora.linear(w, "o", attend(q, k, v), 2)
+    x_XD = x_XD + _biased(w, "o", collectives.reduce_from_tensor(out))
     h = rms_norm(x_XD, weights["mlp_norm"], eps)
     if "router" in weights:
         routing = moe.route(h, weights["router"], config, replay_Xk)
         return x_XD + moe.experts(w, config, h, routing), routing
     h = collectives.copy_to_tensor(h)
-    inner = jax.nn.silu(dense(h, w["gate"])) * dense(h, w["up"])
-    return x_XD + collectives.reduce_from_tensor(dense(inner, w["down"])), None
+    inner = jax.nn.silu(lora.linear(w, "gate", h)) * lora.linear(w, "up", h)
+    return x_XD + collectives.reduce_from_tensor(lora.linear(w, "down", inner)), None
 
 
 def embed(params: Any, config: ModelConfig, tokens: jax.Array) -> jax.Array:

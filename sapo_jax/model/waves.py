@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.model.grouped import Layout, multiply, weight_gradient
+from sapo_jax.model import lora
+from sapo_jax.model.grouped import Layout
 
 LOAD = 1.25  # rows of a wave ÷ those of a balanced load
 FEW = 4096  # rows that are one wave whatever their load: their memory is small
 
 
-Matrices = tuple[jax.Array, jax.Array, jax.Array]  # gate and up [E, D, F], down [E, F, D]
+Experts = tuple[tuple[jax.Array, ...], ...]  # of gate, up and down what `lora.factors` gives
 
 
 def blocks_of_wave(pairs: int, devices: int, experts: int, block: int) -> int:
@@ -41,10 +42,10 @@ def _wave(rows: Layout, wave: Any, size: int) -> Layout:
     return Layout(_slice(rows.source, wave, size), _slice(rows.expert, wave, blocks), sizes)
 
 
-def _up(own: Layout, hidden_TD: jax.Array, weights: Matrices) -> tuple[jax.Array, ...]:
+def _up(own: Layout, hidden_TD: jax.Array, weights: Experts) -> tuple[jax.Array, ...]:
     """A wave's rows, and what the gates and up projections make of them."""
     x_CD = hidden_TD.at[own.source].get(mode="fill", fill_value=0)
-    return x_CD, *(multiply(x_CD, w, own.expert, own.sizes) for w in weights[:2])
+    return x_CD, *(lora.grouped(w, x_CD, own.expert, own.sizes) for w in weights[:2])
 
 
 def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
@@ -61,7 +62,7 @@ def _others(rows: Layout, size: int, body: Callable, carry: Any) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def apply(
-    size: int, hidden_TD: jax.Array, share_M: jax.Array, weights: Matrices, rows: Layout
+    size: int, hidden_TD: jax.Array, share_M: jax.Array, weights: Experts, rows: Layout
 ) -> jax.Array:
     """Σ over the rows of each token, share · down(silu(gate(h)) · up(h)), f32[T, D].
 
@@ -77,8 +78,8 @@ def apply(
 
 def _forward(size, hidden_TD, share_M, weights, rows):
     def add(wave, out_TD, own, gate, up):
-        y_CD = multiply(_swiglu(gate, up), weights[2], own.expert, own.sizes).astype(jnp.float32)
-        y_CD *= _slice(share_M, wave, size)[:, None]
+        y_CD = lora.grouped(weights[2], _swiglu(gate, up), own.expert, own.sizes)
+        y_CD = y_CD.astype(jnp.float32) * _slice(share_M, wave, size)[:, None]
         return out_TD.at[own.source].add(y_CD, mode="drop")
 
     def visit(wave, out_TD):
@@ -97,21 +98,20 @@ def _backward(size, saved, d_out_TD):
     dtype = hidden_TD.dtype
 
     def gradients(wave, own, x_CD, gate, up):
-        where = own.expert, own.sizes
+        def pull_through(weight, x):
+            return jax.vjp(lambda w, x: lora.grouped(w, x, own.expert, own.sizes), weight, x)[1]
+
         d_CD = d_out_TD.at[own.source].get(mode="fill", fill_value=0)
         share_C = _slice(share_M, wave, size)
         inner, pull = jax.vjp(_swiglu, gate, up)
-        d_inner = multiply(d_CD.astype(dtype), weights[2], *where, transpose=True)
+        pull_down = pull_through(weights[2], inner)
+        _, d_inner = pull_down(d_CD.astype(dtype))
         d_share_C = jnp.sum(inner.astype(jnp.float32) * d_inner.astype(jnp.float32), -1)
-        d_up = pull((share_C[:, None] * d_inner).astype(dtype))
-        d_x = sum(
-            multiply(d, w, *where, transpose=True).astype(jnp.float32)
-            for d, w in zip(d_up, weights, strict=False)
-        )
+        d_gate_up = pull((share_C[:, None] * d_inner).astype(dtype))
         d_y = (share_C[:, None] * d_CD).astype(dtype)
-        d_weights = (*(weight_gradient(x_CD, d, *where) for d in d_up),
-                     weight_gradient(inner, d_y, *where))  # fmt: skip
-        return d_x, d_share_C, d_weights
+        each = [pull_through(w, x_CD)(d) for w, d in zip(weights, d_gate_up, strict=False)]
+        d_x = sum(x.astype(jnp.float32) for _, x in each)
+        return d_x, d_share_C, (*(w for w, _ in each), pull_down(d_y)[0])
 
     def add(wave, carry, own, activations):
         d_hidden_TD, d_share_M, d_weights = carry

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sapo_jax import model
-from sapo_jax.model import params, splash
+from sapo_jax.model import grouped, params, splash
 from sapo_jax.parallel import sharding
 from sapo_jax.preflight import chips, costs, demands, hlo, programs
 from sapo_jax.preflight.programs import Program
@@ -64,7 +64,7 @@ def kernels(settings: Settings, program: Program) -> dict[str, costs.Kernel]:
     tokens = program.tokens // sharding.parts(program.mesh) * devices
     experts, k = config.num_experts, config.num_experts_per_tok
 
-    def grouped(instruction: hlo.Instruction, computation: hlo.Computation) -> float:
+    def of_experts(instruction: hlo.Instruction, computation: hlo.Computation) -> float:
         rows = grouped.visited_rows(tokens, k, experts, experts // devices)
         left = hlo.dimensions(computation[instruction.operands[-2]].shape)
         out = hlo.dimensions(instruction.shape)
@@ -73,7 +73,7 @@ def kernels(settings: Settings, program: Program) -> dict[str, costs.Kernel]:
     # The backward kernel computes scores, their gradient, and the gradients of q, k and v.
     return {
         "splash_mha_fwd": _attention(2), "splash_mha_dkv": _attention(5),
-        "gmm": grouped, "tgmm": grouped,
+        "gmm": of_experts, "tgmm": of_experts,
     }  # fmt: skip
 
 

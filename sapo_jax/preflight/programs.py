@@ -17,11 +17,11 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 
 from sapo_jax import learner
-from sapo_jax.model import moe, params
+from sapo_jax.model import ModelConfig, lora, moe, params
 from sapo_jax.parallel import sharding
 from sapo_jax.sampler import SamplerParams, decode, decode_state, sampling, weights
 from sapo_jax.training.settings import Settings
-from sapo_jax.types import Batch, Prompts, TrainState
+from sapo_jax.types import Batch, Frozen, Prompts, TrainState
 
 Abstract = jax.ShapeDtypeStruct
 ROWS = sharding.spec("rows")
@@ -152,20 +152,24 @@ def abstract_sampler(settings: Settings) -> SamplerParams:
     return placed(shapes, settings.sampler_mesh, weights.partition_specs(config))
 
 
-def forward_flops(settings: Settings, tokens: int, keys: float, logits: int) -> float:
-    """Of the model: tokens through the layers, each attending to so many keys, and rows of logits.
+def matmul_flops(config: ModelConfig, tokens: int, logits: int) -> float:
+    """Of tokens through the layers and rows of logits, without attention.
 
-    2 for each parameter that a token meets in a matmul, experts by their share.
+    2 for each parameter that a token meets, experts by their share.
     """
-    config = settings.model
     share = config.num_experts_per_tok / max(1, config.num_experts)
     layers = 2 * sum(
         int(math.prod(spec.shape) * len(spec.layers) * (share if "experts" in spec.axes else 1))
         for spec in params.layer_table(config).values()
         if spec.fan_in
     )
+    return tokens * layers + logits * 2 * config.vocab_size * config.hidden_size
+
+
+def forward_flops(config: ModelConfig, tokens: int, keys: float, logits: int) -> float:
+    """`matmul_flops`, and of each token's attention to so many keys."""
     attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
-    return tokens * (layers + attention) + logits * 2 * config.vocab_size * config.hidden_size
+    return matmul_flops(config, tokens, logits) + tokens * attention
 
 
 def _abstract_state(settings: Settings) -> TrainState:
@@ -174,19 +178,33 @@ def _abstract_state(settings: Settings) -> TrainState:
     return placed(learner.abstract(hp), settings.mesh, learner.partition_specs(hp))
 
 
+def _abstract_frozen(settings: Settings) -> Frozen | None:
+    """The base of adapters, placed likewise."""
+    config = settings.model
+    specs = lora.frozen(params.partition_specs(config), config)
+    return placed(learner.abstract_frozen(settings.hp), settings.mesh, specs)
+
+
 def _reference(settings: Settings) -> dict[str, Any]:
-    """The reference policy, where a KL penalty needs it: it stays in memory throughout."""
-    return {"reference": _abstract_state(settings).params} if settings.needs_reference else {}
+    """The reference policy, where a KL penalty needs it: it stays in memory throughout.
+
+    With LoRA it is the base, which is there anyway.
+    """
+    needed = settings.needs_reference and not settings.model.lora_rank
+    return {"reference": _abstract_state(settings).params} if needed else {}
 
 
 def _learner_programs(settings: Settings) -> dict[str, Program]:
     hp, options = settings.hp, settings.config.batch
-    state = _abstract_state(settings)
+    state, frozen = _abstract_state(settings), _abstract_frozen(settings)
     unscored, batch = (abstract_batch(settings, scored=scored) for scored in (False, True))
     n, t, parts = settings.width, settings.max_new_tokens, sharding.parts(settings.mesh)
     rows, shared = settings.rows // options.minibatches, settings.packing
     prompts = rows // shared.group_size if shared else rows
-    forward = forward_flops(settings, prompts * n + rows * t, (n + t) / 2, rows * t)
+    config, size = settings.model, (prompts * n + rows * t, rows * t)
+    forward = forward_flops(config, size[0], (n + t) / 2, size[1])
+    # Nothing computes the gradients of frozen matrices.
+    spared = matmul_flops(lora.base(config), *size) if frozen else 0.0
     passes = hp.static.micro_batches
     turns = {
         "micro_batches": passes,
@@ -194,7 +212,7 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
         "waves": 0,  # of experts after the first: none, if the load is balanced
     }
     tokens = batch.tokens.size // passes
-    parameters, optimizer = {"parameters": state.params}, {"optimizer": state.opt_state}
+    parameters, optimizer = {"parameters": (state.params, frozen)}, {"optimizer": state.opt_state}
     score = learner.score_routing if hp.static.routing_replay == "R2" else learner.score
     recompute = settings.config.learner.old_logp == "recompute"
     scored = options.minibatches * options.oversample
@@ -205,15 +223,17 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
     others = {"rows": [batch] * (options.minibatches - 1), "copy at the start": state}
     return {
         "score": Program(
-            lambda: score.lower(state.params, unscored, hp), parameters | {"rows": unscored},
+            lambda: score.lower(state.params, unscored, hp, frozen),
+            parameters | {"rows": unscored},
             runs=scored * (recompute + settings.needs_reference), mesh=settings.mesh,
             tokens=tokens, turns=turns, model_flops=forward,
             resident=optimizer | rollout | sampler | _reference(settings),
         ),
         "update": Program(
-            lambda: learner.update.lower(state, batch, hp),
+            lambda: learner.update.lower(state, batch, hp, frozen),
             parameters | optimizer | {"rows": batch}, runs=options.minibatches,
-            mesh=settings.mesh, tokens=tokens, turns=turns, model_flops=3 * forward,
+            mesh=settings.mesh, tokens=tokens, turns=turns,
+            model_flops=3 * forward - spared,
             resident=others | _reference(settings),
         ),
     }  # fmt: skip
@@ -222,6 +242,7 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
 def _sampler_programs(settings: Settings) -> dict[str, Program]:
     config, mesh, plan = settings.model, settings.sampler_mesh, settings.plan
     train = _abstract_state(settings)
+    policy = lora.join(train.params, _abstract_frozen(settings), None)
     sampler_params, state = abstract_sampler(settings), abstract_decoding(settings)
     smaller = abstract_decoding(settings, -min(2, len(plan.cache)))
     prompts, controls = abstract_prompts(settings), sampling.controls(1.0)
@@ -231,15 +252,15 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
     slots = fed(Abstract((plan.refill,), jnp.int32), mesh)
     limits = fed(Abstract((2 * sharding.parts(mesh),), jnp.int32), mesh)
     optimizer = {"optimizer": train.opt_state} | _reference(settings)
-    resident = optimizer | {"parameters": train.params}
+    resident = optimizer | {"parameters": policy}
     cache = {"cache": (state.prompt_kv, state.completion_kv)}
     results = state.replace(prompt_kv=None, completion_kv=None)
     sampler = {"sampler's parameters": sampler_params}
-    same = weights.unchanged(train.params, config, mesh)
-    shared = {name: train.params[name] for name in same}
+    same = weights.unchanged(policy, config, mesh)
+    shared = {name: policy[name] for name in same}
     rest, moved = (
         {name: x for name, x in tree.items() if name not in same}
-        for tree in (train.params, sampler_params)
+        for tree in (policy, sampler_params)
     )
     rows = plan.slots[0] * plan.rows[0]
     return {
@@ -255,7 +276,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
             ),
             sampler | {"cache": state.prompt_kv, "rows": (prompts, results)},
             runs=_drawn(settings) / plan.refill, mesh=mesh, tokens=plan.refill * n,
-            model_flops=forward_flops(settings, plan.refill * n, n / 2, plan.refill),
+            model_flops=forward_flops(config, plan.refill * n, n / 2, plan.refill),
             resident=resident | {"cache": state.completion_kv},
         ),
         "decode": Program(
@@ -263,7 +284,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
                 sampler_params, config, controls, state, np.int32(0), limits, np.int32(1), **static
             ),
             sampler | cache | {"rows": results}, runs=t * _drawn(settings) * group / rows,
-            tokens=rows, model_flops=forward_flops(settings, rows, n + t, rows), one_turn=True,
+            tokens=rows, model_flops=forward_flops(config, rows, n + t, rows), one_turn=True,
             mesh=mesh, resident=resident,
         ),
         "grow": Program(

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from sapo_jax.model import params
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
+from sapo_jax.types import Frozen
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -44,6 +45,16 @@ def partition_specs(config: ModelConfig) -> SamplerParams:
         for i in range(config.num_hidden_layers)
     ]
     return SamplerParams(top | {"layers": layers})
+
+
+def join(own: SamplerParams, frozen: Frozen | None) -> SamplerParams:
+    """The parameters of a policy from its adapters and the base that it shares with others."""
+    if frozen is None:
+        return own
+    layers = [
+        base | each for base, each in zip(frozen.params["layers"], own["layers"], strict=True)
+    ]
+    return SamplerParams(frozen.params | {"layers": layers})
 
 
 @partial(jax.jit, static_argnames=("config", "mesh", "target"))

@@ -24,8 +24,9 @@ from sapo_jax.training.settings import Settings
 # What reaches the device as a value, or not at all. The objective's numbers are values too; its
 # name and aggregation are where several of them become one switch.
 TRACED = {
-    "seed", "init_from", "sampler.temperature", "reward.kl_coef", "correction.low",
-    "correction.high", "learner.learning_rate", "learner.weight_decay", "learner.max_grad_norm",
+    "seed", "init_from", "lora.alpha", "sampler.temperature", "reward.kl_coef",
+    "correction.low", "correction.high", "learner.learning_rate", "learner.weight_decay",
+    "learner.max_grad_norm",
 }  # fmt: skip
 STATIC_OF_OBJECTIVE = {"objective.kl"}
 
@@ -122,10 +123,11 @@ def _is_traced(field: str) -> bool:
 
 
 def static(run: Settings) -> str:
-    """Equal for runs that can share their executables."""
+    """Equal for runs that can share their executables and, with LoRA, their base."""
     fields = {k: v for k, v in flat(run.plain).items() if not _is_traced(k)}
     replay = run.hp.static.routing_replay  # an objective may have its own
-    return json.dumps([fields, run.needs_reference, replay], sort_keys=True)
+    base = run.config.init_from if run.model.lora_rank else ""
+    return json.dumps([fields, run.needs_reference, replay, base], sort_keys=True)
 
 
 def _cohort(listed: Sequence[tuple[str, Mapping[str, Any], Settings]]) -> Cohort:

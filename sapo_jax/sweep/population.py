@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 
-from sapo_jax import learner, objectives, rewards
+from sapo_jax import learner, objectives, rewards, sampler
 from sapo_jax.learner import Hyperparameters
+from sapo_jax.model import lora
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
 from sapo_jax.sampler import SamplerParams, sampling
@@ -21,7 +22,7 @@ from sapo_jax.sweep import rollouts
 from sapo_jax.sweep.rollouts import BY_RUN
 from sapo_jax.training.engine import Ends, pick, stack
 from sapo_jax.training.settings import Settings
-from sapo_jax.types import Batch, Prompts, Rollout, TrainState
+from sapo_jax.types import Batch, Frozen, Prompts, Rollout, TrainState
 
 # Of one device. On a CPU one run keeps the cores busy; experiments/population has the measurement.
 # Accelerators are not measured: small policies leave them idle, which a batched program can only
@@ -79,11 +80,15 @@ def hyperparameters(runs: Sequence[Settings]) -> Hyperparameters:
 def vmapped(
     function: Callable, mesh: Mesh | None, donate: tuple[int, ...] = (), /, **static: Any
 ) -> Callable:
-    """A function of one run as one program of all: its trees have a leading axis R."""
+    """A function of one run as one program of all: its trees have a leading axis R, but for what
+    is `Frozen`.
+    """
 
     def program(*trees):
-        each = jax.vmap(partial(function, **static))
-        return sharding.shard_map(each, mesh, BY_RUN, BY_RUN)(*trees)
+        shared = [isinstance(tree, Frozen) for tree in trees]
+        each = jax.vmap(partial(function, **static), [None if s else 0 for s in shared])
+        specs = tuple(PartitionSpec() if s else BY_RUN for s in shared)
+        return sharding.shard_map(each, mesh, specs, BY_RUN)(*trees)
 
     program.__name__ = function.__name__  # as profiles and logs of compilations show it
     return jax.jit(program, donate_argnums=donate)
@@ -110,6 +115,7 @@ class Population:
         self.mesh = sharding.run_mesh(len(runs)) if method == "devices" else None
         one = SingleDeviceSharding(jax.devices()[0])
         self.where = sharding.named(self.mesh, BY_RUN) if self.mesh else one
+        self.everywhere = sharding.named(self.mesh, PartitionSpec()) if self.mesh else one
 
     def join(self, trees: Iterable[Any]) -> Any:
         """Trees of the runs with a leading axis R, on the host."""
@@ -124,13 +130,22 @@ class Population:
         """By way of the host: a device keeps its own runs only, and none of them twice."""
         return jax.device_put(stack(map(jax.device_get, trees)), self.where)
 
+    def share(self, frozen: Frozen) -> Frozen:
+        """What all of the runs have in common, once on each device."""
+        return jax.device_put(frozen, self.everywhere)
+
     def call(self, function: Callable, *trees: Any, **static: Any) -> Any:
         """A jitted function of one run, of all."""
         return vmapped(function, self.mesh, **static)(*trees)
 
-    def to_sampler(self, params: Any) -> Any:
-        """See `to_sampler`."""
-        return to_sampler(params, self.runs[0].model, self.mesh)
+    def to_sampler(self, params: Any, frozen: Frozen | None = None) -> Any:
+        """See `to_sampler`; with LoRA of the adapters, and then of the base, once for all runs."""
+        config = self.runs[0].model
+        if frozen is None:
+            return to_sampler(params, config, self.mesh), None
+        own = to_sampler(self.call(lora.scaled, params, self.hp.lora_scale), config, self.mesh)
+        base = sampler.to_sampler(frozen.params, lora.base(config))
+        return own, Frozen(base)
 
     def rollout(
         self,
@@ -152,9 +167,10 @@ class Population:
         seed_R = np.array([own["seed"] for own in each], np.uint32)
         if warm_up:
             warm_up("sampling")
+        own, frozen = weights
         found, steps_R = rollouts.rollout(
             np.full(len(self.runs), warm_up is None),
-            weights,
+            own,
             self.runs[0].model,
             stack(map(sampling.with_occurrence, prompts)),
             rollouts.base_keys(seed_R, first["domain"], np.int32(iteration)),
@@ -165,6 +181,7 @@ class Population:
             rows=plan.rows[0],
             cache=plan.cache,
             truncate=any(value is not None for value in top.values()),
+            frozen=frozen,
             mesh=self.mesh,
         )
         every = self.to_host(found)
@@ -175,13 +192,13 @@ class Population:
         return found, [Ends(rows.mask.sum(-1), rows.finished, n) for rows, n in pairs]
 
     def learn(
-        self, state: TrainState, minibatches: tuple[Batch, ...]
+        self, state: TrainState, minibatches: tuple[Batch, ...], frozen: Frozen | None = None
     ) -> tuple[TrainState, list[dict[str, Any]]]:
         """The state after an iteration's updates, and a record for each run."""
         collected = []
         for batch in minibatches:
             update = vmapped(learner.update, self.mesh, (0,))
-            state, metrics = update(state, batch, self.hp)
+            state, metrics = update(state, batch, self.hp, frozen)
             collected.append(metrics)
         finished = self.call(learner.finish_iteration, tuple(collected))
         found = self.to_host((state.update, *finished))

@@ -12,9 +12,9 @@ from jax.sharding import Mesh, PartitionSpec
 from sapo_jax import rewards
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
-from sapo_jax.sampler import SamplerParams, decode, decode_state, results, sampling
+from sapo_jax.sampler import SamplerParams, decode, decode_state, results, sampling, weights
 from sapo_jax.sampler.decode_state import DecodeState
-from sapo_jax.types import Prompts, Rollout
+from sapo_jax.types import Frozen, Prompts, Rollout
 
 BY_RUN = PartitionSpec("run")
 
@@ -43,7 +43,7 @@ RUNS = DecodeState(**dict.fromkeys(DecodeState.__dataclass_fields__, 0)).replace
 )
 
 
-def decode_runs(params, config, controls, state, until, *, truncate) -> DecodeState:
+def decode_runs(params, frozen, config, controls, state, until, *, truncate) -> DecodeState:
     """`decode.decode` for R runs at once, to the end of them all.
 
     The predicate is reduced over the runs: under `jax.vmap` a loop whose predicate has their axis
@@ -51,12 +51,14 @@ def decode_runs(params, config, controls, state, until, *, truncate) -> DecodeSt
     steps of a run that has finished change none of its results.
     """
 
-    def advance(params, controls, state):
-        return decode.step(params, config, controls, truncate, state)
+    def advance(params, frozen, controls, state):
+        return decode.step(weights.join(params, frozen), config, controls, truncate, state)
 
-    step = jax.vmap(advance, in_axes=(0, 0, RUNS), out_axes=RUNS)
+    step = jax.vmap(advance, in_axes=(0, None, 0, RUNS), out_axes=RUNS)
     return jax.lax.while_loop(
-        lambda s: (s.clock < until) & jnp.any(s.live), lambda s: step(params, controls, s), state
+        lambda s: (s.clock < until) & jnp.any(s.live),
+        lambda s: step(params, frozen, controls, s),
+        state,
     )
 
 
@@ -78,6 +80,7 @@ def rollout(
     rows: int,
     cache: tuple[int, ...],
     truncate: bool,
+    frozen: Frozen | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[Rollout, jax.Array]:
     """`sampler.rollout` of R runs, as one program: all prompts at once, no slot is refilled.
@@ -92,6 +95,7 @@ def rollout(
       rows: of each prompt's slot.
       cache: sizes of the completion cache, ascending (see `sampler.Plan`).
       truncate: whether top_k and top_p apply.
+      frozen: with LoRA, where ``params`` are adapters, their base.
       mesh: over which the runs are split.
 
     Returns:
@@ -102,16 +106,18 @@ def rollout(
 
     shape = decode_state.Shape(p, rows, cache[0], p, width, group_size, max_new_tokens)
 
-    def start(params, prompts, base, controls):
+    def start(params, frozen, prompts, base, controls):
         state = decode_state.empty(config, shape)
-        arguments = (params, config, prompts, base, controls, state, every, every)
+        policy = weights.join(params, frozen)
+        arguments = (policy, config, prompts, base, controls, state, every, every)
         return decode.prefill(*arguments, truncate=truncate)
 
     def rows_of(state, prompts):
         return results.to_rollout(config, state.results, prompts, iteration)
 
-    def all_of(live_R, params, prompts, base_R, controls):
-        state = jax.vmap(start, out_axes=RUNS)(params, prompts, base_R, controls)
+    def all_of(live_R, params, frozen, prompts, base_R, controls):
+        begin = jax.vmap(start, in_axes=(0, None, 0, 0, 0), out_axes=RUNS)
+        state = begin(params, frozen, prompts, base_R, controls)
         end = jnp.where(live_R[:, None], state.end, 0)
         state = state.replace(end=end, live=state.live & live_R[:, None, None])
         for i, size in enumerate(cache):
@@ -119,9 +125,10 @@ def rollout(
                 grow = jax.vmap(partial(decode_state.grow_cache, size=size))
                 state = state.replace(completion_kv=grow(state.completion_kv))
             until = size if size < cache[-1] else none
-            state = decode_runs(params, config, controls, state, until, truncate=truncate)
+            state = decode_runs(params, frozen, config, controls, state, until, truncate=truncate)
         rows = jax.vmap(rows_of, in_axes=(RUNS, 0))(state, prompts)
         return rows, jnp.broadcast_to(state.clock, live_R.shape)
 
-    split = sharding.shard_map(all_of, mesh, BY_RUN, BY_RUN)
-    return split(live_R, params, prompts, base_R, controls)
+    specs = (BY_RUN, BY_RUN, PartitionSpec(), BY_RUN, BY_RUN, BY_RUN)
+    split = sharding.shard_map(all_of, mesh, specs, BY_RUN)
+    return split(live_R, params, frozen, prompts, base_R, controls)

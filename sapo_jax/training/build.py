@@ -15,7 +15,7 @@ from sapo_jax import corrections, learner, model, objectives, tasks
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
-from sapo_jax.model import attention, blocked, head, params, routing
+from sapo_jax.model import attention, blocked, head, lora, params, routing
 from sapo_jax.objectives.kl import KL_ESTIMATORS
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
@@ -130,6 +130,23 @@ def make_model(c: Any, tokenizer: Tokenizer) -> model.ModelConfig:
         shape = model.hf.read_config(epath.Path(preset).expanduser(), c.dtype.params)
         hf_tokenizer.check_vocabulary(tokenizer, shape.vocab_size, preset)
     return dataclasses.replace(shape, **chosen, **stop)
+
+
+def add_adapters(c: Any, shape: model.ModelConfig) -> model.ModelConfig:
+    """The shape with the adapters that the config describes."""
+    rank, alpha, targets, width = c.lora.rank, c.lora.alpha, c.lora.targets, shape.hidden_size
+    if rank is None:
+        require(not targets, "lora.targets", targets, "() without config.lora.rank")
+        return shape
+    most = f"at least 1 and at most model.hidden_size={width}; None: all parameters are learnt"
+    require(1 <= rank <= width, "lora.rank", rank, most)
+    require(alpha > 0, "lora.alpha", alpha, "greater than 0")
+    texts = all(isinstance(name, str) for name in targets)
+    require(texts, "lora.targets", targets, "a tuple of names")
+    names = ",".join(targets).replace(" ", "").split(",") if targets else ()  # "q,v" of a flag
+    with of_field("lora.targets"):
+        found = lora.targets(names, params.layer_table(shape))
+    return dataclasses.replace(shape, lora_rank=rank, lora_targets=found)
 
 
 def lengths(
@@ -266,6 +283,7 @@ def make_hyperparameters(
         kl=c.objective.kl,
         total=0 if options["schedule"] == "constant" else updates,
         router_aux_coef=options.pop("router_aux_coef") or None,
+        lora_scale=c.lora.alpha / c.lora.rank if c.lora.rank else None,
         mesh=mesh,
         **options,
     )

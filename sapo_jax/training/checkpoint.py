@@ -57,8 +57,7 @@ class Checkpoints:
         score: float | None = None,
         finite: bool = False,
     ) -> None:
-        """Start saving a pytree of arrays, each with a checksum; on return the caller may donate
-        its buffers.
+        """Start saving a pytree of arrays, each with a checksum; its buffers may be donated then.
 
         Args:
           iteration: number of finished iterations, above that of every checkpoint so far.
@@ -239,9 +238,8 @@ def restore_params(
 ) -> Any:
     """Read only the ``params`` of the state in another run's directory of checkpoints.
 
-    ``abstract_params`` is a pytree of `jax.ShapeDtypeStruct`, ``which`` is "latest", or "best" for
-    the highest score; ``iteration`` names one instead. Raises ValueError as `Checkpoints.restore`
-    does, and when none was scored.
+    ``which`` is "latest", or "best" for the highest score; ``iteration`` names one instead. Raises
+    ValueError as `Checkpoints.restore` does, and when none was scored.
     """
     iteration = find(directory, which=which) if iteration is None else iteration
     path, wanted = normal(directory) / str(iteration), {"params": abstract_params}
@@ -249,6 +247,11 @@ def restore_params(
     stored = {k: v for k, v in leaves.items() if k.startswith("params/")}
     _check_leaves(path, stored, _leaves(wanted))
     return _load(path, wanted, record)["params"]
+
+
+def meta_of(directory: Any, iteration: int) -> dict:
+    """The ``meta`` that was saved with a checkpoint."""
+    return _read(normal(directory) / str(iteration))[0]["meta"]
 
 
 def _read(path: epath.Path) -> tuple[dict, Leaves]:

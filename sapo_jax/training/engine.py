@@ -15,9 +15,10 @@ import numpy as np
 
 from sapo_jax import learner, sampler
 from sapo_jax.data.stream import Stream
+from sapo_jax.model import lora
 from sapo_jax.parallel import sharding
 from sapo_jax.training.settings import Settings
-from sapo_jax.types import Batch, Prompts, Rollout, TrainState
+from sapo_jax.types import Batch, Frozen, Prompts, Rollout, TrainState
 
 
 class Ends(NamedTuple):
@@ -36,7 +37,9 @@ class Bundle(NamedTuple):
       state: of the engine's runs.
       reference: parameters of their reference policies; None where no KL penalty needs them.
       streams: the training examples of each run.
-      origins: which checkpoint its reference is, and that one's fingerprint; None without one.
+      origins: which checkpoint its reference, or the base of its adapters, is, and that one's
+        fingerprint; None without one.
+      frozen: with LoRA the base, which all runs share; None without.
     """
 
     engine: Any
@@ -44,6 +47,7 @@ class Bundle(NamedTuple):
     reference: Any
     streams: tuple[Stream, ...]
     origins: tuple[dict | None, ...] = ()
+    frozen: Frozen | None = None
 
 
 class Streamed:
@@ -73,14 +77,19 @@ class Streamed:
         tree = self.join(trees)
         return jax.device_put(tree, jax.devices()[0]) if run.mesh is None else tree
 
+    def share(self, frozen: Frozen) -> Frozen:
+        """What all of the runs have in common, for `call`."""
+        return frozen
+
     def call(self, function: Callable, *trees: Any, **static: Any) -> Any:
         """A jitted function of one run, of the engine's runs."""
         return function(*trees, **static)
 
-    def to_sampler(self, params: Any) -> Any:
+    def to_sampler(self, params: Any, frozen: Frozen | None = None) -> Any:
         """See `sampler.to_sampler`."""
         (run,) = self.runs
-        return sampler.to_sampler(params, run.model, run.sampler_mesh)
+        policy = lora.join(params, frozen, self.hp.lora_scale)
+        return sampler.to_sampler(policy, run.model, run.sampler_mesh)
 
     def rollout(
         self,
@@ -109,10 +118,10 @@ class Streamed:
         return rollout, [Ends(*sampler.ends(rollout), computed[-1])]
 
     def learn(
-        self, state: TrainState, minibatches: tuple[Batch, ...]
+        self, state: TrainState, minibatches: tuple[Batch, ...], frozen: Frozen | None = None
     ) -> tuple[TrainState, list[dict[str, Any]]]:
         """See `learner.learn`; a record for each run."""
-        state, record = learner.learn(state, minibatches, self.hp)
+        state, record = learner.learn(state, minibatches, self.hp, frozen)
         return state, [record]
 
 

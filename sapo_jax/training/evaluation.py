@@ -134,7 +134,7 @@ def held_out(
     With ``warm_up``, programs are compiled, by a batch of each kind, and there are no metrics.
     """
     engine, run = bundle.engine, bundle.engine.runs[0]
-    weights = engine.to_sampler(bundle.state.params)
+    weights = engine.to_sampler(bundle.state.params, bundle.frozen)
     found: list[dict[str, Judged]] = [{} for _ in engine.runs]
     for names in alike(run.evals):
         first, sets = run.evals[names[0]], [run.evals[name].examples for name in names]

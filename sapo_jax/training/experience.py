@@ -6,6 +6,7 @@ another engine can sample while the rows of this one are judged.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -102,7 +103,7 @@ def _scored(bundle: Bundle, batch: Batch, lengths: list[Lengths]) -> tuple[Batch
     Of all prompts, also where more were drawn than are learnt from: that is not known yet.
     """
     engine, run, params = bundle.engine, bundle.engine.runs[0], bundle.state.params
-    hp, sizes = engine.hp, run.config.batch
+    hp, sizes, frozen = engine.hp, run.config.batch, bundle.frozen
     replays = hp.static.routing_replay == "R2"
     recomputes = run.config.learner.old_logp == "recompute"
     parts = sizes.minibatches * sizes.oversample
@@ -113,13 +114,14 @@ def _scored(bundle: Bundle, batch: Batch, lengths: list[Lengths]) -> tuple[Batch
     def with_logp(batch, layout):
         (rows,), found = _packed(engine, (batch,), [layout]), {}
         if replays:
-            scored = engine.call(learner.score_routing, params, rows, hp)
+            scored = engine.call(learner.score_routing, params, rows, hp, frozen)
             found["old_logp"], found["routing"] = scored
         elif recomputes:
-            found["old_logp"] = engine.call(learner.score, params, rows, hp)
+            found["old_logp"] = engine.call(learner.score, params, rows, hp, frozen)
         if bundle.reference is not None:
-            own = hp.replace(routing_replay="none")
-            found["ref_logp"] = engine.call(learner.score, bundle.reference, rows, own)
+            shape = dataclasses.replace(run.model, lora_targets=())  # the base without adapters
+            own = hp.replace(routing_replay="none", model=shape)
+            found["ref_logp"] = engine.call(learner.score, bundle.reference, rows, own, frozen)
         if layout is not None:
             found = engine.call(learner.unpack, found, layout, mesh=run.mesh)
         return batch.replace(**found)
@@ -193,8 +195,8 @@ def from_rollout(
     pairs = zip(engine.runs, bundle.streams, strict=True)
     queries = [next_query(run, stream, scorer) for run, stream in pairs]
     with clock("to_sampler"):
-        weights = jax.block_until_ready(engine.to_sampler(params))
-    moved = float(sampler.moved_bytes(params, weights) / len(queries))
+        weights = jax.block_until_ready(engine.to_sampler(params, bundle.frozen))
+    moved = float(sampler.moved_bytes((params, bundle.frozen), weights) / len(queries))
     with clock("rollout"):
         prompts, groups = ([getattr(q, name) for q in queries] for name in ("prompts", "groups"))
         controls = {"iteration": iteration, "warm_up": warm_up, "on_segment": clock.check}

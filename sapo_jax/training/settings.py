@@ -194,7 +194,8 @@ def _check_batch(c: Any) -> None:
 def _check_learning(c: Any) -> None:
     """Refuse what would train and learn nothing, or rounding errors."""
     masters = "'float32': steps are lost in bfloat16's rounding; dtype.compute may be 'bfloat16'"
-    require(c.dtype.params == "float32", "dtype.params", c.dtype.params, masters)
+    learnt = c.lora.rank is None  # the parameters of dtype.params; adapters are in float32
+    require(not learnt or c.dtype.params == "float32", "dtype.params", c.dtype.params, masters)
     if c.source != "rollout":
         return
     reward, size, own = c.reward, c.batch.group_size, c.advantages
@@ -294,7 +295,7 @@ def from_config(
     judges = evals.judges(made, sets)
     tokenizer = build.make_tokenizer(c, judges)
     chosen = objective.make_objective(c)
-    shape = build.make_model(c, tokenizer)
+    shape = build.add_adapters(c, build.make_model(c, tokenizer))
     width, room, keep = build.lengths(c, judges, tokenizer, shape)
     mesh = build.make_mesh(c, shape, devices)
     sampler_mesh = build.make_sampler_mesh(c, shape, mesh)

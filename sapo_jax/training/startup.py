@@ -19,17 +19,18 @@ from absl import logging
 from etils import epath
 
 from sapo_jax import learner, rewards
-from sapo_jax.model import hf, params
 from sapo_jax.parallel import distributed
-from sapo_jax.training import build, evaluation
-from sapo_jax.training.checkpoint import Checkpoints, DamagedError, find, restore_params
-from sapo_jax.training.digest import digests, fingerprint, lost
+from sapo_jax.training import evaluation, parameters
+from sapo_jax.training.checkpoint import Checkpoints, DamagedError
+from sapo_jax.training.digest import digests
 from sapo_jax.training.engine import Bundle, Streamed, pick, stack
 from sapo_jax.training.experience import SOURCES, open_stream
 from sapo_jax.training.progress import Clock
 from sapo_jax.training.settings import Settings
 from sapo_jax.training.workdir import read_config, read_metrics
-from sapo_jax.types import TrainState
+from sapo_jax.types import Frozen, TrainState
+
+NO_ADAPTERS: dict[str, dict] = {"layers": {}}  # the base alone: with LoRA, the reference
 
 
 def start(
@@ -57,19 +58,16 @@ def start(
     def weights(run, origin):
         key = run.config.init_from
         if key not in given:
-            params, now = _weights(run, origin)
+            params, now = parameters.first(run, origin)
             given[key] = Streamed(run).place([params]), now
         params, now = given[key]
-        if origin and origin["fingerprint"] != now["fingerprint"]:
-            raise ValueError(
-                f"config.init_from={key!r} is not the reference that the run started with: then "
-                f"{_described(origin)}, now {_described(now)}; put it back, or start another "
-                "--workdir"
-            )
+        parameters.check(run, origin, now)
         return params
 
     def first(run):
-        begin = weights(run, None) if run.config.init_from else random_parameters(run)
+        if run.model.lora_rank or not run.config.init_from:
+            return learner.init(parameters.random(run), run.hp)
+        begin = weights(run, None)
         return learner.init(jax.tree.map(jnp.copy, begin), run.hp)  # the reference stays
 
     if found is None:
@@ -80,12 +78,16 @@ def start(
         streams = [open_stream(run, workers=run.config.data.workers) for run in engine.runs]
         for stream, meta in zip(streams, own, strict=True):
             stream.position = meta.get("position", stream.position)
-        reference, origins = None, [None for _ in own]
-        if engine.runs[0].needs_reference:
+        reference, frozen, origins = None, None, [None for _ in own]
+        adapts = engine.runs[0].model.lora_rank > 0
+        if adapts or engine.runs[0].needs_reference:
             stored = [meta.get("reference") for meta in own]  # None in checkpoints of before
-            reference = engine.place(map(weights, engine.runs, stored))
+            found = list(map(weights, engine.runs, stored))
             origins = [given[run.config.init_from][1] for run in engine.runs]
-        bundles.append(Bundle(engine, state, reference, tuple(streams), tuple(origins)))
+            frozen = engine.share(Frozen(found[0])) if adapts else None
+            if engine.runs[0].needs_reference:
+                reference = engine.place([NO_ADAPTERS] * len(found) if adapts else found)
+        bundles.append(Bundle(engine, state, reference, tuple(streams), tuple(origins), frozen))
     return bundles, latest
 
 
@@ -104,7 +106,7 @@ def check_memory(run: Settings) -> None:
     state, device = learner.abstract(run.hp), jax.local_devices()[0]
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
     memory = (device.memory_stats() or {}).get("bytes_limit", machine)
-    needed = size(state) + size(state.params)
+    needed = size(state) + size(state.params) + size(learner.abstract_frozen(run.hp))
     if needed > memory:
         raise ValueError(
             f"config.model: its parameters, moments and gradients take {needed / 2**30:,.1f} GiB "
@@ -209,41 +211,6 @@ def keep_last(bundles: Sequence[Bundle], places: Sequence[epath.Path | None]) ->
                 own.save(iteration, state, meta, score=last.get("eval/pass_at_1"), finite=True)
 
 
-def random_parameters(run: Settings) -> Any:
-    """Initial parameters, on a mesh each part where it belongs from the start."""
-    shape, seed, mesh = run.model, run.config.seed, run.mesh
-    if mesh is None:
-        return params.init(shape, seed)
-    places = params.shardings(shape, mesh)
-    return jax.jit(params.init, static_argnums=0, out_shardings=places)(shape, seed)
-
-
-def _weights(run: Settings, origin: dict | None) -> tuple[Any, dict]:
-    """The parameters that ``init_from`` names, and which they are.
-
-    Of a run they are those of the checkpoint that ``origin`` names, while it is there.
-    """
-    source, iteration = epath.Path(run.config.init_from).expanduser(), None
-    if build.is_hf(run.config.init_from):
-        weights = hf.load(source, dtype=run.config.dtype.params, mesh=run.mesh)[1]
-    else:
-        directory, iteration = source / "checkpoints", (origin or {}).get("checkpoint")
-        if iteration not in Checkpoints(directory).committed():
-            with build.of_field(f"init_from={run.config.init_from!r}"):
-                iteration = find(directory)
-        weights = restore_params(directory, learner.abstract(run.hp).params, iteration=iteration)
-    found = digests({"params": weights})
-    if lost(found):
-        text = f"config.init_from={run.config.init_from!r}: {lost(found)} is not finite"
-        raise ValueError(f"{text}; must be a policy whose numbers are")
-    return weights, {"checkpoint": iteration, "fingerprint": fingerprint(found)}
-
-
-def _described(origin: dict) -> str:
-    of = "" if origin["checkpoint"] is None else f" of iteration {origin['checkpoint']}"
-    return origin["fingerprint"] + of
-
-
 def check_shared(workdir: epath.Path, config: dict) -> None:
     """Refuse processes that do not see the config that process 0 has just stored.
 
@@ -280,7 +247,8 @@ def warm_up(
 
         got = SOURCES[config.source](fresh, 0, Clock(), scorer, say)()
         say("update")
-        state, _ = engine.learn(jax.tree.map(jnp.copy, bundle.state), got.minibatches)
+        copy = jax.tree.map(jnp.copy, bundle.state)
+        state, _ = engine.learn(copy, got.minibatches, bundle.frozen)
         if alone:
             digests(state)
         if config.eval.every:

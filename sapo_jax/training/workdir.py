@@ -81,7 +81,8 @@ def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset
     if stored is None:
         return
     old, new = flat(stored), flat(json.loads(json.dumps(config)))
-    defaults = flat(from_config("base").to_dict())  # of fields that are newer than the run
+    base = json.loads(from_config("base").to_json_best_effort())
+    defaults = flat(base)  # of fields that are newer than the run
     files = dict(old.pop("files", [])), dict(new.pop("files", []))
     differences = [
         f"{path} has changed: SHA-256 {files[0][path][:12]} then, {now[:12]} now"

@@ -42,7 +42,7 @@ FLAGS = {
     "evaluate": "hf workdir which task eval reward prompts samples temperature top_k top_p "
     "max_prompt_tokens max_new_tokens batch seed workers dtype chat system template_options out "
     "compilation_cache",
-    "export": "workdir out which",
+    "export": "workdir out which adapters",
     "report": "picture",
     "preflight": "config topology programs fit json",
     "datasets": "jsonl catalogue out prompt answer demonstration",

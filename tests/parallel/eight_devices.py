@@ -1,5 +1,6 @@
 """Meshes of eight devices against one; run by `test_sharding` in a process that has them."""
 
+import dataclasses
 import re
 
 import jax
@@ -9,14 +10,14 @@ import pytest
 
 from sapo_jax import learner, model, objectives, sampler, train
 from sapo_jax.masked import finish
-from sapo_jax.model import params, transformer
+from sapo_jax.model import lora, params, transformer
 from sapo_jax.parallel import sharding
 from sapo_jax.sampler import Plan, decode, decode_state, sampling
 from sapo_jax.sampler.weights import partition_specs
-from sapo_jax.training import checkpoint, settings, startup
+from sapo_jax.training import checkpoint, parameters, settings, startup
 from sapo_jax.training.engine import Streamed
 from sapo_jax.training.workdir import read_metrics
-from sapo_jax.types import Batch
+from sapo_jax.types import Batch, Frozen
 from tests import fakes, tiny_config
 
 P, N, G, T = 16, 5, 4, 8
@@ -180,6 +181,49 @@ def test_replayed_routing_and_its_balance_agree_with_one_device(policies, refere
     hp = hyperparameters(policies["moe"][0], "sapo", mesh, **options)
     got = updated(policies["moe"], batch_of(references["moe"]), hp)
     agree(got, on_one("moe", **options))
+
+
+ADAPTED = [
+    pytest.param("dense", {"fsdp": 2, "tensor": 4}),
+    pytest.param("moe", {"expert": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("kind", "sizes"), ADAPTED)
+def test_an_update_of_adapters_agrees_with_one_device(policies, references, kind, sizes):
+    """Of the factors of an adapter one is split over `tensor`, the other's gradient is a sum.
+
+    On the mesh the sampler draws by the same adapters, and the learner agrees with it.
+    """
+    shape, base = policies[kind]
+    targets = lora.targets((), params.layer_table(shape))
+    config = dataclasses.replace(shape, lora_rank=3, lora_targets=targets)
+    adapters, found = fakes.perturbed(params.init(config, 1), 0.05), []
+    batch = batch_of(references[kind])
+    for mesh in (None, sharding.make_mesh(**sizes)):
+        options = {"lora_scale": 2.0, "remat": kind == "moe"}
+        hp = hyperparameters(config, KINDS[kind][1], mesh, **options)
+        frozen, own = Frozen(base), jax.tree.map(jnp.copy, adapters)
+        if mesh is not None:
+            specs = params.partition_specs(config)
+            frozen = jax.device_put(frozen, sharding.shardings(mesh, lora.frozen(specs, config)))
+            own = jax.device_put(own, sharding.shardings(mesh, lora.trained(specs, config)))
+        state, placed_batch = learner.init(own, hp), sharding.place(batch, mesh)
+        policy = lora.join(own, frozen, hp.lora_scale)
+        rows = sampler.rollout(
+            policy, config, fakes.prompts(P, N), group_size=G, max_new_tokens=T, temperature=1.0,
+            seed=11, iteration=3, plan=Plan((8,), (T,), 8),
+        )  # fmt: skip
+        drawn = sharding.place(batch_of(jax.device_get(rows)), mesh)
+        logp = np.asarray(learner.score(own, drawn, hp, frozen))
+        gap = np.abs(logp - np.asarray(rows.sampler_logp))[np.asarray(rows.mask)]
+        assert gap.max() < 1e-4
+        state, terms = learner.update(state, placed_batch, hp, frozen)
+        gradient = jax.tree.map(lambda m: np.asarray(m) / np.float32(0.1), state.opt_state[1].mu)
+        loss, metrics = finish(terms)
+        numbers = {k: np.asarray(v) for k, v in metrics.items() if not k.startswith("histogram")}
+        found.append(({"loss": np.asarray(loss), **numbers}, gradient, state.params, None))
+    agree(found[1], found[0])
 
 
 def near_tie(policy, rollout, row, at):
@@ -379,5 +423,5 @@ def test_random_parameters_are_those_of_one_device():
     for mesh in ({}, {"mesh.fsdp": 8, "sampler.slots": 0}):
         config = tiny_config.get_config()
         config.update_from_flattened_dict(mesh)
-        drawn.append(startup.random_parameters(settings.from_config(config)))
+        drawn.append(parameters.random(settings.from_config(config)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *drawn)

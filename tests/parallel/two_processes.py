@@ -14,7 +14,7 @@ from sapo_jax import cli, learner, rewards, train
 from sapo_jax.masked import finish
 from sapo_jax.parallel import distributed, sharding
 from sapo_jax.report import page
-from sapo_jax.training import settings, startup
+from sapo_jax.training import parameters, settings
 from sapo_jax.types import Batch
 from tests import fakes, killed_run, tiny_config
 
@@ -49,7 +49,7 @@ def updated(checked):
         rng.normal(size=shape[0]).astype(np.float32),
     )
     hp = checked.hp.replace(max_grad_norm=1e9)
-    state = learner.init(startup.random_parameters(checked), hp)
+    state = learner.init(parameters.random(checked), hp)
     state, terms = learner.update(state, sharding.place(batch, checked.mesh), hp)
     loss, metrics = finish(sharding.to_host(terms))
     numbers = {k: np.asarray(v) for k, v in metrics.items() if not k.startswith("histogram")}

@@ -16,7 +16,7 @@ from configs.pod import qwen3_4b_v5e, qwen3_8b_v6e, qwen3_30b_a3b_v5p
 from experiments.pods import run
 from sapo_jax import preflight, train
 from sapo_jax.model import params
-from sapo_jax.preflight import chips, costs, demands, hlo, programs
+from sapo_jax.preflight import chips, costs, demands, hlo, measure, programs
 from sapo_jax.report import preflight_tables
 from sapo_jax.report.run import write
 from sapo_jax.training import settings
@@ -65,6 +65,7 @@ def test_the_programs_are_those_that_train(tmp_path):
     [
         {"mesh.fsdp": 2, "mesh.tensor": 2},
         {"mesh.fsdp": 4, "sampler.mesh.tensor": 2},
+        {"mesh.fsdp": 2, "mesh.tensor": 2, "lora.rank": 2},
         {"mesh.fsdp": 2, "mesh.expert": 2, "model.preset": "nano_moe",
          "learner.routing_replay": "R2"},
     ],
@@ -79,6 +80,28 @@ def test_the_programs_are_those_that_train_on_a_mesh(tmp_path, fields):
         cwd=pathlib.Path(__file__).parents[2],
     )  # fmt: skip
     assert done.stdout.splitlines()[-1:] == ["[]"], done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_memory_of_an_update_of_adapters_compiled_for_tpu():
+    """Of a shape of 1.7B parameters: no moments, no gradients and no copies of the base."""
+    pytest.importorskip("libtpu", reason="compiles for TPU: pip install libtpu")
+    devices, _ = chips.devices("v5p:2x2x1")
+    fields = {
+        "model.preset": "qwen3_1_7b", "dtype.compute": "bfloat16", "learner.remat": True,
+        "mesh.data": -1, "batch.prompts": 16, "batch.group_size": 8, "batch.minibatches": 4,
+        "batch.micro_batches": 8, "sampler.slots": 0, "learner.head_chunk": 1024,
+        "data.max_prompt_tokens": 256, "sampler.max_new_tokens": 768,
+    }  # fmt: skip
+    found = {}
+    for rank in (None, 16):
+        checked = tiny(devices, **fields, **{"lora.rank": rank})
+        program = programs.programs(checked)["update"]
+        found[rank] = measure.measure(checked, "update", program, chips.chip_of("v5p:2x2x1"))
+    full, adapters = (found[rank]["memory"] for rank in (None, 16))
+    assert adapters["kinds"]["parameters"] < 1.02 * full["kinds"]["parameters"]
+    assert adapters["kinds"]["optimizer"] < 0.02 * full["kinds"]["optimizer"]
+    assert adapters["total"] <= 0.35 * full["total"]
 
 
 @pytest.mark.slow

@@ -235,7 +235,7 @@ def test_the_next_run_is_sampled_while_rows_are_judged(given, monkeypatch):
         return judge(*arguments)
 
     monkeypatch.setattr(rewards, "judge", waits)
-    monkeypatch.setattr(Streamed, "learn", lambda _, state, minibatches: (state, [{}]))
+    monkeypatch.setattr(Streamed, "learn", lambda _, state, *more: (state, [{}]))
     with rewards.Scorer(cohort.lead.task, cohort.lead.recipe) as scorer:
         bundles = [bundle_of(Streamed(checked)) for checked in cohort.runs]
         _, found, _ = train._iterate(bundles, 1, Clock(), scorer)
