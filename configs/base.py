@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
     c.source = "rollout"  # RL; "demonstrations": supervised learning of worked answers
     c.init_from = ""  # run or Hugging Face directory with the first parameters; "": random ones
     c.iterations = 100  # each is one rollout and its updates
+    c.staleness = 0  # iterations until a rollout is learnt from, see docs/offpolicy.md
 
     # Tasks: what the policy is asked, and how it is judged.
     c.task = ConfigDict()

@@ -14,7 +14,7 @@ from etils import epath
 
 from sapo_jax import cli, rewards
 from sapo_jax.parallel import distributed
-from sapo_jax.training import evaluation, provenance, startup
+from sapo_jax.training import evaluation, provenance, queue, startup
 from sapo_jax.training.checkpoint import Checkpoints
 from sapo_jax.training.collapse import Collapse
 from sapo_jax.training.engine import Bundle, Streamed
@@ -263,27 +263,31 @@ def _iterate(
     It can be left where the clock checks, and between updates by what `hold` returns, which has
     seen to the states that updates take the buffers of.
     """
-    collect = SOURCES[bundles[0].engine.runs[0].config.source]
+    run = bundles[0].engine.runs[0]
+    collect = partial(SOURCES[run.config.source], policy_step=iteration)
+    due = queue.due(run, len(bundles[0].waiting), iteration)
     # Threads judge the rows of a bundle while the device goes on with those behind it: all of them
     # sample before the first one waits for verdicts.
     started = []
     for number, bundle in enumerate(bundles):
         tell("sampling", number)
-        started.append(collect(bundle, iteration, clock, scorer))
+        started.append([collect(bundle, batch, clock, scorer) for batch in due])
     after, records, samples = [], [], []
-    for number, (bundle, finish) in enumerate(zip(bundles, started, strict=True)):
+    for number, (bundle, finishes) in enumerate(zip(bundles, started, strict=True)):
         tell(UPDATING, number)
-        got = finish()
+        got, *waiting = *bundle.waiting, *(finish() for finish in finishes)
         clock.check()
         if number == 0:
             between = hold()
         minibatches = _separated(got.minibatches, between) if between else got.minibatches
         with clock("update"):
             state, learnt = bundle.engine.learn(bundle.state, minibatches, bundle.frozen)
-        after.append(bundle._replace(state=state))
+        after.append(bundle._replace(state=state, waiting=tuple(waiting)))
         samples += got.samples
-        for run, own, more in zip(bundle.engine.runs, learnt, got.metrics, strict=True):
-            records.append(own | {"iteration": iteration} | more | run.scheduled(iteration))
+        each = zip(bundle.engine.runs, learnt, got.metrics, got.steps, strict=True)
+        for run, own, more, steps in each:
+            more = more | queue.ages(steps, iteration) | run.scheduled(iteration)
+            records.append(own | {"iteration": iteration} | more)
     return after, records, samples
 
 

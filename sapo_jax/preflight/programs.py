@@ -14,14 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from sapo_jax import learner
-from sapo_jax.model import ModelConfig, lora, moe, params
+from sapo_jax.model import ModelConfig, lora, params
 from sapo_jax.parallel import sharding
 from sapo_jax.sampler import SamplerParams, decode, decode_state, sampling, weights
+from sapo_jax.training.queue import abstract_batch, placed
 from sapo_jax.training.settings import Settings
-from sapo_jax.types import Batch, Frozen, Prompts, TrainState
+from sapo_jax.types import Frozen, Prompts, TrainState
 
 Abstract = jax.ShapeDtypeStruct
 ROWS = sharding.spec("rows")
@@ -56,21 +57,6 @@ class Program:
     result: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def placed(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
-    """Abstract values that lie on a mesh as a tree of specs, or one for all, says.
-
-    Without a mesh they lie on the first device, as `startup` places a run's state.
-    """
-    if mesh is None:
-        place = SingleDeviceSharding(jax.devices()[0])
-        return jax.tree.map(lambda x: Abstract(x.shape, x.dtype, sharding=place), tree)
-    specs = jax.tree.broadcast(specs, tree, is_leaf=lambda s: isinstance(s, PartitionSpec))
-    return jax.tree.map(
-        lambda x, s: Abstract(x.shape, x.dtype, sharding=sharding.named(mesh, s)),
-        tree, specs,
-    )  # fmt: skip
-
-
 def fed(tree: Any, mesh: Mesh | None) -> Any:
     """Abstract values that come from the host: split by rows, or as they are (`sharding.place`)."""
     return tree if mesh is None else placed(tree, mesh, ROWS)
@@ -85,37 +71,6 @@ def _chip_bytes(x: Abstract) -> int:
 def bytes_per_chip(tree: Any) -> int:
     """Bytes of abstract values on one device."""
     return sum(_chip_bytes(x) for x in jax.tree.leaves(tree))
-
-
-def abstract_batch(settings: Settings, *, scored: bool) -> Batch:
-    """A minibatch, as it is scored or as an update takes it."""
-    rows = settings.rows // settings.config.batch.minibatches
-    s, shape = settings.width + settings.max_new_tokens, settings.model
-    floats = Abstract((rows, s), jnp.float32)
-    integers = Abstract((rows, s), jnp.int32)
-    routing = None
-    if shape.num_experts:
-        choice = (len(shape.sparse_layers), shape.num_experts_per_tok)
-        routing = Abstract((rows, s, *choice), moe.id_dtype(shape))
-    batch = Batch(
-        tokens=integers,
-        mask=Abstract((rows, s), jnp.bool),
-        segments=integers,
-        sampler_logp=floats,
-        old_logp=floats,
-        advantages=Abstract((rows,), jnp.float32),
-        ref_logp=floats if scored and settings.needs_reference else None,
-        weights=floats if scored and settings.bounds else None,
-        routing=routing,
-        prompt_tokens=Abstract((rows, 2), jnp.float32)
-        if scored and not settings.supervised
-        else None,
-    )
-    if settings.packing is not None:
-        lengths = np.zeros((2, rows), int)
-        layout = jax.eval_shape(lambda: learner.plan(*lengths, s, settings.packing))
-        batch = jax.eval_shape(learner.pack, batch, layout)
-    return placed(batch, settings.mesh, ROWS)
 
 
 def _drawn(settings: Settings) -> int:

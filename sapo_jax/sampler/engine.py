@@ -87,6 +87,7 @@ def rollout(
     temperature: float,
     seed: int,
     iteration: int,
+    policy_step: int | None = None,
     domain: str = "train",
     top_k: int | None = None,
     top_p: float | None = None,
@@ -107,7 +108,8 @@ def rollout(
       max_new_tokens: completions end here, or with the first stop token.
       temperature: divides the logits; 0 is greedy.
       seed: of the noise, with iteration and domain: different domains never share noise.
-      iteration: of the policy, recorded in the rows.
+      iteration: of the noise, too, and recorded in the rows as that of the policy.
+      policy_step: recorded instead, where an earlier policy samples.
       domain: what the samples are for; "train" or a name of yours.
       top_k: keep the k likeliest tokens; for evaluation only, since the learner's log π is that of
         the whole softmax.
@@ -155,7 +157,8 @@ def rollout(
         host.run(on_segment or (lambda: None))
         if on_end:
             on_end(slots.computed)
-    return results.to_rollout(config, host.state.results, prompts, np.int32(iteration), mesh)
+    step = np.int32(iteration if policy_step is None else policy_step)
+    return results.to_rollout(config, host.state.results, prompts, step, mesh)
 
 
 @dataclasses.dataclass

@@ -73,7 +73,7 @@ def rollout(
     prompts: Prompts,
     base_R: jax.Array,
     controls: sampling.Controls,
-    iteration: jax.Array,
+    policy_step: jax.Array,
     *,
     group_size: int,
     max_new_tokens: int,
@@ -90,7 +90,7 @@ def rollout(
       params, config, prompts: as there, of R runs.
       base_R: key[R], from `base_keys`.
       controls: from `sampling.controls`, of R runs.
-      iteration: i32[], of the policies.
+      policy_step: i32[], the iteration of the policies.
       group_size, max_new_tokens: as there.
       rows: of each prompt's slot.
       cache: sizes of the completion cache, ascending (see `sampler.Plan`).
@@ -113,7 +113,7 @@ def rollout(
         return decode.prefill(*arguments, truncate=truncate)
 
     def rows_of(state, prompts):
-        return results.to_rollout(config, state.results, prompts, iteration)
+        return results.to_rollout(config, state.results, prompts, policy_step)
 
     def all_of(live_R, params, frozen, prompts, base_R, controls):
         begin = jax.vmap(start, in_axes=(0, None, 0, 0, 0), out_axes=RUNS)

@@ -17,6 +17,7 @@ from sapo_jax import learner, sampler
 from sapo_jax.data.stream import Stream
 from sapo_jax.model import lora
 from sapo_jax.parallel import sharding
+from sapo_jax.training.queue import Experience
 from sapo_jax.training.settings import Settings
 from sapo_jax.types import Batch, Frozen, Prompts, Rollout, TrainState
 
@@ -40,6 +41,7 @@ class Bundle(NamedTuple):
       origins: which checkpoint its reference, or the base of its adapters, is, and that one's
         fingerprint; None without one.
       frozen: with LoRA the base, which all runs share; None without.
+      waiting: batches that later iterations learn from, the next one first.
     """
 
     engine: Any
@@ -48,6 +50,7 @@ class Bundle(NamedTuple):
     streams: tuple[Stream, ...]
     origins: tuple[dict | None, ...] = ()
     frozen: Frozen | None = None
+    waiting: tuple[Experience, ...] = ()
 
 
 class Streamed:
@@ -98,6 +101,7 @@ class Streamed:
         on_groups: Sequence[sampler.OnGroups],
         *,
         iteration: int,
+        policy_step: int | None = None,
         evaluation: str | None = None,
         warm_up: Callable[[str], None] | None = None,
         on_segment: Callable[[], None] | None = None,
@@ -109,6 +113,7 @@ class Streamed:
             run.model,
             self.join(prompts),
             iteration=iteration,
+            policy_step=policy_step,
             on_groups=self.join(on_groups),
             on_end=computed.append,
             warm_up=warm_up,

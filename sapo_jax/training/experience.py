@@ -23,16 +23,9 @@ from sapo_jax.parallel import sharding
 from sapo_jax.tasks.base import Example
 from sapo_jax.training.engine import Bundle, Ends
 from sapo_jax.training.progress import Clock
+from sapo_jax.training.queue import Experience
 from sapo_jax.training.settings import Settings
 from sapo_jax.types import LENGTH, Batch, Prompts, Rollout
-
-
-class Experience(NamedTuple):
-    """Minibatches for the engine, and of each run its metrics and rows for a person to read."""
-
-    minibatches: tuple[Batch, ...]
-    metrics: list[dict[str, float]]
-    samples: list[list[dict]]
 
 
 class Query(NamedTuple):
@@ -41,6 +34,7 @@ class Query(NamedTuple):
     examples: list[Example]
     prompts: Prompts
     groups: rewards.Groups
+    dropped: int  # see `Stream.dropped`
 
 
 def open_stream(run: Settings, *, workers: int = 0) -> Stream:
@@ -53,7 +47,8 @@ def next_query(run: Settings, stream: Stream, scorer: rewards.Scorer) -> Query:
     """The next prompts, more than P where some are drawn to spare."""
     examples = stream.take(run.config.batch.prompts * run.config.batch.oversample)
     prompts = encode.encode_prompts(examples, run.tokenizer, run.width)
-    return Query(examples, prompts, rewards.Groups(scorer, examples, run.tokenizer))
+    groups = rewards.Groups(scorer, examples, run.tokenizer)
+    return Query(examples, prompts, groups, stream.dropped)
 
 
 @jax.jit
@@ -161,7 +156,7 @@ def _metrics(run: Settings, prompts: Prompts, ends: Ends, rewards_B: np.ndarray)
 
 
 def _samples(
-    run: Settings, query: Query, finished_B, rewards_B, advantages_B, iteration: int
+    run: Settings, query: Query, finished_B, rewards_B, advantages_B, when: dict[str, int]
 ) -> list[dict]:
     """The first two completions of as many prompts as the log takes, of those sampled here."""
     size, count = run.config.batch.group_size, run.config.log.samples
@@ -169,7 +164,7 @@ def _samples(
     first = (i for i, text in enumerate(texts) if i % size < 2 and text is not None)
     return [
         {
-            "iteration": iteration,
+            **when,
             "prompt_id": query.examples[i // size].id,
             "sample_index": i % size,
             "prompt": query.examples[i // size].prompt,
@@ -189,8 +184,18 @@ def from_rollout(
     clock: Clock,
     scorer: rewards.Scorer,
     warm_up: Callable[[str], None] | None = None,
+    *,
+    policy_step: int | None = None,
 ) -> Callable[[], Experience]:
-    """Sample and score; what comes back waits for the verdicts and attaches advantages."""
+    """Sample and score; what comes back waits for the verdicts and attaches advantages.
+
+    Args:
+      bundle: the runs.
+      iteration: which learns from it.
+      clock, scorer: of the loop.
+      warm_up: see `sampler.rollout`.
+      policy_step: the iteration that samples, if it is an earlier one.
+    """
     engine, params = bundle.engine, bundle.state.params
     pairs = zip(engine.runs, bundle.streams, strict=True)
     queries = [next_query(run, stream, scorer) for run, stream in pairs]
@@ -199,13 +204,14 @@ def from_rollout(
     moved = float(sampler.moved_bytes((params, bundle.frozen), weights) / len(queries))
     with clock("rollout"):
         prompts, groups = ([getattr(q, name) for q in queries] for name in ("prompts", "groups"))
-        controls = {"iteration": iteration, "warm_up": warm_up, "on_segment": clock.check}
+        when = {"iteration": iteration, "policy_step": policy_step or iteration}
+        controls = {"warm_up": warm_up, "on_segment": clock.check, **when}
         rollout, ends = engine.rollout(weights, prompts, groups, **controls)
     with clock("logp"):  # needs no rewards: the device works while rows are judged
         lengths = list(map(_lengths, engine.runs, queries, ends))
         batch = sharding.place(engine.call(batch_of, rollout), engine.runs[0].mesh)
         scored = _scored(bundle, batch, lengths)
-    return partial(_judged, bundle, queries, scored, ends, lengths, moved, iteration, clock)
+    return partial(_judged, bundle, queries, scored, ends, lengths, moved, when, clock)
 
 
 def _judged(
@@ -215,7 +221,7 @@ def _judged(
     ends: list[Ends],
     lengths: list[Lengths],
     moved: float,
-    iteration: int,
+    when: dict[str, int],
     clock: Clock,
 ) -> Experience:
     engine, runs, c = bundle.engine, bundle.engine.runs, bundle.engine.runs[0].config
@@ -250,17 +256,18 @@ def _judged(
         ]
         layouts = _layouts(engine, of_chosen, len(minibatches))
         minibatches = _packed(engine, minibatches, layouts)
-    metrics, samples = [], []
-    for r, (run, query, stream) in enumerate(zip(runs, queries, bundle.streams, strict=True)):
+    metrics, samples, steps = [], [], []
+    for r, (run, query) in enumerate(zip(runs, queries, strict=True)):
         (rewards_B, parts), (rows_B, _, of_groups) = found[r], chosen[r]
         advantages_B = np.zeros_like(rewards_B)
         advantages_B[rows_B] = np.concatenate(learnt[r])
         own = _metrics(run, query.prompts, ends[r], rewards_B)
-        own |= {"data/dropped": float(stream.dropped), **parts, **of_groups}
+        own |= {"data/dropped": float(query.dropped), **parts, **of_groups}
         own["sampler/weights_moved_bytes"] = moved
         metrics.append(own | {key: float(value) for key, value in more[r].items()})
-        samples.append(_samples(run, query, ends[r].finished, rewards_B, advantages_B, iteration))
-    return Experience(minibatches, metrics, samples)
+        samples.append(_samples(run, query, ends[r].finished, rewards_B, advantages_B, when))
+        steps.append([(when["policy_step"], int(of_chosen[r][1].sum()))])
+    return Experience(minibatches, metrics, samples, steps)
 
 
 def from_demonstrations(
@@ -269,9 +276,11 @@ def from_demonstrations(
     clock: Clock,
     scorer: rewards.Scorer,
     warm_up: Callable[[str], None] | None = None,
+    *,
+    policy_step: int | None = None,
 ) -> Callable[[], Experience]:
     """Worked answers as minibatches; nothing is sampled."""
-    del iteration, scorer, warm_up
+    del iteration, scorer, warm_up, policy_step
     engine, first = bundle.engine, bundle.engine.runs[0]
     batches, metrics, lengths = [], [], []
     with clock("rollout"):
@@ -287,7 +296,7 @@ def from_demonstrations(
         parts = first.config.batch.minibatches
         minibatches = engine.call(learner.split_rows, batch, parts=parts, mesh=first.mesh)
         minibatches = _packed(engine, minibatches, _layouts(engine, lengths, parts))
-    return lambda: Experience(minibatches, metrics, [[] for _ in metrics])
+    return lambda: Experience(minibatches, metrics, [[] for _ in metrics], [[] for _ in metrics])
 
 
 SOURCES: dict[str, Any] = {"rollout": from_rollout, "demonstrations": from_demonstrations}

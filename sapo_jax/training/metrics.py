@@ -157,6 +157,14 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
             "share",
             "not near 1",
         ),
+        "policy/age_mean": (
+            "how many iterations older than the policy those are that sampled the tokens, in the "
+            "mean",
+            "iterations",
+            "0; with staleness, that number",
+        ),
+        "policy/stale": ("share of tokens that an earlier iteration's policy sampled", "share"),
+        "histogram/age": ("edges and counts of tokens by that age, from 0 to 15 iterations",),
         "length/max": ("length of the longest completion", "tokens"),
         "length/truncated": ("share of completions that ran out of room", "share", "near 0"),
         "sampler/rows_per_token": (

@@ -120,7 +120,7 @@ class Settings:
     def may_differ(self) -> frozenset[str]:
         """Fields that may change when a run is started again: no result depends on them."""
         schedules = self.config.learner.schedule, self.config.objective.schedule
-        fixed_length = schedules != ("constant", "constant")
+        fixed_length = schedules != ("constant", "constant") or self.config.staleness > 0
         return frozenset(GONE | MAY_DIFFER - ({"iterations"} if fixed_length else set()))
 
     @property
@@ -156,7 +156,7 @@ def _check_numbers(c: Any) -> None:
         "log.samples_every", "reward.workers", "collapse.window",
     )  # fmt: skip
     _bounded(
-        c, 0, "seed", "sampler.max_new_tokens", "sampler.slots", "eval.every",
+        c, 0, "seed", "staleness", "sampler.max_new_tokens", "sampler.slots", "eval.every",
         "learner.warmup", "learner.weight_decay", "log.samples",
         "profile_steps", "learner.head_chunk", "learner.learning_rate", "data.max_prompt_tokens",
         "data.workers", "distributed.timeout", "reward.kl_coef", "reward.max_length",
@@ -277,6 +277,8 @@ def from_config(
     check_fields(plain)
     c = frozen(plain)
     choice("source", c.source, SOURCES)
+    sampled = "0 with source='demonstrations', which no policy samples"
+    require(c.source == "rollout" or c.staleness == 0, "staleness", c.staleness, sampled)
     choice("advantages", c.advantages, tuple(advantages.ESTIMATORS))
     choice("population.method", c.population.method, POPULATION_METHODS)
     some = f"some of {', '.join(tracker.TRACKERS)}, or none"

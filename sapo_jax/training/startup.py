@@ -20,15 +20,15 @@ from etils import epath
 
 from sapo_jax import learner, rewards
 from sapo_jax.parallel import distributed
-from sapo_jax.training import evaluation, parameters
-from sapo_jax.training.checkpoint import Checkpoints, DamagedError
+from sapo_jax.training import evaluation, parameters, queue
+from sapo_jax.training.checkpoint import Checkpoints, DamagedError, meta_of
 from sapo_jax.training.digest import digests
 from sapo_jax.training.engine import Bundle, Streamed, pick, stack
 from sapo_jax.training.experience import SOURCES, open_stream
 from sapo_jax.training.progress import Clock
 from sapo_jax.training.settings import Settings
 from sapo_jax.training.workdir import read_config, read_metrics
-from sapo_jax.types import Frozen, TrainState
+from sapo_jax.types import Frozen
 
 NO_ADAPTERS: dict[str, dict] = {"layers": {}}  # the base alone: with LoRA, the reference
 
@@ -52,7 +52,7 @@ def start(
     check_memory(lead)
     runs = [run for engine in engines for run in engine.runs]
     found = _restore_newest(engines, checkpoints, alone)
-    latest, states, metas = found or (0, [], [{} for _ in runs])
+    latest, saved, metas = found or (0, [], [{} for _ in runs])
     given: dict[str, Any] = {}  # read and placed once for all runs that start from it
 
     def weights(run, origin):
@@ -71,10 +71,11 @@ def start(
         return learner.init(jax.tree.map(jnp.copy, begin), run.hp)  # the reference stays
 
     if found is None:
-        states = [engine.place(map(first, engine.runs)) for engine in engines]
+        saved = [engine.place(map(first, engine.runs)) for engine in engines]
     bundles, rest = [], iter(metas)
-    for engine, state in zip(engines, states, strict=True):
+    for engine, arrays in zip(engines, saved, strict=True):
         own = list(itertools.islice(rest, len(engine.runs)))
+        state, waiting = queue.unpack(arrays, own)
         streams = [open_stream(run, workers=run.config.data.workers) for run in engine.runs]
         for stream, meta in zip(streams, own, strict=True):
             stream.position = meta.get("position", stream.position)
@@ -87,7 +88,8 @@ def start(
             frozen = engine.share(Frozen(found[0])) if adapts else None
             if engine.runs[0].needs_reference:
                 reference = engine.place([NO_ADAPTERS] * len(found) if adapts else found)
-        bundles.append(Bundle(engine, state, reference, tuple(streams), tuple(origins), frozen))
+        rest_of = (tuple(streams), tuple(origins), frozen, waiting)
+        bundles.append(Bundle(engine, state, reference, *rest_of))
     return bundles, latest
 
 
@@ -117,8 +119,8 @@ def check_memory(run: Settings) -> None:
 
 def _restore_newest(
     engines: Sequence[Any], checkpoints: Checkpoints, alone: bool
-) -> tuple[int, list[TrainState], list[dict]] | None:
-    """The newest checkpoint that is whole: iteration, states of engines, meta of each run.
+) -> tuple[int, list[Any], list[dict]] | None:
+    """The newest checkpoint that is whole: iteration, arrays of engines, meta of each run.
 
     Raises:
       DamagedError: every checkpoint is.
@@ -142,9 +144,11 @@ def _restore_newest(
 
 def _restore(
     engines: Sequence[Any], checkpoints: Checkpoints, iteration: int, alone: bool
-) -> tuple[list[TrainState], list[dict]]:
-    """The states of the engines, and what else is known of each run."""
-    wanted = learner.abstract(engines[0].runs[0].hp)
+) -> tuple[list[Any], list[dict]]:
+    """The arrays of the engines, see `queue.pack`, and what else is known of each run."""
+    run, stored = engines[0].runs[0], meta_of(checkpoints.directory, iteration)
+    stored = [stored.get("queue", [])] if alone else stored.get("queues", [[]])
+    wanted = queue.abstract(run, iteration, learner.abstract(run.hp), [*map(len, stored)])
     if alone:
         state, meta = checkpoints.restore(iteration, wanted, finite=True)
         return [engines[0].place([state])], [meta]
@@ -152,11 +156,11 @@ def _restore(
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=where), wanted
     )
-    state, meta = checkpoints.restore(iteration, wanted, finite=True)
-    state = jax.device_get(state)
-    each = (pick(state, r) for r in range(count))
-    states = [engine.place([next(each) for _ in engine.runs]) for engine in engines]
-    return states, [{key[:-1]: of_runs[r] for key, of_runs in meta.items()} for r in range(count)]
+    saved, meta = checkpoints.restore(iteration, wanted, finite=True)
+    saved = jax.device_get(saved)
+    each = (pick(saved, r) for r in range(count))
+    placed = [engine.place([next(each) for _ in engine.runs]) for engine in engines]
+    return placed, [{key[:-1]: of_runs[r] for key, of_runs in meta.items()} for r in range(count)]
 
 
 def save(
@@ -177,22 +181,28 @@ def save(
     """
     metas = _metas(bundles, positions)
     if alone:
-        checkpoints.save(iteration, bundles[0].state, metas[0], score=score, finite=True)
+        saved = queue.pack(bundles[0].state, bundles[0].waiting)
+        checkpoints.save(iteration, saved, metas[0], score=score, finite=True)
         return
     meta = {f"{key}s": [meta[key] for meta in metas] for key in metas[0]}
-    checkpoints.save(iteration, stack(each_state(bundles)), meta, finite=True)
+    checkpoints.save(iteration, stack(each_saved(bundles)), meta, finite=True)
 
 
 def _metas(bundles: Sequence[Bundle], positions: Sequence[dict]) -> list[dict]:
     """What is saved of each run besides its state."""
     origins = [o for b in bundles for o in b.origins or [None] * len(b.streams)]
-    each = zip(positions, origins, strict=True)
-    return [{"position": at} | ({"reference": origin} if origin else {}) for at, origin in each]
+    waiting = [queue.meta(b.waiting, r) for b in bundles for r in range(len(b.streams))]
+    stale = any(run.config.staleness for b in bundles for run in b.engine.runs)
+    metas = []
+    for position, origin, own in zip(positions, origins, waiting, strict=True):
+        given = {"reference": origin} if origin else {}
+        metas.append({"position": position} | given | ({"queue": own} if stale else {}))
+    return metas
 
 
-def each_state(bundles: Sequence[Bundle]) -> list[TrainState]:
-    """The state of each run, on the host."""
-    return [state for b in bundles for state in b.engine.to_host(b.state)]
+def each_saved(bundles: Sequence[Bundle]) -> list[Any]:
+    """The arrays of each run, see `queue.pack`, on the host."""
+    return [x for b in bundles for x in b.engine.to_host(queue.pack(b.state, b.waiting))]
 
 
 def keep_last(bundles: Sequence[Bundle], places: Sequence[epath.Path | None]) -> None:
@@ -201,7 +211,7 @@ def keep_last(bundles: Sequence[Bundle], places: Sequence[epath.Path | None]) ->
     None stands for a run that stopped.
     """
     metas = _metas(bundles, [stream.position for b in bundles for stream in b.streams])
-    for state, meta, place in zip(each_state(bundles), metas, places, strict=True):
+    for state, meta, place in zip(each_saved(bundles), metas, places, strict=True):
         if place is None:
             continue
         with Checkpoints(place / "checkpoints") as own:
@@ -249,11 +259,12 @@ def warm_up(
         say("update")
         copy = jax.tree.map(jnp.copy, bundle.state)
         state, _ = engine.learn(copy, got.minibatches, bundle.frozen)
+        waiting = (got,) if config.staleness else ()
         if alone:
-            digests(state)
+            digests(queue.pack(state, waiting))
         if config.eval.every:
             evaluation.held_out(bundle, scorer, say)
     if not alone:
-        states = each_state(bundles)
-        digests(stack(states))
-        digests(states[0])
+        saved = each_saved([bundle._replace(waiting=waiting) for bundle in bundles])
+        digests(stack(saved))
+        digests(queue.unpack(saved[0], [])[0])
