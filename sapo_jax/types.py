@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-STOP, LENGTH = 0, 1  # values of Rollout.finished
+STOP, LENGTH, GOES_ON = 0, 1, 2  # values of Rollout.finished
 
 
 @struct.dataclass
@@ -26,6 +26,7 @@ class Prompts:
     id: jax.Array  # u32[P], the same for the same prompt in every run
     task: jax.Array  # i32[P], index into the run's tasks
     occurrence: jax.Array | None = None  # i32[P], prompts of the same id before it; of the sampler
+    iteration: jax.Array | None = None  # i32[P], which drew it, where completions go on
 
 
 @struct.dataclass
@@ -37,10 +38,11 @@ class Rollout:
     sampler_logp: jax.Array  # f32[B, S], nats
     prompt_id: jax.Array  # u32[B]
     sample_index: jax.Array  # i32[B], 0..G-1 within the prompt
-    policy_step: jax.Array  # i32[B], the iteration whose policy sampled the row
-    finished: jax.Array  # i32[B], STOP or LENGTH
+    policy_step: jax.Array  # i32[B], the iteration whose policy sampled the row, or its first token
+    finished: jax.Array  # i32[B], STOP or LENGTH; GOES_ON where it has not ended
     segments: jax.Array  # i32[B, S], 1 on prompt and completion, 0 on pads
     routing: jax.Array | None = None  # MoE only: i8/i16[B, S, L_moe, k], see `model.routing`
+    token_step: jax.Array | None = None  # i32[B, S], policy_step of each token, where rows go on
 
 
 @struct.dataclass

@@ -44,6 +44,28 @@ def fill_slots(
     return sharding.shard_map(local, mesh, in_specs, specs)(*arguments)
 
 
+def _read(params, config, state, tokens_BN, caches, write):
+    """Left-aligned rows through the layers; each layer's keys and values [B, K, N, d] are given to
+    ``write`` with its caches.
+    """
+    # Pads stand at the end, where causal attention never looks: one segment will do.
+    segments_BN = jnp.ones_like(tokens_BN)
+    rope = jax.tree.map(lambda x: x[: tokens_BN.shape[1]], state.rope)
+    x = transformer.embed(params, config, tokens_BN)
+    written, routings = [], []
+    for layer, cache in zip(params["layers"], caches, strict=True):
+        fresh = []
+
+        def attend(q_, k, v, fresh=fresh):
+            fresh.extend(jnp.swapaxes(y, 1, 2).astype(config.cache_dtype) for y in (k, v))
+            return attention.causal(q_, k, v, segments_BN, config.attention)
+
+        x, routed = transformer.layer(layer, config, x, rope, attend)
+        routings.append(routed)
+        written.append(tuple(write(old, new) for old, new in zip(cache, fresh, strict=True)))
+    return x, written, routings
+
+
 def _fill_slots(config, truncate, params, prompts, base, controls, state, slot_F, prompt_F):
     group = state.order.shape[1]
     # Entries that fill nothing compute some prompt; what they write is dropped.
@@ -53,30 +75,20 @@ def _fill_slots(config, truncate, params, prompts, base, controls, state, slot_F
     def fill(old, new):
         return old.at[slot_F].set(new, mode="drop")
 
-    # Pads stand after the prompt, where causal attention never looks: one segment will do.
-    segments_FN = jnp.ones_like(tokens_FN)
-    rope = jax.tree.map(lambda x: x[: tokens_FN.shape[1]], state.rope)
-    x = transformer.embed(params, config, tokens_FN)
-    prompt_kv, routings = [], []
-    for layer, cache in zip(params["layers"], state.prompt_kv, strict=True):
-        fresh = []
-
-        def attend(q_, k, v, fresh=fresh):
-            fresh.extend(jnp.swapaxes(y, 1, 2).astype(config.cache_dtype) for y in (k, v))
-            return attention.causal(q_, k, v, segments_FN, config.attention)
-
-        x, routed = transformer.layer(layer, config, x, rope, attend)
-        routings.append(routed)
-        prompt_kv.append(tuple(fill(old, new) for old, new in zip(cache, fresh, strict=True)))
+    x, prompt_kv, routings = _read(params, config, state, tokens_FN, state.prompt_kv, fill)
     last_FD = jnp.take_along_axis(x, (length_F - 1)[:, None, None], 1)[:, 0]
     last_FD = transformer.rms_norm(last_FD, params["final_norm"], config.rms_norm_eps)
     logits_FV = transformer.logits_of(params, config, last_FD)
     # All completions of a prompt draw their first token from the same logits.
-    keys_FG = sampling.row_keys(base, own.id, group, own.occurrence)
+    keys_FG = sampling.row_keys(base, own.id, group, own.occurrence, own.iteration)
     logits_FGV = jnp.broadcast_to(logits_FV[:, None], (*keys_FG.shape, logits_FV.shape[-1]))
     index_FG = jnp.zeros(keys_FG.shape, jnp.int32)
     token_FG, logp_FG = _draw_rows(keys_FG, index_FG, logits_FGV, controls, truncate)
     sampled = state.results
+    token_FG, logp_FG = (  # of a completion that goes on, those that it has
+        jnp.where(sampled.tokens[prompt_F, :, 0] < 0, new, old[prompt_F, :, 0])
+        for old, new in ((sampled.tokens, token_FG), (sampled.logp, logp_FG))
+    )
     ended_FG = results.ends(config, token_FG, index_FG, sampled.tokens.shape[-1])
     sampled = sampled.replace(  # entries that fill nothing name the last prompt, which is none
         tokens=sampled.tokens.at[prompt_F, :, 0].set(token_FG),
@@ -94,6 +106,62 @@ def _fill_slots(config, truncate, params, prompts, base, controls, state, slot_F
         results=results.write_prompt_routing(sampled, routings, prompt_F),
     )
     return decode_state.take(filled)
+
+
+@partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="state")
+def resume_slots(params, config, prompts, state, slot_F, prompt_F, *, mesh=None) -> DecodeState:
+    """Let slots, just filled, go on where the results of their prompts end.
+
+    Each completion takes a row of its own (W = G), and its keys and values are computed by one pass
+    over prompt and completion, at the places of the cache (of its largest size) that decoding would
+    have put them at.
+    """
+    local, specs = partial(_resume_slots, config), decode_state.partition_specs()
+    in_specs = (weights.partition_specs(config), ROWS, specs, ROWS, ROWS)
+    arguments = (params, prompts, state, slot_F, prompt_F)
+    return sharding.shard_map(local, mesh, in_specs, specs)(*arguments)
+
+
+def _resume_slots(config, params, prompts, state, slot_F, prompt_F):
+    own = jax.tree.map(lambda x: x.at[prompt_F].get(mode="clip"), prompts)
+    drawn_FGT = state.results.tokens.at[prompt_F].get(mode="clip")
+    f, g, t = drawn_FGT.shape
+    n, size = own.tokens.shape[1], state.completion_kv[0][0].shape[2]
+    count_FG = jnp.sum(drawn_FGT >= 0, -1)
+    last_FG = jnp.take_along_axis(drawn_FGT, count_FG[..., None] - 1, 2)[..., 0]
+    ended_FG = results.ends(config, last_FG, count_FG - 1, t)
+    offset_FGS = jnp.arange(n + t) - own.length[:, None, None]
+    index_FGS = jnp.broadcast_to(jnp.clip(offset_FGS, 0, t - 1), (f, g, n + t))
+    prompt_FGS = jnp.pad(own.tokens, ((0, 0), (0, t)))[:, None]
+    drawn_FGS = jnp.maximum(jnp.take_along_axis(drawn_FGT, index_FGS, 2), 0)
+    tokens_FGS = jnp.where(offset_FGS < 0, prompt_FGS, drawn_FGS)
+    # The last token drawn is not in the cache yet; it is fed at this clock. See `step`.
+    age_C = (state.clock - jnp.arange(size)) % t
+    token_FGC = count_FG[..., None] - 1 - age_C
+    place_FGC = jnp.clip(own.length[:, None, None] + token_FGC, 0, n + t - 1)
+
+    def write(old, new_BKSd):
+        kept = jnp.take_along_axis(new_BKSd, place_FGC.reshape(f * g, 1, size, 1), 2)
+        by_slot = old.reshape(-1, g, *old.shape[1:])
+        written = by_slot.at[slot_F].set(kept.reshape(f, g, *old.shape[1:]), mode="drop")
+        return written.reshape(old.shape)
+
+    rows_BS = tokens_FGS.reshape(f * g, n + t)
+    _, completion_kv, _ = _read(params, config, state, rows_BS, state.completion_kv, write)
+
+    def fill(old, new):
+        return old.at[slot_F].set(new, mode="drop")
+
+    none_F, every_FG = jnp.zeros_like(slot_F), jnp.broadcast_to(jnp.arange(g), (f, g))
+    return state.replace(
+        completion_kv=completion_kv,
+        first=fill(state.first, none_F),
+        end=fill(state.end, none_F),
+        live=fill(state.live, ~ended_FG),
+        sample=fill(state.sample, every_FG),
+        start=fill(state.start, state.clock - (count_FG - 1)),
+        last=fill(state.last, last_FG),
+    )
 
 
 def step(params, config, controls, truncate, state: DecodeState) -> DecodeState:

@@ -23,14 +23,14 @@ from sapo_jax.parallel import sharding
 from sapo_jax.sampler import decode, decode_state, results, sampling
 from sapo_jax.sampler.decode_state import DecodeState
 from sapo_jax.sampler.plan import Plan, make_plan
-from sapo_jax.sampler.scheduler import Moves, Slots
+from sapo_jax.sampler.scheduler import NEVER, Moves, Slots
 from sapo_jax.sampler.weights import to_sampler
 from sapo_jax.types import Prompts, Rollout
 
 OnGroups = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 
 
-def _check(prompts, config, group_size, max_new_tokens, domain, truncate) -> None:
+def check(prompts, config, group_size, max_new_tokens, domain, truncate) -> None:
     """Refuse what cannot be sampled, before anything is compiled."""
     chex.assert_rank(prompts.tokens, 2)
     chex.assert_shape([prompts.length, prompts.id], prompts.tokens.shape[:1])
@@ -49,7 +49,7 @@ def _check(prompts, config, group_size, max_new_tokens, domain, truncate) -> Non
         )
 
 
-def _checked(
+def checked(
     plan: Plan | None, prompts: int, group_size: int, max_new_tokens: int, mesh: Mesh | None
 ) -> Plan:
     """The plan, or one of its own, if prompts and plan divide among the parts of the rows."""
@@ -130,27 +130,18 @@ def rollout(
       ValueError: an argument out of its domain.
     """
     truncate = top_k is not None or top_p is not None
-    _check(prompts, config, group_size, max_new_tokens, domain, truncate)
-    p, width = prompts.tokens.shape
+    check(prompts, config, group_size, max_new_tokens, domain, truncate)
+    p = len(prompts.tokens)
     mesh = sharding.mesh_of(params)
-    plan = _checked(plan, p, group_size, max_new_tokens, mesh)
+    plan = checked(plan, p, group_size, max_new_tokens, mesh)
     prompts = sharding.place(sampling.with_occurrence(prompts), mesh)
     controls = sampling.controls(temperature, top_k, top_p)
-    params = to_sampler(params, config)
     base = sampling.base_key(np.uint32(seed), domain, np.int32(iteration))
     slots = Slots.empty(plan, p, sharding.parts(mesh), group_size)
-    sizes = (slots.plan.rows[0], plan.cache[0], p, width, group_size, max_new_tokens)
-    shape = decode_state.Shape(plan.slots[0], *sizes)
-    static = {"truncate": truncate, "mesh": mesh}
-    host = _Host(
-        _empty(config, shape, mesh, beside=params["final_norm"]),
-        slots,
-        partial(decode.prefill, params, config, prompts, base, controls, **static),
-        partial(decode.decode, params, config, controls, **static),
-        partial(results.completions, config, mesh=mesh),
-        on_groups,
-        mesh,
-    )
+    host = host_of(
+        to_sampler(params, config), config, prompts, base, controls, slots, max_new_tokens,
+        on_groups=on_groups, truncate=truncate,
+    )  # fmt: skip
     if warm_up:
         host.compile_all(warm_up)
     else:
@@ -161,8 +152,37 @@ def rollout(
     return results.to_rollout(config, host.state.results, prompts, step, mesh)
 
 
+def host_of(
+    params: Any,
+    config: ModelConfig,
+    prompts: Prompts,
+    base: jax.Array,
+    controls: sampling.Controls,
+    slots: Slots,
+    max_new_tokens: int,
+    *,
+    on_groups: OnGroups | None = None,
+    truncate: bool = False,
+    kind: type | None = None,
+) -> Host:
+    """A rollout before its beginning; the parameters are the sampler's."""
+    mesh, plan, (p, width) = sharding.mesh_of(params), slots.plan, prompts.tokens.shape
+    count, group_size = plan.slots[0] * sharding.parts(mesh), slots.view.order.shape[-1]
+    sizes = (plan.rows[0], plan.cache[0], p, width, group_size, max_new_tokens)
+    static = {"truncate": truncate, "mesh": mesh}
+    return (kind or Host)(
+        _empty(config, decode_state.Shape(count, *sizes), mesh, beside=params["final_norm"]),
+        slots,
+        partial(decode.prefill, params, config, prompts, base, controls, **static),
+        partial(decode.decode, params, config, controls, **static),
+        partial(results.completions, config, mesh=mesh),
+        on_groups,
+        mesh,
+    )
+
+
 @dataclasses.dataclass
-class _Host:
+class Host:
     """A rollout under way: the device's state, what the host knows of it, and the steps between.
 
     Attributes:
@@ -184,9 +204,9 @@ class _Host:
     fresh: tuple[np.ndarray, Any] | None = None
 
     def run(self, on_segment: Callable[[], None]) -> None:
-        """Sample until all prompts are done."""
+        """Sample until all prompts are done, or the budget is."""
         self.refill()
-        while not self.slots.idle.all():
+        while not self.slots.idle.all() and self.steps > 0:
             self.shrink()
             self.grow()
             self.decode()
@@ -194,10 +214,20 @@ class _Host:
             self.refill()
         self.report()
 
+    @property
+    def steps(self) -> int:
+        """Decode steps that are allowed."""
+        return NEVER
+
     def refill(self) -> None:
         """Prefill waiting prompts into idle slots."""
-        while (entries := self.slots.refill()) is not None:
-            self.state = self.prefill_program(self.state, *map(self._place, entries))
+        while self.steps > 0 and (entries := self.slots.refill()) is not None:
+            self.prefill(*entries)
+
+    def prefill(self, slot_nF: np.ndarray, prompt_nF: np.ndarray) -> None:
+        """Put prompts into slots, see `Slots.fill`."""
+        entries = map(self.place, (slot_nF, prompt_nF))
+        self.state = self.prefill_program(self.state, *entries)
 
     def shrink(self) -> None:
         """Go on with fewer rows: a decode step costs the same for an idle one."""
@@ -212,7 +242,8 @@ class _Host:
     def decode(self) -> None:
         """Decode until there is something to do, and report what had finished before."""
         until, limits_n2, quorum = self.slots.stop(reports=self.on_groups is not None)
-        self.state, table = self.decode_program(self.state, until, self._place(limits_n2), quorum)
+        until = min(until, np.int32(min(NEVER, self.slots.clock + self.steps)))
+        self.state, table = self.decode_program(self.state, until, self.place(limits_n2), quorum)
         # Before the host waits for the device: completions are judged while others are decoded.
         self.report()
         clock, table = jax.device_get((self.state.clock, table))
@@ -239,17 +270,17 @@ class _Host:
         self._completions(self.slots.prompt)
         say(f"prefill of {plan.refill * parts} prompts")
         entries = self.slots.fill(zeros_n2[:, 0])
-        self.state = self.prefill_program(self.state, *map(self._place, entries))
+        self.prefill(*entries)
         last, levels = plan.cache[-1], len(plan.slots)
         for level, (count, rows) in enumerate(zip(plan.slots, plan.rows, strict=True)):
             for size in plan.cache if level == 0 else (last,):
                 say(f"decoding of {count * parts} × {rows} rows with {size} tokens of cache")
                 if level == 0 and size > plan.cache[0]:
                     self._grow_to(size)
-                arguments = self.state, zero, self._place(zeros_n2), zero
+                arguments = self.state, zero, self.place(zeros_n2), zero
                 self.state, _ = self.decode_program(*arguments)
                 if level + 1 < levels and size < last:
-                    moves = jax.tree.map(lambda *x: self._place(np.stack(x)), *self.slots.packed())
+                    moves = jax.tree.map(lambda *x: self.place(np.stack(x)), *self.slots.packed())
                     self._move_layer(self.state.prompt_kv[0], self.state.completion_kv[0], moves)
             if level + 1 < levels:
                 self._move(self.slots.move(self.slots.packed()))
@@ -258,7 +289,7 @@ class _Host:
             self.fresh = every_nP, self._completions(every_nP)
             self.report()
 
-    def _place(self, x_nX: np.ndarray) -> Any:
+    def place(self, x_nX: np.ndarray) -> Any:
         """An array of the parts of the rows, each part on its devices."""
         flat = x_nX.reshape(-1, *x_nX.shape[2:])
         return sharding.place(flat if flat.dtype == bool else flat.astype(np.int32), self.mesh)
@@ -269,7 +300,7 @@ class _Host:
         layers = list(zip(state.prompt_kv, state.completion_kv, strict=True))
         sampled, moved = state.results, []
         state = state.replace(prompt_kv=None, completion_kv=None, results=None)
-        moves = jax.tree.map(self._place, moves)
+        moves = jax.tree.map(self.place, moves)
         while layers:  # one by one: there is no room for all of the old ones and the new ones
             moved.append(self._move_layer(*layers.pop(0), moves))
         prompt_kv, completion_kv = map(list, zip(*moved, strict=True))
@@ -290,7 +321,7 @@ class _Host:
 
     def _completions(self, prompt_nQ: np.ndarray) -> tuple[jax.Array, ...]:
         """What has been sampled for some prompts of each part, still on the device."""
-        return self.completions_program(self.state.results, self._place(prompt_nQ))
+        return self.completions_program(self.state.results, self.place(prompt_nQ))
 
 
 @jax.jit

@@ -43,6 +43,7 @@ def make_plan(
     slots: int = 0,
     shrink: int = 3,
     parts: int = 1,
+    whole: bool = False,
 ) -> Plan:
     """A plan for a batch of prompts.
 
@@ -64,8 +65,9 @@ def make_plan(
         all, or, where that is more than keeps a device busy, down to a quarter of them.
       shrink: how many times the number of rows is halved while the last completions finish.
       parts: of the rows (see `sharding.parts`), each with as many slots; divides P and the slots.
+      whole: slots have G rows and the largest cache from the start, so that completions can go on.
     """
-    own, fewest = prompts // parts, -(-group_size // 4)
+    own, fewest = prompts // parts, group_size if whole else -(-group_size // 4)
     if 0 < slots < prompts:
         in_flight = max(1, slots // parts) * group_size
         rows = max(fewest, -(-in_flight // own))
@@ -81,7 +83,7 @@ def make_plan(
         width = -(-shapes[-1][1] // 4)
         shapes.append((total // width, width))
     half = -(-max_new_tokens // 2)
-    cache = (half, max_new_tokens) if half >= 32 else (max_new_tokens,)
+    cache = (half, max_new_tokens) if half >= 32 and not whole else (max_new_tokens,)
     refill = count if count == own else max(1, count // 16)
     counts, widths = zip(*shapes, strict=True)
     return Plan(tuple(parts * n for n in counts), cache, parts * refill, widths)

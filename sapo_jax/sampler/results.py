@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from sapo_jax.model import moe
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
-from sapo_jax.types import LENGTH, STOP, Prompts, Rollout
+from sapo_jax.types import GOES_ON, LENGTH, STOP, Prompts, Rollout
 
 WHOLE, ROWS = PartitionSpec(), sharding.spec("rows")
 
@@ -26,6 +26,27 @@ class Results:
     logp: jax.Array  # f32[P + 1, G, T]
     # MoE: experts of the prompts [P + 1, N, L', k] and of the completions [P + 1, G, T, L', k]
     routing: Any = None
+
+
+@struct.dataclass
+class Begun:
+    """Completions that go on, by prompt; where a prompt has none, nothing."""
+
+    tokens: jax.Array  # i32[P, G, T], −1 where none is
+    logp: jax.Array  # f32[P, G, T], by the policies that sampled them
+    steps: jax.Array  # i32[P, G, T], which these are
+    routing: Any = None  # MoE: [P, G, T, L', k]
+
+
+def none_begun(config: ModelConfig, p: int, g: int, t: int) -> Begun:
+    """No completion of P prompts, G of T tokens each, has begun."""
+    routing = _no_routing(config, (p, g, t))
+    return Begun(
+        tokens=jnp.full((p, g, t), -1, jnp.int32),
+        logp=jnp.zeros((p, g, t), jnp.float32),
+        steps=jnp.zeros((p, g, t), jnp.int32),
+        routing=routing and routing[0],
+    )
 
 
 def empty(config: ModelConfig, p: int, width: int, g: int, t: int) -> Results:
@@ -85,11 +106,12 @@ def _experts(routings: list) -> jax.Array:
 
 
 def _finished(config: ModelConfig, tokens_XT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens with pads, their count, and STOP or LENGTH."""
+    """Tokens with pads, their count, and how they ended."""
     drawn_XT = tokens_XT >= 0
     stopped_X = jnp.any(jnp.isin(tokens_XT, jnp.asarray(config.stop_tokens)), -1)
     tokens_XT = jnp.where(drawn_XT, tokens_XT, config.pad_token)
-    return tokens_XT, jnp.sum(drawn_XT, -1), jnp.where(stopped_X, STOP, LENGTH)
+    finished_X = jnp.where(stopped_X, STOP, jnp.where(drawn_XT[..., -1], LENGTH, GOES_ON))
+    return tokens_XT, jnp.sum(drawn_XT, -1), finished_X
 
 
 @partial(jax.jit, static_argnames=("config", "mesh"))
@@ -113,11 +135,60 @@ def to_rollout(
     return local(results, prompts, iteration)
 
 
-def _to_rollout(config, results, prompts, iteration) -> Rollout:
+@partial(jax.jit, static_argnames="mesh", donate_argnames="results")
+def go_on(results: Results, begun: Begun, mesh: Mesh | None = None) -> Results:
+    """Empty results with what has been sampled before."""
+
+    def local(results, begun):
+        before = (begun.tokens, begun.logp)
+        tokens, logp = (
+            x.at[:-1].set(old)
+            for x, old in zip((results.tokens, results.logp), before, strict=True)
+        )
+        if begun.routing is not None:
+            prompts, completions = results.routing
+            results = results.replace(routing=(prompts, completions.at[:-1].set(begun.routing)))
+        return results.replace(tokens=tokens, logp=logp)
+
+    return sharding.shard_map(local, mesh, (ROWS, ROWS), ROWS)(results, begun)
+
+
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def leave_off(
+    config: ModelConfig,
+    results: Results,
+    prompts: Prompts,
+    before: Begun,
+    policy_step,
+    mesh: Mesh | None = None,
+) -> tuple[Rollout, Begun]:
+    """All that is there as rows, and of the prompts with completions that go on what they have."""
+
+    def local(results, prompts, before, policy_step):
+        own = jax.tree.map(lambda x: x[:-1], results)
+        steps_PGT = jnp.where(before.tokens >= 0, before.steps, policy_step)
+        rows = _to_rollout(config, results, prompts, policy_step, steps_PGT)
+        goes_on_P = (_finished(config, own.tokens)[2] == GOES_ON).any(-1)
+
+        def left(x, fill):
+            return jnp.where(
+                goes_on_P.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.asarray(fill, x.dtype)
+            )
+
+        routing = own.routing and left(own.routing[1], -1)
+        tokens = left(own.tokens, -1)
+        steps = jnp.where(tokens >= 0, steps_PGT, 0)
+        return rows, Begun(tokens, left(own.logp, 0), steps, routing)
+
+    in_specs = (ROWS, ROWS, ROWS, WHOLE)
+    return sharding.shard_map(local, mesh, in_specs, ROWS)(results, prompts, before, policy_step)
+
+
+def _to_rollout(config, results, prompts, iteration, steps_PGT=None) -> Rollout:
     results = jax.tree.map(lambda x: x[:-1], results)
     tokens_PGT, count_PG, finished_PG = _finished(config, results.tokens)
     p, n = prompts.tokens.shape
-    group, t = tokens_PGT.shape[1:]
+    (group, t), whole = tokens_PGT.shape[1:], steps_PGT is None
     offset_PGS = jnp.arange(n + t)[None, None, :] - prompts.length[:, None, None]
     offset_PGS = jnp.broadcast_to(offset_PGS, (p, group, n + t))
     in_prompt_PGS = offset_PGS < 0
@@ -142,8 +213,11 @@ def _to_rollout(config, results, prompts, iteration) -> Rollout:
         sampler_logp=rows(jnp.zeros((p, n), jnp.float32), results.logp, 0),
         prompt_id=jnp.repeat(prompts.id, group),
         sample_index=jnp.tile(jnp.arange(group, dtype=jnp.int32), p),
-        policy_step=jnp.full(p * group, iteration, jnp.int32),
+        policy_step=jnp.full(p * group, iteration, jnp.int32)
+        if whole
+        else steps_PGT[..., 0].ravel(),
         finished=finished_PG.reshape(-1),
         segments=(mask_PGS | in_prompt_PGS).astype(jnp.int32).reshape(p * group, -1),
         routing=results.routing and rows(*results.routing, -1),
+        token_step=None if whole else rows(jnp.zeros((p, n), jnp.int32), steps_PGT, 0),
     )

@@ -56,14 +56,16 @@ def controls(temperature: float, top_k: int | None = None, top_p: float | None =
 
 
 @partial(jax.jit, static_argnames="domain")
-def base_key(seed: jax.Array, domain: str, iteration: jax.Array) -> jax.Array:
-    """The key of one rollout."""
-    key = jax.random.key(seed, impl="threefry2x32")
-    return jax.random.fold_in(jax.random.fold_in(key, zlib.crc32(domain.encode())), iteration)
+def base_key(seed: jax.Array, domain: str, iteration: jax.Array | None = None) -> jax.Array:
+    """The key of one rollout; without an iteration, of what `row_keys` is given those of."""
+    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), zlib.crc32(domain.encode()))
+    return key if iteration is None else jax.random.fold_in(key, iteration)
 
 
 def with_occurrence(prompts: Prompts) -> Prompts:
     """The prompts, on the host, each with the number of those of its id that stand before it."""
+    if prompts.occurrence is not None:
+        return prompts
     before = collections.defaultdict(itertools.count)
     occurrence_P = [next(before[prompt_id]) for prompt_id in np.asarray(prompts.id).tolist()]
     return prompts.replace(occurrence=np.array(occurrence_P, np.int32))
@@ -93,10 +95,17 @@ def _fold_in(key_X2: jax.Array, data_X: jax.Array) -> jax.Array:
 
 
 def row_keys(
-    base: jax.Array, prompt_id_P: jax.Array, group_size: int, occurrence_P: jax.Array | None = None
+    base: jax.Array,
+    prompt_id_P: jax.Array,
+    group_size: int,
+    occurrence_P: jax.Array | None = None,
+    iteration_P: jax.Array | None = None,
 ) -> jax.Array:
-    """One key for each completion, key[P, G]."""
-    keys_P2 = _fold_in(jax.random.key_data(base), prompt_id_P)
+    """One key for each completion, key[P, G]; iterations are in the base, where none are given."""
+    words_2 = jax.random.key_data(base)
+    if iteration_P is not None:
+        words_2 = _fold_in(words_2, iteration_P)
+    keys_P2 = _fold_in(words_2, prompt_id_P)
     if occurrence_P is not None:
         no_sample_P = -occurrence_P.astype(jnp.uint32)  # the index of none
         again_P2 = _fold_in(keys_P2, no_sample_P)

@@ -96,7 +96,8 @@ class Slots:
       plan, prompts: the shapes to choose from, and the number of prompts, of each part.
       prompt: of the slot, by its place in its part; ``prompts`` for none.
       view: the slots' completions when the host last looked, or as many as there may be.
-      first_waiting: the prompt that is filled next.
+      first_waiting: the prompt that is filled next, as a place in the line.
+      line: the prompts of each part as they are filled.
       level, size: the numbers of slots and the size of the cache, as indices into the plan.
       clock: decode steps done.
       computed: rows computed in them, of all parts.
@@ -107,21 +108,29 @@ class Slots:
     prompt: np.ndarray  # int[n, Q]
     view: View
     first_waiting: np.ndarray  # int[n]
+    line: np.ndarray  # int[n, P]
     level: int = 0
     size: int = 0
     clock: int = 0
     computed: int = 0
 
     @classmethod
-    def empty(cls, plan: Plan, prompts: int, parts: int, group_size: int) -> Slots:
-        """All slots idle, all prompts waiting; the plan's and their number is that of all parts."""
+    def empty(
+        cls, plan: Plan, prompts: int, parts: int, group_size: int, first: np.ndarray | None = None
+    ) -> Slots:
+        """All slots idle, all prompts waiting; the plan's and their number is that of all parts.
+
+        Those with the smallest of the numbers ``first``, i[P], are filled first.
+        """
         plan, prompts = plan.of_part(parts, group_size), prompts // parts
         shape, order = (parts, plan.slots[0]), np.arange(group_size)
         view = View(
             np.zeros((*shape, plan.rows[0]), bool), np.zeros(shape, int), np.zeros(shape, int),
             np.broadcast_to(order, (*shape, group_size)).copy(),
         )  # fmt: skip
-        return cls(plan, prompts, np.full(shape, prompts), view, np.zeros(parts, int))
+        line = np.zeros(parts * prompts) if first is None else first
+        line = np.argsort(line.reshape(parts, prompts), -1, kind="stable")
+        return cls(plan, prompts, np.full(shape, prompts), view, np.zeros(parts, int), line)
 
     @property
     def idle(self) -> np.ndarray:
@@ -150,7 +159,7 @@ class Slots:
         idle_nQ, (_, first, end, order) = self.idle, self.view
         for n, count in enumerate(count_n):
             slots = np.flatnonzero(idle_nQ[n])[:count]
-            prompts = self.first_waiting[n] + np.arange(count)
+            prompts = self.line[n, self.first_waiting[n] :][:count]
             slot_nF[n, :count], prompt_nF[n, :count] = slots, prompts
             self.prompt[n, slots] = prompts
             # Those that end with their first token are not known yet: none of them may.
@@ -221,6 +230,11 @@ class Slots:
             quorum = min(waiting or parts, met + max(1, parts // REPORTS))
         limits_n2 = np.stack([idle_enough_n, live_few_n], -1).astype(np.int32)
         return np.int32(until), limits_n2, np.int32(quorum)
+
+    def steps(self, budget: int) -> int:
+        """Decode steps that are left of a number of rows to compute."""
+        parts, slots, rows = self.view.live.shape
+        return max(0, budget - self.computed) // (parts * slots * rows)
 
     def _few(self, live_n: np.ndarray) -> np.ndarray:
         """Live rows with which a part may fit the next slots; at the end, none."""
