@@ -310,14 +310,18 @@ class Groups:
             rows = rows_of([self._examples[p]] * len(texts), texts, finished_G, count_G)
             self._texts[p], self._futures[p] = texts, self._scorer.submit(rows)
 
-    def wait(self) -> list[Verdict]:
-        """The verdicts of all rows, in their order, those of other processes too."""
+    def wait(self, size: int = 0) -> list[Verdict]:
+        """The verdicts of all rows, in their order, those of other processes too.
+
+        Of a group that was not sampled to its end, ``size`` verdicts of zeros.
+        """
         self._scorer.wait([future for group in self._futures for future in group])
         own = [[future.result() for future in group] for group in self._futures]
         if jax.process_count() == 1:
-            return [verdict for group in own for verdict in group]
+            none = Verdict(dict.fromkeys(self._scorer.recipe.weights, 0.0), 0.0)
+            return [verdict for group in own for verdict in group or [none] * size]
         names = list(self._scorer.recipe.weights)
-        size = int(distributed.all_gather(np.int32(max(map(len, own)))).max())
+        size = size or int(distributed.all_gather(np.int32(max(map(len, own)))).max())
         table = np.zeros((len(own), size, len(names) + 1), np.float32)
         for p, group in enumerate(own):
             for i, (parts, seconds) in enumerate(group):

@@ -97,6 +97,10 @@ class _Reader:
             self._ahead.close()
         self._ahead, self.read, self.dropped = None, read, dropped
 
+    def at(self, number: int) -> Example:
+        """The example that was read as that one, counted from 0."""
+        return self._order[number][0]
+
     def take(self) -> Example:
         """The next example to keep."""
         for _ in range(MAX_DROPPED):
@@ -186,5 +190,20 @@ class Stream:
         Raises:
           ValueError: nothing has room.
         """
-        readers = list(self._readers.values())
-        return [readers[k].take() for k in slots(self.shares, count)]
+        return self.fill([None] * count)[0]
+
+    def fill(self, places: Sequence[int | None]) -> tuple[list[Example], list[int]]:
+        """A batch with an example in each place, and as which number of its task it was read.
+
+        Args:
+          places: the number of an example that was read before for this place; None for the next.
+
+        Raises:
+          ValueError: nothing has room.
+        """
+        readers, examples, numbers = list(self._readers.values()), [], []
+        for k, number in zip(slots(self.shares, len(places)), places, strict=True):
+            example = readers[k].take() if number is None else readers[k].at(number)
+            examples.append(example)
+            numbers.append(readers[k].read - 1 if number is None else number)
+        return examples, numbers

@@ -16,9 +16,10 @@ from sapo_jax.sampler.engine import OnGroups, ends, rollout
 from sapo_jax.sampler.partial import partial_rollout
 from sapo_jax.sampler.plan import Plan, make_plan
 from sapo_jax.sampler.results import Begun, none_begun
+from sapo_jax.sampler.sampling import with_occurrence
 from sapo_jax.sampler.weights import SamplerParams, moved_bytes, to_sampler
 
 __all__ = [
     "Begun", "OnGroups", "Plan", "SamplerParams", "ends", "make_plan", "moved_bytes", "none_begun",
-    "partial_rollout", "rollout", "to_sampler",
+    "partial_rollout", "rollout", "to_sampler", "with_occurrence",
 ]  # fmt: skip

@@ -132,7 +132,9 @@ def static(run: Settings) -> str:
 
 def _cohort(listed: Sequence[tuple[str, Mapping[str, Any], Settings]]) -> Cohort:
     names, overrides, runs = zip(*listed, strict=True)
-    return Cohort(names, overrides, runs, choose(runs[0].config.population.method, len(runs)))
+    c = runs[0].config  # what goes on in the next rollout is of one run
+    method = "map" if c.sampler.budget else choose(c.population.method, len(runs))
+    return Cohort(names, overrides, runs, method)
 
 
 def make(base: ConfigDict, sweep: Overrides, *, most: int = 0) -> list[Cohort]:

@@ -156,11 +156,12 @@ class Population:
         iteration: int,
         policy_step: int | None = None,
         evaluation: str | None = None,
+        carry: None = None,
         warm_up: Callable[[str], None] | None = None,
         on_segment: Callable[[], None] | None = None,
     ) -> tuple[Rollout, list[Ends]]:
         """All prompts at once, in one segment; groups are reported when all runs are sampled."""
-        del on_segment
+        del on_segment, carry
         each = [run.sampling(evaluation) for run in self.runs]
         first = each[0]
         top = {name: first.get(name) for name in ("top_k", "top_p")}

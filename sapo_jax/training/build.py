@@ -11,7 +11,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from sapo_jax import corrections, learner, model, objectives, tasks
+from sapo_jax import corrections, learner, model, objectives, sampler, tasks
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
@@ -216,6 +216,27 @@ def _sampled(c: Any) -> dict[str, int]:
     """What the sampler splits by rows."""
     drawn = c.batch.prompts * c.batch.oversample
     return {"batch.prompts": drawn, "sampler.slots": c.sampler.slots}
+
+
+def make_plan(c: Any, room: int, options: dict[str, int]) -> sampler.Plan:
+    """The sampler's shapes in training, also of rollouts that a budget ends."""
+    budget, whole = c.sampler.budget, "0, whole rollouts, with "
+    drawn, options = c.batch.prompts * c.batch.oversample, options | {"whole": budget > 0}
+    plan = sampler.make_plan(drawn, room, group_size=c.batch.group_size, **options)
+    if budget == 0:
+        return plan
+    step = plan.slots[0] * plan.rows[0]
+    require(c.source == "rollout", "sampler.budget", budget, f"{whole}source={c.source!r}")
+    least = f"0, or at least {step}, the rows of one decode step"
+    require(budget >= step, "sampler.budget", budget, least)
+    compared = f"{whole}advantages='reinforce_pp', which compare all rows"
+    require(c.advantages != "reinforce_pp", "sampler.budget", budget, compared)
+    recorded = "'sampler' with sampler.budget: several policies sample a row"
+    own = c.learner.old_logp
+    require(own == "sampler", "learner.old_logp", own, recorded)
+    method, apart = c.population.method, "'auto' or 'map' with sampler.budget"
+    require(method in ("auto", "map"), "population.method", method, apart)
+    return plan
 
 
 def make_packing(

@@ -17,6 +17,7 @@ from sapo_jax import learner, sampler
 from sapo_jax.data.stream import Stream
 from sapo_jax.model import lora
 from sapo_jax.parallel import sharding
+from sapo_jax.training.carry import Carry
 from sapo_jax.training.queue import Experience
 from sapo_jax.training.settings import Settings
 from sapo_jax.types import Batch, Frozen, Prompts, Rollout, TrainState
@@ -42,6 +43,7 @@ class Bundle(NamedTuple):
         fingerprint; None without one.
       frozen: with LoRA the base, which all runs share; None without.
       waiting: batches that later iterations learn from, the next one first.
+      carry: with a budget, what the next rollout begins with.
     """
 
     engine: Any
@@ -51,6 +53,7 @@ class Bundle(NamedTuple):
     origins: tuple[dict | None, ...] = ()
     frozen: Frozen | None = None
     waiting: tuple[Experience, ...] = ()
+    carry: Carry | None = None
 
 
 class Streamed:
@@ -103,24 +106,32 @@ class Streamed:
         iteration: int,
         policy_step: int | None = None,
         evaluation: str | None = None,
+        carry: Carry | None = None,
         warm_up: Callable[[str], None] | None = None,
         on_segment: Callable[[], None] | None = None,
     ) -> tuple[Rollout, list[Ends]]:
-        """See `sampler.rollout`; prompts, ``on_groups`` and ends are of each run."""
+        """See `sampler.rollout`; prompts, ``on_groups`` and ends are of each run.
+
+        With ``carry`` see `sampler.partial_rollout`.
+        """
         (run,), computed = self.runs, [0]
-        rollout = sampler.rollout(
-            weights,
-            run.model,
-            self.join(prompts),
-            iteration=iteration,
-            policy_step=policy_step,
-            on_groups=self.join(on_groups),
-            on_end=computed.append,
-            warm_up=warm_up,
-            on_segment=on_segment,
-            **run.sampling(evaluation),
-        )
-        return rollout, [Ends(*sampler.ends(rollout), computed[-1])]
+        given = weights, run.model, self.join(prompts)
+        options = run.sampling(evaluation) | {
+            "policy_step": iteration if policy_step is None else policy_step,
+            "on_groups": self.join(on_groups),
+            "on_end": computed.append,
+            "warm_up": warm_up,
+            "on_segment": on_segment,
+        }
+        if carry is None:
+            rollout = sampler.rollout(*given, iteration=iteration, **options)
+            return rollout, [Ends(*sampler.ends(rollout), computed[-1])]
+        budget, begun_P = run.config.sampler.budget, carry.lengths.any(-1)
+        own = {"begun_P": begun_P, "budget": budget}
+        rollout, begun = sampler.partial_rollout(*given, carry.begun, **own, **options)
+        ends = Ends(*sampler.ends(rollout), computed[-1])
+        carry.leave(begun, ends.length, ends.finished)
+        return rollout, [ends]
 
     def learn(
         self, state: TrainState, minibatches: tuple[Batch, ...], frozen: Frozen | None = None

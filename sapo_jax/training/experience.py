@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from sapo_jax.data import encode
 from sapo_jax.data.stream import Stream
 from sapo_jax.parallel import sharding
 from sapo_jax.tasks.base import Example
+from sapo_jax.training.carry import Carry, done, lags_of
 from sapo_jax.training.engine import Bundle, Ends
 from sapo_jax.training.progress import Clock
 from sapo_jax.training.queue import Experience
@@ -35,6 +37,7 @@ class Query(NamedTuple):
     prompts: Prompts
     groups: rewards.Groups
     dropped: int  # see `Stream.dropped`
+    begun: int = 0  # tokens of completions that go on
 
 
 def open_stream(run: Settings, *, workers: int = 0) -> Stream:
@@ -43,12 +46,24 @@ def open_stream(run: Settings, *, workers: int = 0) -> Stream:
     return Stream(sources, seed, shares=run.shares, keep=run.keep, workers=workers)
 
 
-def next_query(run: Settings, stream: Stream, scorer: rewards.Scorer) -> Query:
-    """The next prompts, more than P where some are drawn to spare."""
-    examples = stream.take(run.config.batch.prompts * run.config.batch.oversample)
+def next_query(
+    run: Settings,
+    stream: Stream,
+    scorer: rewards.Scorer,
+    iteration: int = 0,
+    carry: Carry | None = None,
+) -> Query:
+    """The next prompts, more than P where some are drawn to spare; first those that go on."""
+    none = [None] * run.config.batch.prompts * run.config.batch.oversample
+    places = [place and place["read"] for place in carry.places] if carry else none
+    examples, numbers = stream.fill(places)
     prompts = encode.encode_prompts(examples, run.tokenizer, run.width)
     groups = rewards.Groups(scorer, examples, run.tokenizer)
-    return Query(examples, prompts, groups, stream.dropped)
+    if carry is None:
+        return Query(examples, prompts, groups, stream.dropped)
+    begun = int(carry.lengths.sum())
+    prompts = carry.drawn(prompts, numbers, iteration)
+    return Query(examples, prompts, groups, stream.dropped, begun)
 
 
 @jax.jit
@@ -69,7 +84,10 @@ Lengths = tuple[np.ndarray, np.ndarray]  # tokens of a row's prompt and of its c
 
 
 def _lengths(run: Settings, query: Query, ends: Ends) -> Lengths:
-    return np.repeat(query.prompts.length, run.config.batch.group_size), ends.length
+    """Of the rows that are done; the others are not computed."""
+    done_B = done(run, ends.finished)
+    prompt_B = np.repeat(query.prompts.length, run.config.batch.group_size)
+    return np.where(done_B, prompt_B, 0), np.where(done_B, ends.length, 0)
 
 
 def _layouts(engine: Any, lengths: list[Lengths], parts: int) -> list[Any]:
@@ -125,19 +143,26 @@ def _scored(bundle: Bundle, batch: Batch, lengths: list[Lengths]) -> tuple[Batch
     return tuple(map(with_logp, minibatches, layouts))
 
 
-def _selected(run: Settings, rewards_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, dict]:
+def _selected(
+    run: Settings, rewards_B: np.ndarray, done_B: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, dict]:
     """Which rows to learn from, whether their groups have a signal, and metrics of that."""
     sizes = run.config.batch
     if sizes.oversample == 1:
-        return np.arange(len(rewards_B), dtype=np.int32), np.ones(len(rewards_B), bool), {}
+        return np.arange(len(rewards_B), dtype=np.int32), done_B, {}
     controls = sizes.group_size, sizes.prompts, sizes.minibatches
     rows_B, signal_B = advantages.informative(rewards_B, *controls)
     return rows_B, signal_B, {"advantage/kept_groups": float(signal_B.mean())}
 
 
-def _metrics(run: Settings, prompts: Prompts, ends: Ends, rewards_B: np.ndarray) -> dict:
-    """What a judged rollout of a run shows; of a mixture, the mean reward of each task too."""
-    (length_B, finished_B, computed), group_size = ends, run.config.batch.group_size
+def _metrics(run: Settings, query: Query, ends: Ends, rewards_B: np.ndarray) -> dict:
+    """What a judged rollout of a run shows; of a mixture, the mean reward of each task too.
+
+    Of the groups that are done, but for what is the sampler's; NaN where none is.
+    """
+    done_B, group_size = done(run, ends.finished), run.config.batch.group_size
+    some_B = done_B if done_B.any() else ~done_B
+    length_B, finished_B, rewards_B = (x[some_B] for x in (*ends[:2], rewards_B))
     rewards_PG = rewards_B.reshape(-1, group_size)
     metrics = {
         "reward/mean": float(rewards_B.mean()),
@@ -146,13 +171,18 @@ def _metrics(run: Settings, prompts: Prompts, ends: Ends, rewards_B: np.ndarray)
         "length/mean": float(length_B.mean()),
         "length/max": float(length_B.max()),
         "length/truncated": float(np.mean(finished_B == LENGTH)),
-        "sampler/rows_per_token": float(computed / max(1, length_B.sum())),
     }
     if len(run.tasks) > 1:
-        task_B = np.repeat(prompts.task, group_size)
+        task_B = np.repeat(query.prompts.task, group_size)[some_B]
         for k, name in enumerate(run.tasks):
-            metrics[f"reward/{name}"] = float(rewards_B[task_B == k].mean())
-    return metrics
+            own = rewards_B[task_B == k]
+            metrics[f"reward/{name}"] = float(own.mean()) if len(own) else math.nan
+    if not done_B.any():
+        metrics = dict.fromkeys(metrics, math.nan)
+    if run.config.sampler.budget:
+        metrics["sampler/goes_on"] = float(1 - done_B.mean())
+    sampled = max(1, ends.length.sum() - query.begun)
+    return metrics | {"sampler/rows_per_token": float(ends.computed / sampled)}
 
 
 def _samples(
@@ -198,20 +228,23 @@ def from_rollout(
     """
     engine, params = bundle.engine, bundle.state.params
     pairs = zip(engine.runs, bundle.streams, strict=True)
-    queries = [next_query(run, stream, scorer) for run, stream in pairs]
+    queries = [next_query(*pair, scorer, iteration, bundle.carry) for pair in pairs]
     with clock("to_sampler"):
         weights = jax.block_until_ready(engine.to_sampler(params, bundle.frozen))
     moved = float(sampler.moved_bytes((params, bundle.frozen), weights) / len(queries))
     with clock("rollout"):
         prompts, groups = ([getattr(q, name) for q in queries] for name in ("prompts", "groups"))
         when = {"iteration": iteration, "policy_step": policy_step or iteration}
-        controls = {"warm_up": warm_up, "on_segment": clock.check, **when}
+        controls = {"warm_up": warm_up, "on_segment": clock.check, "carry": bundle.carry, **when}
         rollout, ends = engine.rollout(weights, prompts, groups, **controls)
     with clock("logp"):  # needs no rewards: the device works while rows are judged
         lengths = list(map(_lengths, engine.runs, queries, ends))
         batch = sharding.place(engine.call(batch_of, rollout), engine.runs[0].mesh)
-        scored = _scored(bundle, batch, lengths)
-    return partial(_judged, bundle, queries, scored, ends, lengths, moved, when, clock)
+        scored, lags = _scored(bundle, batch, lengths), None
+        if bundle.carry is not None:
+            lags = lags_of(rollout, np.int32(when["policy_step"]))
+    rows = queries, scored, ends, lengths, lags
+    return partial(_judged, bundle, *rows, moved, when, clock)
 
 
 def _judged(
@@ -220,17 +253,19 @@ def _judged(
     scored: tuple[Batch, ...],
     ends: list[Ends],
     lengths: list[Lengths],
+    lags: jax.Array | None,
     moved: float,
     when: dict[str, int],
     clock: Clock,
 ) -> Experience:
     engine, runs, c = bundle.engine, bundle.engine.runs, bundle.engine.runs[0].config
     with clock("score_exposed"):
-        verdicts = [q.groups.wait() for q in queries]
+        verdicts = [q.groups.wait(c.batch.group_size) for q in queries]
     clock.add("score", sum(v.seconds for each in verdicts for v in each))
-    found = [rewards.combine([v.parts for v in each], runs[0].recipe) for each in verdicts]
-    rewards_RB = [rewards_B for rewards_B, _ in found]
-    chosen = [_selected(runs[0], rewards_B) for rewards_B in rewards_RB]
+    parts_RB, recipe = [[v.parts for v in each] for each in verdicts], runs[0].recipe
+    rewards_RB = [rewards.combine(parts_B, recipe)[0] for parts_B in parts_RB]
+    done_RB = [done(runs[0], own.finished) for own in ends]
+    chosen = [_selected(runs[0], *pair) for pair in zip(rewards_RB, done_RB, strict=True)]
     with clock("logp"):
         rows_B, signal_B = (engine.join([each[i] for each in chosen]) for i in (0, 1))
         pairs = zip(rewards_RB, chosen, strict=True)
@@ -258,15 +293,21 @@ def _judged(
         minibatches = _packed(engine, minibatches, layouts)
     metrics, samples, steps = [], [], []
     for r, (run, query) in enumerate(zip(runs, queries, strict=True)):
-        (rewards_B, parts), (rows_B, _, of_groups) = found[r], chosen[r]
+        rewards_B, (rows_B, signal_B, of_groups) = rewards_RB[r], chosen[r]
+        ended = list(itertools.compress(parts_RB[r], done_RB[r]))
+        parts = rewards.combine(ended, recipe)[1]
+        parts = parts if ended else dict.fromkeys(parts, math.nan)
         advantages_B = np.zeros_like(rewards_B)
         advantages_B[rows_B] = np.concatenate(learnt[r])
-        own = _metrics(run, query.prompts, ends[r], rewards_B)
+        own = _metrics(run, query, ends[r], rewards_B)
         own |= {"data/dropped": float(query.dropped), **parts, **of_groups}
         own["sampler/weights_moved_bytes"] = moved
         metrics.append(own | {key: float(value) for key, value in more[r].items()})
         samples.append(_samples(run, query, ends[r].finished, rewards_B, advantages_B, when))
-        steps.append([(when["policy_step"], int(of_chosen[r][1].sum()))])
+        now, count_A = when["policy_step"], np.array([of_chosen[r][1].sum()])
+        if lags is not None:
+            count_A = sharding.to_host(lags)[rows_B][signal_B].sum(0)
+        steps.append([(now - age, int(n)) for age, n in enumerate(count_A) if n])
     return Experience(minibatches, metrics, samples, steps)
 
 

@@ -164,7 +164,9 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
             "0; with staleness, that number",
         ),
         "policy/stale": ("share of tokens that an earlier iteration's policy sampled", "share"),
-        "histogram/age": ("edges and counts of tokens by that age, from 0 to 15 iterations",),
+        "histogram/age": (
+            "edges and counts of tokens by that age, from 0 to 16 iterations or more",
+        ),
         "length/max": ("length of the longest completion", "tokens"),
         "length/truncated": ("share of completions that ran out of room", "share", "near 0"),
         "sampler/rows_per_token": (
@@ -177,6 +179,14 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "time/to_sampler": ("moving parameters to the sampler", "s"),
         "time/score": ("judging, added up over threads", "s"),
         "time/score_exposed": ("waiting for verdicts", "s", "near 0"),
+    },
+    "sampler.budget": {
+        "sampler/goes_on": (
+            "share of prompts with a completion that has not ended, which goes on in the next "
+            "rollout; the metrics of rewards and lengths are of the others",
+            "share",
+            "well below 1",
+        )
     },
     "reward.function": {"reward/function": ("mean of the reward function", "", "rises")},
     "an evaluation, reward.function": {

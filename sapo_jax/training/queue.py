@@ -18,13 +18,14 @@ from jax.sharding import PartitionSpec, SingleDeviceSharding
 from sapo_jax import learner
 from sapo_jax.model import moe
 from sapo_jax.parallel import sharding
+from sapo_jax.training import carry
 from sapo_jax.training.checks import require
 from sapo_jax.training.settings import Settings
 from sapo_jax.types import Batch, TrainState
 
 Abstract = jax.ShapeDtypeStruct
 Steps = list[tuple[int, int]]  # iterations, and how many tokens their policies sampled
-AGE_EDGES = np.arange(-0.5, 17).tolist()  # iterations
+AGE_EDGES = np.arange(-0.5, 17).tolist()  # iterations; the last bin has older ones
 
 
 class Experience(NamedTuple):
@@ -55,7 +56,7 @@ def ages(steps: Steps, iteration: int) -> dict[str, Any]:
     if not tokens:
         return {}
     age, counts = np.array([(iteration - step, count) for step, count in steps]).T
-    per_bin, _ = np.histogram(age, AGE_EDGES, weights=counts)
+    per_bin, _ = np.histogram(np.minimum(age, 16), AGE_EDGES, weights=counts)
     return {
         "policy/age_mean": float(age @ counts / tokens),
         "policy/stale": float(counts[age > 0].sum() / tokens),
@@ -63,27 +64,27 @@ def ages(steps: Steps, iteration: int) -> dict[str, Any]:
     }
 
 
-def pack(state: TrainState, waiting: Sequence[Experience]) -> Any:
-    """The arrays of a checkpoint: the state, and in ``queue`` the minibatches that wait."""
-    if not waiting:
-        return state
+def pack(state: TrainState, waiting: Sequence[Experience], begun: Any = None) -> Any:
+    """The arrays of a checkpoint: the state, in ``queue`` the minibatches that wait, and in
+    ``begun`` the completions that go on.
+    """
     queue = [[_present(batch) for batch in one.minibatches] for one in waiting]
-    return vars(state) | {"queue": queue}
+    more = ({"queue": queue} if queue else {}) | ({"begun": _present(begun)} if begun else {})
+    return vars(state) | more if more else state
 
 
-def unpack(saved: Any, metas: Sequence[Mapping[str, Any]]) -> tuple[TrainState, tuple]:
-    """What `pack` was given, from its result and the `meta` of each run."""
-    if isinstance(saved, TrainState):
-        return saved, ()
-    saved = dict(saved)
-    batches = [tuple(Batch(**batch) for batch in one) for one in saved.pop("queue")]
+def unpack(saved: Any, metas: Sequence[Mapping[str, Any]]) -> tuple[TrainState, tuple, Any]:
+    """What `pack` was given, from its result and the `meta` of each run; ``begun`` as a dict."""
+    saved = dict(vars(saved)) if isinstance(saved, TrainState) else dict(saved)
+    batches = [tuple(Batch(**batch) for batch in one) for one in saved.pop("queue", [])]
+    begun = saved.pop("begun", None)
     waiting = []
     for i, minibatches in enumerate(batches):
         own = [meta["queue"][i] for meta in metas]
         metrics = [{k: math.nan if v is None else v for k, v in x["metrics"].items()} for x in own]
         rest = ([x[name] for x in own] for name in ("samples", "steps"))
         waiting.append(Experience(minibatches, metrics, *rest))
-    return TrainState(**saved), tuple(waiting)
+    return TrainState(**saved), tuple(waiting), begun
 
 
 def meta(waiting: Sequence[Experience], run: int) -> list[dict[str, Any]]:
@@ -120,14 +121,15 @@ def abstract(run: Settings, iteration: int, state: TrainState, stored: Sequence[
         text = f"what the run was saved with: behind iteration {iteration} its checkpoint has "
         text += f"{found} batches that wait, and {wanted} are needed"
         require(found == wanted, "staleness", k, text)
-    if not wanted:
-        return state
-    batch = _present(abstract_batch(run, scored=True))
-    return vars(state) | {"queue": [[batch] * run.config.batch.minibatches] * wanted}
+    batch, begun = abstract_batch(run, scored=True), None
+    if run.config.sampler.budget:
+        begun = placed(carry.abstract(run), run.sampler_mesh, sharding.spec("rows"))
+    one = Experience((batch,) * run.config.batch.minibatches, [], [], [])
+    return pack(state, [one] * wanted, begun)
 
 
-def _present(batch: Batch) -> dict[str, Any]:
-    return {name: x for name, x in vars(batch).items() if x is not None}
+def _present(tree: Any) -> dict[str, Any]:
+    return {name: x for name, x in vars(tree).items() if x is not None}
 
 
 def abstract_batch(run: Settings, *, scored: bool) -> Batch:

@@ -156,8 +156,8 @@ def _check_numbers(c: Any) -> None:
         "log.samples_every", "reward.workers", "collapse.window",
     )  # fmt: skip
     _bounded(
-        c, 0, "seed", "staleness", "sampler.max_new_tokens", "sampler.slots", "eval.every",
-        "learner.warmup", "learner.weight_decay", "log.samples",
+        c, 0, "seed", "staleness", "sampler.budget", "sampler.max_new_tokens", "sampler.slots",
+        "eval.every", "learner.warmup", "learner.weight_decay", "log.samples",
         "profile_steps", "learner.head_chunk", "learner.learning_rate", "data.max_prompt_tokens",
         "data.workers", "distributed.timeout", "reward.kl_coef", "reward.max_length",
         "reward.buffer", "checkpoint.minutes", "learner.router_aux_coef",
@@ -311,7 +311,6 @@ def from_config(
     hp = build.make_hyperparameters(c, shape, chosen, mesh, packing)
     sets = evals.shaped(sets, c.batch.prompts, room, keep=keep, width=width, **options)
     _check_tokens(c, width, room, sets)
-    drawn = c.batch.prompts * c.batch.oversample
     return Settings(
         plain=plain | ({"files": files} if files else {}),
         config=c,
@@ -327,7 +326,7 @@ def from_config(
         max_new_tokens=room,
         bounds=build.make_bounds(c),
         packing=packing,
-        plan=sampler.make_plan(drawn, room, group_size=c.batch.group_size, **options),
+        plan=build.make_plan(c, room, options),
         evals=sets,
         mesh=mesh,
         sampler_mesh=sampler_mesh,

@@ -20,7 +20,7 @@ from etils import epath
 
 from sapo_jax import learner, rewards
 from sapo_jax.parallel import distributed
-from sapo_jax.training import evaluation, parameters, queue
+from sapo_jax.training import carry, evaluation, parameters, queue
 from sapo_jax.training.checkpoint import Checkpoints, DamagedError, meta_of
 from sapo_jax.training.digest import digests
 from sapo_jax.training.engine import Bundle, Streamed, pick, stack
@@ -75,7 +75,8 @@ def start(
     bundles, rest = [], iter(metas)
     for engine, arrays in zip(engines, saved, strict=True):
         own = list(itertools.islice(rest, len(engine.runs)))
-        state, waiting = queue.unpack(arrays, own)
+        state, waiting, begun = queue.unpack(arrays, own)
+        carries = carry.first(engine, begun, own[0].get("begun"))
         streams = [open_stream(run, workers=run.config.data.workers) for run in engine.runs]
         for stream, meta in zip(streams, own, strict=True):
             stream.position = meta.get("position", stream.position)
@@ -88,7 +89,7 @@ def start(
             frozen = engine.share(Frozen(found[0])) if adapts else None
             if engine.runs[0].needs_reference:
                 reference = engine.place([NO_ADAPTERS] * len(found) if adapts else found)
-        rest_of = (tuple(streams), tuple(origins), frozen, waiting)
+        rest_of = (tuple(streams), tuple(origins), frozen, waiting, carries)
         bundles.append(Bundle(engine, state, reference, *rest_of))
     return bundles, latest
 
@@ -181,7 +182,7 @@ def save(
     """
     metas = _metas(bundles, positions)
     if alone:
-        saved = queue.pack(bundles[0].state, bundles[0].waiting)
+        saved = _packed(bundles[0])
         checkpoints.save(iteration, saved, metas[0], score=score, finite=True)
         return
     meta = {f"{key}s": [meta[key] for meta in metas] for key in metas[0]}
@@ -192,17 +193,26 @@ def _metas(bundles: Sequence[Bundle], positions: Sequence[dict]) -> list[dict]:
     """What is saved of each run besides its state."""
     origins = [o for b in bundles for o in b.origins or [None] * len(b.streams)]
     waiting = [queue.meta(b.waiting, r) for b in bundles for r in range(len(b.streams))]
+    carries = [b.carry for b in bundles for _ in b.streams]  # with one, a bundle is of one run
     stale = any(run.config.staleness for b in bundles for run in b.engine.runs)
     metas = []
     for position, origin, own in zip(positions, origins, waiting, strict=True):
         given = {"reference": origin} if origin else {}
         metas.append({"position": position} | given | ({"queue": own} if stale else {}))
+    for own, carried in zip(metas, carries, strict=True):
+        if carried is not None:
+            own["begun"] = list(carried.places)
     return metas
 
 
 def each_saved(bundles: Sequence[Bundle]) -> list[Any]:
     """The arrays of each run, see `queue.pack`, on the host."""
-    return [x for b in bundles for x in b.engine.to_host(queue.pack(b.state, b.waiting))]
+    return [x for b in bundles for x in b.engine.to_host(_packed(b))]
+
+
+def _packed(bundle: Bundle) -> Any:
+    begun = bundle.carry and bundle.carry.begun
+    return queue.pack(bundle.state, bundle.waiting, begun)
 
 
 def keep_last(bundles: Sequence[Bundle], places: Sequence[epath.Path | None]) -> None:
@@ -250,7 +260,8 @@ def warm_up(
     kinds = {jax.tree.structure(bundle.engine.hp): bundle for bundle in reversed(bundles)}
     for bundle in kinds.values():
         engine, config = bundle.engine, bundle.engine.runs[0].config
-        fresh = bundle._replace(streams=tuple(map(open_stream, engine.runs)))
+        streams = tuple(map(open_stream, engine.runs))
+        fresh = bundle._replace(streams=streams, carry=carry.first(engine))
 
         def say(text):
             note(f"compiling: {text}")
@@ -261,7 +272,7 @@ def warm_up(
         state, _ = engine.learn(copy, got.minibatches, bundle.frozen)
         waiting = (got,) if config.staleness else ()
         if alone:
-            digests(queue.pack(state, waiting))
+            digests(_packed(bundle._replace(state=state, waiting=waiting)))
         if config.eval.every:
             evaluation.held_out(bundle, scorer, say)
     if not alone:

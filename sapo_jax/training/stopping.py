@@ -46,7 +46,8 @@ class Finished(NamedTuple):
     def now(cls, iteration: int, bundles: Sequence[Bundle], score: float | None = None):
         """The runs as they stand."""
         positions = [stream.position for bundle in bundles for stream in bundle.streams]
-        return cls(iteration, bundles, positions, score)
+        own = [b._replace(carry=b.carry and b.carry.copy()) for b in bundles]
+        return cls(iteration, own, positions, score)
 
     def copy(self) -> Finished:
         """The same on the host, whatever becomes of the device's buffers."""

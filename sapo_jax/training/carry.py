@@ -1,0 +1,106 @@
+"""Groups that go on in the next iteration, since config.sampler.budget has ended a rollout."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sapo_jax import sampler
+from sapo_jax.parallel import sharding
+from sapo_jax.training.settings import Settings
+from sapo_jax.types import GOES_ON, Prompts, Rollout
+
+MOST = 16  # iterations that ages are told apart to
+
+
+@dataclasses.dataclass
+class Carry:
+    """What a run's next rollout begins with; each rollout replaces it.
+
+    Attributes:
+      begun: the completions, on the device.
+      places: of each place in the batch, what is known of its group that goes on: the iteration and
+        occurrence that its noise goes by, as what number the stream has read its example, and how
+        many tokens its completions have; None where a new one is drawn.
+    """
+
+    begun: sampler.Begun
+    places: list[dict[str, Any] | None]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens that completions have, i[P, G] or, where none has any, [P, 1]."""
+        found = [place["tokens"] if place else [0] for place in self.places]
+        width = max(map(len, found))
+        return np.array([own if len(own) == width else [0] * width for own in found])
+
+    def drawn(self, prompts: Prompts, numbers: Sequence[int], iteration: int) -> Prompts:
+        """The prompts of a batch with what their noise goes by; remembers it for new ones."""
+        new = [p for p, place in enumerate(self.places) if place is None]
+        fresh = sampler.with_occurrence(jax.tree.map(lambda x: x[np.array(new, int)], prompts))
+        for p, occurrence in zip(new, fresh.occurrence.tolist(), strict=True):
+            found = {"iteration": iteration, "occurrence": occurrence, "read": numbers[p]}
+            self.places[p] = found | {"tokens": [0]}
+        columns = ([p[k] for p in self.places] for k in ("occurrence", "iteration"))
+        occurrence_P, iteration_P = (np.array(column, np.int32) for column in columns)
+        return prompts.replace(occurrence=occurrence_P, iteration=iteration_P)
+
+    def leave(self, begun: sampler.Begun, length_B: np.ndarray, finished_B: np.ndarray) -> None:
+        """Behind a rollout: the groups with completions that go on."""
+        self.begun = begun
+        groups = (x.reshape(len(self.places), -1) for x in (length_B, finished_B))
+        for p, (length_G, finished_G) in enumerate(zip(*groups, strict=True)):
+            goes_on = (finished_G == GOES_ON).any()
+            self.places[p] = (
+                self.places[p] | {"tokens": length_G.tolist()} if goes_on else None
+            )  # fmt: skip
+
+    def copy(self) -> Carry:
+        """The same, whatever becomes of this one."""
+        return Carry(self.begun, list(self.places))
+
+
+def _none(run: Settings) -> sampler.Begun:
+    p, g = run.config.batch.prompts * run.config.batch.oversample, run.config.batch.group_size
+    return sampler.none_begun(run.model, p, g, run.max_new_tokens)
+
+
+def first(engine: Any, stored: Any = None, places: Sequence[Mapping] | None = None) -> Carry | None:
+    """What the first rollout of an engine's run begins with, or the first one behind a checkpoint.
+
+    None without a budget.
+    """
+    run = engine.runs[0]
+    if not run.config.sampler.budget:
+        return None
+    if stored is None:
+        begun = sharding.place(engine.place([_none(run)]), run.sampler_mesh)
+        return Carry(begun, [None] * len(begun.tokens))
+    return Carry(sampler.Begun(**stored), list(places))
+
+
+def abstract(run: Settings) -> sampler.Begun:
+    """The abstract values of what a rollout begins with."""
+    return jax.eval_shape(partial(_none, run))
+
+
+def done(run: Settings, finished_B: np.ndarray) -> np.ndarray:
+    """Rows of groups without a completion that goes on, bool[B]."""
+    size = run.config.batch.group_size
+    if not run.config.sampler.budget:
+        return np.ones(len(finished_B), bool)
+    return np.repeat((finished_B != GOES_ON).reshape(-1, size).all(-1), size)
+
+
+@jax.jit
+def lags_of(rollout: Rollout, policy_step: jax.Array) -> jax.Array:
+    """Tokens of each row by how many iterations older than the policy they are, i32[B, MOST]."""
+    lag_BS = jnp.where(rollout.mask, policy_step - rollout.token_step, -1)
+    clipped_BS = jnp.minimum(lag_BS, MOST - 1)
+    return jnp.stack([jnp.sum(clipped_BS == lag, -1) for lag in range(MOST)], -1)
