@@ -337,7 +337,8 @@ def from_demonstrations(
         parts = first.config.batch.minibatches
         minibatches = engine.call(learner.split_rows, batch, parts=parts, mesh=first.mesh)
         minibatches = _packed(engine, minibatches, _layouts(engine, lengths, parts))
-    return lambda: Experience(minibatches, metrics, [[] for _ in metrics], [[] for _ in metrics])
+    nothing = [[] for _ in metrics], [None for _ in metrics]
+    return lambda: Experience(minibatches, metrics, *nothing)
 
 
 SOURCES: dict[str, Any] = {"rollout": from_rollout, "demonstrations": from_demonstrations}

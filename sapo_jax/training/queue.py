@@ -35,13 +35,13 @@ class Experience(NamedTuple):
       minibatches: for the engine.
       metrics: of each run, of its rollout.
       samples: of each run, rows for a person to read.
-      steps: of each run, whose tokens are learnt from.
+      steps: of each run, whose tokens are learnt from; None where no policy sampled them.
     """
 
     minibatches: tuple[Batch, ...]
     metrics: list[dict[str, float]]
     samples: list[list[dict]]
-    steps: list[Steps]
+    steps: list[Steps | None]
 
 
 def due(run: Settings, waiting: int, iteration: int) -> range:
@@ -50,12 +50,13 @@ def due(run: Settings, waiting: int, iteration: int) -> range:
     return range(iteration + waiting, last + 1)
 
 
-def ages(steps: Steps, iteration: int) -> dict[str, Any]:
+def ages(steps: Steps | None, iteration: int) -> dict[str, Any]:
     """Metrics of how much older than an iteration's first policy those are that sampled."""
-    tokens = sum(count for _, count in steps)
-    if not tokens:
+    if steps is None:
         return {}
-    age, counts = np.array([(iteration - step, count) for step, count in steps]).T
+    pairs = [(iteration - step, count) for step, count in steps]
+    age, counts = np.array(pairs or [(0, 0)]).T
+    tokens = counts.sum() or math.nan
     per_bin, _ = np.histogram(np.minimum(age, 16), AGE_EDGES, weights=counts)
     return {
         "policy/age_mean": float(age @ counts / tokens),

@@ -221,14 +221,14 @@ def keep_last(bundles: Sequence[Bundle], places: Sequence[epath.Path | None]) ->
     None stands for a run that stopped.
     """
     metas = _metas(bundles, [stream.position for b in bundles for stream in b.streams])
-    for state, meta, place in zip(each_saved(bundles), metas, places, strict=True):
+    for saved, meta, place in zip(each_saved(bundles), metas, places, strict=True):
         if place is None:
             continue
         with Checkpoints(place / "checkpoints") as own:
-            iteration = int(state.iteration)
+            iteration = int(queue.unpack(saved, [meta])[0].iteration)
             if own.latest() != iteration:
                 (*_, last) = read_metrics(place) or [{}]  # none where the directory was deleted
-                own.save(iteration, state, meta, score=last.get("eval/pass_at_1"), finite=True)
+                own.save(iteration, saved, meta, score=last.get("eval/pass_at_1"), finite=True)
 
 
 def check_shared(workdir: epath.Path, config: dict) -> None:
