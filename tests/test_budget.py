@@ -6,7 +6,7 @@ import pytest
 from sapo_jax import axes
 from sapo_jax.learner import step
 from sapo_jax.sweep import cohorts, schedule
-from sapo_jax.training import settings
+from sapo_jax.training import settings, startup
 from sapo_jax.training.workdir import read_metrics, read_samples
 from tests import fakes
 from tests.sweep.test_population import Bar, KilledError, kill
