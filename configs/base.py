@@ -123,6 +123,7 @@ def get_config() -> ConfigDict:
     c.sampler.budget = (
         0  # rows of decode steps an iteration, the rest goes on in the next; 0: no end
     )
+    c.sampler.devices = 0  # of its own, beside the learner's mesh; 0: those of the mesh
     # A shape of its own for the mesh's devices. 0: where all are, that of c.mesh; else the rest for
     # data, 1 for the others.
     c.sampler.mesh = ConfigDict()

@@ -264,8 +264,10 @@ def _iterate(
     seen to the states that updates take the buffers of.
     """
     run = bundles[0].engine.runs[0]
-    collect = partial(SOURCES[run.config.source], policy_step=iteration)
     due = queue.due(run, len(bundles[0].waiting), iteration)
+    # With devices of its own, the sampler works while an update learns from what waits already.
+    apart = run.config.sampler.devices > 0 and len(due) == 1 <= len(bundles[0].waiting)
+    collect = partial(SOURCES[run.config.source], policy_step=iteration, apart=apart)
     # Threads judge the rows of a bundle while the device goes on with those behind it: all of them
     # sample before the first one waits for verdicts.
     started = []
@@ -275,13 +277,17 @@ def _iterate(
     after, records, samples = [], [], []
     for number, (bundle, finishes) in enumerate(zip(bundles, started, strict=True)):
         tell(UPDATING, number)
-        got, *waiting = *bundle.waiting, *(finish() for finish in finishes)
+        waiting = [*bundle.waiting, *(finish() for finish in finishes if not apart)]
+        got = waiting.pop(0)
         clock.check()
         if number == 0:
             between = hold()
         minibatches = _separated(got.minibatches, between) if between else got.minibatches
         with clock("update"):
             state, learnt = bundle.engine.learn(bundle.state, minibatches, bundle.frozen)
+        if apart:
+            waiting += [finish() for finish in finishes]
+            clock.overlap("rollout", "update")
         after.append(bundle._replace(state=state, waiting=tuple(waiting)))
         samples += got.samples
         each = zip(bundle.engine.runs, learnt, got.metrics, got.steps, strict=True)

@@ -224,6 +224,8 @@ REFUSED = [
     ({"staleness": -1}, r"config.staleness=-1: must be at least 0"),
     ({"staleness": 1, "source": "demonstrations"},
      r"config.staleness=1: must be 0 with source='demonstrations'"),
+    ({"staleness": 1, "sampler.devices": 4096}, r"sampler.devices=4096: must be at most"),
+    ({"sampler.devices": -1}, r"sampler.devices=-1: must be at least 0"),
 ]  # fmt: skip
 
 

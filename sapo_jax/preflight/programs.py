@@ -220,7 +220,10 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
     rows = plan.slots[0] * plan.rows[0]
     return {
         "to_sampler": Program(
-            lambda: weights.convert.lower(rest, config, settings.mesh, mesh), {"parameters": rest},
+            lambda: weights.convert.lower(
+                rest, config, settings.mesh, None if settings.config.sampler.devices else mesh
+            ),
+            {"parameters": rest},
             runs=1, mesh=mesh,
             resident=optimizer | {"parameters": shared}, result={"sampler's parameters": moved},
         ),

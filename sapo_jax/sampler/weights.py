@@ -96,6 +96,12 @@ def unchanged(learner_params: dict[str, Any], config: ModelConfig, target: Mesh 
     return {name for name, value in learner_params.items() if stays(name, value)}
 
 
+def devices_of(params: Any) -> set[Any]:
+    """Where the parameters lie; arrays of the host are on the default device."""
+    leaf = jax.tree.leaves(params)[0]
+    return leaf.sharding.device_set if isinstance(leaf, jax.Array) else {jax.devices()[0]}
+
+
 def to_sampler(params: Any, config: ModelConfig, mesh: Mesh | None = None) -> SamplerParams:
     """Parameters as the sampler reads them: compute dtype, one leaf per layer, no `fsdp`.
 
@@ -105,12 +111,15 @@ def to_sampler(params: Any, config: ModelConfig, mesh: Mesh | None = None) -> Sa
     Args:
       params: the learner's; or the sampler's own, which come back as they are.
       config: the model's shape.
-      mesh: the sampler's, of the same devices in the same order (`sharding.reshape`); by default
-        the learner's.
+      mesh: the sampler's, of the same devices in the same order (`sharding.reshape`), or of none of
+        them; by default the learner's.
     """
     if isinstance(params, SamplerParams):
         return params
     own = sharding.mesh_of(params)
+    if mesh is not None and not set(mesh.devices.flat) & devices_of(params):
+        cast = convert(params, config, own)
+        return jax.device_put(cast, sharding.shardings(mesh, partition_specs(config)))
     mesh = own if mesh is None or mesh.size == 1 else mesh
     same = {name: jnp.asarray(params[name]) for name in unchanged(params, config, mesh)}
     rest = {name: value for name, value in params.items() if name not in same}

@@ -113,6 +113,8 @@ def _check(run: Settings) -> None:
     slots = run.config.sampler.slots
     all_at_once = "0 in a sweep, whose runs sample all prompts at once"
     require(slots == 0, "sampler.slots", slots, all_at_once)
+    own, one = run.config.sampler.devices, "0 in a sweep, whose runs have one device each"
+    require(own == 0, "sampler.devices", own, one)
     for axis, size in run.config.mesh.items():
         alone = "1 in a sweep, whose runs have one device each (population.method='devices')"
         require(size == 1, f"mesh.{axis}", size, alone)

@@ -180,6 +180,7 @@ def lengths(
 def make_mesh(c: Any, shape: model.ModelConfig, devices: Sequence[Any] | None) -> Mesh | None:
     """The mesh; None on one device."""
     alone = devices is None and jax.process_count() == 1
+    devices = _split(c, devices)[0] if c.sampler.devices else devices
     if alone and all(size == 1 for size in c.mesh.values()):
         return None
     batch = c.batch
@@ -187,7 +188,7 @@ def make_mesh(c: Any, shape: model.ModelConfig, devices: Sequence[Any] | None) -
     rows = {"a micro-batch": batch.prompts * batch.group_size // micro}
     if c.source == "rollout":
         rows |= _sampled(c)
-        if any(c.sampler.mesh.values()):
+        if any(c.sampler.mesh.values()) or c.sampler.devices:
             del rows["sampler.slots"]
     split = [sharding.Dimension(name, "rows", size) for name, size in rows.items()]
     rest = [f".{axis}=-1" for axis, size in c.mesh.items() if size == -1][:1]
@@ -197,17 +198,31 @@ def make_mesh(c: Any, shape: model.ModelConfig, devices: Sequence[Any] | None) -
     return mesh
 
 
-def make_sampler_mesh(c: Any, shape: model.ModelConfig, mesh: Mesh | None) -> Mesh | None:
-    """The mesh, or its devices in the shape that ``sampler.mesh`` says."""
-    sizes = c.sampler.mesh
-    if not any(sizes.values()):
+def _split(c: Any, devices: Sequence[Any] | None) -> tuple[list[Any], list[Any]]:
+    """The learner's devices and the sampler's own, the last ones."""
+    count, every = c.sampler.devices, list(devices or jax.devices())
+    most = f"at most {len(every) - 1}: the learner has the others of {len(every)}, in one process"
+    fits = count < len(every) and jax.process_count() == 1
+    require(fits, "sampler.devices", count, most)
+    stale = f"at least 1 with sampler.devices={count}, which sample while others learn"
+    require(c.staleness > 0, "staleness", c.staleness, stale)
+    return every[:-count], every[-count:]
+
+
+def make_sampler_mesh(
+    c: Any, shape: model.ModelConfig, mesh: Mesh | None, devices: Sequence[Any] | None
+) -> Mesh | None:
+    """The mesh, or its devices in the shape that ``sampler.mesh`` says, or devices of its own."""
+    sizes, apart = c.sampler.mesh, c.sampler.devices > 0
+    if not apart and not any(sizes.values()):
         return mesh
     allowed = "0 along all axes where config.mesh has one device"
-    require(mesh is not None, "sampler.mesh", sharding.describe(sizes), allowed)
+    require(apart or mesh is not None, "sampler.mesh", sharding.describe(sizes), allowed)
     split = [sharding.Dimension(name, "rows", size) for name, size in _sampled(c).items()]
     with of_field("sampler.mesh"):
         sizes = {axis: size or (-1 if axis == "data" else 1) for axis, size in sizes.items()}
-        own = sharding.reshape(mesh, **sizes)
+        own = sharding.make_mesh(-1, devices=_split(c, devices)[1]) if apart else mesh
+        own = sharding.reshape(own, **sizes)
         sharding.check(own, split + params.dimensions(shape), sharding.SAMPLER)
     return own
 

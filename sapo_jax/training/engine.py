@@ -125,13 +125,17 @@ class Streamed:
         }
         if carry is None:
             rollout = sampler.rollout(*given, iteration=iteration, **options)
-            return rollout, [Ends(*sampler.ends(rollout), computed[-1])]
+            return self._moved(rollout), [Ends(*sampler.ends(rollout), computed[-1])]
         budget, begun_P = run.config.sampler.budget, carry.lengths.any(-1)
         own = {"begun_P": begun_P, "budget": budget}
         rollout, begun = sampler.partial_rollout(*given, carry.begun, **own, **options)
         ends = Ends(*sampler.ends(rollout), computed[-1])
         carry.leave(begun, ends.length, ends.finished)
-        return rollout, [ends]
+        return self._moved(rollout), [ends]
+
+    def _moved(self, rollout: Rollout) -> Rollout:
+        """From devices of the sampler's own to the learner's one, if it has one."""
+        return self.place([rollout]) if self.runs[0].config.sampler.devices else rollout
 
     def learn(
         self, state: TrainState, minibatches: tuple[Batch, ...], frozen: Frozen | None = None

@@ -6,10 +6,10 @@ another engine can sample while the rows of this one are judged.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable
+from concurrent import futures
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from sapo_jax.training.carry import Carry, done, lags_of
 from sapo_jax.training.engine import Bundle, Ends
 from sapo_jax.training.progress import Clock
 from sapo_jax.training.queue import Experience
+from sapo_jax.training.scoring import Lengths, layouts_of, packed, scored
 from sapo_jax.training.settings import Settings
 from sapo_jax.types import LENGTH, Batch, Prompts, Rollout
 
@@ -80,67 +81,11 @@ def batch_of(rollout: Rollout) -> Batch:
     )
 
 
-Lengths = tuple[np.ndarray, np.ndarray]  # tokens of a row's prompt and of its completion, i[B]
-
-
 def _lengths(run: Settings, query: Query, ends: Ends) -> Lengths:
     """Of the rows that are done; the others are not computed."""
     done_B = done(run, ends.finished)
     prompt_B = np.repeat(query.prompts.length, run.config.batch.group_size)
     return np.where(done_B, prompt_B, 0), np.where(done_B, ends.length, 0)
-
-
-def _layouts(engine: Any, lengths: list[Lengths], parts: int) -> list[Any]:
-    """Where the rows of each minibatch are packed, one for all of the engine's runs, or None."""
-    run = engine.runs[0]
-    if run.packing is None:
-        return [None] * parts
-    width = run.width + run.max_new_tokens
-    split = [tuple(np.split(x, parts) for x in own) for own in lengths]
-    return [
-        engine.join([learner.plan(p[i], c[i], width, run.packing) for p, c in split])
-        for i in range(parts)
-    ]
-
-
-def _packed(engine: Any, batches: tuple[Batch, ...], layouts: list[Any]) -> tuple[Batch, ...]:
-    if layouts[0] is None:
-        return batches
-    pack = partial(engine.call, learner.pack, mesh=engine.runs[0].mesh)
-    return tuple(map(pack, batches, layouts))
-
-
-def _scored(bundle: Bundle, batch: Batch, lengths: list[Lengths]) -> tuple[Batch, ...]:
-    """Minibatches with the log-probabilities, and the routing, that their update needs.
-
-    Of all prompts, also where more were drawn than are learnt from: that is not known yet.
-    """
-    engine, run, params = bundle.engine, bundle.engine.runs[0], bundle.state.params
-    hp, sizes, frozen = engine.hp, run.config.batch, bundle.frozen
-    replays = hp.static.routing_replay == "R2"
-    recomputes = run.config.learner.old_logp == "recompute"
-    parts = sizes.minibatches * sizes.oversample
-    minibatches = engine.call(learner.split_rows, batch, parts=parts, mesh=run.mesh)
-    if not (replays or recomputes or bundle.reference is not None):
-        return minibatches
-
-    def with_logp(batch, layout):
-        (rows,), found = _packed(engine, (batch,), [layout]), {}
-        if replays:
-            scored = engine.call(learner.score_routing, params, rows, hp, frozen)
-            found["old_logp"], found["routing"] = scored
-        elif recomputes:
-            found["old_logp"] = engine.call(learner.score, params, rows, hp, frozen)
-        if bundle.reference is not None:
-            shape = dataclasses.replace(run.model, lora_targets=())  # the base without adapters
-            own = hp.replace(routing_replay="none", model=shape)
-            found["ref_logp"] = engine.call(learner.score, bundle.reference, rows, own, frozen)
-        if layout is not None:
-            found = engine.call(learner.unpack, found, layout, mesh=run.mesh)
-        return batch.replace(**found)
-
-    layouts = _layouts(engine, lengths, parts)
-    return tuple(map(with_logp, minibatches, layouts))
 
 
 def _selected(
@@ -216,6 +161,7 @@ def from_rollout(
     warm_up: Callable[[str], None] | None = None,
     *,
     policy_step: int | None = None,
+    apart: bool = False,
 ) -> Callable[[], Experience]:
     """Sample and score; what comes back waits for the verdicts and attaches advantages.
 
@@ -225,6 +171,7 @@ def from_rollout(
       clock, scorer: of the loop.
       warm_up: see `sampler.rollout`.
       policy_step: the iteration that samples, if it is an earlier one.
+      apart: sample in a thread, on the sampler's own devices; what comes back waits for it, too.
     """
     engine, params = bundle.engine, bundle.state.params
     pairs = zip(engine.runs, bundle.streams, strict=True)
@@ -232,25 +179,40 @@ def from_rollout(
     with clock("to_sampler"):
         weights = jax.block_until_ready(engine.to_sampler(params, bundle.frozen))
     moved = float(sampler.moved_bytes((params, bundle.frozen), weights) / len(queries))
-    with clock("rollout"):
+    when = {"iteration": iteration, "policy_step": policy_step or iteration}
+
+    def sampled():
         prompts, groups = ([getattr(q, name) for q in queries] for name in ("prompts", "groups"))
-        when = {"iteration": iteration, "policy_step": policy_step or iteration}
-        controls = {"warm_up": warm_up, "on_segment": clock.check, "carry": bundle.carry, **when}
-        rollout, ends = engine.rollout(weights, prompts, groups, **controls)
-    with clock("logp"):  # needs no rewards: the device works while rows are judged
-        lengths = list(map(_lengths, engine.runs, queries, ends))
-        batch = sharding.place(engine.call(batch_of, rollout), engine.runs[0].mesh)
-        scored, lags = _scored(bundle, batch, lengths), None
-        if bundle.carry is not None:
-            lags = lags_of(rollout, np.int32(when["policy_step"]))
-    rows = queries, scored, ends, lengths, lags
-    return partial(_judged, bundle, *rows, moved, when, clock)
+        controls = {"warm_up": warm_up, "carry": bundle.carry, **when}
+        check = None if apart else clock.check  # a thread has nothing to leave
+        with clock("rollout"):
+            return engine.rollout(weights, prompts, groups, on_segment=check, **controls)
+
+    def finish(rollout, ends):
+        with clock("logp"):  # needs no rewards: the device works while rows are judged
+            lengths = list(map(_lengths, engine.runs, queries, ends))
+            batch = sharding.place(engine.call(batch_of, rollout), engine.runs[0].mesh)
+            minibatches, lags = scored(bundle, batch, lengths), None
+            if bundle.carry is not None:
+                lags = lags_of(rollout, np.int32(when["policy_step"]))
+        rows = queries, minibatches, ends, lengths, lags
+        return partial(_judged, bundle, *rows, moved, when, clock)
+
+    if not apart:
+        return finish(*sampled())
+    if engine.runs[0].config.learner.old_logp == "recompute":  # updates take the buffers meanwhile
+        copy = jax.tree.map(jnp.copy, params)
+        bundle = bundle._replace(state=bundle.state.replace(params=copy))
+    thread = futures.ThreadPoolExecutor(1)
+    under_way = thread.submit(sampled)
+    thread.shutdown(wait=False)
+    return lambda: finish(*under_way.result())()
 
 
 def _judged(
     bundle: Bundle,
     queries: list[Query],
-    scored: tuple[Batch, ...],
+    rows: tuple[Batch, ...],
     ends: list[Ends],
     lengths: list[Lengths],
     lags: jax.Array | None,
@@ -271,7 +233,7 @@ def _judged(
         pairs = zip(rewards_RB, chosen, strict=True)
         minibatches, more = engine.call(
             learner.make_minibatches,
-            engine.call(learner.select_rows, scored, rows_B, signal_B, mesh=runs[0].mesh),
+            engine.call(learner.select_rows, rows, rows_B, signal_B, mesh=runs[0].mesh),
             engine.join([rewards_B[own_B] for rewards_B, (own_B, *_) in pairs]),
             engine.join([run.config.reward.kl_coef for run in runs]),
             engine.join([run.bounds for run in runs]),
@@ -289,8 +251,8 @@ def _judged(
             tuple(np.where(signal_B, x[rows_B], 0) for x in own)
             for own, (rows_B, signal_B, _) in zip(lengths, chosen, strict=True)
         ]
-        layouts = _layouts(engine, of_chosen, len(minibatches))
-        minibatches = _packed(engine, minibatches, layouts)
+        layouts = layouts_of(engine, of_chosen, len(minibatches))
+        minibatches = packed(engine, minibatches, layouts)
     metrics, samples, steps = [], [], []
     for r, (run, query) in enumerate(zip(runs, queries, strict=True)):
         rewards_B, (rows_B, signal_B, of_groups) = rewards_RB[r], chosen[r]
@@ -317,11 +279,10 @@ def from_demonstrations(
     clock: Clock,
     scorer: rewards.Scorer,
     warm_up: Callable[[str], None] | None = None,
-    *,
-    policy_step: int | None = None,
+    **controls: Any,
 ) -> Callable[[], Experience]:
     """Worked answers as minibatches; nothing is sampled."""
-    del iteration, scorer, warm_up, policy_step
+    del iteration, scorer, warm_up, controls
     engine, first = bundle.engine, bundle.engine.runs[0]
     batches, metrics, lengths = [], [], []
     with clock("rollout"):
@@ -336,7 +297,7 @@ def from_demonstrations(
         batch = sharding.place(engine.join(batches), first.mesh)
         parts = first.config.batch.minibatches
         minibatches = engine.call(learner.split_rows, batch, parts=parts, mesh=first.mesh)
-        minibatches = _packed(engine, minibatches, _layouts(engine, lengths, parts))
+        minibatches = packed(engine, minibatches, layouts_of(engine, lengths, parts))
     nothing = [[] for _ in metrics], [None for _ in metrics]
     return lambda: Experience(minibatches, metrics, *nothing)
 

@@ -188,6 +188,9 @@ _ROWS: dict[str, dict[str, tuple[str, ...]]] = {
             "well below 1",
         )
     },
+    "sampler.devices": {
+        "time/overlap": ("of time/rollout, what passed during time/update, on other devices", "s")
+    },
     "reward.function": {"reward/function": ("mean of the reward function", "", "rises")},
     "an evaluation, reward.function": {
         "eval/reward_function": ("its mean over held-out completions", "", "rises")

@@ -26,6 +26,7 @@ class Clock:
 
     def __init__(self, beat: Callable[[str], None] = str, check: Callable[[], None] = lambda: None):
         self._seconds: dict[str, float] = {}
+        self._last: dict[str, tuple[float, float]] = {}  # when a phase began and ended
         self._beat, self.check = beat, check
         self.iteration = 0
 
@@ -38,7 +39,14 @@ class Clock:
             yield
         finally:
             self._beat(f"iteration {self.iteration}, after phase {phase!r}")
-            self.add(phase, time.perf_counter() - start)
+            self._last[phase] = start, time.perf_counter()
+            self.add(phase, self._last[phase][1] - start)
+
+    def overlap(self, first: str, second: str) -> None:
+        """Add the time in which two phases were last under way together to ``overlap``."""
+        (begun, ended), (other_begun, other_ended) = self._last[first], self._last[second]
+        together = min(ended, other_ended) - max(begun, other_begun)
+        self.add("overlap", max(0.0, together))
 
     def add(self, phase: str, seconds: float) -> None:
         """Add time that was spent elsewhere, such as on other threads, to a phase."""

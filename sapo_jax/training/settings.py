@@ -32,11 +32,11 @@ MAY_DIFFER = {
     "log.samples", "log.samples_every", "log.trackers", "data.workers", "reward.workers",
     "distributed.timeout", "learner.max_skipped",
     "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.expert",  # but for the last bits
-    "sampler.mesh.data", "sampler.mesh.tensor", "sampler.mesh.expert",
+    "sampler.mesh.data", "sampler.mesh.tensor", "sampler.mesh.expert", "sampler.devices",
 }  # fmt: skip
 GONE = {"sampler.shrink"}  # fields that runs of before have
 ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "tensor", "expert")} | {
-    f"sampler.mesh.{axis}": 0 for axis in ("data", "tensor", "expert")
+    f"sampler.{field}": 0 for field in ("devices", "mesh.data", "mesh.tensor", "mesh.expert")
 }
 OPEN = {"task", "tasks", "evals", "mesh", "template_options", "end"}  # read by the names in them
 
@@ -60,7 +60,7 @@ class Settings:
       plan: the sampler's shapes in training.
       evals: the evaluations by name; "" is the name of config.eval, where it is the only one.
       mesh: the learner's; None on one device.
-      sampler_mesh: the same, or the same devices in another shape.
+      sampler_mesh: the same, the same devices in another shape, or devices of the sampler's own.
     """
 
     plain: dict[str, Any]
@@ -157,7 +157,7 @@ def _check_numbers(c: Any) -> None:
     )  # fmt: skip
     _bounded(
         c, 0, "seed", "staleness", "sampler.budget", "sampler.max_new_tokens", "sampler.slots",
-        "eval.every", "learner.warmup", "learner.weight_decay", "log.samples",
+        "sampler.devices", "eval.every", "learner.warmup", "learner.weight_decay", "log.samples",
         "profile_steps", "learner.head_chunk", "learner.learning_rate", "data.max_prompt_tokens",
         "data.workers", "distributed.timeout", "reward.kl_coef", "reward.max_length",
         "reward.buffer", "checkpoint.minutes", "learner.router_aux_coef",
@@ -300,7 +300,7 @@ def from_config(
     shape = build.add_adapters(c, build.make_model(c, tokenizer))
     width, room, keep = build.lengths(c, judges, tokenizer, shape)
     mesh = build.make_mesh(c, shape, devices)
-    sampler_mesh = build.make_sampler_mesh(c, shape, mesh)
+    sampler_mesh = build.make_sampler_mesh(c, shape, mesh, devices)
     with build.of_field("reward.function"):
         cli.own.fingerprints([c.reward.function])  # the others were read
     names = [task["name"] for task in build.entries(c).values()] + list(evals.task_names(c))

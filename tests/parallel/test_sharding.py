@@ -21,6 +21,11 @@ def test_more_programs_on_eight_devices():
     fakes.on_eight_devices("tests/parallel/eight_devices.py", "-m", "slow")
 
 
+@pytest.mark.slow
+def test_a_sampler_with_devices_of_its_own():
+    fakes.on_eight_devices("tests/parallel/apart.py", "-m", "slow or not slow")
+
+
 def test_a_mesh_has_every_axis_and_automatic_types():
     """`jax.make_mesh` makes explicit axes, `topologies.make_mesh` automatic ones."""
     mesh = sharding.make_mesh(fsdp=-1, devices=jax.devices()[:1])

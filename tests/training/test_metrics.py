@@ -17,6 +17,7 @@ CHECKED = {
     "correction.name": "test_train", "objective.schedule": "test_train",
     "tasks": "test_build", "an evaluation, tasks": "test_build",
     "a model with experts": "test_routing", "a model with experts, source=rollout": "test_routing",
+    "sampler.budget": "test_budget", "sampler.devices": "apart",
     "learner.router_aux_coef": "test_routing", "an evaluation": "test_export",
     "an evaluation, evals": "test_evals", "sapo_jax.evaluate": "test_export",
     "reward.function": "test_own",

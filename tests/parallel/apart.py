@@ -1,0 +1,70 @@
+"""A sampler with devices of its own; run by `test_sharding` in a process that has eight."""
+
+import pytest
+
+from sapo_jax import train
+from sapo_jax.training import settings
+from sapo_jax.training.workdir import read_metrics
+from tests import tiny_config
+from tests.test_train import SHAPED
+from tests.training.test_metrics import check
+
+FIELDS = SHAPED | {
+    "iterations": 5, "eval.every": 5, "learner.learning_rate": 1e-3, "staleness": 1,
+    "sampler.slots": 0, "sampler.max_new_tokens": 32, "reward.max_length": 32, "reward.buffer": 32,
+}  # fmt: skip
+OWN = {"sampler.devices": 4}
+
+
+def records(workdir, **fields):
+    config = tiny_config.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict(FIELDS | fields)
+    train.run(settings.from_config(config), workdir)
+    return read_metrics(workdir)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return records(tmp_path_factory.mktemp("alone") / "run")
+
+
+CASES = {
+    "data 4 and data 4": OWN | {"mesh.data": 4},
+    "fsdp 2, data 2 and tensor 2, data 2": OWN
+    | {"mesh.fsdp": 2, "mesh.data": 2, "sampler.mesh.tensor": 2, "learner.old_logp": "recompute"},
+    "one and one": {"sampler.devices": 1},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_run_is_that_of_one_device(name, alone, tmp_path):
+    """Up to rounding; a rollout by a policy that an update has already moved would show."""
+    found = records(tmp_path / "run", **CASES[name])
+    check(found, "", "source=rollout", "sampler.devices", "an evaluation", "eval.every",
+          "checkpoint.every", "reward.overlong")  # fmt: skip
+    overlap = [r["time/overlap"] for r in found if "time/overlap" in r]
+    assert len(overlap) == 3  # the first iteration samples two batches, the last one none
+    assert all(seconds > 0 for seconds in overlap)
+    for record, expected in zip(found[1:], alone[1:], strict=True):
+        for key in ("length/mean", "reward/mean", "policy/age_mean"):
+            assert record[key] == pytest.approx(expected[key], rel=1e-6)
+        for key in ("policy/loss", "policy/entropy", "grad/norm"):
+            assert record[key] == pytest.approx(expected[key], rel=2e-3, abs=1e-5), key
+
+
+REFUSED = [
+    ({"sampler.devices": 8}, r"sampler.devices=8: must be at most 7"),
+    ({"sampler.devices": 4, "staleness": 0}, r"staleness=0: must be at least 1 with sampler.dev"),
+    ({"sampler.devices": 4, "mesh.data": 8}, r"mesh: .*does not match the number of devices, 4"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSED)
+def test_what_cannot_be_split_is_refused(fields, message):
+    config = tiny_config.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict(FIELDS | fields)
+    with pytest.raises(ValueError, match=message):
+        settings.from_config(config)
