@@ -260,4 +260,12 @@ def programs(settings: Settings) -> dict[str, Program]:
     """What an iteration runs on the device, in its order."""
     found = _sampler_programs(settings) | _learner_programs(settings)
     learnt = ("update",) if settings.supervised else tuple(found)
-    return {name: found[name] for name in learnt if found[name].runs}
+    rows, waiting = abstract_batch(settings, scored=True), {}
+    if settings.config.staleness:
+        count = settings.config.staleness * settings.config.batch.minibatches
+        waiting = {"rows that wait": [rows] * count}
+    return {
+        name: dataclasses.replace(found[name], resident=found[name].resident | waiting)
+        for name in learnt
+        if found[name].runs
+    }
