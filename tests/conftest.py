@@ -57,6 +57,12 @@ FIRST = (
 )  # fmt: skip
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One more than cores: tests of several processes spend much of their time in waiting."""
+    return os.cpu_count() + 1
+
+
 def pytest_collection_modifyitems(items):
     def rank(item):
         name = item.nodeid.removeprefix("tests/").partition(".py")[0]

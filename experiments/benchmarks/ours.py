@@ -20,11 +20,11 @@ from safetensors.numpy import save_file
 from experiments.benchmarks import contestant, workload
 from experiments.benchmarks.workload import Shape
 from sapo_jax import learner, model, objectives, sampler
+from sapo_jax.learner.packing import micro_tokens, sharing_pays
 from sapo_jax.model import blocked, head
 from sapo_jax.types import Batch, Prompts
 
 Built = tuple[Callable[[], dict[str, Any]], dict[str, Any]]
-MICRO_TOKENS = 2048  # of a packed micro-batch, as the configs have it on a CPU
 UNPACKED = 1
 
 
@@ -61,15 +61,21 @@ def batch_of(rows: workload.Rollouts) -> Batch:
     )  # fmt: skip
 
 
-def update(shape: Shape, *, pack: bool = True, share: bool = True, objective="sapo") -> Built:
+def update(
+    shape: Shape, *, pack: bool = True, share: bool | None = None, objective: str = "sapo"
+) -> Built:
     """One optimizer step on all rows; moving the rows together is a part of it."""
     config, params = policy(shape)
     rows = workload.rollouts(shape)
     batch, layout, micro = jax.device_put(batch_of(rows)), None, UNPACKED
     block = blocked.BLOCK
     if pack:
+        budget = micro_tokens("cpu", shape.width)
+        sizes = shape.prompt, shape.completion, shape.group
+        if share is None:  # as configs have it
+            share = sharing_pays(*sizes, budget)
         sized = learner.packed_shape(
-            shape.rows, shape.prompt, shape.completion, budget=MICRO_TOKENS,
+            shape.rows, shape.prompt, shape.completion, budget=budget,
             group_size=shape.group if share else 1,
         )  # fmt: skip
         layout, micro = partial(learner.plan, width=shape.width, shape=sized), sized.micro_batches
@@ -123,7 +129,7 @@ def generate(shape: Shape) -> Built:
     return once, {}
 
 
-def loss_head(*, bare: bool, vocab: int = 151_936, width: int = 256, tokens: int = 8192) -> Built:
+def loss_head(*, bare: bool, vocab: int = 151_936, width: int = 1024, tokens: int = 8192) -> Built:
     """The head alone, forward and backward; ``bare``: its three matrix products only."""
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.normal(size=(tokens, width)), jnp.float32)

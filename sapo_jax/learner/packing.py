@@ -21,6 +21,9 @@ from sapo_jax.parallel import sharding
 from sapo_jax.types import Batch
 
 LENGTH = 1024  # tokens of a packed row, unless one sequence has more
+# Tokens of a micro-batch on a device: fewer would not keep it busy, more would make room for
+# completions that are longer than most are. At least MICRO_ROWS whole rows (measured on CPUs).
+MICRO_TOKENS, MANY_TOKENS, MICRO_ROWS = {"cpu": 2048}, 16384, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,25 @@ class Layout(NamedTuple):
     count: np.ndarray  # i32[parts], micro-batches in use, the same number for all parts
 
 
+def micro_tokens(platform: str, width: int) -> int:
+    """Tokens of a micro-batch on one device for sequences of at most ``width``."""
+    return max(MICRO_TOKENS.get(platform, MANY_TOKENS), MICRO_ROWS * width)
+
+
+def together(prompt: int, completion: int, group_size: int, budget: int) -> int:
+    """Completions of the longest kind that have room behind one prompt."""
+    return min(group_size, max(1, (min(LENGTH, budget) - prompt) // completion))
+
+
+def sharing_pays(prompt: int, completion: int, group_size: int, budget: int) -> bool:
+    """Whether shared prompts save a tenth of the tokens of the longest sequences.
+
+    Below that, what attention to a prompt elsewhere costs is more.
+    """
+    copies = 1 - 1 / together(prompt, completion, group_size, budget)
+    return copies * prompt >= 0.1 * (prompt + completion)
+
+
 def make_shape(
     rows: int, prompt: int, completion: int, *, group_size: int, budget: int, parts: int = 1
 ) -> Shape:
@@ -66,17 +88,16 @@ def make_shape(
       budget: tokens of a micro-batch on one part; at least one sequence is put there.
       parts: of the rows.
     """
-    target = min(LENGTH, budget)
     if group_size > 1:
         segment = completion
-        together = min(group_size, max(1, (target - prompt) // completion))
-        length = prompt + together * completion
-        needed = rows // group_size * -(-group_size // together)
+        count = together(prompt, completion, group_size, budget)
+        length = prompt + count * completion
+        needed = rows // group_size * -(-group_size // count)
     else:
         segment = prompt + completion
-        together = min(rows, max(1, target // segment))
-        length = together * segment
-        needed = -(-rows // together)
+        count = min(rows, max(1, min(LENGTH, budget) // segment))
+        length = count * segment
+        needed = -(-rows // count)
     own = -(-needed // parts)
     micro_batches = -(-own // max(1, budget // length))
     return Shape(group_size, length, segment, -(-own // micro_batches), micro_batches, parts)

@@ -43,7 +43,7 @@ class Kernels(NamedTuple):
 
 # The best of those in experiments/gpu/results, on an H200; d_keys matters most.
 HALF = Kernels(Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2))
-SINGLE = Kernels(Tiles(64, 32, 4, 2), Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 2))
+SINGLE = Kernels(*[Tiles(32, 32, 4, 2)] * 3)  # of f32: larger ones take minutes to compile
 
 
 def supports(head_dim: int) -> bool:
@@ -69,62 +69,80 @@ def _ranges(segments, prefix, queries: int, keys: int):
     """The blocks to visit, by the least and greatest id in each.
 
     Returns:
-      (i32[B, S/queries, 4], i32[B, S/keys, 2]): for a block of queries the first and last + 1
-      blocks of keys of its prefixes and of its own segments; for a block of keys, those of queries.
+      (i32[B, S/queries, 6], i32[B, S/keys, 4]): where ranges of blocks begin and the last one ends.
+      For a block of queries: keys of its prefixes (two numbers); of its own segments, masked, then
+      those that all of its queries see whole, then masked. For a block of keys likewise.
     """
 
     def bounds(ids, size):
         ids = ids.reshape(ids.shape[0], -1, size)
         return jnp.min(jnp.where(ids > 0, ids, jnp.iinfo(ids.dtype).max), -1), jnp.max(ids, -1)
 
+    def uniform(ids, size):  # the one id of a block, −1 where there are others or pads
+        ids = ids.reshape(ids.shape[0], -1, size)
+        first, last = jnp.min(ids, -1), jnp.max(ids, -1)
+        return jnp.where((first == last) & (first > 0), first, -1)
+
     low, high = bounds(segments, keys)
-    last_query = jnp.arange(1, segments.shape[1] // queries + 1) * queries
-    causal = last_query[:, None] > jnp.arange(low.shape[1]) * keys
+    last_query = jnp.arange(1, segments.shape[1] // queries + 1)[:, None] * queries
+    first_key = jnp.arange(low.shape[1]) * keys
+    before = last_query - queries >= first_key + keys - 1
 
     def meets(ids):
         first, last = bounds(ids, queries)
         overlap = (low[:, None] <= last[..., None]) & (high[:, None] >= first[..., None])
-        return overlap & causal
+        return overlap & (last_query > first_key)
 
     def extent(wanted, axis):
         size, some = wanted.shape[axis], jnp.any(wanted, axis)
         stop = size - jnp.argmax(jnp.flip(wanted, axis), axis)
         return jnp.where(some, jnp.argmax(wanted, axis), 0), jnp.where(some, stop, 0)
 
-    own, of_prefix = meets(segments), meets(prefix)
-    start, stop = extent(own, 2)
+    def around(wanted, whole, axis):  # begin, begin and end of what is seen whole, end
+        (start, stop), (first, last) = extent(wanted, axis), extent(whole, axis)
+        none = jnp.sum(whole, axis) != last - first  # others between them
+        none |= first == last
+        return start, jnp.where(none, stop, first), jnp.where(none, stop, last), stop
+
+    own, of_prefix, one = meets(segments), meets(prefix), uniform(segments, keys)[:, None]
+    own_whole = (uniform(segments, queries)[..., None] == one) & (one > 0) & before
+    prefix_whole = (uniform(prefix, queries)[..., None] == one) & (one > 0) & before
+    parts = around(own, own_whole, 2)
     first, last = extent(of_prefix, 2)
-    last = jnp.where(stop > 0, jnp.minimum(last, start), last)  # none is visited twice
-    by_query = jnp.stack([first, last, start, stop], -1)
-    return by_query.astype(jnp.int32), jnp.stack(extent(own | of_prefix, 1), -1).astype(jnp.int32)
+    last = jnp.where(parts[3] > 0, jnp.minimum(last, parts[0]), last)  # none is visited twice
+    shared = jnp.any(prefix_whole, 1, keepdims=True)  # most of its queries are elsewhere
+    by_keys = around(own | of_prefix, jnp.where(shared, prefix_whole, own_whole), 1)
+    return tuple(jnp.stack(x, -1).astype(jnp.int32) for x in ((first, last, *parts), by_keys))
 
 
-def _over(ranges_ref, body, carry):
-    """``body(block, carry)`` over each (first, last + 1) of a block."""
-    for n in range(0, ranges_ref.shape[0], 2):
-        carry = jax.lax.fori_loop(ranges_ref[n], ranges_ref[n + 1], body, carry)
+def _over(bounds, body, carry):
+    """``body(masked, block, carry)`` over three ranges of blocks, of which the middle is not."""
+    for masked, first, last in zip((True, False, True), bounds, bounds[1:], strict=False):
+        carry = jax.lax.fori_loop(first, last, partial(body, masked), carry)
     return carry
 
 
+def _over_keys(ranges, body, carry):
+    """The same for a block of queries: first those of prefixes."""
+    carry = jax.lax.fori_loop(ranges[0], ranges[1], partial(body, True), carry)
+    return _over([ranges[n] for n in range(2, 6)], body, carry)
+
+
 def _scores(q, k, scale, visible):
-    """Scaled by log₂e too, so that powers of 2 serve; 0 weight where hidden."""
-    return jnp.where(visible, dot(q, k, contract=(1, 1)) * (scale * LOG2_E), HIDDEN)
+    """Scaled by log₂e too, so that powers of 2 serve; 0 weight where hidden, False: nowhere."""
+    scores = dot(q, k, contract=(1, 1)) * (scale * LOG2_E)
+    return scores if visible is False else jnp.where(visible, scores, HIDDEN)
 
 
 def _forward_kernel(q, k, v, seg_q, pre_q, seg, ranges, out, lse, *, tiles: Tiles, scale):
-    first, queries, segments, prefix = (
-        pl.program_id(0) * tiles.queries,
-        q[...],
-        seg_q[...],
-        pre_q[...],
-    )
+    queries, segments, prefix = q[...], seg_q[...], pre_q[...]
+    first = pl.program_id(0) * tiles.queries
 
-    def visit(j, carry):
+    def visit(masked, j, carry):
         high, total, mixed = carry
         at = pl.ds(j * tiles.keys, tiles.keys)
-        scores = _scores(
-            queries, k[at, :], scale, _visible(segments, prefix, seg[at], first, j * tiles.keys)
-        )
+        visible = masked and _visible(segments, prefix, seg[at], first, j * tiles.keys)
+        scores = _scores(queries, k[at, :], scale, visible)
         higher = jnp.maximum(high, jnp.max(scores, -1))
         weights = jnp.exp2(scores - higher[:, None])
         decay = jnp.exp2(high - higher)
@@ -134,7 +152,7 @@ def _forward_kernel(q, k, v, seg_q, pre_q, seg, ranges, out, lse, *, tiles: Tile
 
     # Above what hides a key: a query without any has weights of 0.
     start = jnp.full(tiles.queries, HIDDEN / 10), jnp.zeros(tiles.queries), jnp.zeros(q.shape)
-    high, total, mixed = _over(ranges, visit, start)
+    high, total, mixed = _over_keys(ranges, visit, start)
     safe = jnp.where(total > 0, total, 1.0)
     out[...] = (mixed / safe[:, None]).astype(out.dtype)
     lse[...] = high + jnp.log2(safe)
@@ -143,45 +161,42 @@ def _forward_kernel(q, k, v, seg_q, pre_q, seg, ranges, out, lse, *, tiles: Tile
 def _d_queries_kernel(
     q, k, v, seg_q, pre_q, seg, ranges, d_out, lse, delta, d_q, *, tiles: Tiles, scale
 ):
-    first, queries, segments, prefix = (
-        pl.program_id(0) * tiles.queries,
-        q[...],
-        seg_q[...],
-        pre_q[...],
-    )
+    queries, segments, prefix = q[...], seg_q[...], pre_q[...]
     lse, delta, d_out = lse[...], delta[...], d_out[...]
+    first = pl.program_id(0) * tiles.queries
 
-    def visit(j, sum_d_q):
+    def visit(masked, j, sum_d_q):
         at = pl.ds(j * tiles.keys, tiles.keys)
-        keys, visible = k[at, :], _visible(segments, prefix, seg[at], first, j * tiles.keys)
+        keys = k[at, :]
+        visible = masked and _visible(segments, prefix, seg[at], first, j * tiles.keys)
         weights = jnp.exp2(_scores(queries, keys, scale, visible) - lse[:, None])
         d_weights = dot(d_out, v[at, :], contract=(1, 1))
         d_scores = weights * (d_weights - delta[:, None])
         return sum_d_q + dot(d_scores.astype(keys.dtype), keys, contract=(1, 0))
 
-    d_q[...] = (_over(ranges, visit, jnp.zeros(q.shape)) * scale).astype(d_q.dtype)
+    d_q[...] = (_over_keys(ranges, visit, jnp.zeros(q.shape)) * scale).astype(d_q.dtype)
 
 
 def _d_keys_kernel(
     q, k, v, seg, pre, seg_k, ranges, d_out, lse, delta, d_k, d_v, *, tiles: Tiles, scale
 ):
     first, keys, values, segments = pl.program_id(0) * tiles.keys, k[...], v[...], seg_k[...]
+
+    def visit(head, masked, i, carry):
+        sum_d_k, sum_d_v = carry
+        at = pl.ds(i * tiles.queries, tiles.queries)
+        queries, d_mixed = q[at, head, :], d_out[at, head, :]
+        visible = masked and _visible(seg[at], pre[at], segments, i * tiles.queries, first)
+        scores = _scores(queries, keys, scale, visible)
+        weights = jnp.exp2(scores - lse[head, at][:, None])
+        sum_d_v += dot(weights.astype(d_mixed.dtype), d_mixed, contract=(0, 0))
+        d_weights = dot(d_mixed, values, contract=(1, 1))
+        d_scores = weights * (d_weights - delta[head, at][:, None])
+        return sum_d_k + dot(d_scores.astype(queries.dtype), queries, contract=(0, 0)), sum_d_v
+
     carry = jnp.zeros(k.shape), jnp.zeros(v.shape)
     for head in range(q.shape[1]):  # those that share the keys
-
-        def visit(i, carry, head=head):
-            sum_d_k, sum_d_v = carry
-            at = pl.ds(i * tiles.queries, tiles.queries)
-            queries, d_mixed = q[at, head, :], d_out[at, head, :]
-            visible = _visible(seg[at], pre[at], segments, i * tiles.queries, first)
-            scores = _scores(queries, keys, scale, visible)
-            weights = jnp.exp2(scores - lse[head, at][:, None])
-            sum_d_v += dot(weights.astype(d_mixed.dtype), d_mixed, contract=(0, 0))
-            d_weights = dot(d_mixed, values, contract=(1, 1))
-            d_scores = weights * (d_weights - delta[head, at][:, None])
-            return sum_d_k + dot(d_scores.astype(queries.dtype), queries, contract=(0, 0)), sum_d_v
-
-        carry = _over(ranges, visit, carry)
+        carry = _over([ranges[n] for n in range(4)], partial(visit, head), carry)
     d_k[...] = (carry[0] * scale).astype(d_k.dtype)
     d_v[...] = carry[1].astype(d_v.dtype)
 
@@ -202,7 +217,7 @@ def _specs(shape_BSHd, heads_of_keys: int, tiles: Tiles):
     tokens = pl.BlockSpec((None, tiles.queries), lambda i, n, b: (b, i))
     rows = pl.BlockSpec((None, tiles.queries, None, d), lambda i, n, b: (b, i, n, 0))
     whole = pl.BlockSpec((None, s, None, d), lambda i, n, b: (b, 0, n // group, 0))
-    ranges = pl.BlockSpec((None, None, 4), lambda i, n, b: (b, i, 0))
+    ranges = pl.BlockSpec((None, None, 6), lambda i, n, b: (b, i, 0))
     segments = pl.BlockSpec((None, s), lambda i, n, b: (b, 0))
     scalars = pl.BlockSpec((None, None, tiles.queries), lambda i, n, b: (b, n, i))
     return [rows, whole, whole, tokens, tokens, segments, ranges], rows, scalars
@@ -249,7 +264,7 @@ def _backward(kernels, interpret, saved, d_out):
     block = pl.BlockSpec((None, tiles.keys, None, d), lambda j, n, b: (b, j, n, 0))
     tokens = pl.BlockSpec((None, s), lambda j, n, b: (b, 0))
     own = pl.BlockSpec((None, tiles.keys), lambda j, n, b: (b, j))
-    pair = pl.BlockSpec((None, None, 2), lambda j, n, b: (b, j, 0))
+    pair = pl.BlockSpec((None, None, 4), lambda j, n, b: (b, j, 0))
     scalars = pl.BlockSpec((None, group, s), lambda j, n, b: (b, n, 0))
     d_k, d_v = _call(
         _d_keys_kernel, tiles, (s // tiles.keys, kv, b),

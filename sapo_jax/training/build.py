@@ -15,6 +15,7 @@ from sapo_jax import corrections, learner, model, objectives, sampler, tasks
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
+from sapo_jax.learner.packing import micro_tokens, sharing_pays
 from sapo_jax.model import attention, blocked, head, lora, params, routing
 from sapo_jax.objectives.kl import KL_ESTIMATORS
 from sapo_jax.parallel import sharding
@@ -23,8 +24,6 @@ from sapo_jax.tasks.base import Task
 from sapo_jax.training.checks import choice, require
 
 OLD_LOGP = ("sampler", "recompute")
-MICRO_TOKENS = {"cpu": 2048}  # of a micro-batch on one device, at most; elsewhere MANY_TOKENS
-MANY_TOKENS = 16384
 NO_REFERENCE = "0 without config.init_from, whose policy is the reference"
 
 
@@ -268,16 +267,16 @@ def make_packing(
         require(kernel in attention.SHARES_PREFIX, "batch.share_prefix", share, can)
     if not pack:
         return None
+    rows, group_size = batch.prompts * batch.group_size // batch.minibatches, batch.group_size
+    whole = rows * (width + room) // (batch.micro_batches * parts)
+    budget = min(micro_tokens(platform, width + room), whole)
     if share is None:
-        share = kernel in attention.SHARES_PREFIX
-    group_size = batch.group_size if share and c.source == "rollout" else 1
+        can = kernel in attention.SHARES_PREFIX
+        share = can and sharing_pays(width, room, group_size, budget)
+    if not share or c.source != "rollout":
+        group_size = 1
     if group_size == 1 and width + room <= attention.SHORT:
         return None  # moving such rows together takes longer than their pads
-    rows = batch.prompts * batch.group_size // batch.minibatches
-    # Micro-batches of fewer tokens than these would not keep the device busy; larger ones would
-    # have room for completions that are longer than most are.
-    whole = rows * (width + room) // (batch.micro_batches * parts)
-    budget = min(MICRO_TOKENS.get(platform, MANY_TOKENS), whole)
     return learner.packed_shape(
         rows, width, room, group_size=group_size, budget=budget, parts=parts
     )

@@ -29,9 +29,16 @@ MESHES = {
     "expert 4, fsdp 2": {"expert": 4, "fsdp": 2},
 }
 KINDS = {"dense": ("nano", "gspo", {}), "moe": ("nano_moe", "sapo", {})}
-CASES = [(kind, name) for kind in KINDS for name in MESHES]
+MORE = [("dense", "expert 4, fsdp 2"), ("moe", "data 8"), ("moe", "fsdp 8")]  # combined elsewhere
+
+
+def case(kind, name, *rest):
+    return pytest.param(kind, name, *rest, marks=[pytest.mark.slow] * ((kind, name) in MORE))
+
+
+CASES = [case(kind, name) for kind in KINDS for name in MESHES]
 ROLLOUTS = [
-    *((*case, {}) for case in CASES),
+    *(case(kind, name, {}) for kind in KINDS for name in MESHES),
     ("dense", "fsdp 8", {"tensor": 4, "data": 2}),
     ("moe", "data 8", {"tensor": 2, "expert": 4}),
 ]
@@ -183,13 +190,11 @@ def test_replayed_routing_and_its_balance_agree_with_one_device(policies, refere
     agree(got, on_one("moe", **options))
 
 
-ADAPTED = [
-    pytest.param("dense", {"fsdp": 2, "tensor": 4}),
-    pytest.param("moe", {"expert": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
-]
-
-
-@pytest.mark.parametrize(("kind", "sizes"), ADAPTED)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("dense", {"fsdp": 2, "tensor": 4}), ("moe", {"expert": 2, "fsdp": 2, "tensor": 2})],
+)
 def test_an_update_of_adapters_agrees_with_one_device(policies, references, kind, sizes):
     """Of the factors of an adapter one is split over `tensor`, the other's gradient is a sum.
 

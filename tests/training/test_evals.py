@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from sapo_jax import evaluate, learner, rewards, train
-from sapo_jax.training import evaluation, settings, startup, workdir
+from sapo_jax.training import evaluation, parameters, settings, workdir
 from sapo_jax.training.checkpoint import Checkpoints
 from sapo_jax.training.engine import Bundle, Streamed
 from tests import fakes, tiny_config
@@ -36,7 +36,7 @@ def settings_of(given=EVALS, sizes=SIZES, **fields):
 
 
 def found_by(run, warm_up=None):
-    state = learner.init(startup.random_parameters(run), run.hp)
+    state = learner.init(parameters.random(run), run.hp)
     with rewards.Scorer(run.task, run.recipe) as scorer:
         found = evaluation.held_out(Bundle(Streamed(run), state, None, ()), scorer, warm_up)
     return found[0] if found else None
