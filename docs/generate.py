@@ -44,9 +44,9 @@ Numerators and denominators are added up over micro-batches, devices and minibat
 once; `minibatch` has the numbers of each update. A number that is not finite is `null`, and so
 is what an iteration or an update had no token for. `ratio/`, `coefficient/` and `histogram/ratio`
 leave the first minibatch out, unless it is the only one: without staleness it is learnt by the
-policy that sampled it, and the paper's Figures 2 and 3 leave it out, too. `minibatch` has each of them. Ratios under
-`ratio/` are of tokens, whatever the objective's level, and τ there is the objective's, by the sign
-of A, or SAPO's where it has none.
+policy that sampled it, and the paper's Figures 2 and 3 leave it out, too. `minibatch` has each of
+them. Ratios under `ratio/` are of tokens, whatever the objective's level, and τ there is the
+objective's, by the sign of A, or SAPO's where it has none.
 
 Times are of the wall clock; in a sweep, a run's share of its cohort's. "In a healthy run" is what
 the runs of this repository show, and for `ratio/` and `coefficient/` what the paper's figures show

@@ -1,14 +1,21 @@
 """A sampler with devices of its own; run by `test_sharding` in a process that has eight."""
 
+import jax
+import numpy as np
 import pytest
 
-from sapo_jax import train
+from sapo_jax import sampler, train
+from sapo_jax.model import params
+from sapo_jax.parallel import sharding
 from sapo_jax.training import settings
 from sapo_jax.training.workdir import read_metrics
-from tests import tiny_config
+from tests import fakes, tiny_config
+from tests.sampler import test_partial
+from tests.sampler.test_engine import G, N, P, T, peaked
 from tests.test_train import SHAPED
 from tests.training.test_metrics import check
 
+__all__ = ["peaked"]  # a fixture
 FIELDS = SHAPED | {
     "iterations": 5, "eval.every": 5, "learner.learning_rate": 1e-3, "staleness": 1,
     "sampler.slots": 0, "sampler.max_new_tokens": 32, "reward.max_length": 32, "reward.buffer": 32,
@@ -52,6 +59,24 @@ def test_a_run_is_that_of_one_device(name, alone, tmp_path):
             assert record[key] == pytest.approx(expected[key], rel=1e-6)
         for key in ("policy/loss", "policy/entropy", "grad/norm"):
             assert record[key] == pytest.approx(expected[key], rel=2e-3, abs=1e-5), key
+
+
+@pytest.mark.slow
+def test_completions_go_on_on_a_mesh(peaked):
+    """Each part has its own line of prompts, and its own completions that go on."""
+    config, weights = peaked
+    mesh = sharding.make_mesh(data=2, fsdp=2, devices=jax.devices()[:4])
+    placed = jax.device_put(weights, params.shardings(config, mesh))
+    whole = test_partial.roll(peaked, fakes.prompts(P, N))
+    plan = sampler.Plan((8, 4), (T,), 4, (G, 2))
+    found = test_partial.partially([(config, placed)], budget=40 * G, plan=plan)
+    assert len(found) > 3
+    for rows in found:
+        ended = test_partial.done(rows).repeat(G)
+        np.testing.assert_array_equal(rows.tokens[ended], whole.tokens[ended])
+        np.testing.assert_allclose(
+            rows.sampler_logp[ended], whole.sampler_logp[ended], rtol=0, atol=2e-5
+        )
 
 
 REFUSED = [

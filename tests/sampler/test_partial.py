@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import sampler
+from sapo_jax import model, sampler
 from sapo_jax.sampler import results
 from sapo_jax.types import GOES_ON, LENGTH, STOP
 from tests import fakes
@@ -34,6 +34,12 @@ def partially(policies, budget, plan=PLANS["all at once"], prompts=None, on_grou
         found.append(jax.device_get(rows))
         begun_P = np.asarray(begun.tokens >= 0).any((1, 2))
     return found
+
+
+@pytest.fixture(scope="module")
+def moe():
+    config = model.make("nano_moe", vocab_size=fakes.VOCAB, stop_tokens=(1, 4))
+    return config, fakes.weights(config)
 
 
 def done(rows):
@@ -91,3 +97,12 @@ def test_each_token_is_of_the_policy_of_its_step(peaked):
         if step < 5:
             assert at.any()
             assert np.abs(scored[2] - last.sampler_logp)[at].max() > 1e-3
+
+
+def test_routing_goes_on_with_its_tokens(moe):
+    """What was recorded of a token stays; prompt and pads are as in a whole rollout."""
+    whole = roll(moe, fakes.prompts(P, N))
+    for rows in partially([moe], budget=5 * P * G):
+        ended = done(rows).repeat(G)
+        np.testing.assert_array_equal(rows.tokens[ended], whole.tokens[ended])
+        np.testing.assert_array_equal(rows.routing[ended], whole.routing[ended])
