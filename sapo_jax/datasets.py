@@ -129,7 +129,8 @@ def prepare_catalogued(
     import importlib
 
     if name not in CATALOGUE:
-        raise ValueError(f"unknown dataset {name!r}; the catalogue has {', '.join(CATALOGUE)}")
+        has = f"the catalogue has {', '.join(CATALOGUE)}{cli.nearest(name, CATALOGUE)}"
+        raise ValueError(f"unknown dataset {name!r}; {has}")
     module, host = CATALOGUE[name]
     importlib.import_module(module)
     import tensorflow_datasets as tfds

@@ -13,7 +13,10 @@ from sapo_jax.training import progress, settings, workdir
 
 FLAGS = cli.Flags("train", __doc__)
 FLAGS.config_file()
-FLAGS.string("reward", "", "my.py:name, a reward function: short for --config.reward.function.")
+FLAGS.string(
+    "reward", "", "my.py:name, a reward function: short for --config.reward.function.",
+    field="reward.function",
+)  # fmt: skip
 FLAGS.string("workdir", None, "Run directory, local or gs://…", required=True)
 FLAGS.string("coordinator", None, "host:port of process 0; by default the environment decides.")
 FLAGS.integer("processes", None, "Number of processes.", 1)
@@ -22,8 +25,6 @@ FLAGS.integer("process", None, "Index of this process.", 0)
 
 def main(given: cli.Flags) -> None:
     """Run the experiment, or go on with it."""
-    if given.reward:
-        given.config.reward.function = given.reward
     timeout = given.config.distributed.timeout
     distributed.start(given.coordinator, given.processes, given.process, timeout=timeout)
     checked = settings.from_config(given.config)

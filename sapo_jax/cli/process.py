@@ -63,7 +63,7 @@ def run(
             if verbose or internal or not foreseen:
                 traceback.print_exc()
             else:
-                print(f"error: {_text(error)}", file=sys.stderr)
+                print(f"error: {given.as_typed(_text(error))}", file=sys.stderr)
             if failed:
                 failed(1)
             sys.exit(1)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from sapo_jax import corrections, learner, model, objectives, sampler, tasks
+from sapo_jax import cli, corrections, learner, model, objectives, sampler, tasks
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
@@ -28,12 +29,22 @@ NO_REFERENCE = "0 without config.init_from, whose policy is the reference"
 
 
 @contextlib.contextmanager
-def of_field(field: str, *, named: bool = False) -> Iterator[None]:
-    """Refusals inside the context name the field; if they do by themselves, only ``config.``."""
+def of_field(field: str, keys: Iterable[str] = (), *, named: bool = False) -> Iterator[None]:
+    """Refusals inside the context name the field; if they do by themselves, only ``config.``.
+
+    One of a key in it, "sapo: tau_neg=-1 must be …", names that: "config.objective.tau_neg=-1 …".
+    """
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"config.{error}" if named else f"config.{field}: {error}") from None
+        text = str(error) if named else f"{field}: {error}"
+        for key in () if named else keys:
+            last = re.escape(key.rpartition(".")[2])
+            if about := re.match(rf"(?:[^:=]*: )?{last}((?:=|: | must be ).*)", str(error)):
+                text = f"{field}.{key}{about[1]}"
+            elif re.match(rf".* (has no|needs the) \w+ \[?'{last}'", str(error)):
+                text = f"{field}.{key}: {error}"
+        raise ValueError(f"config.{text}") from None
 
 
 def entries(c: Any) -> dict[str, Any]:
@@ -66,14 +77,25 @@ def make_tasks(c: Any) -> tuple[dict[str, Task], dict[str, float]]:
 def make_task(
     field: str, entry: Any, wanted: str = "a dictionary of name and, if need be, options"
 ) -> Task:
-    """The task of a dictionary with its name and, if need be, options."""
+    """The task of a dictionary with its name and, if need be, options; or of a name alone."""
+    where, entry = (field, {"name": entry}) if isinstance(entry, str) else (f"{field}.name", entry)
     known = isinstance(entry, dict) and "name" in entry and not set(entry) - {"name", "options"}
     require(known, field, entry, wanted)
     name, options = entry["name"], entry.get("options", {})
-    require(isinstance(name, str), f"{field}.name", name, "text")
+    require(isinstance(name, str), where, name, "text")
     require(isinstance(options, dict), f"{field}.options", options, "a dictionary")
-    with of_field(field):
+    check_name(where, name, tasks.TASKS, "my.py:MyTask")
+    with of_field(field, [f"options.{option}" for option in options]):
         return tasks.make(name, **options)
+
+
+def check_name(field: str, name: str, known: Collection[str], example: str) -> None:
+    """Refuse what is neither among the names known nor code of a file."""
+    if not cli.own.is_reference(name):
+        choice(field, name, known, f", or one of a file, {example}")
+    else:
+        with of_field(field):
+            cli.own.load(name)
 
 
 def make_tokenizer(c: Any, made: Mapping[str, Task]) -> Tokenizer:

@@ -82,8 +82,7 @@ def check_fields(plain: Mapping[str, Any]) -> None:
         key = field.rpartition(".")[2]
         named = OPEN.fullmatch(field) and key.isidentifier() and not keyword.iskeyword(key)
         if not (field in wanted or named or field.startswith(INSIDE)):
-            near = f"the nearest is {nearest(field, wanted)!r}"
-            raise ValueError(f"config.{field}: there is no such field; {near}")
+            raise ValueError(f"config.{field}: there is no such field{nearest(field, wanted)}")
     for field in wanted:
         if field not in given:
             if field == "task.options":
@@ -110,12 +109,16 @@ def require(condition: bool, field: str, value: Any, allowed: str) -> None:
         raise ValueError(f"config.{field}={shown(value)}: must be {allowed}")
 
 
-def choice(field: str, value: str, allowed: Collection[str]) -> None:
+def choice(field: str, value: str, allowed: Collection[str], more: str = "") -> None:
     """Refuse a value that is not among those allowed, and name the nearest.
+
+    Args:
+      field, value: of the config.
+      allowed: the values.
+      more: what is allowed besides, which the caller has ruled out.
 
     Raises:
       ValueError: it is not.
     """
     if value not in allowed:
-        near = f"the nearest is {nearest(value, allowed)!r}"
-        require(False, field, value, f"one of {', '.join(allowed)}; {near}")
+        require(False, field, value, f"one of {', '.join(allowed)}{more}{nearest(value, allowed)}")

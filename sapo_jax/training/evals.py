@@ -97,8 +97,7 @@ def make(c: Any, made: Mapping[str, Task], shares: Mapping[str, float]) -> dict[
         if isinstance(task, str) and task in made:
             own = {"tasks": {task: made[task]}, "offset": list(made).index(task)}
         elif task is not None:
-            entry = {"name": task} if isinstance(task, str) else task
-            own = {"tasks": {name: build.make_task(f"{field}.task", entry)}, "offset": offset}
+            own = {"tasks": {name: build.make_task(f"{field}.task", task)}, "offset": offset}
             offset += 1
         own.setdefault("shares", dict.fromkeys(own["tasks"], 1.0))
         found[name] = Evaluation(field=field, **own, **numbers)
@@ -112,7 +111,7 @@ def _check_entry(name: str, entry: Any) -> None:
     require(bool(named), f"evals.{name}", entry, letters)
     require(isinstance(entry, dict), f"evals.{name}", entry, f"a dictionary of {', '.join(FIELDS)}")
     for key, value in entry.items():
-        only = f"one of {', '.join(FIELDS)}; the nearest is {nearest(key, FIELDS)!r}"
+        only = f"one of {', '.join(FIELDS)}{nearest(key, FIELDS)}"
         where = f"evals.{name}.{key}={shown(value)}: there is no such field: must be {only}"
         if key not in FIELDS:
             raise ValueError(f"config.{where}")

@@ -102,9 +102,11 @@ FILES = {
 }
 WRONG = [  # command line, and what the one line says
     ("trai", "unknown command 'trai'; the nearest is 'train'"),
+    ("gradlab", "unknown command 'gradlab'; must be one of train, sweep, evaluate, export"),
     ("train", "--config is missing: The experiment"),
     (f"train {TINY}", "--workdir is missing: Run directory"),
     ("train --config=quickstrt", "no such file", "the nearest is quickstart", "list configs"),
+    ("train --config=missing.py", "there is no such file (see sapo-jax list configs)"),
     ("train --config=RUN/syntax.py", "syntax.py, line 1: invalid syntax"),
     ("train --config=RUN/field.py", 'field.py, line 6: AttributeError: \'Key "lerner"', "learner"),
     ("train --config=RUN/zero.py", "zero.py, line 6: ZeroDivisionError"),
@@ -128,7 +130,7 @@ WRONG = [  # command line, and what the one line says
     ),
     (
         f"train {TINY} --workdir=RUN/x --reward=my.py:x",
-        "config.reward.function: my.py:x: there is no",
+        "error: --reward: my.py:x: there is no",
     ),
     (f"train {TINY} --config.objective.a-b=3", "--config.objective.a-b: there is no such field"),
     (f"train {TINY} --config.task.options.slip=true", "slip=true", "True, False, None"),
@@ -140,12 +142,15 @@ WRONG = [  # command line, and what the one line says
     ("train --config.seed=3", "--config.seed: of which config?"),
     (f"train {TINY} --workdir=RUN/x --config.objective.tau_neg=-1", "tau_neg=-1.0", "> 0"),
     (f"train {TINY} --workdir=RUN/x --process=1", "--coordinator, --processes missing"),
-    (f"sweep {TINY} --workdir=RUN/x", "tiny_config.py: must have a function get_sweep()"),
+    (f"sweep {TINY} --workdir=RUN/x", "tiny_config.py: must have a function get_sweep(): it returns"),
+    (f"sweep {TINY} --workdir=RUN/x --axis=seed=0,1", "--axis=seed=0,1 only chooses among these"),
     ("sweep --config=sweeps/temperature --workdir=RUN/x --job_index=1", "below --job_count=1"),
     ("report", "PATH is missing: Directory of a run or a sweep"),
     ("report RUN/nothing", "RUN/nothing does not exist"),
     ("report RUN", "nothing to show in RUN"),
     ("report RUN more", "unknown argument 'more'"),
+    ("evaluate --config.tokenizer.chat=False", "--config.tokenizer.chat; the flag is --chat"),
+    ("evaluate --zzz=3", "unknown flag --zzz (see --help)"),
     ("evaluate --task=chain_sum", "--hf is missing, or --workdir of a run"),
     ("evaluate --hf=RUN", "--task is missing: NAME,option=value"),
     ("evaluate --hf=RUN --task=chain_sum", "RUN/config.json: no such file"),
@@ -153,7 +158,7 @@ WRONG = [  # command line, and what the one line says
     ("evaluate --hf=RUN --task=chain_sum,tems=3", "--task=chain_sum,tems=3: ", "is 'terms'"),
     ("evaluate --hf=RUN --task=chain_sum,terms=null", "terms=null: must be written as in Python"),
     ("export --workdir=RUN --out=RUN/x", "RUN has no config.json: name the --workdir"),
-    ("export --workdir=RUN --out=RUN/x --which=bst", "--which=bst", "latest|best"),
+    ("export --workdir=RUN --out=RUN/x --which=bst", "--which=bst: must be one of latest, best; the nearest"),
     ("datasets --out=RUN/x", "--jsonl=SPLIT=FILE, once or more, or --catalogue=NAME is missing"),
     ("datasets --out=RUN/x --catalogue=gsm9k", "unknown dataset 'gsm9k'", "gsm8k"),
     ("preflight --config=quickstart", "--topology is missing: Such as v5e:4x4"),
@@ -189,7 +194,8 @@ WRONG = [  # command line, and what the one line says
     ),
     (f"train {TINY} --workdir=RUN/x --config.task.options.slip=x", "slip='x': must be a number"),
     ("list", "WHAT is missing", "presets|tasks"),
-    ("list taskz", "--what=taskz", "presets|tasks"),
+    ("list taskz", "WHAT=taskz: must be one of presets, tasks", "the nearest is 'tasks'"),
+    ("list objective", "WHAT=objective: must be", "the nearest is 'objectives'"),
 ]
 
 
