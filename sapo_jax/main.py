@@ -33,10 +33,7 @@ def main(given: cli.Flags) -> None:
     if jax.process_index() > 0:
         return
     print(progress.reached(workdir.read_metrics(given.workdir)))
-    if path.exists():
-        print(f"report: {path}")
-    else:
-        print(f"no report yet: python -m sapo_jax.report {given.workdir}")
+    print(f"report: {path}" if path.exists() else train.no_report(given.workdir))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from etils import epath
 
 from sapo_jax import cli, rewards
 from sapo_jax.parallel import distributed
-from sapo_jax.training import evaluation, provenance, queue, startup
+from sapo_jax.training import evaluation, parameters, provenance, queue, startup
 from sapo_jax.training.checkpoint import Checkpoints
 from sapo_jax.training.collapse import Collapse
 from sapo_jax.training.engine import Bundle, Streamed
@@ -122,6 +122,9 @@ def run_all(
     alone, minutes = places == [workdir], first.config.checkpoint.minutes
     for place in places:  # before the lease makes files there
         check_workdir(place)
+    if Checkpoints(workdir / "checkpoints").latest() is None:
+        for name in {run.config.init_from for run in runs}:
+            parameters.find_start(name)
     with distributed.only_first(lease):
         for one, place in zip(runs, places, strict=True):
             check_config(place, one.plain, may_differ=one.may_differ)
@@ -153,17 +156,32 @@ def report(workdir: epath.Path) -> None:
     """Write the report, where this machine can draw; the run is complete without it."""
     try:
         from sapo_jax.report.run import write
-
+    except ImportError:
+        return  # see `no_report`
+    try:
         write(workdir)
-    except ImportError as error:
-        logging.warning("No report: %s", cli.missing(error))
     except Exception as error:
         logging.warning("No report of %s: %s: %s", workdir, type(error).__name__, error)
+
+
+def no_report(workdir: epath.PathLike) -> str:
+    """What a command says at its end where there is no page: how to get it."""
+    first = ""
+    try:
+        from sapo_jax.report import page  # noqa: F401
+    except ImportError as error:
+        first = f"{cli.missing(error)}, then "
+    return f"no report yet: {first}python -m sapo_jax.report {workdir}"
 
 
 def _begin(edge: Edge, run: Settings, place: epath.Path, done: int) -> tuple[Skips, Collapse]:
     """Make the files of a run those of its first iterations; says which records are missing."""
     records = [r for r in read_metrics(place) if r["iteration"] <= done] if done else []
+    if done > (wanted := run.config.iterations) and place == edge.places[0]:
+        text = "%s has done %d iterations already, more than config.iterations=%d: nothing is left"
+        logging.warning(
+            f"{text} to do; with a larger number it goes on", edge.workdir, done, wanted
+        )
     skips = Skips(run.config.learner.max_skipped, records)
     last = records[-1]["iteration"] if skips.why else done
     if done and (lost := gaps(records, 0 if run.config.eval.every else 1, last)):

@@ -302,8 +302,18 @@ def test_a_directory_of_another_config_is_refused(whole, fields, message):
 
 
 def test_starting_from_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="nothing to restore"):
-        run(tmp_path / "run", init_from=str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"init_from='.*empty': nothing to restore: .*a run's, or"):
+        run(tmp_path / "run", init_from=str(tmp_path / "empty"))
+
+
+def test_a_cold_start_that_was_forgotten_is_named(tmp_path, monkeypatch):
+    """The quickstart's, for whoever starts with its second command; nothing is made."""
+    monkeypatch.chdir(tmp_path)
+    command = "run this first: python -m sapo_jax.main --config=quickstart_sft --workdir=runs/quick"
+    with pytest.raises(ValueError, match=f"no such directory .seen from {tmp_path}.; {command}"):
+        run(tmp_path / "run", init_from="runs/quickstart_sft")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_starting_from_another_shape_is_refused(whole, tmp_path):

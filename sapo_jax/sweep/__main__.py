@@ -6,9 +6,7 @@ changes (see sapo_jax.axes).
 
 from __future__ import annotations
 
-from absl import logging
-
-from sapo_jax import cli
+from sapo_jax import cli, train
 from sapo_jax.sweep import cohorts, schedule
 
 FLAGS = cli.Flags("sweep", __doc__)
@@ -59,9 +57,8 @@ def _report(workdir: str) -> str:
         from sapo_jax.report import sweep
 
         return f"report: {sweep.write(workdir)}"
-    except ImportError as error:
-        logging.warning("No report: %s", cli.missing(error))
-        return f"no report yet: python -m sapo_jax.report {workdir}"
+    except ImportError:
+        return train.no_report(workdir)
 
 
 if __name__ == "__main__":

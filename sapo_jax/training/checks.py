@@ -88,15 +88,27 @@ def check_fields(plain: Mapping[str, Any]) -> None:
             if field == "task.options":
                 continue
             raise ValueError(f"config.{field} is missing: a config starts from configs/base.py")
-        section, _, key = field.rpartition(".")
-        kind = operator.attrgetter(section)(base).get_type(key) if section else base.get_type(key)
-        value = given[field]
-        if value is None and wanted[field] is None:
-            continue
-        kinds, text = TYPES[kind]
-        proper = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
-        proper = proper and (kind is not tuple or all(isinstance(x, str) for x in value))
-        require(proper, field, value, text)
+        check_type(base, field, given[field])
+
+
+def check_type(base: ConfigDict, field: str, value: Any) -> None:
+    """Refuse a value of another type than the field has in a config; nothing of unknown fields.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    section, _, key = field.rpartition(".")
+    try:
+        held = operator.attrgetter(section)(base) if section else base
+        kind = held.get_type(key)
+    except (AttributeError, KeyError):
+        return
+    if (value is None and held[key] is None) or kind not in TYPES:
+        return
+    kinds, text = TYPES[kind]
+    proper = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+    proper = proper and (kind is not tuple or all(isinstance(x, str) for x in value))
+    require(proper, field, value, text)
 
 
 def require(condition: bool, field: str, value: Any, allowed: str) -> None:

@@ -142,7 +142,10 @@ WRONG = [  # command line, and what the one line says
     ("train --config.seed=3", "--config.seed: of which config?"),
     (f"train {TINY} --workdir=RUN/x --config.objective.tau_neg=-1", "tau_neg=-1.0", "> 0"),
     (f"train {TINY} --workdir=RUN/x --process=1", "--coordinator, --processes missing"),
-    (f"sweep {TINY} --workdir=RUN/x", "tiny_config.py: must have a function get_sweep(): it returns"),
+    (
+        f"sweep {TINY} --workdir=RUN/x",
+        "tiny_config.py: must have a function get_sweep(): it returns",
+    ),
     (f"sweep {TINY} --workdir=RUN/x --axis=seed=0,1", "--axis=seed=0,1 only chooses among these"),
     ("sweep --config=sweeps/temperature --workdir=RUN/x --job_index=1", "below --job_count=1"),
     ("report", "PATH is missing: Directory of a run or a sweep"),
@@ -158,7 +161,10 @@ WRONG = [  # command line, and what the one line says
     ("evaluate --hf=RUN --task=chain_sum,tems=3", "--task=chain_sum,tems=3: ", "is 'terms'"),
     ("evaluate --hf=RUN --task=chain_sum,terms=null", "terms=null: must be written as in Python"),
     ("export --workdir=RUN --out=RUN/x", "RUN has no config.json: name the --workdir"),
-    ("export --workdir=RUN --out=RUN/x --which=bst", "--which=bst: must be one of latest, best; the nearest"),
+    (
+        "export --workdir=RUN --out=RUN/x --which=bst",
+        "--which=bst: must be one of latest, best; the nearest",
+    ),
     ("datasets --out=RUN/x", "--jsonl=SPLIT=FILE, once or more, or --catalogue=NAME is missing"),
     ("datasets --out=RUN/x --catalogue=gsm9k", "unknown dataset 'gsm9k'", "gsm8k"),
     ("preflight --config=quickstart", "--topology is missing: Such as v5e:4x4"),

@@ -94,7 +94,7 @@ def test_a_template_cannot_read_the_clock_or_the_machine():
         hf_tokenizer.render("{{ messages.__class__.__mro__ }}{{ ''.__class__.mro() }}", [])
 
 
-@pytest.mark.parametrize("name", ["template", "self", "tools", "plain"])
+@pytest.mark.parametrize("name", ["template", "tools", "plain"])
 def test_options_of_a_template_may_have_any_name(name):
     """Each is a variable of the template's, also where a function of ours has that parameter."""
     template = f"{{{{ messages[0].content }}}} {{{{ {name} }}}} {{{{ add_generation_prompt }}}}"

@@ -27,7 +27,11 @@ LINEAR = {"objective.schedule": "linear"}
 ROUNDED = {"reward.kl_coef": 0.1, "init_from": "somewhere"}
 WRONG = [
     ({"objective.name": "sap"}, "'sap'", "nearest is 'sapo'"),
-    ({"objective.name": "gpro"}, "config.objective.name='gpro'", "my.py:name; the nearest is 'grpo'"),
+    (
+        {"objective.name": "gpro"},
+        "config.objective.name='gpro'",
+        "my.py:name; the nearest is 'grpo'",
+    ),
     ({"task.name": "chain_smu"}, "config.task.name='chain_smu'", "the nearest is 'chain_sum'"),
     ({"objective.k_pos": 3.0}, "'k_pos'", "sapo has no .*nearest is 'tau_pos'"),
     ({"objective.au_pos": None}, "'au_pos'", "nearest is 'tau_pos'"),
@@ -46,7 +50,11 @@ WRONG = [
     ),
     ({"model.attention": "cudnn", "dtype.compute": "bfloat16"}, "='cudnn'", "on cpu, .* of gpu"),
     ({"mesh.tensor": 3}, "config.mesh: data=1", "the number of devices"),
-    ({"mesh.data": -1, "mesh.fsdp": -1}, "config.mesh.data=-1: ", "only one axis can take the rest"),
+    (
+        {"mesh.data": -1, "mesh.fsdp": -1},
+        "config.mesh.data=-1: ",
+        "only one axis can take the rest",
+    ),
     ({"mesh.expert": -1, "mesh.tensor": 3}, "config.mesh.expert=-1: ", "the number of devices"),
     ({"model.head_dim": 3}, "model.head_dim=3", "even"),
     ({"task.options.digits": "2"}, "digits", "'2'"),
@@ -64,8 +72,16 @@ WRONG = [
     ({"objective.schedule": "linear"}, "schedule='linear'", "'constant' without .*objective.end"),
     ({"objective.schedule": "step"}, "'step'", "constant, linear, cosine"),
     ({"objective.end.tau_neg": 2.0}, "end={'tau_neg': 2.0}", "empty with .*'constant'"),
-    (LINEAR | {"objective.end.tau_nge": 2.0}, "'tau_nge'", "objective.end.tau_nge: .*nearest is 'tau_neg'"),
-    (LINEAR | {"objective.end.eps_low": 0.1}, "'eps_low'", "objective.end.eps_low: .*tau_pos, tau_neg"),
+    (
+        LINEAR | {"objective.end.tau_nge": 2.0},
+        "'tau_nge'",
+        "objective.end.tau_nge: .*nearest is 'tau_neg'",
+    ),
+    (
+        LINEAR | {"objective.end.eps_low": 0.1},
+        "'eps_low'",
+        "objective.end.eps_low: .*tau_pos, tau_neg",
+    ),
     (LINEAR | {"objective.end.tau_neg": -2.0}, "tau_neg=-2.0", "objective.end.tau_neg=.*> 0"),
     (LINEAR | {"objective.end.tau_neg": None}, "end.tau_neg=None", "a number"),
     (LINEAR | {"objective.end.tau_neg": True}, "end.tau_neg=True", "a number"),
@@ -134,7 +150,11 @@ WRONG = [
     ({"tasks": {"a": HALF, "b": HALF}, "eval.prompts": 1}, "prompts=1", "at least 2"),
     ({"eval.prompts": 5000}, "eval.prompts=5000", "at most 4096, for the test split of chain_sum"),
     ({"tasks": {"a": HALF, "b": HALF}, "eval.prompts": 8194}, "=8194", "at most 8192"),
-    ({"tasks": {"a": HALF | {"name": "cuntdown"}}}, "tasks.a.name='cuntdown'", "nearest is 'countdown'"),
+    (
+        {"tasks": {"a": HALF | {"name": "cuntdown"}}},
+        "tasks.a.name='cuntdown'",
+        "nearest is 'countdown'",
+    ),
     ({"data.max_prompt_tokens": -1}, "max_prompt_tokens=-1", "at least 0"),
     ({"data.workers": -1}, "workers=-1", "at least 0"),
     ({"tokenizer.system": "Think."}, "system='Think.'", "empty without config.tokenizer.dir"),
@@ -265,7 +285,7 @@ def test_a_policy_larger_than_the_machine_is_refused():
 
 def test_a_missing_start_is_refused_before_any_compile(tmp_path):
     run = settings.from_config(changed({"init_from": str(tmp_path / "nowhere")}))
-    missing = pytest.raises(ValueError, match=r"config.init_from='.*nowhere': nothing to restore")
+    missing = pytest.raises(ValueError, match=r"config.init_from='.*nowhere': there is no such")
     with fakes.Compilations() as compilations, missing:
         train.run(run, tmp_path / "run")
     assert compilations.count == 0
