@@ -6,6 +6,7 @@ tokenizer and numbers of its own: with --workdir the defaults marked * are the r
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -74,11 +75,13 @@ def task_text(name: str, options: Mapping[str, Any]) -> str:
     Raises:
       ValueError: there is no such text.
     """
-    pairs = []
-    for option, value in options.items():
-        plain = isinstance(value, str) and value and cli.literal(value) == value
-        pairs.append(f"{option}={value if plain else repr(value)}")
-    text = ",".join([name, *pairs])
+
+    def said(value):
+        with contextlib.suppress(ValueError):
+            return value if isinstance(value, str) and cli.literal(value) == value else repr(value)
+        return repr(value)  # 'true', say
+
+    text = ",".join([name, *(f"{option}={said(value)}" for option, value in options.items())])
     if parse_task(text) != (name, dict(options)):
         raise ValueError(f"--task cannot say the options {options}")
     return text

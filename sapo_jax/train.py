@@ -16,6 +16,7 @@ from sapo_jax import cli, rewards
 from sapo_jax.parallel import distributed
 from sapo_jax.training import evaluation, parameters, provenance, queue, startup
 from sapo_jax.training.checkpoint import Checkpoints
+from sapo_jax.training.checks import require
 from sapo_jax.training.collapse import Collapse
 from sapo_jax.training.engine import Bundle, Streamed
 from sapo_jax.training.experience import SOURCES
@@ -122,12 +123,16 @@ def run_all(
     alone, minutes = places == [workdir], first.config.checkpoint.minutes
     for place in places:  # before the lease makes files there
         check_workdir(place)
-    if Checkpoints(workdir / "checkpoints").latest() is None:
-        for name in {run.config.init_from for run in runs}:
-            parameters.find_start(name)
+    done = Checkpoints(workdir / "checkpoints").latest() or 0
+    for name in () if done else {run.config.init_from for run in runs}:
+        parameters.find_start(name)
     with distributed.only_first(lease):
         for one, place in zip(runs, places, strict=True):
             check_config(place, one.plain, may_differ=one.may_differ)
+        least = (
+            f"at least {done}: {workdir} has done these already; with a larger number it goes on"
+        )
+        require(first.config.iterations >= done, "iterations", first.config.iterations, least)
         with (
             Checkpoints(workdir / "checkpoints") as checkpoints,
             (stop := Stop(checkpoints, lease, minutes, alone=alone)).signals(),
@@ -177,11 +182,6 @@ def no_report(workdir: epath.PathLike) -> str:
 def _begin(edge: Edge, run: Settings, place: epath.Path, done: int) -> tuple[Skips, Collapse]:
     """Make the files of a run those of its first iterations; says which records are missing."""
     records = [r for r in read_metrics(place) if r["iteration"] <= done] if done else []
-    if done > (wanted := run.config.iterations) and place == edge.places[0]:
-        text = "%s has done %d iterations already, more than config.iterations=%d: nothing is left"
-        logging.warning(
-            f"{text} to do; with a larger number it goes on", edge.workdir, done, wanted
-        )
     skips = Skips(run.config.learner.max_skipped, records)
     last = records[-1]["iteration"] if skips.why else done
     if done and (lost := gaps(records, 0 if run.config.eval.every else 1, last)):

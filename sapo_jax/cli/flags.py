@@ -133,7 +133,9 @@ class Flags(flags.FlagValues):
         ]
         module = COMMANDS.get(self.command, (self.command,))[0]
         starts = [f"sapo-jax {self.command}"] * (self.command in COMMANDS) + [f"python -m {module}"]
-        calls = [f"    {a} {b} [flags]" for a in starts for b in self.usage or [" ".join(needed)]]
+        free = " [flags]" * (set(self.own) > {"help", *self.required})
+        free += " [--config.<field>=…]" * ("config" in self)
+        calls = [f"    {a} {b}{free}" for a in starts for b in self.usage or [" ".join(needed)]]
         rows = []
         for flag in map(self.__getitem__, self.own):
             default = "" if flag.default in (None, "", []) else f"={flag.default}"

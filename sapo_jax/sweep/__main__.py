@@ -16,7 +16,7 @@ FLAGS.string(
     field="reward.function",
 )  # fmt: skip
 FLAGS.string("workdir", None, "Directory of the sweep, local or gs://…", required=True)
-FLAGS.strings("axis", [], "FIELD=VALUE,…: of the config's sweep, only the runs with one of these.")
+FLAGS.strings("axis", [], "FIELD=VALUE,…: of the config's sweep only such runs; once or more.")
 FLAGS.integer("most", 0, "Runs that train together, at most; 0: all that can.", 0)
 FLAGS.integer("job_index", 0, "Which part of the sweep this process runs.", 0)
 FLAGS.integer("job_count", 1, "Number of processes that share the sweep.", 1)

@@ -6,7 +6,7 @@ import sys
 import pytest
 from absl import flags
 
-from sapo_jax import cli, model, tasks
+from sapo_jax import cli, model, tasks, train
 from sapo_jax.cli import __main__ as console
 from sapo_jax.objectives import OBJECTIVES
 from sapo_jax.training.metrics import METRICS
@@ -48,6 +48,18 @@ FLAGS = {
     "datasets": "jsonl catalogue out prompt answer demonstration",
     "list": "",
 }
+
+
+def test_help_is_in_whole_sentences(sapo):
+    """Nothing that absl adds; calls that work; and which defaults are not those of a run."""
+    _, out, _ = sapo("evaluate", "--help")
+    assert "repeat this option" not in out
+    assert "sapo-jax evaluate --workdir=… [flags]\n" in out
+    assert "sapo-jax evaluate --hf=… --task=… [flags]\n" in out
+    assert re.search(r"--samples=16 +\* Completions per prompt", out)
+    assert "with --workdir the defaults marked * are the run's" in out
+    _, out, _ = sapo("train", "--help")
+    assert "sapo-jax train --config=… --workdir=… [flags] [--config.<field>=…]\n" in out
 
 
 @pytest.mark.parametrize("command", FLAGS)
@@ -278,6 +290,40 @@ def test_what_is_not_installed_names_its_extra(sapo, tmp_path, monkeypatch):
     status, _, err = sapo("train", TINY, f"--workdir={tmp_path / 'run'}", *arguments)
     assert status == 1
     assert 'pip install "sapo_jax[tasks]"' in err
+
+
+@pytest.mark.parametrize("module", ["jinja2", "matplotlib.axes"])
+def test_what_a_page_lacks_is_one_message(module, monkeypatch):
+    """Whatever is looked for first, and at the end of training as in `report`."""
+    for name in ("jinja2", "matplotlib", "sapo_jax.report.page"):
+        monkeypatch.setitem(sys.modules, name, None)
+    brings = 'not installed: jinja2, matplotlib; pip install "sapo_jax[plots]" brings them'
+    assert cli.missing(ModuleNotFoundError("No module", name=module)) == brings
+    monkeypatch.delitem(sys.modules, "sapo_jax.report.page")
+    monkeypatch.delattr("sapo_jax.report.page", raising=False)
+    again = "then python -m sapo_jax.report runs/a"
+    assert train.no_report("runs/a") == f"no report yet: {brings}, {again}"
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "found"),
+    [
+        ("sap", ["sapo", "grpo"], "; the nearest is 'sapo'"),
+        ("gpro", ["sapo", "grpo"], "; the nearest is 'grpo'"),
+        ("missing", ["smollm2_sums", "base"], ""),
+        ("objective.zzz", ["objective.tau", "objective.name"], ""),
+        ("temperatures", ["quickstart", "sweeps/temperature"], "; the nearest is 'sweeps/temper"),
+        (
+            "learner.temperature",
+            ["sampler.temperature", "learner.b1"],
+            "; the nearest is 'sampler.",
+        ),
+        ("x", [], ""),
+    ],
+)
+def test_only_names_that_are_near_are_named(name, names, found):
+    assert cli.nearest(name, names).startswith(found)
+    assert bool(found) == bool(cli.nearest(name, names))
 
 
 def test_lists(sapo):
