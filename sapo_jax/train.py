@@ -13,9 +13,10 @@ from absl import logging
 from etils import epath
 
 from sapo_jax import cli, rewards
-from sapo_jax.parallel import distributed
+from sapo_jax.parallel import distributed, sharding
 from sapo_jax.training import evaluation, provenance, startup
 from sapo_jax.training.checkpoint import Checkpoints
+from sapo_jax.training.checks import require
 from sapo_jax.training.collapse import Collapse
 from sapo_jax.training.engine import Bundle, Streamed
 from sapo_jax.training.experience import SOURCES
@@ -93,6 +94,8 @@ def run(settings: Settings, workdir: epath.PathLike) -> epath.Path | None:
       NotFiniteError: see `progress.Skips`.
       cli.Stopped: a signal asked to stop, and the run was saved.
     """
+    count = sharding.runs(settings.mesh)
+    require(count == 1, "mesh.run", count, "1 for a run by itself; several are of a sweep")
     with Progress(settings.config.iterations, settings.config.name) as bar:
         run_all([Streamed(settings)], workdir, [workdir], bar)
     return epath.Path(workdir) / "report.html" if jax.process_index() == 0 else None

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from sapo_jax.axes import Overrides
 from sapo_jax.cli import flat, literal, make_room, nearest
+from sapo_jax.parallel import sharding
 from sapo_jax.sweep.population import choose
 from sapo_jax.training import settings
 from sapo_jax.training.checks import require
@@ -110,12 +111,13 @@ def settings_of(base: ConfigDict, override: Mapping[str, Any]) -> Settings:
 
 
 def _check(run: Settings) -> None:
-    slots = run.config.sampler.slots
-    all_at_once = "0 in a sweep, whose runs sample all prompts at once"
-    require(slots == 0, "sampler.slots", slots, all_at_once)
-    for axis, size in run.config.mesh.items():
-        alone = "1 in a sweep, whose runs have one device each (population.method='devices')"
-        require(size == 1, f"mesh.{axis}", size, alone)
+    slots, method = run.config.sampler.slots, run.config.population.method
+    if run.mesh is None:
+        all_at_once = "0 in a sweep without a config.mesh: its runs sample all prompts at once"
+        require(slots == 0, "sampler.slots", slots, all_at_once)
+    else:
+        only = "'auto' with a config.mesh, whose axis `run` says how many runs are computed at once"
+        require(method == "auto", "population.method", method, only)
 
 
 def _is_traced(field: str) -> bool:
@@ -132,7 +134,8 @@ def static(run: Settings) -> str:
 
 def _cohort(listed: Sequence[tuple[str, Mapping[str, Any], Settings]]) -> Cohort:
     names, overrides, runs = zip(*listed, strict=True)
-    return Cohort(names, overrides, runs, choose(runs[0].config.population.method, len(runs)))
+    has_mesh, method = runs[0].mesh is not None, runs[0].config.population.method
+    return Cohort(names, overrides, runs, "mesh" if has_mesh else choose(method, len(runs)))
 
 
 def make(base: ConfigDict, sweep: Overrides, *, most: int = 0) -> list[Cohort]:
@@ -141,7 +144,8 @@ def make(base: ConfigDict, sweep: Overrides, *, most: int = 0) -> list[Cohort]:
     Args:
       base: the config that the runs change.
       sweep: what each run changes, see `axes`.
-      most: runs of a cohort; larger ones are cut into parts of almost one size. 0: no limit.
+      most: runs of a cohort; larger ones are cut into parts of almost one size. 0: no limit, but
+        that of a mesh, which has places for so many.
 
     Raises:
       ValueError: a run is refused, two runs are the same, or there is none.
@@ -161,7 +165,10 @@ def make(base: ConfigDict, sweep: Overrides, *, most: int = 0) -> list[Cohort]:
         groups.setdefault(static(run), []).append((name, override, run))
     cohorts = []
     for members in groups.values():
-        parts = math.ceil(len(members) / most) if most else 1
+        mesh = members[0][2].mesh
+        places = sharding.runs(mesh) if mesh else most
+        largest = min(most or places, places)
+        parts = math.ceil(len(members) / largest) if largest else 1
         bounds = [len(members) * i // parts for i in range(parts + 1)]
         cohorts += [_cohort(members[a:b]) for a, b in itertools.pairwise(bounds)]
     return cohorts

@@ -13,6 +13,7 @@ from etils import epath
 from sapo_jax import train
 from sapo_jax.parallel import sharding
 from sapo_jax.sweep.cohorts import Cohort
+from sapo_jax.sweep.mesh import MeshPopulation
 from sapo_jax.sweep.population import Population
 from sapo_jax.training.engine import Streamed
 from sapo_jax.training.files import check_directory, read_json, write_json
@@ -96,10 +97,23 @@ def _repeat(run: Settings, place: epath.Path, bar: Progress) -> None:
     """Train a run again, alone, whose directory was deleted."""
     if (place / "checkpoints" / str(run.config.iterations)).exists():
         (place / "checkpoints").rmtree()  # it would end at once, without what was lost
-    train.run_all([Streamed(run)], place, [place], bar)
+    _alone(run, place, bar)
+
+
+def _alone(run: Settings, place: epath.Path, bar: Progress) -> None:
+    """Train a run by itself; on a mesh of several places it is the only one there."""
+    if sharding.runs(run.mesh) == 1:
+        train.run_all([Streamed(run)], place, [place], bar)
+        return
+    again = place.with_name(f"{place.name}-again")  # the checkpoints on the way are of all places
+    train.run_all([MeshPopulation([run])], again, [place], bar)
+    if jax.process_index() == 0:
+        again.rmtree()
 
 
 def _how(part: Cohort) -> str:
+    if part.method == "mesh":
+        return f"mesh ({sharding.describe(part.lead.mesh.shape)})"
     if part.method != "devices":
         return part.method
     used, all_of_them = sharding.run_mesh(len(part.runs)).size, jax.local_device_count()
@@ -112,8 +126,13 @@ def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> None:
     These hold what a run alone leaves, its last checkpoint included: any of them can be evaluated,
     exported, or be what another run starts from. See `train.run_all`.
     """
+    if cohort.method == "mesh" and sharding.runs(cohort.lead.mesh) == 1:
+        (place,) = (workdir / name for name in cohort.names)
+        return train.run_all([Streamed(cohort.lead)], place, [place], bar)
     if cohort.method == "map":
         engines = [Streamed(run) for run in cohort.runs]
+    elif cohort.method == "mesh":
+        engines = [MeshPopulation(cohort.runs)]
     else:
         engines = [Population(cohort.runs, cohort.method)]
     train.run_all(engines, workdir, [workdir / name for name in cohort.names], bar)

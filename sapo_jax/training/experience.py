@@ -19,7 +19,6 @@ import numpy as np
 from sapo_jax import advantages, learner, rewards, sampler
 from sapo_jax.data import encode
 from sapo_jax.data.stream import Stream
-from sapo_jax.parallel import sharding
 from sapo_jax.tasks.base import Example
 from sapo_jax.training.engine import Bundle, Ends
 from sapo_jax.training.progress import Clock
@@ -203,7 +202,7 @@ def from_rollout(
         rollout, ends = engine.rollout(weights, prompts, groups, **controls)
     with clock("logp"):  # needs no rewards: the device works while rows are judged
         lengths = list(map(_lengths, engine.runs, queries, ends))
-        batch = sharding.place(engine.call(batch_of, rollout), engine.runs[0].mesh)
+        batch = engine.rows(engine.call(batch_of, rollout))
         scored = _scored(bundle, batch, lengths)
     return partial(_judged, bundle, queries, scored, ends, lengths, moved, iteration, clock)
 
@@ -283,7 +282,7 @@ def from_demonstrations(
             batches.append(batch)
             tokens_B = (batch.segments > 0).sum(-1)
             lengths.append((tokens_B - batch.mask.sum(-1), batch.mask.sum(-1)))
-        batch = sharding.place(engine.join(batches), first.mesh)
+        batch = engine.rows(engine.join(batches))
         parts = first.config.batch.minibatches
         minibatches = engine.call(learner.split_rows, batch, parts=parts, mesh=first.mesh)
         minibatches = _packed(engine, minibatches, _layouts(engine, lengths, parts))

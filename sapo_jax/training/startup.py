@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -148,15 +148,18 @@ def _restore(
     if alone:
         state, meta = checkpoints.restore(iteration, wanted, finite=True)
         return [engines[0].place([state])], [meta]
-    count, where = sum(len(engine.runs) for engine in engines), engines[0].where
-    wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=where), wanted
-    )
-    state, meta = checkpoints.restore(iteration, wanted, finite=True)
-    state = jax.device_get(state)
-    each = (pick(state, r) for r in range(count))
-    states = [engine.place([next(each) for _ in engine.runs]) for engine in engines]
-    return states, [{key[:-1]: of_runs[r] for key, of_runs in meta.items()} for r in range(count)]
+    if isinstance(engines[0], Streamed):  # R engines
+        wanted = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((len(engines), *x.shape), x.dtype), wanted
+        )
+        state, meta = checkpoints.restore(iteration, wanted, finite=True)
+        state = jax.device_get(state)
+        states = [engine.place([pick(state, r)]) for r, engine in enumerate(engines)]
+    else:
+        state, meta = checkpoints.restore(iteration, engines[0].abstract(wanted), finite=True)
+        states = [state]
+    runs = range(sum(len(engine.runs) for engine in engines))
+    return states, [{key[:-1]: of_runs[r] for key, of_runs in meta.items()} for r in runs]
 
 
 def save(
@@ -180,7 +183,7 @@ def save(
         checkpoints.save(iteration, bundles[0].state, metas[0], score=score, finite=True)
         return
     meta = {f"{key}s": [meta[key] for meta in metas] for key in metas[0]}
-    checkpoints.save(iteration, stack(each_state(bundles)), meta, finite=True)
+    checkpoints.save(iteration, _together(bundles), meta, finite=True)
 
 
 def _metas(bundles: Sequence[Bundle], positions: Sequence[dict]) -> list[dict]:
@@ -190,9 +193,17 @@ def _metas(bundles: Sequence[Bundle], positions: Sequence[dict]) -> list[dict]:
     return [{"position": at} | ({"reference": origin} if origin else {}) for at, origin in each]
 
 
-def each_state(bundles: Sequence[Bundle]) -> list[TrainState]:
-    """The state of each run, on the host."""
-    return [state for b in bundles for state in b.engine.to_host(b.state)]
+def each_state(bundles: Sequence[Bundle]) -> Iterator[TrainState]:
+    """The state of each run of a cohort, as one alone has it, one by one."""
+    return (state for b in bundles for state in b.engine.each(b.state))
+
+
+def _together(bundles: Sequence[Bundle]) -> TrainState:
+    """The states of a cohort as they are saved, with a leading axis."""
+    if isinstance(bundles[0].engine, Streamed):
+        return stack(each_state(bundles))
+    (bundle,) = bundles
+    return bundle.state
 
 
 def keep_last(bundles: Sequence[Bundle], places: Sequence[epath.Path | None]) -> None:
@@ -206,7 +217,7 @@ def keep_last(bundles: Sequence[Bundle], places: Sequence[epath.Path | None]) ->
             continue
         with Checkpoints(place / "checkpoints") as own:
             iteration = int(state.iteration)
-            if own.latest() != iteration:
+            if distributed.broadcast_from_first(own.latest()) != iteration:
                 (*_, last) = read_metrics(place) or [{}]  # none where the directory was deleted
                 own.save(iteration, state, meta, score=last.get("eval/pass_at_1"), finite=True)
 
@@ -254,6 +265,5 @@ def warm_up(
         if config.eval.every:
             evaluation.held_out(bundle, scorer, say)
     if not alone:
-        states = each_state(bundles)
-        digests(stack(states))
-        digests(states[0])
+        digests(_together(bundles))
+        digests(next(each_state(bundles)))
