@@ -141,6 +141,11 @@ def broadcast_from_first(value: int | None) -> int | None:
     return None if first < 0 else first
 
 
+def first_says(flag: bool) -> bool:
+    """Whether process 0 has the flag set: what it reads of files need not be what others see."""
+    return bool(all_gather(np.array(flag))[0])
+
+
 @contextlib.contextmanager
 def only_first(context: contextlib.AbstractContextManager) -> Iterator[None]:
     """A context that process 0 enters alone.

@@ -11,7 +11,7 @@ import jax
 from etils import epath
 
 from sapo_jax import train
-from sapo_jax.parallel import sharding
+from sapo_jax.parallel import distributed, sharding
 from sapo_jax.sweep.cohorts import Cohort
 from sapo_jax.sweep.mesh import MeshPopulation
 from sapo_jax.sweep.population import Population
@@ -58,8 +58,9 @@ def check_manifest(workdir: epath.Path, manifest: dict) -> None:
     """
     check_directory(workdir, "--workdir=", is_sweep, f"a sweep's, with its {MANIFEST}")
     path = workdir / MANIFEST
-    if not path.exists():
+    if jax.process_index() == 0 and not path.exists():
         write_json(path, manifest)
+    distributed.any_process(False)  # stored before any of them looks
     stored = read_json(path, {"runs": [{"directory": str}]})
     if stored != manifest:
         old, new = ([r["directory"] for r in m["runs"]] for m in (stored, manifest))
@@ -86,11 +87,10 @@ def _is_whole(run: Settings, place: epath.Path) -> bool:
     return ended and not gaps(read_metrics(place), 1, total)
 
 
-def _lost(part: Cohort, place: epath.Path) -> list[tuple[Settings, epath.Path]]:
-    """The runs of a cohort that has ended whose directories are not whole."""
+def _ended(part: Cohort, place: epath.Path) -> list[tuple[Settings, epath.Path]]:
+    """The runs of a cohort that has ended with all of their iterations, and their directories."""
     each, stopped = zip(part.runs, part.names, strict=True), _stopped(place)
-    ended = [(run, place / name) for run, name in each if name not in stopped]
-    return [one for one in ended if not _is_whole(*one)]
+    return [(run, place / name) for run, name in each if name not in stopped]
 
 
 def _repeat(run: Settings, place: epath.Path, bar: Progress) -> None:
@@ -162,12 +162,13 @@ def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int
         for part, place in mine:
             _finish(part, place, bar)
     every = zip(parts, places, strict=True)
-    return all(_is_done(*each) and not _lost(*each) for each in every)
+    whole = (_is_done(*each) and all(_is_whole(*one) for one in _ended(*each)) for each in every)
+    return distributed.first_says(all(whole))
 
 
 def _finish(part: Cohort, place: epath.Path, bar: Progress) -> None:
-    """Train what is left of a cohort."""
-    ended, iterations = _is_done(part, place), part.lead.config.iterations
+    """Train what is left of a cohort; of several processes, the first one says what that is."""
+    ended, iterations = distributed.first_says(_is_done(part, place)), part.lead.config.iterations
     if not ended:
         bar.line(f"{place.name}: {len(part.runs)} runs, by {_how(part)}")
         start, record = time.time(), {"iterations": iterations, "method": part.method}
@@ -175,8 +176,9 @@ def _finish(part: Cohort, place: epath.Path, bar: Progress) -> None:
             run_cohort(part, place, bar)
         except train.NotFiniteError as error:
             record["stopped"] = error.stopped
-        write_json(place / DONE, record | {"seconds": time.time() - start})
-    lost = _lost(part, place)
+        if jax.process_index() == 0:
+            write_json(place / DONE, record | {"seconds": time.time() - start})
+    lost = [one for one in _ended(part, place) if distributed.first_says(not _is_whole(*one))]
     bar.skip((len(part.runs) - len(lost)) * iterations * ended)
     for run, directory in lost:
         bar.line(f"{place.name}/{directory.name}: records are missing, it runs again, alone")
