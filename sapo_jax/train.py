@@ -73,6 +73,11 @@ class Edge(NamedTuple):
         self.watchdog.beat(text)
         self.bar.note(text)
 
+    def show(self, place: epath.Path, iteration: int, rows: list[dict]) -> None:
+        """Write samples of a run, which may all lie in another process than the one that writes."""
+        if rows := rows if self.alone else distributed.first_of(rows):
+            write_samples(place, iteration, rows)
+
     def tell(self, bundles: Sequence[Bundle], doing: str, number: int) -> None:
         """Say at which of several bundles the work is; where it is updates, one more is done."""
         if len(bundles) > 1:
@@ -226,9 +231,10 @@ def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], list[Skips]
             # from the checkpoint before, and what is of later iterations is cut and written anew.
             # The other way round, it would go on behind records that were never written.
             _write(edge, logs, skips, collapses, records)
+            shows = last or iteration % c.log.samples_every == 0
             for place, skip, rows in zip(edge.places, skips, samples, strict=True):
-                if rows and not skip.why and (last or iteration % c.log.samples_every == 0):
-                    write_samples(place, iteration, rows)
+                if shows and not skip.why:
+                    edge.show(place, iteration, rows)
             stop.finish(Finished.now(iteration, bundles, records[0].get("eval/pass_at_1")))
             if all(skip.why for skip in skips):
                 stop.release()

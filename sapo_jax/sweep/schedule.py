@@ -58,7 +58,7 @@ def check_manifest(workdir: epath.Path, manifest: dict) -> None:
     """
     check_directory(workdir, "--workdir=", is_sweep, f"a sweep's, with its {MANIFEST}")
     path = workdir / MANIFEST
-    if jax.process_index() == 0 and not path.exists():
+    if not path.exists():
         write_json(path, manifest)
     distributed.any_process(False)  # stored before any of them looks
     stored = read_json(path, {"runs": [{"directory": str}]})
@@ -176,8 +176,7 @@ def _finish(part: Cohort, place: epath.Path, bar: Progress) -> None:
             run_cohort(part, place, bar)
         except train.NotFiniteError as error:
             record["stopped"] = error.stopped
-        if jax.process_index() == 0:
-            write_json(place / DONE, record | {"seconds": time.time() - start})
+        write_json(place / DONE, record | {"seconds": time.time() - start})
     lost = [one for one in _ended(part, place) if distributed.first_says(not _is_whole(*one))]
     bar.skip((len(part.runs) - len(lost)) * iterations * ended)
     for run, directory in lost:

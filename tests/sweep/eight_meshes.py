@@ -6,13 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import axes, train
+from sapo_jax import axes, learner, train
 from sapo_jax.sweep import cohorts, schedule
-from sapo_jax.training import settings, startup
+from sapo_jax.training import checkpoint, settings, startup
 from sapo_jax.training.workdir import read_samples
 from tests import fakes, tiny_sweep
 from tests.sweep.test_population import Bar
-from tests.test_train import digest, final_state, records
+from tests.test_train import digest, records
 
 RUNS = axes.zip_(axes.axis("seed", 3, 4), axes.axis("objective.tau_neg", 1.05, 2.0))
 FIELDS = {
@@ -33,9 +33,17 @@ def cohorts_of(runs=RUNS, **fields):
 def alone(override, fields, workdir):
     """The run on the first part of the devices, and its settings."""
     config = tiny_sweep.get_config(**{**FIELDS, **fields, **override})
-    checked = settings.from_config(config, devices=jax.devices()[:4])
+    own = config.mesh.data * config.mesh.fsdp * config.mesh.expert * config.mesh.tensor
+    checked = settings.from_config(config, devices=jax.devices()[:own])
     train.run(checked, workdir)
     return checked
+
+
+def final_state(workdir, checked):
+    """As a run alone restores it on its own mesh."""
+    with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+        state, meta = checkpoints.restore(checkpoints.latest(), learner.abstract(checked.hp))
+    return jax.device_get(state), meta
 
 
 def comparable(record):
@@ -97,7 +105,7 @@ def test_runs_side_by_side_are_each_alone(tmp_path, monkeypatch):
         assert found == wanted
         assert digest(got) == digest(expected)
         states = final_state(got, run), final_state(expected, run)
-        jax.tree.map(np.testing.assert_array_equal, *states)
+        jax.tree.map(np.testing.assert_array_equal, *states)  # and the positions
     check_alone(cohort, tmp_path, {})
 
 
