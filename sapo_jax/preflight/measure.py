@@ -40,7 +40,7 @@ def stand_in(config: ConfigDict) -> ConfigDict:
     if c.tokenizer.directory:
         c.task, c.tasks = ConfigDict({"name": "chain_sum", "options": {}}), ConfigDict()
         c.tokenizer.update(directory="", system="", template_options=ConfigDict())
-        c.eval.every = 0
+        c.evals, c.eval.every, c.eval.best = ConfigDict(), 0, "mean"
     return c
 
 

@@ -72,7 +72,9 @@ def _measured(settings: Settings, chip: chips.Chip) -> dict[str, Any]:
     if needed > room:
         return {"total": needed, "fits": False, "seconds": None}
     for name in sorted(found, key="update".__ne__):
-        print(f"compiling: {name}, {sharding.runs(settings.mesh)} runs", file=sys.stderr, flush=True)
+        print(
+            f"compiling: {name}, {sharding.runs(settings.mesh)} runs", file=sys.stderr, flush=True
+        )
         try:
             result = measure(settings, name, found[name], chip)
         except jax.errors.JaxRuntimeError as error:

@@ -82,7 +82,10 @@ def text(report: dict[str, Any]) -> str:
     parts = [head(report), *map(_grid, tables if results else [])]
     parts += [f"{name} DOES NOT FIT: {why}" for name, why in report["refused"].items()]
     if not report["refused"]:
-        text, runs = f"An iteration takes at least {report['iteration_seconds']:.1f} s", report.get("runs", 1)
+        text, runs = (
+            f"An iteration takes at least {report['iteration_seconds']:.1f} s",
+            report.get("runs", 1),
+        )
         parts.append(f"{text}, of {runs} runs side by side." if runs > 1 else f"{text}.")
     return "\n\n".join(parts)
 

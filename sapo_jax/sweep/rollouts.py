@@ -17,6 +17,7 @@ from sapo_jax.sampler import SamplerParams, decode, decode_state, results, sampl
 from sapo_jax.sampler.decode_state import DecodeState
 from sapo_jax.types import Frozen, Prompts, Rollout
 
+
 def report(groups: rewards.Groups, rows: Rollout, group_size: int) -> None:
     """Have all completions of a rollout on the host judged."""
     tokens_BS, count_B = rows.tokens, rows.mask.sum(-1)

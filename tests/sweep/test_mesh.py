@@ -48,7 +48,10 @@ def test_a_sweep_of_two_processes_resumes_where_one_was_killed(tmp_path):
     statuses, messages = both(killed, "", PROCESSES)
     assert statuses == [0, 0], messages
     runs = json.loads((whole / "manifest.json").read_text())["runs"]
-    assert [run["directory"].partition("/")[0] for run in runs] == ["cohort-000", *["cohort-001"] * 2]
+    assert [run["directory"].partition("/")[0] for run in runs] == [
+        "cohort-000",
+        *["cohort-001"] * 2,
+    ]
     for run in runs:
         one, other = whole / run["directory"], killed / run["directory"]
         assert records(one) == records(other)
