@@ -231,9 +231,8 @@ def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], list[Skips]
             # from the checkpoint before, and what is of later iterations is cut and written anew.
             # The other way round, it would go on behind records that were never written.
             _write(edge, logs, skips, collapses, records)
-            shows = last or iteration % c.log.samples_every == 0
             for place, skip, rows in zip(edge.places, skips, samples, strict=True):
-                if shows and not skip.why:
+                if not skip.why and (last or iteration % c.log.samples_every == 0):
                     edge.show(place, iteration, rows)
             stop.finish(Finished.now(iteration, bundles, records[0].get("eval/pass_at_1")))
             if all(skip.why for skip in skips):

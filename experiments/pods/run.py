@@ -44,8 +44,8 @@ INTRODUCTION = """# Preflight
 compiles every program of a run for a pod that is not there, the same functions that train, and
 tells for each: memory of a chip by kind, executed against model FLOPs, bytes, collectives, and the
 least time that it can take. It exits with 1 where something does not fit with 10% to spare. `--fit`
-searches the largest micro-batch that fits, `--runs` how many [runs of a sweep](sweeps.md#on-a-mesh) fit side
-by side. [Pods](pods.md) says how to start what fits.
+searches the largest micro-batch that fits, `--runs` how many runs of a [sweep](sweeps.md#on-a-mesh)
+fit side by side. [Pods](pods.md) says how to start what fits.
 
 ## The pod configs, compiled ahead of time
 

@@ -20,8 +20,8 @@ Fields = Mapping[str, int]
 def shapes(settings: Settings, devices: int) -> Iterator[dict[str, int]]:
     """Fields of the config for runs side by side, the most first, on fewer devices each.
 
-    Meshes are those that differ least from the config's. A chip has as many rows at a time as there,
-    in an update and in decoding.
+    Meshes are those that differ least from the config's. A chip has as many rows at a time as
+    there, in an update and in decoding.
     """
     c, parts = settings.config, sharding.parts(settings.mesh)
     rows = c.batch.prompts * c.batch.group_size // c.batch.minibatches

@@ -73,7 +73,7 @@ def placed(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
 
 
 def fed(tree: Any, mesh: Mesh | None) -> Any:
-    """Abstract values that come from the host: split by slots, or as they are (`sharding.place`)."""
+    """Abstract values that come from the host: split by slots, or as they are."""
     return tree if mesh is None else placed(tree, mesh, SLOTS)
 
 
@@ -96,12 +96,12 @@ def _lower(
     count = sharding.runs(settings.mesh)
     if count == 1:
         return function.lower(*trees)
-    each = (
-        jax.tree.map(lambda x: np.full(count, x, jax.dtypes.canonicalize_dtype(np.result_type(x))), t)
-        if isinstance(t, learner.Hyperparameters) else t
-        for t in trees
-    )  # fmt: skip
-    return runs.vmapped(function, settings.mesh, donate).lower(*each)
+
+    def many(tree):
+        hp = isinstance(tree, learner.Hyperparameters)
+        return jax.tree.map(lambda x: jnp.full(count, x), tree) if hp else tree
+
+    return runs.vmapped(function, settings.mesh, donate).lower(*map(many, trees))
 
 
 def _chip_bytes(x: Abstract) -> int:

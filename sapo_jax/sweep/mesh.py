@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from sapo_jax import learner, sampler
 from sapo_jax.parallel import sharding
-from sapo_jax.sampler import results, weights
+from sapo_jax.sampler import weights
 from sapo_jax.sweep.population import Population, hyperparameters
 from sapo_jax.training.engine import Ends, pick, stack
 from sapo_jax.training.settings import Settings

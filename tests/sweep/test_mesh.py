@@ -78,8 +78,8 @@ def test_runs_of_a_mesh_of_one_place_train_alone(tmp_path):
 
 
 def test_as_many_runs_train_together_as_the_mesh_has_places():
-    with pytest.raises(ValueError, match="mesh.run.*does not match the number of devices, 1"):
+    with pytest.raises(ValueError, match=r"mesh: run=2.*does not match the number of devices, 1"):
         cohorts.make(tiny_sweep.get_config(**{"mesh.run": 2}), axes.axis("seed", 1, 2))
     config = tiny_sweep.get_config(**{"mesh.data": -1, "population.method": "vmap"})
-    with pytest.raises(ValueError, match="population.method='vmap': must be 'auto' with a config"):
+    with pytest.raises(ValueError, match=r"population.method='vmap': must be 'auto' with a config"):
         cohorts.make(config, axes.axis("seed", 1, 2))
