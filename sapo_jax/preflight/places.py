@@ -31,9 +31,9 @@ def shapes(settings: Settings, devices: int) -> Iterator[dict[str, int]]:
         if mesh is None:
             continue
         own = devices // count // mesh["tensor"]
-        micro_batches = c.batch.micro_batches * parts // own
+        micro_batches = max(1, c.batch.micro_batches * parts // own)
         slots = max(own, c.sampler.slots * own // parts) if c.sampler.slots else 0
-        if micro_batches <= rows and rows % micro_batches == 0:
+        if rows % micro_batches == 0:
             shape = {f"mesh.{axis}": size for axis, size in mesh.items()}
             yield shape | {"batch.micro_batches": micro_batches, "sampler.slots": slots}
 

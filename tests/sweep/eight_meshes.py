@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sapo_jax import axes, learner, train
+from sapo_jax.preflight import places, programs
 from sapo_jax.sweep import cohorts, schedule
 from sapo_jax.training import checkpoint, settings, startup
 from sapo_jax.training.workdir import read_samples
@@ -76,7 +77,7 @@ def check_alone(cohort, directory, fields):
 
 
 def test_runs_side_by_side_are_each_alone(tmp_path, monkeypatch):
-    """By one executable of all, none of it compiled after the start; resumed, bit for bit.
+    """By one executable of all, none of it compiled after the start.
 
     A sum over both runs, or one's prompts, noise or verdicts for the other, shows in all of them.
     """
@@ -95,6 +96,14 @@ def test_runs_side_by_side_are_each_alone(tmp_path, monkeypatch):
     # Orbax slices what lies on several devices; at the end each run is taken out of them all.
     assert {n for n in late.names if late.names[n]} <= {"slice", "<lambda>"}, late.names
     monkeypatch.undo()
+    check_alone(cohort, tmp_path, {})
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_go_on_where_they_stopped(tmp_path):
+    """Bit for bit: one checkpoint holds the states and positions of all."""
+    (cohort,) = cohorts_of()
+    schedule.run_cohort(cohort, tmp_path, Bar())
     for iterations in (2, 3):
         (part,) = cohorts_of(iterations=iterations)
         schedule.run_cohort(part, tmp_path / "again", Bar())
@@ -106,7 +115,6 @@ def test_runs_side_by_side_are_each_alone(tmp_path, monkeypatch):
         assert digest(got) == digest(expected)
         states = final_state(got, run), final_state(expected, run)
         jax.tree.map(np.testing.assert_array_equal, *states)  # and the positions
-    check_alone(cohort, tmp_path, {})
 
 
 SPARSE = {"model.preset": "nano_moe", "model.num_hidden_layers": 2}
@@ -136,3 +144,27 @@ def test_others_side_by_side_are_each_alone(case, tmp_path):
     (cohort,) = cohorts_of(runs, **fields)
     schedule.run_cohort(cohort, tmp_path, Bar())
     check_alone(cohort, tmp_path, {k: v for k, v in fields.items() if k != "mesh.run"})
+
+
+def test_preflight_knows_the_programs_of_runs_side_by_side():
+    """A chip holds what it would hold for a run alone on as many; the programs can be traced."""
+    (cohort,) = cohorts_of()
+    override = cohort.overrides[0]
+    checked = settings.from_config(
+        tiny_sweep.get_config(**{**FIELDS, **override}), devices=jax.devices()[:4]
+    )
+    found, expected = (programs.programs(run) for run in (cohort.lead, checked))
+    assert list(found) == list(expected)
+    for name, program in found.items():
+        sizes = [programs.bytes_per_chip(p.arguments) for p in (program, expected[name])]
+        assert sizes[0] == sizes[1] > 0, name
+        assert program.lower().out_info is not None
+
+
+def test_preflight_tries_the_most_runs_first():
+    (cohort,) = cohorts_of()
+    found = list(places.shapes(cohort.lead, 8))
+    assert [fields["mesh.run"] for fields in found] == [8, 4, 2, 1]
+    for fields in found:
+        own = 8 // fields["mesh.run"]
+        assert fields["mesh.data"] * fields["mesh.fsdp"] * fields["mesh.tensor"] == own
