@@ -6,24 +6,28 @@ changes (see sapo_jax.axes).
 
 from __future__ import annotations
 
+import jax
+
 from sapo_jax import cli, train
+from sapo_jax.parallel import distributed
 from sapo_jax.sweep import cohorts, schedule
 
 FLAGS = cli.Flags("sweep", __doc__)
 FLAGS.config_file()
-FLAGS.string(
-    "reward", "", "my.py:name, a reward function: short for --config.reward.function.",
-    field="reward.function",
-)  # fmt: skip
+FLAGS.reward_function()
 FLAGS.string("workdir", None, "Directory of the sweep, local or gs://…", required=True)
 FLAGS.strings("axis", [], "FIELD=VALUE,…: of the config's sweep only such runs; once or more.")
 FLAGS.integer("most", 0, "Runs that train together, at most; 0: all that can.", 0)
 FLAGS.integer("job_index", 0, "Which part of the sweep this process runs.", 0)
-FLAGS.integer("job_count", 1, "Number of processes that share the sweep.", 1)
+FLAGS.integer("job_count", 1, "Number of jobs that share the sweep.", 1)
+FLAGS.cluster()
 
 
 def main(given: cli.Flags) -> None:
     """Run the sweep of the command line, or go on with it."""
+    if given.coordinator or any(size != 1 for size in given.config.mesh.values()):
+        timeout = given.config.distributed.timeout
+        distributed.start(given.coordinator, given.processes, given.process, timeout=timeout)
     index, count = given.job_index, given.job_count
     if index >= count:
         raise ValueError(f"--job_index={index}: must be below --job_count={count}")
@@ -36,7 +40,10 @@ def main(given: cli.Flags) -> None:
             f"--most={-(-len(overrides) // count)} makes more of its {len(overrides)} runs"
         )
     cli.use_cache(given.config.compilation_cache)
-    if schedule.run(parts, given.workdir, job=(index, count)):
+    whole = schedule.run(parts, given.workdir, job=(index, count))
+    if jax.process_index() > 0:
+        return
+    if whole:
         print(_report(given.workdir))
         if stopped := schedule.stopped(parts, given.workdir):
             raise RuntimeError(stopped)
@@ -62,4 +69,4 @@ def _report(workdir: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, FLAGS)
+    cli.run(main, FLAGS, failed=distributed.end)
