@@ -260,8 +260,8 @@ def _evaluate_set(given: cli.Flags, policy: Policy, text: str) -> dict:
 
 def _line(text: str, metrics: dict, samples: int) -> str:
     low, high = metrics["eval/pass_at_1_low"], metrics["eval/pass_at_1_high"]
-    each = "1 sample" if samples == 1 else f"mean of {samples} samples"
-    of = "1 prompt" if metrics["eval/prompts"] == 1 else f"{metrics['eval/prompts']} prompts"
+    each = "mean of " * (samples > 1) + cli.several(samples, "sample")
+    of = cli.several(metrics["eval/prompts"], "prompt")
     sure = f"95% interval {low:.4f} to {high:.4f}; {each} of {of}"
     parts = [f"Pass@1 {metrics['eval/pass_at_1']:.4f} ({sure})"]
     if samples > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -183,7 +184,7 @@ def no_report(workdir: epath.PathLike) -> str:
         from sapo_jax.report import page  # noqa: F401
     except ImportError as error:
         first = f"{cli.missing(error)}, then "
-    return f"no report yet: {first}python -m sapo_jax.report {workdir}"
+    return f"no report yet: {first}python -m sapo_jax.report {shlex.quote(str(workdir))}"
 
 
 def _begin(edge: Edge, run: Settings, place: epath.Path, done: int) -> tuple[Skips, Collapse]:

@@ -61,6 +61,11 @@ def nearest(name: str, names: Iterable[str], form: str = "{!r}") -> str:
     return f"; the nearest is {form.format(best)}"
 
 
+def several(count: int, noun: str) -> str:
+    """A number of things: "1 prompt", "8 prompts"."""
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
 def table(rows: Iterable[Sequence[Any]]) -> list[str]:
     """Lines of aligned columns."""
     rows = [[" ".join(str(cell).split()) for cell in row] for row in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from functools import partial
 from typing import Any
 
@@ -70,7 +71,7 @@ def find_start(name: str) -> int | None:
     source = epath.Path(name).expanduser()
     first = "it must be a run's, or a Hugging Face directory"
     if source.name in cli.shipped_configs():
-        command = f"python -m sapo_jax.main --config={source.name} --workdir={name}"
+        command = f"python -m sapo_jax.main --config={source.name} --workdir={shlex.quote(name)}"
         first = f"run this first: {command}"
     if not source.exists():
         seen = "" if source.is_absolute() else f" (seen from {os.getcwd()})"

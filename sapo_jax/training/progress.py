@@ -14,6 +14,8 @@ import jax
 import numpy as np
 from absl import logging
 
+from sapo_jax.cli import several
+
 # Disjoint; their sum is the run's time.
 WALL = ("time/startup", "time/iteration", "time/eval", "time/checkpoint")
 
@@ -201,7 +203,8 @@ class Skips:
 def reached(records: list[dict]) -> str:
     """The end of a run in one line, from its records."""
     seconds = sum(v for r in records for k, v in r.items() if k in WALL and v)
-    parts = [f"{records[-1]['iteration']} iterations in {seconds / 60:.1f} minutes"]
+    count = several(records[-1]["iteration"], "iteration")
+    parts = [f"{count} in {seconds / 60:.1f} minutes"]
     for name, key in (("reward", "reward/mean"), ("Pass@1", "eval/pass_at_1")):
         values = [r[key] for r in records if r.get(key) is not None]
         if values:
