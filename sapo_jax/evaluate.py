@@ -32,7 +32,10 @@ FLAGS.string("hf", "", "Hugging Face directory of the policy, in place of --work
 FLAGS.enum("which", "latest", ["latest", "best"], "Checkpoint of the run.")
 FLAGS.strings("task", [], "* NAME,option=value,… of a set, once or more; also my.py:MyTask.")
 FLAGS.strings("eval", [], "* NAME in config.evals of the run, once or more.")
-FLAGS.string("reward", "", "* my.py:name, a reward function whose mean is reported, too.")
+FLAGS.string(
+    "reward", "", "* my.py:name, a reward function whose mean is reported, too.",
+    field="reward.function",
+)  # fmt: skip
 FLAGS.integer("prompts", 512, "* At most this many prompts of the test split.", 1)
 FLAGS.integer("samples", 16, "* Completions per prompt.", 1)
 FLAGS.number("temperature", 1.0, "* Of sampling; 0 is greedy.", 0.0)
@@ -167,13 +170,13 @@ def _of_directory(given: cli.Flags) -> Policy:
         raise ValueError(f"--eval={given.eval[0]}: needs the --workdir of a run that has it")
     for flag in ("hf", "task"):
         if not given[flag].value:
-            what = " ".join(given[flag].help.split()).rstrip(".")
+            what = given[flag].help.removeprefix("* ").rstrip(".")
             run = ", or --workdir of a run" if flag == "hf" else ""
             raise ValueError(f"--{flag} is missing{run}: {what} (see --help)")
     options = parse_template_options(given.template_options)
     if options and not given.chat:
-        raise ValueError("--template_options must not stand beside --nochat: no template is used")
-    sets = _sets(given)
+        raise ValueError("--template_options must not stand beside --chat=False, which uses none")
+    sets, recipe = _sets(given), rewards.Recipe(function=given.reward)
     config, params = model.hf.load(epath.Path(given.hf).expanduser(), dtype=given.dtype)
     chat = {"chat": given.chat, "system": given.system, "template_options": options}
     try:
@@ -182,7 +185,7 @@ def _of_directory(given: cli.Flags) -> Policy:
         raise ValueError(str(error).replace("config.tokenizer.chat", "--chat")) from None
     stop = {"stop_tokens": tokenizer.stop_ids, "pad_token": tokenizer.pad_id}
     config = dataclasses.replace(config, **stop)
-    return Policy(config, params, tokenizer, rewards.Recipe(function=given.reward), sets)
+    return Policy(config, params, tokenizer, recipe, sets)
 
 
 def _of_run(given: cli.Flags) -> Policy:

@@ -126,14 +126,15 @@ class Flags(flags.FlagValues):
                 what = " ".join(self[name].help.split()).rstrip(".")
                 refuse(f"{self._shown(name)} is missing: {what} (see --help)")
         for name, field in self.fields.items():
-            if self[name].value:
+            if self[name].value and "config" in self:
                 self.config.update_from_flattened_dict({field: self[name].value})
         return self
 
     def as_typed(self, text: str) -> str:
         """A refusal that names the flags which were given, not the fields they are short for."""
         for name, field in self.fields.items():
-            text = text.replace(f"config.{field}", f"--{name}") if self[name].value else text
+            if self[name].value:
+                text = re.sub(rf"\b(config\.)?{re.escape(field)}\b", f"--{name}", text)
         return text
 
     def _shown(self, name: str, value: str = "") -> str:

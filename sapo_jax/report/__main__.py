@@ -8,11 +8,13 @@ from typing import Any
 from etils import epath
 
 from sapo_jax import cli
+from sapo_jax.training import provenance
 from sapo_jax.training.checks import check_type
 from sapo_jax.training.files import check_file, read_json
 from sapo_jax.training.workdir import read_config, read_metrics
 
 SWEEP = ("manifest.json", "report.json")
+STARTS = ("command", "commit", "versions", "device", "devices", "started")
 RUN = ("metrics", "config.json", "preflight.json")
 SHAPE = ArithmeticError, LookupError, TypeError, AttributeError  # of JSON that is no result
 
@@ -59,11 +61,16 @@ def _strange(path: epath.Path, kind: ModuleType, error: Exception) -> str:
                 check_type(base, field, value)
         except ValueError as wrong:
             return f"{place}/config.json: {wrong}"
+        lost = [key for start in provenance.read(place) for key in STARTS if key not in start]
+        if lost:
+            return f"{place}/provenance.json has a start without {lost[0]!r}"
         for record in read_metrics(place):
             for key, value in record.items():
                 if not _is_metric(key, value):
                     where = f"in {place}/metrics, iteration {record['iteration']}"
                     return f"{where} has {key}={value!r:.60}"
+    if (path / "preflight.json").exists():
+        return f"preflight.json, say, has another shape, {type(error).__name__}: {error}"
     return ""
 
 

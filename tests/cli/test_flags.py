@@ -168,6 +168,10 @@ WRONG = [  # command line, and what the one line says
     ("evaluate --zzz=3", "unknown flag --zzz (see --help)"),
     ("evaluate --task=chain_sum", "--hf is missing, or --workdir of a run"),
     ("evaluate --hf=RUN", "--task is missing: NAME,option=value"),
+    (
+        "evaluate --hf=RUN --task=chain_sum --reward=sum",
+        "error: --reward='sum': must be a function",
+    ),
     ("evaluate --hf=RUN --task=chain_sum", "RUN/config.json: no such file"),
     ("evaluate --hf=RUN --task=chain_sm", "--task=chain_sm: unknown task", "'chain_sum'"),
     ("evaluate --hf=RUN --task=chain_sum,tems=3", "--task=chain_sum,tems=3: ", "is 'terms'"),
