@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import jax
 
-from sapo_jax import cli, train
+from sapo_jax import cli, report, train
 from sapo_jax.parallel import distributed
 from sapo_jax.training import progress, settings, workdir
 
@@ -28,7 +28,7 @@ def main(given: cli.Flags) -> None:
     if jax.process_index() > 0:
         return
     print(progress.reached(workdir.read_metrics(given.workdir)))
-    print(f"report: {path}" if path.exists() else train.no_report(given.workdir))
+    print(f"report: {path}" if path.exists() else report.no_page(given.workdir))
 
 
 if __name__ == "__main__":

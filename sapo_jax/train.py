@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -13,7 +12,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from sapo_jax import cli, rewards
+from sapo_jax import rewards
 from sapo_jax.parallel import distributed, sharding
 from sapo_jax.training import evaluation, parameters, provenance, queue, startup
 from sapo_jax.training.checkpoint import Checkpoints
@@ -137,9 +136,7 @@ def run_all(
     with distributed.only_first(lease):
         for one, place in zip(runs, places, strict=True):
             check_config(place, one.plain, may_differ=one.may_differ)
-        least = (
-            f"at least {done}: {workdir} has done these already; with a larger number it goes on"
-        )
+        least = f"at least {done}: {workdir} has done these; with a larger number it goes on"
         require(first.config.iterations >= done, "iterations", first.config.iterations, least)
         with (
             Checkpoints(workdir / "checkpoints") as checkpoints,
@@ -170,21 +167,11 @@ def report(workdir: epath.Path) -> None:
     try:
         from sapo_jax.report.run import write
     except ImportError:
-        return  # see `no_report`
+        return  # see `no_page`
     try:
         write(workdir)
     except Exception as error:
         logging.warning("No report of %s: %s: %s", workdir, type(error).__name__, error)
-
-
-def no_report(workdir: epath.PathLike) -> str:
-    """What a command says at its end where there is no page: how to get it."""
-    first = ""
-    try:
-        from sapo_jax.report import page  # noqa: F401
-    except ImportError as error:
-        first = f"{cli.missing(error)}, then "
-    return f"no report yet: {first}python -m sapo_jax.report {shlex.quote(str(workdir))}"
 
 
 def _begin(edge: Edge, run: Settings, place: epath.Path, done: int) -> tuple[Skips, Collapse]:

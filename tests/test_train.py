@@ -304,7 +304,7 @@ def test_a_directory_of_another_config_is_refused(whole, fields, message):
 def test_fewer_iterations_than_are_done_are_refused(whole):
     """It said nothing, and ended."""
     stored = (whole / "config.json").read_bytes()
-    done = r"config.iterations=3: must be at least 6: .* has done these already; with a larger"
+    done = r"config.iterations=3: must be at least 6: .* has done these; with a larger"
     with pytest.raises(ValueError, match=done):
         run(whole, iterations=3)
     assert (whole / "config.json").read_bytes() == stored

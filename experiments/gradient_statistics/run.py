@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from sapo_jax import cli, gradlab, learner, objectives, rewards, sampler, train
+from sapo_jax import cli, gradlab, learner, objectives, report, rewards, sampler
 from sapo_jax.data import encode
 from sapo_jax.parallel import sharding
 from sapo_jax.training import checkpoint, experience, provenance, settings, startup
@@ -231,7 +231,7 @@ def page(path: epath.Path) -> str:
         pass
     except Exception as error:  # the numbers are written: a page is not worth them
         logging.warning("No report: %s: %s", type(error).__name__, error)
-    return train.no_report(path)
+    return report.no_page(path)
 
 
 def main(given: cli.Flags) -> None:

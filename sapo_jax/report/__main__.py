@@ -69,8 +69,11 @@ def _strange(path: epath.Path, kind: ModuleType, error: Exception) -> str:
                 if not _is_metric(key, value):
                     where = f"in {place}/metrics, iteration {record['iteration']}"
                     return f"{where} has {key}={value!r:.60}"
-    if (path / "preflight.json").exists():
-        return f"preflight.json, say, has another shape, {type(error).__name__}: {error}"
+    try:
+        if kind.__name__.endswith("run"):
+            kind.preflight(path)
+    except SHAPE as wrong:
+        return f"{path}/preflight.json has another shape, {type(wrong).__name__}: {wrong}"
     return ""
 
 

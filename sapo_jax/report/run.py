@@ -198,7 +198,7 @@ def _completion(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {"verdict": verdict, "notes": ", ".join(notes), "text": sample.get("completion")}
 
 
-def _preflight(workdir: epath.PathLike) -> dict[str, Any] | None:
+def preflight(workdir: epath.PathLike) -> dict[str, Any] | None:
     """The table of a preflight whose results lie in the run directory."""
     found = read_json(epath.Path(workdir) / "preflight.json", PREFLIGHT)
     if found is None:
@@ -231,7 +231,7 @@ def write(workdir: epath.PathLike) -> epath.Path:
         plots=page.plots(plots.PLOTS, records, config),
         evaluations=_evaluations(records),
         shares=_shares(records),
-        preflight=_preflight(workdir),
+        preflight=preflight(workdir),
         problems=_problems(read_samples(workdir)),
         config=config,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import jax
 
-from sapo_jax import cli, train
+from sapo_jax import cli, report
 from sapo_jax.parallel import distributed
 from sapo_jax.sweep import cohorts, schedule
 
@@ -65,7 +65,7 @@ def _report(workdir: str) -> str:
 
         return f"report: {sweep.write(workdir)}"
     except ImportError:
-        return train.no_report(workdir)
+        return report.no_page(workdir)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from sapo_jax import cli, corrections, learner, model, objectives, sampler, tasks
+from sapo_jax import corrections, learner, model, objectives, sampler, tasks
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
@@ -22,29 +20,10 @@ from sapo_jax.objectives.kl import KL_ESTIMATORS
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Task
-from sapo_jax.training.checks import choice, require
+from sapo_jax.training.checks import check_name, choice, of_field, require
 
 OLD_LOGP = ("sampler", "recompute")
 NO_REFERENCE = "0 without config.init_from, whose policy is the reference"
-
-
-@contextlib.contextmanager
-def of_field(field: str, keys: Iterable[str] = (), *, named: bool = False) -> Iterator[None]:
-    """Refusals inside the context name the field; if they do by themselves, only ``config.``.
-
-    One of a key in it, "sapo: tau_neg=-1 must be …", names that: "config.objective.tau_neg=-1 …".
-    """
-    try:
-        yield
-    except ValueError as error:
-        text = str(error) if named else f"{field}: {error}"
-        for key in () if named else keys:
-            last = re.escape(key.rpartition(".")[2])
-            if about := re.match(rf"(?:[^:=]*: )?{last}((?:=|: | must be ).*)", str(error)):
-                text = f"{field}.{key}{about[1]}"
-            elif re.match(rf".* (has no|needs the) \w+ \[?'{last}'", str(error)):
-                text = f"{field}.{key}: {error}"
-        raise ValueError(f"config.{text}") from None
 
 
 def entries(c: Any) -> dict[str, Any]:
@@ -87,15 +66,6 @@ def make_task(
     check_name(where, name, tasks.TASKS, "my.py:MyTask")
     with of_field(field, [f"options.{option}" for option in options]):
         return tasks.make(name, **options)
-
-
-def check_name(field: str, name: str, known: Collection[str], example: str) -> None:
-    """Refuse what is neither among the names known nor code of a file."""
-    if not cli.own.is_reference(name):
-        choice(field, name, known, f", or one of a file, {example}")
-    else:
-        with of_field(field):
-            cli.own.load(name)
 
 
 def make_tokenizer(c: Any, made: Mapping[str, Task]) -> Tokenizer:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import keyword
 import math
 import operator
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from sapo_jax.cli import OPEN, flat, from_config, nearest
+from sapo_jax.cli import OPEN, flat, from_config, nearest, own
 
 LARGEST = 2**31 - 1  # counts are i32 on the device
 MOST = {"seed": 2**32 - 1, "reward.workers": 4096, "data.workers": 1024}
@@ -134,3 +135,35 @@ def choice(field: str, value: str, allowed: Collection[str], more: str = "") -> 
     """
     if value not in allowed:
         require(False, field, value, f"one of {', '.join(allowed)}{more}{nearest(value, allowed)}")
+
+
+def check_name(field: str, name: str, known: Collection[str], example: str) -> None:
+    """Refuse what is neither among the names known nor code of a file.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    if not own.is_reference(name):
+        choice(field, name, known, f", or one of a file, {example}")
+    else:
+        with of_field(field):
+            own.load(name)
+
+
+@contextlib.contextmanager
+def of_field(field: str, keys: Iterable[str] = (), *, named: bool = False) -> Iterator[None]:
+    """Refusals inside the context name the field; if they do by themselves, only ``config.``.
+
+    One of a key in it, "sapo: tau_neg=-1 must be …", names that: "config.objective.tau_neg=-1 …".
+    """
+    try:
+        yield
+    except ValueError as error:
+        text = str(error) if named else f"{field}: {error}"
+        for key in () if named else keys:
+            last = re.escape(key.rpartition(".")[2])
+            if about := re.match(rf"(?:[^:=]*: )?{last}((?:=|: | must be ).*)", str(error)):
+                text = f"{field}.{key}{about[1]}"
+            elif re.match(rf".* (has no|needs the) \w+ \[?'{last}'", str(error)):
+                text = f"{field}.{key}: {error}"
+        raise ValueError(f"config.{text}") from None

@@ -16,7 +16,7 @@ from sapo_jax.data import encode
 from sapo_jax.data.stream import Fits, slots
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.training import build
-from sapo_jax.training.checks import choice, require, shown
+from sapo_jax.training.checks import choice, of_field, require, shown
 
 MEAN = "mean"  # what config.eval.best says besides a name
 FIELDS = ("task", "prompts", "samples", "temperature", "top_k", "top_p")
@@ -137,7 +137,7 @@ def _check_prompts(c: Any, own: Evaluation) -> None:
     require(own.prompts >= count, field, own.prompts, f"at least {count}, one of each task")
     for key, task in own.tasks.items() if c.eval.every else ():
         of_run = f"tasks.{key}" if c.tasks else "task"
-        with build.of_field(f"{own.field}.task" if own.offset else of_run):
+        with of_field(f"{own.field}.task" if own.offset else of_run):
             size, part = len(task.examples("test")), int(own.shares[key] * own.prompts)
         most = int(size / own.shares[key])
         text = f"at most {most}, for the test split of {key} has {size} prompts"

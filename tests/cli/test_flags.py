@@ -6,7 +6,7 @@ import sys
 import pytest
 from absl import flags
 
-from sapo_jax import cli, model, tasks, train
+from sapo_jax import cli, model, report, tasks
 from sapo_jax.cli import __main__ as console
 from sapo_jax.objectives import OBJECTIVES
 from sapo_jax.training.metrics import METRICS
@@ -306,7 +306,7 @@ def test_what_a_page_lacks_is_one_message(module, monkeypatch):
     monkeypatch.delitem(sys.modules, "sapo_jax.report.page")
     monkeypatch.delattr("sapo_jax.report.page", raising=False)
     again = "then python -m sapo_jax.report runs/a"
-    assert train.no_report("runs/a") == f"no report yet: {brings}, {again}"
+    assert report.no_page("runs/a") == f"no report yet: {brings}, {again}"
 
 
 @pytest.mark.parametrize(
