@@ -73,7 +73,8 @@ def spawn(workdir, stop_at=None, **fields):
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
 
-STOPS = ["rollout 5", "minibatch 5", "checkpoint 6", "rollout 2", "sigterm 5", "hangs 5"]
+STOPS = ["rollout 5", "minibatch 5", "checkpoint 6", "sigterm 5"]
+STOPS += [pytest.param(stop, marks=pytest.mark.slow) for stop in ("rollout 2", "hangs 5")]
 
 
 @pytest.mark.parametrize("stop", STOPS)
