@@ -21,7 +21,7 @@ KEYS = (
     "ratio/var_mean", "ratio/bound_broken", "ratio/ess", "router/differs", "grad/norm",
     "advantage/kept_groups", "time/iteration", "time/eval", "time/startup", "time/checkpoint",
 )  # fmt: skip
-SECTIONS = ("collapse", "learner", "batch")  # of the config
+FIELDS = ("iterations", "collapse", "learner", "batch", "eval")  # of the config
 DIGITS = 5
 
 
@@ -37,7 +37,7 @@ def rounded(value: Any) -> Any:
 def write(path: pathlib.Path, data: Any) -> None:
     """JSON, compressed; without a time or a name in the header."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(data, separators=(",", ":"), sort_keys=True, allow_nan=False)
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 
 
@@ -67,7 +67,7 @@ def collect(workdir: epath.PathLike) -> dict[str, Any]:
         runs.append({
             "name": run["name"],
             "overrides": run["overrides"],
-            "config": {name: config.get(name, {}) for name in SECTIONS},
+            "config": {name: config[name] for name in FIELDS if name in config},
             "curves": {key: rounded(_curve(records, key)) for key in keys},
         })  # fmt: skip
     first = provenance.read(workdir / listed[0]["directory"])

@@ -58,6 +58,7 @@ class Page:
     panels: Sequence[Panel]
     effects: Mapping[str, Effect | Exact]
     minutes: float = 0.0  # of one process
+    columns: int = 2  # of panels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Study:
         found = json.dumps(verdicts(self.claims, page.effects), indent=1, ensure_ascii=False)
         (out / "verdicts.json").write_text(found + "\n")
         if page.panels:
-            style.picture(out / "figure.png", page.panels, page)
+            style.picture(out / "figure.png", page.panels, page, columns=page.columns)
         if out == self.folder / "results":
             readme = self.folder / "README.md"
             readme.write_text(self.filled(readme.read_text(), page))

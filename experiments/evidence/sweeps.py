@@ -64,14 +64,14 @@ def _start(module: str, given: cli.Flags, job: int) -> subprocess.Popen:
 
 
 def late(run: Run, key: str = "eval/pass_at_1", share: float = 0.5) -> float:
-    """The mean of a metric from that share of the iterations on; of a run that stopped, 0 after.
+    """The mean of the evaluations in the second half of a run; those after it stopped are 0.
 
-    What a run has lost by a collapse counts, and so does how early it was.
+    What a collapse has cost counts, and so does when it came.
     """
-    found = sweep_stats.series(run.records, key)
-    total = run.overrides.get("iterations") or run.config.get("iterations") or max(found)
-    values = [value for i, value in found.items() if i >= share * total]
-    return sum(values) / len(values) if values else 0.0
+    found, total = sweep_stats.series(run.records, key), run.config["iterations"]
+    every = run.config["eval"]["every"]
+    planned = [i for i in range(every, total + 1, every) if i >= share * total]
+    return sum(found.get(i, 0.0) for i in planned) / len(planned)
 
 
 def by_setting(runs: Runs, endpoint: Callable[[Run], float] = late) -> dict[str, dict[int, float]]:

@@ -193,7 +193,7 @@ def report(stored: Mapping[str, Any]) -> Page:
               draw(_draw_coefficients, found=found), wide=True),
     ]  # fmt: skip
     title = "c = r·w of a one-token sequence: A > 0, A < 0 (π_old = ½; r up to 40 looked at)"
-    return Page({title: markdown(columns, rows)}, panels, effects(found))
+    return Page({title: markdown(columns, rows)}, panels, effects(found), columns=1)
 
 
 def protocol() -> dict[str, str]:

@@ -1,0 +1,92 @@
+"""Pilots: learning rates and minibatches between "all learn alike" and "all collapse".
+
+python -m experiments.pilots.run --sections=rates,minibatches
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from experiments.evidence import policy, store, sweeps
+from experiments.evidence.study import Page, Study, markdown
+from experiments.evidence.sweeps import Section
+from sapo_jax import cli
+from sapo_jax.axes import Overrides, axis, product
+from sapo_jax.report import sweep_plots, sweep_stats
+from sapo_jax.report.sweep_stats import Run
+
+NAMES = ("sapo", "grpo", "gspo")
+MINIBATCHES = (16, 64)
+RATES = (3e-4, 1e-3, 3e-3)
+
+
+def minibatches(count: int, updates: int = 256, groups: int = 3) -> Overrides:
+    """N minibatches a rollout, as large as ever, for as many updates in all."""
+    return [{
+        "batch.minibatches": count, "batch.prompts": count * groups,
+        "iterations": updates // count, "eval.every": max(1, updates // count // 4),
+    }]  # fmt: skip
+
+
+def sections(size: str) -> dict[str, Section]:
+    """One seed each."""
+    small = size == "smoke"
+    seed, names = axis("seed", 0), axis("objective.name", *NAMES[: 1 if small else 3])
+    rates = axis("learner.learning_rate", *RATES[: 1 if small else 3])
+    found = {"rates": Section(policy.learning(size), product(rates, names, seed))}
+    if not small:
+        for count in MINIBATCHES:
+            runs = product(minibatches(count), axis("learner.learning_rate", 1e-3), names, seed)
+            found[f"minibatches_{count}"] = Section(policy.learning(size), runs)
+    return found
+
+
+def compute(given: cli.Flags) -> Iterator[tuple[str, Any]]:
+    """Curves of each section."""
+    yield from sweeps.train(sections(given.size), given, "experiments.pilots.run")
+
+
+def _row(label: str, run: Run) -> list[str]:
+    accuracy = list(sweep_stats.series(run.records, "reward/accuracy").values())
+    smooth = np.convolve(accuracy, np.ones(4) / 4, "valid") if len(accuracy) > 3 else accuracy
+    passes = sweep_stats.series(run.records, "eval/pass_at_1")
+    entropy = list(sweep_stats.series(run.records, "policy/entropy").values())
+    ratio = sweep_stats.series(run.records, "policy/ratio_max").values()
+    life, spent = sweep_stats.life(run), store.minutes([run]) * 60
+    iteration = np.median(list(sweep_stats.series(run.records, "time/iteration").values()))
+    return [
+        label, f"{passes[min(passes)]:.3f}", f"{max(passes.values()):.3f}",
+        f"{passes[max(passes)]:.3f}", f"{max(smooth):.3f}", f"{smooth[-1]:.3f}",
+        f"{entropy[0]:.2f} → {entropy[-1]:.2f}", f"{max(ratio):.3g}",
+        f"{life.iterations}" if life.collapsed else "–", f"{iteration:.2f}", f"{spent:.0f}",
+    ]  # fmt: skip
+
+
+def report(stored: Mapping[str, Any]) -> Page:
+    """A row a run."""
+    columns = ["run", "Pass@1 before", "best", "last", "reward, best", "last", "entropy",
+               "largest r", "collapsed at", "s an iteration", "s in all"]  # fmt: skip
+    tables, spent = {}, 0.0
+    for name, data in stored.items():
+        runs = store.runs_of(data)
+        found = sweep_stats.summarise(runs)
+        labels = [sweep_plots.label(found, entry["setting"]) for entry in found["settings"]]
+        groups = zip(labels, sweep_stats.group(runs).values(), strict=True)
+        rows = [_row(label, run) for label, some in groups for run in some]
+        tables[name], spent = markdown(columns, rows), spent + store.minutes(runs)
+    return Page(tables, [], {}, minutes=spent)
+
+
+def protocol() -> dict[str, str]:
+    """Nothing was fixed before."""
+    return {"Purpose": "To choose the regime of the other experiments; no claim rests on it"}
+
+
+STUDY = Study("pilots", (), protocol, compute, report)
+FLAGS = STUDY.flags(__doc__)
+
+if __name__ == "__main__":
+    cli.run(STUDY.main, FLAGS)
