@@ -25,8 +25,10 @@ from sapo_jax.training.engine import Streamed
 from sapo_jax.training.progress import Clock, Progress
 
 KINDS = {  # of policies: the cold start, and the replay of its routing
-    "mixture of experts": ("moe", "none"), "the same, R3": ("moe", "R3"), "dense": ("dense", "none"),
-}  # fmt: skip
+    "mixture of experts": ("moe", "none"),
+    "the same, R3": ("moe", "R3"),
+    "dense": ("dense", "none"),
+}
 MINIBATCHES = (4, 16)
 SEEDS = {"smoke": 2, "default": 8, "large": 16}
 UPDATES = {"smoke": 4, "default": 64, "large": 256}  # of each seed

@@ -7,12 +7,12 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from matplotlib.axes import Axes
+from matplotlib.figure import FigureBase
 
-from sapo_jax.report.style import COLOURS
+from sapo_jax.report.style import COLOURS, Panel
 
 FOLDER = pathlib.Path(__file__).parent / "paper_figures"
-NOTE = "paper, digitised; one run each"
+PALETTE = ("blue", "orange", "green")
 
 
 def read(name: str) -> Mapping[str, Any]:
@@ -27,9 +27,16 @@ def points(figure: Mapping[str, Any], panel: str) -> Iterator[tuple[str, list, l
         yield label, list(steps), list(values)
 
 
-def draw(ax: Axes, name: str, panel: str, colours: Mapping[str, str]) -> None:
-    """A panel as the paper has it, marked as such."""
-    for label, steps, values in points(read(name), panel):
-        ax.plot(steps, values, "o--", color=COLOURS[colours[label]], markersize=3, linewidth=1.2,
-                label=label)  # fmt: skip
-    ax.set(xlabel="gradient steps", title=NOTE)
+def panel(name: str, which: str) -> Panel:
+    """A panel of a figure of the paper, marked as such."""
+
+    def draw(figure: FigureBase, _: Any) -> None:
+        ax = figure.subplots()
+        for (label, steps, values), colour in zip(points(read(name), which), PALETTE, strict=False):
+            look = {"markersize": 3, "linewidth": 1.2, "color": COLOURS[colour]}
+            ax.plot(steps, values, "o--", label=label, **look)
+        ax.set(xlabel="gradient steps", ylabel=which)
+        ax.legend(fontsize=7.5)
+
+    number = name.partition("_")[2]
+    return Panel(f"The paper's Figure {number}, {which}: digitised, one run each", draw)

@@ -1,8 +1,8 @@
 """The policy, the task and the cold start that the experiments on the paper's claims share.
 
-Sums of 6, 8 and 10 numbers in equal shares, worked out line by line, modulo 100. The teacher slips
-in one line of five and notices two slips of five, whereupon it writes the line again: answers are
-of 20 to 200 tokens. In both layers 8 experts, 2 a token; the dense policy has as many active
+Sums of 6, 10 and 14 numbers in equal shares, worked out step by step, modulo 100. The teacher slips
+in one step of five and notices two slips of five, whereupon it takes the step again: answers are of
+30 to 200 tokens. In both layers 8 experts, 2 a token; the dense policy has as many active
 parameters.
 """
 
@@ -16,32 +16,37 @@ from configs import base
 from sapo_jax import train
 from sapo_jax.training import settings
 
-TERMS = {"short": 6, "middle": 8, "long": 10}
+SUM = {"slip": 0.2, "notice": 0.4, "labels": True}  # options of chain_sum
+TERMS = {"short": 6, "middle": 10, "long": 14}
+SMOKE = {"short": 2, "middle": 3, "long": 4}
+SEVERAL = {  # tasks, by name
+    "units": {"name": "chain_sum", "options": {"terms": 6, **SUM}},
+    "tens": {"name": "chain_sum", "options": {"terms": 6, "digits": 2, **SUM}},
+    "countdown": {
+        "name": "countdown", "options": {"numbers": 3, "max_number": 10, "max_target": 50},
+    },
+}  # fmt: skip
 KINDS = {
     "moe": {"model.preset": "nano_moe"},
     "dense": {"model.preset": "nano", "model.intermediate_size": 96},
+    "several": {"model.preset": "nano_moe"},  # of tasks
 }
-SMOKE = {"short": 2, "middle": 3, "long": 4}
 EVALUATED = {"smoke": (6, 2), "default": (96, 16), "large": (384, 16)}  # prompts, samples
 
 
-def tasks(size: str) -> ConfigDict:
-    """config.tasks: the three lengths in equal shares, also of the held-out prompts."""
-    options = {"slip": 0.2, "notice": 0.4, "rewrite": True}
-    each = SMOKE if size == "smoke" else TERMS
-    return ConfigDict(
-        {
-            name: {"name": "chain_sum", "options": {"terms": n, **options}, "share": 1 / 3}
-            for name, n in each.items()
-        },
-        type_safe=False,
-    )
+def tasks(size: str, kind: str) -> ConfigDict:
+    """config.tasks: three in equal shares, also of the held-out prompts."""
+    terms = SMOKE if size == "smoke" else TERMS
+    sums = {k: {"name": "chain_sum", "options": {"terms": n, **SUM}} for k, n in terms.items()}
+    each = SEVERAL if kind == "several" else sums
+    shared = {name: task | {"share": 1 / 3} for name, task in each.items()}
+    return ConfigDict(shared, type_safe=False)
 
 
 def _common(size: str, kind: str) -> ConfigDict:
     c = base.get_config()
     c.unlock()
-    c.tasks = tasks(size)
+    c.tasks = tasks(size, kind)
     c.update_from_flattened_dict(KINDS[kind])
     c.eval.prompts, c.eval.samples = EVALUATED[size]
     c.learner.b2 = 0.99
@@ -67,7 +72,7 @@ def cold_start(kind: str, size: str) -> ConfigDict:
     c.learner.schedule = "cosine"
     c.learner.warmup = 20
     c.learner.weight_decay = 0.01
-    c.learner.router_aux_coef = 0.01 if kind == "moe" else 0.0
+    c.learner.router_aux_coef = 0.0 if kind == "dense" else 0.01
     c.eval.every = 200
     return c.lock()
 

@@ -16,6 +16,7 @@ from experiments.evidence.study import interval, markdown
 from sapo_jax import cli
 from sapo_jax.axes import Overrides
 from sapo_jax.report import sweep_plots, sweep_stats
+from sapo_jax.report.style import Panel
 from sapo_jax.report.sweep_stats import Run
 from sapo_jax.sweep import cohorts, schedule
 
@@ -74,36 +75,78 @@ def late(run: Run, key: str = "eval/pass_at_1", share: float = 0.5) -> float:
     return sum(found.get(i, 0.0) for i in planned) / len(planned)
 
 
-def by_setting(runs: Runs, endpoint: Callable[[Run], float] = late) -> dict[str, dict[int, float]]:
-    """The endpoint of each seed, by setting (JSON, in the order of the sweep)."""
-    groups = sweep_stats.group(runs)
-    return {key: {r.overrides["seed"]: endpoint(r) for r in some} for key, some in groups.items()}
+def lasted(run: Run) -> float:
+    """The share of its iterations before a run collapsed or stopped; 1 if it did neither."""
+    return min(1.0, sweep_stats.life(run).iterations / run.config["iterations"])
+
+
+def select(runs: Runs, **fields: Any) -> list[Run]:
+    """The runs with these values of fields; ``__`` stands for the dot, None for "has it not"."""
+    wanted = {key.replace("__", "."): value for key, value in fields.items()}
+    return [r for r in runs if all(r.overrides.get(k) == v for k, v in wanted.items())]
+
+
+def seeds(runs: Runs, endpoint: Callable[[Run], float] = late) -> dict[int, float]:
+    """The endpoint of each seed; of several runs with a seed, the mean."""
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        found.setdefault(run.overrides["seed"], []).append(endpoint(run))
+    return {seed: sum(values) / len(values) for seed, values in found.items()}
+
+
+def best_rate(runs: Runs, endpoint: Callable[[Run], float] = late) -> dict[int, float]:
+    """The endpoint of each seed at the learning rate that is best for the others.
+
+    A seed has no say in the choice by which it is judged.
+    """
+    rates = dict.fromkeys(run.overrides["learner.learning_rate"] for run in runs)
+    each = {rate: seeds(select(runs, learner__learning_rate=rate), endpoint) for rate in rates}
+    out = {}
+    for seed in next(iter(each.values())):
+        others = {rate: [v for s, v in own.items() if s != seed] for rate, own in each.items()}
+        out[seed] = each[max(others, key=lambda rate: sum(others[rate]))][seed]
+    return out
+
+
+def panel(plot: str, runs: Runs, title: str = "") -> Panel:
+    """A plot of a sweep's report, of these runs."""
+    found, own = sweep_stats.summarise(runs), sweep_plots.PLOTS[plot]
+    return Panel(title or own.title, lambda figure, _: own.draw(figure, found), own.wide)
 
 
 def table(
-    runs: Runs, endpoint: Callable[[Run], float] = late, *, reference: int = 0, heading: str
+    runs: Runs, heading: str, endpoint: Callable[[Run], float] = late, *, reference: int = 0
 ) -> str:
-    """Settings with their endpoint, against one of them seed by seed, and how many collapsed.
+    """Settings with their endpoint in per cent, against one of them seed by seed; collapses.
 
     p is Holm's over the rows.
     """
     found, groups = sweep_stats.summarise(runs), list(sweep_stats.group(runs).values())
-    values = list(by_setting(runs, endpoint).values())
+    values = [seeds(some, endpoint) for some in groups]
     against: dict[str, Effect] = {
         str(k): stats.difference(own, values[reference])
         for k, own in enumerate(values) if k != reference
     }  # fmt: skip
-    p = stats.holm({key: effect.p for key, effect in against.items()})
-    rows = []
+    p, rows = stats.holm({key: effect.p for key, effect in against.items()}), []
     for k, (entry, some) in enumerate(zip(found["settings"], groups, strict=True)):
         ends, key = stats.effect(list(values[k].values())), str(k)
-        lost = [sweep_stats.life(run) for run in some]
-        when = sorted(life.iterations for life in lost if life.collapsed)
-        collapsed = f"{len(when)} of {len(lost)}"
-        collapsed += f", from iteration {when[len(when) // 2]} in the median" if when else ""
         row = [sweep_plots.label(found, entry["setting"]), str(len(some))]
         row.append(interval(ends).replace("+", ""))
         row += [interval(against[key]), f"{p[key]:.2g}"] if key in against else ["reference", ""]
-        rows.append([*row, collapsed])
+        rows.append([*row, collapsed(some)])
     columns = ["setting", "seeds", heading, "difference", "p (Holm)", "collapsed"]
     return markdown(columns, rows)
+
+
+def collapsed(runs: Runs) -> str:
+    """How many runs collapsed, and when in the median."""
+    lives = [sweep_stats.life(run) for run in runs]
+    when = sorted(life.iterations for life in lives if life.collapsed)
+    median = f", iteration {when[len(when) // 2]}" if when else ""
+    return f"{len(when)} of {len(lives)}{median}"
+
+
+def lengths(section: str, runs: Runs) -> str:
+    """What a section took, in a line of a table."""
+    iteration = sum(r.get("time/iteration") or 0 for run in runs for r in run.records)
+    return f"{section}: {len(runs)} runs, {iteration / len(runs):.0f} s a run"

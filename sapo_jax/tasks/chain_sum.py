@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,6 +10,7 @@ from typing import ClassVar
 from sapo_jax.tasks.base import Example, GeneratedExamples, check_option, draw, make_example
 
 SLIP_UNITS = 10**6
+LETTERS = string.ascii_lowercase
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,8 @@ class ChainSum:
     Demonstrations may be those of a teacher who slips: with probability ``slip`` the result of a
     step is another number, and the chain goes on from there, unless the teacher notices it, with
     probability ``notice``, and takes the step again: ``7+5=13!7+5=12;12-3=9``. Answers are always
-    right. With ``rewrite`` a step writes what is left of the sum, ``12-3+8=9+8=17``, which is
-    longer, and needs no count of the steps so far.
+    right. With ``labels`` numbers and the steps that take them have letters, so that no steps need
+    to be counted: ``7a+5b-3=`` is answered by ``a7+5=12b12-3=9``.
 
     Args:
       terms: operands of a problem, at least 2.
@@ -30,7 +32,7 @@ class ChainSum:
       modulus: at least 2.
       slip: probability of a wrong step in a demonstration, in [0, 1).
       notice: probability that a slip is noticed, in [0, 1].
-      rewrite: whether a step writes what is left, instead of itself.
+      labels: whether steps have letters; of 27 operands at most.
 
     Raises:
       ValueError: an option is out of its range.
@@ -41,12 +43,12 @@ class ChainSum:
     modulus: int = 100
     slip: float = 0.0
     notice: float = 0.0
-    rewrite: bool = False
+    labels: bool = False
 
     name: ClassVar[str] = "chain_sum"
 
     def __post_init__(self):
-        check_option("terms", self.terms, 2)
+        check_option("terms", self.terms, 2, 1 + len(LETTERS) if self.labels else None)
         check_option("digits", self.digits, 1, 3)
         check_option("modulus", self.modulus, 2)
         if not 0 <= self.slip < 1:
@@ -56,13 +58,14 @@ class ChainSum:
 
     @property
     def alphabet(self) -> str:
-        """With '!' only where slips are noticed."""
-        return "!" * (self.notice > 0) + "+-0123456789" + ";" * (not self.rewrite) + "="
+        """With '!' only where slips are noticed, and letters in place of ';'."""
+        marks = ("=" + LETTERS[: self.terms - 1]) if self.labels else ";="
+        return "!" * (self.notice > 0) + "+-0123456789" + marks
 
     @property
     def max_prompt_chars(self) -> int:
-        """Every operand at full width, with the sign or the '=' after it."""
-        return self.terms * (self.digits + 1)
+        """Every operand at full width, with the sign or the '=' after it, and a label before it."""
+        return self.terms * (self.digits + 1) + (self.terms - 1) * self.labels
 
     @property
     def max_completion_chars(self) -> int:
@@ -71,13 +74,9 @@ class ChainSum:
         Where slips are noticed, every step twice.
         """
         result, steps = len(str(self.modulus - 1)), self.terms - 1
-        if self.rewrite:
-            left = (self.digits + 1) * steps * (steps - 1) // 2
-            once = steps * (result + 1) + left
-        else:
-            running = self.digits + (steps - 1) * result
-            once = running + steps * (self.digits + result + 3)
-        return once * (1 + (self.notice > 0)) - 1
+        running = self.digits + (steps - 1) * result
+        once = running + steps * (self.digits + result + 3)
+        return once * (1 + (self.notice > 0)) - 1 + self.labels
 
     def examples(self, split: str) -> Sequence[Example]:
         """The examples of ``"train"`` or ``"test"``; see ``Task.examples``."""
@@ -98,13 +97,19 @@ class ChainSum:
         seen = draw(f"{key}/notices", [SLIP_UNITS] * steps)
         for k, (term, eye) in enumerate(zip(terms, seen, strict=True)):
             luck, error = slips[2 * k : 2 * k + 2]
-            right, rest = (written + int(term)) % self.modulus, "".join(terms[k + 1 :])
+            right = (written + int(term)) % self.modulus
             wrong = luck < self.slip * SLIP_UNITS
             results = [(right + 1 + error) % self.modulus] * wrong
             if not wrong or eye < self.notice * SLIP_UNITS:
                 results.append(right)
-            each = [f"{x}{rest}" if self.rewrite else f"{written}{term}={x}" for x in results]
-            demonstration.append("!".join(each))
+            demonstration.append("!".join(f"{written}{term}={x}" for x in results))
             total, written = (total + int(term)) % self.modulus, results[-1]
+        if self.labels:
+            terms, demonstration = map(_labelled, (terms, demonstration))
+        mark = "" if self.labels else ";"
         prompt = f"{first}{''.join(terms)}="
-        return make_example(prompt, str(total), ("=" if self.rewrite else ";").join(demonstration))
+        return make_example(prompt, str(total), mark.join(demonstration))
+
+
+def _labelled(parts: Sequence[str]) -> list[str]:
+    return [letter + part for letter, part in zip(LETTERS, parts, strict=False)]
