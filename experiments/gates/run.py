@@ -35,7 +35,7 @@ SHOWN = {"SAPO": "sapo", "GRPO-R2": "grpo_r2", "CISPO": "cispo", "GMPO": "gmpo",
 RATIOS = np.round(np.linspace(0, 5, 501), 3)
 TABLE = (0.5, 0.8, 1.0, 1.2, 2.0, 5.0)
 LEAST = 1e-8  # in place of r = 0, whose log there is none
-FINE = np.linspace(0.001, 40, 400_000)
+FINE = np.linspace(0.001, 40, 40_000)
 CLAIMS = (
     Claim("weight", "The weight w = f′(r) is 1 at r = 1 and falls on both sides, faster for a "
           "larger τ", "Fig. 1, Eq. 8"),

@@ -30,10 +30,12 @@ LEARNING_RATE = 1e-3
 FRESH = 16  # for each frozen row
 DRAWS = 100
 REMOVED, HELPS = "removed", "fidelity"
+HARMFUL = "What SAPO's gate removes is harmful: its fidelity is below 0"
 CLAIMS = (
-    Claim("removed first", "What SAPO's gate removes is harmful: its fidelity is below 0",
-          "Section 3; 3 updates after sampling, as with 4 minibatches", -1, 1, ""),
-    Claim("removed last", "… and 15 updates after sampling", "as with 16 minibatches", -1, 1, ""),
+    Claim("removed first", HARMFUL, "Section 3; 3 updates after sampling, as with 4 minibatches",
+          -1, 1, ""),
+    Claim("removed last", HARMFUL, "Section 3; 15 updates after sampling, as with 16 minibatches",
+          -1, 1, ""),
     Claim("helps last", "With its gate, SAPO's gradient points better than that of the bare ratio",
           "Section 3; 15 updates after sampling", 1, 1, ""),
 )  # fmt: skip
