@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
 
     # Mesh: devices along each axis; -1: the rest. All are used, but where every axis is 1.
     c.mesh = ConfigDict()
+    c.mesh.run = 1  # runs of a sweep side by side, each on its part of the devices
     c.mesh.data = 1  # rows are split
     c.mesh.fsdp = 1  # rows and parameters are split
     c.mesh.tensor = 1  # heads, widths and vocabulary are split
@@ -172,7 +173,8 @@ def get_config() -> ConfigDict:
     c.collapse.least = 0.05  # a lower best accuracy is nothing to lose
     c.collapse.entropy = 0.1  # down below this share of the first entropy
 
-    # Population: how the runs of a sweep share the hardware, see sapo_jax.sweep.population.
+    # Population: how the runs of a sweep share the hardware, see sapo_jax.sweep.population. Of a
+    # mesh they are mesh.run at a time.
     c.population = ConfigDict()
     c.population.method = "auto"  # map (in turn), vmap (all at once), devices (split over them)
 

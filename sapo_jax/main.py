@@ -15,9 +15,7 @@ FLAGS = cli.Flags("train", __doc__)
 FLAGS.config_file()
 FLAGS.string("reward", "", "my.py:name, a reward function: short for --config.reward.function.")
 FLAGS.string("workdir", None, "Run directory, local or gs://…", required=True)
-FLAGS.string("coordinator", None, "host:port of process 0; by default the environment decides.")
-FLAGS.integer("processes", None, "Number of processes.", 1)
-FLAGS.integer("process", None, "Index of this process.", 0)
+FLAGS.cluster()
 
 
 def main(given: cli.Flags) -> None:

@@ -13,9 +13,10 @@ from absl import logging
 from etils import epath
 
 from sapo_jax import cli, rewards
-from sapo_jax.parallel import distributed
+from sapo_jax.parallel import distributed, sharding
 from sapo_jax.training import evaluation, provenance, queue, startup
 from sapo_jax.training.checkpoint import Checkpoints
+from sapo_jax.training.checks import require
 from sapo_jax.training.collapse import Collapse
 from sapo_jax.training.engine import Bundle, Streamed
 from sapo_jax.training.experience import SOURCES
@@ -72,6 +73,11 @@ class Edge(NamedTuple):
         self.watchdog.beat(text)
         self.bar.note(text)
 
+    def show(self, place: epath.Path, iteration: int, rows: list[dict]) -> None:
+        """Write samples of a run, which may all lie in another process than the one that writes."""
+        if rows := rows if self.alone else distributed.first_of(rows):
+            write_samples(place, iteration, rows)
+
     def tell(self, bundles: Sequence[Bundle], doing: str, number: int) -> None:
         """Say at which of several bundles the work is; where it is updates, one more is done."""
         if len(bundles) > 1:
@@ -93,6 +99,8 @@ def run(settings: Settings, workdir: epath.PathLike) -> epath.Path | None:
       NotFiniteError: see `progress.Skips`.
       cli.Stopped: a signal asked to stop, and the run was saved.
     """
+    count = sharding.runs(settings.mesh)
+    require(count == 1, "mesh.run", count, "1 for a run by itself; several are of a sweep")
     with Progress(settings.config.iterations, settings.config.name) as bar:
         run_all([Streamed(settings)], workdir, [workdir], bar)
     return epath.Path(workdir) / "report.html" if jax.process_index() == 0 else None
@@ -224,8 +232,8 @@ def _loop(engines: Sequence[Any], edge: Edge) -> tuple[list[Bundle], list[Skips]
             # The other way round, it would go on behind records that were never written.
             _write(edge, logs, skips, collapses, records)
             for place, skip, rows in zip(edge.places, skips, samples, strict=True):
-                if rows and not skip.why and (last or iteration % c.log.samples_every == 0):
-                    write_samples(place, iteration, rows)
+                if not skip.why and (last or iteration % c.log.samples_every == 0):
+                    edge.show(place, iteration, rows)
             stop.finish(Finished.now(iteration, bundles, records[0].get("eval/pass_at_1")))
             if all(skip.why for skip in skips):
                 stop.release()

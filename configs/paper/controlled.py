@@ -2,12 +2,13 @@
 
 Claim     The paper's: the baselines collapse after about 1370 of 1800 gradient steps, SAPO goes on
           (one run each). Before that GRPO-R2 equals or beats SAPO on two of its three sets.
-Command   Each run alone, on every host of a v5p 4x4x8 slice (docs/pods.md), after
-          configs/paper/cold_start.py; data as docs/paper.md says:
-          python -m sapo_jax.main --config=configs/paper/controlled.py --workdir=gs://.../sapo
-          ... --config.objective.name=gspo and ... --config.objective.name=grpo_r2
-          As one sweep: sapo-jax sweep --config=paper/controlled, once a sweep can give each run
-          several chips.
+Command   On every host of a v5p 4x4x8 slice (docs/pods.md), after configs/paper/cold_start.py; data
+          as docs/paper.md says:
+          python -m sapo_jax.sweep --config=configs/paper/controlled.py --workdir=gs://.../fig4
+          trains the three runs one after the other, each on the whole slice; with
+          --config.mesh.run=2 those that share their programs (SAPO and GSPO) side by side, each on
+          half of it. A run alone: python -m sapo_jax.main --config=configs/paper/controlled.py \
+              --config.objective.name=gspo --workdir=gs://.../gspo
 Time      Not measured.
 Result    Not measured.
 
@@ -30,15 +31,16 @@ def get_config() -> ConfigDict:
     c.seed = 0  # ours
     c.task.name = "math_answer"  # paper: maths queries
     c.task.options = ConfigDict(
-        {"train": "data/math/train.jsonl", "test": "data/paper/aime25.jsonl", "workers": 8},
+        {"train": "data/math/train.jsonl", "test": "data/math/test.jsonl", "workers": 8},
         type_safe=False,
-    )  # ours, but AIME25, which is the paper's
+    )  # ours
     c.objective.name = "sapo"  # paper
     c.batch.minibatches = 4  # paper
     c.iterations = 450  # paper: 1800 gradient steps are shown
     c.eval.every = 25  # paper: about every 100 gradient steps
+    c.evals = evaluations(aime25=30, hmmt25=30, beyond_aime=100)  # paper: the sets
     c.eval.samples = 16  # paper
-    c.eval.prompts = 30  # paper: AIME25 has as many
+    c.eval.best = "mean"  # ours
     c.eval.temperature = 1.0  # ours
     c.batch.prompts = 128  # ours
     c.batch.group_size = 16  # ours
@@ -52,6 +54,15 @@ def get_config() -> ConfigDict:
     c.learner.max_grad_norm = 1.0  # ours
     c.learner.old_logp = "recompute"  # ours; R2 needs it
     return c.lock()
+
+
+def evaluations(**prompts: int) -> ConfigDict:
+    """Sets of mathematics by name, with as many problems as each has."""
+    found = {}
+    for name, count in prompts.items():
+        task = {"name": "math_answer", "options": {"test": f"data/paper/{name}.jsonl"}}
+        found[name] = {"task": task, "prompts": count}
+    return ConfigDict(found, type_safe=False)
 
 
 def get_sweep() -> list[dict]:

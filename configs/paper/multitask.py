@@ -3,10 +3,12 @@
 Claim     The paper's, of Qwen3-VL-30B-A3B on text and images: after 500 gradient steps SAPO 0.758,
           GSPO and GRPO-R2 0.749 by one aggregated score; none collapses (one run each). Here the
           text tasks alone: maths, coding, logic.
-Command   Each run alone, on every host of a v5p 4x4x8 slice (docs/pods.md), after
-          configs/paper/cold_start.py; data as docs/paper.md says:
-          python -m sapo_jax.main --config=configs/paper/multitask.py --workdir=gs://.../sapo
-          ... --config.objective.name=gspo and ... --config.objective.name=grpo_r2
+Command   On every host of a v5p 4x4x8 slice (docs/pods.md), after configs/paper/cold_start.py; data
+          as docs/paper.md says:
+          python -m sapo_jax.sweep --config=configs/paper/multitask.py --workdir=gs://.../fig6
+          trains the three runs one after the other, each on the whole slice; with
+          --config.mesh.run=2 those that share their programs (SAPO and GSPO) side by side, each on
+          half of it.
 Time      Not measured.
 Result    Not measured.
 """
@@ -44,8 +46,14 @@ def get_config() -> ConfigDict:
     c.batch.micro_batches = 8  # ours: 1 row of 8192 tokens on a chip
     c.iterations = 250  # paper: 500 gradient steps are shown
     c.eval.every = 25  # ours
-    c.eval.samples = 32  # paper, of AIME25; it takes 8 of LiveCodeBench v6
-    c.eval.prompts = 60  # ours: 30 of AIME25, 15 of each other
+    c.evals = controlled.evaluations(aime25=30)  # paper; MathVision, of images, is left out
+    c.evals.aime25.samples = 32  # paper
+    c.evals.livecodebench_v6 = ConfigDict(
+        {"task": "code", "prompts": 175, "samples": 8}, type_safe=False
+    )  # paper: the set and 8 samples
+    c.evals.zebra = ConfigDict(
+        {"task": "logic", "prompts": 64, "samples": 8}, type_safe=False
+    )  # ours, in place of the paper's ZebraLogic
     return c.lock()
 
 

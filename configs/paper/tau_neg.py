@@ -2,11 +2,10 @@
 
 Claim     The paper's: τ_neg = 0.95 collapses from about 870 gradient steps on, 1.0 from about 1420,
           1.05 goes on to 1800 (one run each; 1.0 learns fastest until then).
-Command   Each run alone, as configs/paper/controlled.py, whose setting it is:
-          python -m sapo_jax.main --config=configs/paper/tau_neg.py --workdir=gs://.../1.05
-          ... --config.objective.tau_neg=1.0 and ... --config.objective.tau_neg=0.95
-          As one sweep: sapo-jax sweep --config=paper/tau_neg, once a sweep can give each run
-          several chips.
+Command   As configs/paper/controlled.py, whose setting it is:
+          python -m sapo_jax.sweep --config=configs/paper/tau_neg.py --workdir=gs://.../fig5
+          trains the three runs one after the other, each on the whole slice; with
+          --config.mesh.run=2 two at a time, each on half of it.
 Time      Not measured.
 Result    Not measured.
 """

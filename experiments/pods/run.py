@@ -25,11 +25,14 @@ FLAGS.boolean("table", False, "Only write the tables.")
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
-PODS = (
-    ("qwen3_4b_v5e", "v5e:4x4"),
-    ("qwen3_8b_v6e", "v6e:4x4"),
-    ("qwen3_30b_a3b_v5p", "v5p:4x4x4"),
-    ("qwen3_30b_a3b_v5p", "v5p:4x4x8"),
+PODS = (  # config, topology, runs side by side
+    ("pod/qwen3_0_6b_v5e", "v5e:4x4", 4),
+    ("pod/qwen3_4b_v5e", "v5e:4x4", 1),
+    ("pod/qwen3_8b_v6e", "v6e:4x4", 1),
+    ("pod/qwen3_30b_a3b_v5p", "v5p:4x4x4", 1),
+    ("pod/qwen3_30b_a3b_v5p", "v5p:4x4x8", 1),
+    ("paper/controlled", "v5p:4x4x8", 2),
+    ("paper/multitask", "v5p:4x4x8", 1),
 )
 PRICES = {"v5e": 1.2, "v6e": 2.7, "v5p": 4.2}  # dollars a chip and hour, on demand in the US
 RUNS = re.compile(r"(?<=<!-- runs -->\n).*?(?=<!-- /runs -->)", re.DOTALL)  # in docs/pods.md
@@ -41,7 +44,8 @@ INTRODUCTION = """# Preflight
 compiles every program of a run for a pod that is not there, the same functions that train, and
 tells for each: memory of a chip by kind, executed against model FLOPs, bytes, collectives, and the
 least time that it can take. It exits with 1 where something does not fit with 10% to spare. `--fit`
-searches the largest micro-batch that fits. [Pods](pods.md) says how to start what fits.
+searches the largest micro-batch that fits, `--runs` how many runs of a [sweep](sweeps.md#on-a-mesh)
+fit side by side. [Pods](pods.md) says how to start what fits.
 
 ## The pod configs, compiled ahead of time
 
@@ -61,14 +65,17 @@ is tried at the start.
 """
 
 
-def _path(config: str, topology: str) -> pathlib.Path:
-    return HERE / "results" / f"{config}-{topology.replace(':', '-')}.json"
+def _path(config: str, topology: str, runs: int) -> pathlib.Path:
+    name = config.removeprefix("pod/").replace("/", "_")
+    together = f"-{runs}-runs" if runs > 1 else ""
+    return HERE / "results" / f"{name}-{topology.replace(':', '-')}{together}.json"
 
 
 def stored() -> list[dict[str, Any]]:
-    """The results that are there."""
-    paths = [_path(*pod) for pod in PODS]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+    """The results that are there, each with its config."""
+    paths = [(config, _path(config, *pod)) for config, *pod in PODS]
+    found = ((config, json.loads(path.read_text())) for config, path in paths if path.exists())
+    return [{"runs": 1, "config": config, **report} for config, report in found]
 
 
 def verdict(reports: list[dict[str, Any]]) -> str:
@@ -151,10 +158,12 @@ def runs(reports: list[dict[str, Any]]) -> str:
     lines = [("config", "chips", "an iteration, s", "iterations", "hours", "chip-hours", "dollars")]
     for report in reports:
         kind, count = chips.parse(report["topology"])
-        iterations = cli.from_config(f"pod/{report['name']}").iterations
+        iterations, own = cli.from_config(report["config"]).iterations, count // report["runs"]
         hours = report["iteration_seconds"] * iterations / 3600
-        numbers = (iterations, hours, hours * count, hours * count * PRICES[kind])
-        where = f"`{report['name']}`", f"{count} × {kind} (`{report['topology']}`)"
+        numbers = (iterations, hours, hours * own, hours * own * PRICES[kind])
+        slice_ = f"{own} × {kind} (`{report['topology']}`"
+        slice_ += f", {report['runs']} runs side by side)" if report["runs"] > 1 else ")"
+        where = f"`{report['name']}`", slice_
         lines.append(
             (*where, f"{report['iteration_seconds']:.0f}", *(f"{x:,.0f}" for x in numbers))
         )
@@ -173,11 +182,12 @@ def main(given: cli.Flags) -> None:
     """Compile for every pod, then write the tables."""
     if not given.table:
         (HERE / "results").mkdir(exist_ok=True)
-        for config, topology in PODS:
-            where = f"--config=configs/pod/{config}.py", f"--topology={topology}"
+        for config, topology, count in PODS:
+            where = f"--config={config}", f"--topology={topology}", f"--config.mesh.run={count}"
             command = [sys.executable, "-m", "sapo_jax.preflight", *where]
+            to = f"--json={_path(config, topology, count)}"
             # It exits with 1 where a demand is not met, which the page then says.
-            subprocess.run([*command, f"--json={_path(config, topology)}"], check=False, cwd=ROOT)
+            subprocess.run([*command, to], check=False, cwd=ROOT)
     reports = stored()
     (ROOT / "docs" / "preflight.md").write_text(page(reports))
     pods = ROOT / "docs" / "pods.md"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import importlib.util
+import json
 import os
 import sys
 import threading
@@ -139,6 +140,24 @@ def broadcast_from_first(value: int | None) -> int | None:
     """What process 0 says; None or a number ≥ 0."""
     first = int(all_gather(np.int32(-1 if value is None else value))[0])
     return None if first < 0 else first
+
+
+def first_says(flag: bool) -> bool:
+    """Whether process 0 has the flag set: what it reads of files need not be what others see."""
+    return bool(all_gather(np.array(flag))[0])
+
+
+def first_of(rows: list[dict]) -> list[dict]:
+    """The rows, as JSON holds them, of the first process that has any."""
+    if jax.process_count() == 1:
+        return rows
+    text = np.frombuffer(json.dumps(rows).encode(), np.uint8)
+    sizes = all_gather(np.int32(len(text) if rows else 0))
+    if not sizes.any():
+        return rows
+    every = all_gather(np.pad(text, (0, max(0, sizes.max() - len(text))))[: sizes.max()])
+    first = int(np.flatnonzero(sizes)[0])
+    return json.loads(every[first, : sizes[first]].tobytes())
 
 
 @contextlib.contextmanager

@@ -3,6 +3,10 @@
 Rows (of a batch, slots of a rollout) are split over `ROWS`; a row is never split. Programs run
 under `shard_map`: each device sees its part of the arrays, and what crosses devices is written out
 (see `collectives`).
+
+The runs of a population lie side by side along `run`, each on its own part of the mesh. The
+learner's programs are those of one run under `runs.vmapped`; in a rollout the slots of all runs are
+one array.
 """
 
 from __future__ import annotations
@@ -19,12 +23,14 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # In this order the rows of a process are adjacent, and `tensor`, which talks most, is innermost.
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("run", "data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")
+SLOTS = ("run", *ROWS)
 TRAINING, SAMPLER = 0, 1  # columns of the table
 
 TABLE = {
     "rows": (ROWS, ROWS),
+    "slots": (SLOTS, SLOTS),  # of the rows of all runs
     "embed": (("fsdp",), ()),
     "experts": (("expert",), ("expert",)),
     "vocab": (("tensor",), ("tensor",)),
@@ -66,15 +72,19 @@ def named(mesh: Mesh, partition: PartitionSpec) -> NamedSharding:
 
 
 def describe(sizes: Mapping[str, int]) -> str:
-    """The axes of a mesh in words."""
-    return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    """The axes of a mesh in words; `run` where there are several."""
+    shown = {axis: size for axis, size in sizes.items() if axis != "run" or size != 1}
+    return ", ".join(f"{axis}={size}" for axis, size in shown.items())
 
 
-def _shapes(devices: int) -> Iterator[dict[str, int]]:
-    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    for sizes in itertools.product(divisors, repeat=len(AXES)):
-        if math.prod(sizes) == devices:
-            yield dict(zip(AXES, sizes, strict=True))
+def _shapes(devices: int, runs: int) -> Iterator[dict[str, int]]:
+    """The meshes of so many devices, for that many runs if they divide the devices."""
+    runs = runs if 0 < runs <= devices and devices % runs == 0 else 1
+    own = devices // runs
+    divisors = [n for n in range(1, own + 1) if own % n == 0]
+    for sizes in itertools.product(divisors, repeat=len(AXES) - 1):
+        if math.prod(sizes) == own:
+            yield dict(zip(AXES, (runs, *sizes), strict=True))
 
 
 def _remainders(
@@ -102,7 +112,8 @@ def nearest(
         apart = sum(abs(math.log(shape[axis] / size)) for axis, size in wanted.items())
         return round(apart, 6), -shape["data"], -shape["fsdp"]  # of equals, the simplest
 
-    fitting = [s for s in _shapes(devices) if not any(_remainders(s, dimensions, column))]
+    shapes = _shapes(devices, sizes.get("run", 1))
+    fitting = [s for s in shapes if not any(_remainders(s, dimensions, column))]
     return min(fitting, key=distance, default=None)
 
 
@@ -134,6 +145,7 @@ def make_mesh(
     fsdp: int = 1,
     tensor: int = 1,
     expert: int = 1,
+    run: int = 1,
     *,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
@@ -144,6 +156,7 @@ def make_mesh(
       fsdp: rows are split, and parameters, gathered layer by layer, too.
       tensor: heads, feed-forward width and vocabulary are split.
       expert: rows are split, and the experts of sparse layers.
+      run: runs side by side, each on devices of its own.
       devices: all of them by default; every one is used.
 
     One size may be −1: what the others leave.
@@ -152,7 +165,7 @@ def make_mesh(
       ValueError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    given = {"data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
+    given = {"run": run, "data": data, "fsdp": fsdp, "expert": expert, "tensor": tensor}
     shape = _whole_shape(given, len(devices))
     return _mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True))
 
@@ -160,12 +173,13 @@ def make_mesh(
 def reshape(mesh: Mesh, data: int = 1, tensor: int = 1, expert: int = 1) -> Mesh:
     """The devices of a mesh as another one, for the sampler, which has no use for `fsdp`.
 
-    In the same order, so that a program can have arrays of both.
+    Runs keep theirs. In the same order, so that a program can have arrays of both.
 
     Raises:
       ValueError: as `make_mesh`.
     """
-    given = {"data": data, "fsdp": 1, "expert": expert, "tensor": tensor}
+    own = {"data": data, "fsdp": 1, "expert": expert, "tensor": tensor}
+    given = {"run": mesh.shape["run"]} | own
     return _mesh(mesh.devices.reshape(_whole_shape(given, mesh.size)))
 
 
@@ -199,9 +213,21 @@ def run_mesh(runs: int) -> Mesh:
     return Mesh(np.array(devices[:count]), ("run",), axis_types=(AxisType.Auto,))
 
 
-def parts(mesh: Mesh | None) -> int:
-    """Into how many parts the rows are split."""
-    return 1 if mesh is None else math.prod(mesh.shape.get(axis, 1) for axis in ROWS)
+def parts(mesh: Mesh | None, axis: str = "rows") -> int:
+    """Into how many parts the rows of a run are split, or the slots of all runs."""
+    return 1 if mesh is None else math.prod(mesh.shape.get(a, 1) for a in TABLE[axis][0])
+
+
+def runs(mesh: Mesh | None) -> int:
+    """How many runs lie side by side on a mesh; arrays of each have a leading axis if several."""
+    return 1 if mesh is None else mesh.shape.get("run", 1)
+
+
+def by_run(specs: Any, mesh: Mesh | None) -> Any:
+    """Specs of one run as those of the runs of a mesh."""
+    if runs(mesh) == 1:
+        return specs
+    return jax.tree.map(lambda s: PartitionSpec("run", *s), specs)
 
 
 def platform(mesh: Mesh | None) -> str:
@@ -231,12 +257,41 @@ def constrain(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
 
 
 def shard_map(function: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable:
-    """The function for each device's part of its arguments; as it is where there is no mesh."""
+    """The function for each device's part of its arguments; as it is where there is no mesh.
+
+    Under `runs.vmapped` each device has its run's part, without the axis R: the function that a run
+    alone has. A batched one would choose between old and new at each turn of a loop.
+    """
     if mesh is None:
         return function
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
+    options = {"mesh": mesh, "check_vma": False}
+    one = jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, **options)
+    if len(mesh.axis_names) == 1 or runs(mesh) == 1:
+        return one
+
+    def of_runs(count, batched, *trees):
+        assert count == runs(mesh)
+        batched, leaf = tuple(batched), lambda s: isinstance(s, PartitionSpec)
+        each = jax.tree.broadcast(in_specs, trees, is_leaf=leaf)
+        specs = jax.tree.map(lambda s, b: by_run(s, mesh) if b else s, each, batched, is_leaf=leaf)
+
+        def local(*trees):
+            own = jax.tree.map(lambda x, b: x[0] if b else x, trees, batched)
+            return jax.tree.map(lambda x: x[None], function(*own))
+
+        out = by_run(out_specs, mesh)
+        found = jax.shard_map(local, in_specs=specs, out_specs=out, **options)(*trees)
+        return found, jax.tree.map(lambda _: True, found)
+
+    # By position: `custom_vmap` would add the defaults of the function's signature.
+    mapped = jax.custom_batching.custom_vmap(lambda *trees: one(*trees))
+    mapped.def_vmap(of_runs)
+    return mapped
+
+
+def only(tree: Any) -> Any:
+    """The run of a part that has one."""
+    return jax.tree.map(lambda x: x[0], tree)
 
 
 def place(tree: Any, mesh: Mesh | None, partition: PartitionSpec | None = None) -> Any:
@@ -269,14 +324,14 @@ def to_host(tree: Any) -> Any:
 
 
 def own_parts(tree: Any, mesh: Mesh | None) -> dict[int, Any]:
-    """The parts of arrays split by rows that this process is to read, by their places.
+    """The parts of arrays split by slots that this process is to read, by their places.
 
     Together the processes have each part once; parts that lie on devices of several are the first
     one's. No mesh: the whole is part 0.
     """
     if mesh is None:
         return {0: jax.device_get(tree)}
-    count, index = parts(mesh), jax.process_index()
+    count, index = parts(mesh, "slots"), jax.process_index()
     owners = [min(d.process_index for d in part) for part in mesh.devices.reshape(count, -1)]
     mine = [n for n, owner in enumerate(owners) if owner == index]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 
 import jax
 
@@ -20,6 +21,7 @@ FLAGS.config_file()
 FLAGS.string("topology", None, "Such as v5e:4x4 or v5p:4x4x8.", required=True)
 FLAGS.words("programs", None, "Some of them; all by default.")
 FLAGS.boolean("fit", False, "Search the largest micro-batch that fits.")
+FLAGS.boolean("runs", False, "Search how many runs of a sweep fit side by side.")
 FLAGS.string("json", None, "For the results; a run's report shows its preflight.json.")
 
 
@@ -36,9 +38,18 @@ def main(given: cli.Flags) -> None:
     devices, tpu = preflight.devices(given.topology)
     config = preflight.stand_in(given.config)
 
-    def settings_of(micro_batches: int) -> settings.Settings:
-        config.batch.micro_batches = micro_batches
+    def changed(fields: Mapping[str, int]) -> settings.Settings:
+        config.update_from_flattened_dict(fields)
         return settings.from_config(config, devices=devices)
+
+    def settings_of(micro_batches: int) -> settings.Settings:
+        return changed({"batch.micro_batches": micro_batches})
+
+    if given.runs:
+        chip = preflight.chip_of(given.topology)
+        tried = preflight.most_runs(changed, given.topology)
+        print(preflight_tables.runs_text(tried, chip.hbm, len(devices), config.iterations))
+        return
 
     if given.fit:
         chip = preflight.chip_of(given.topology)

@@ -40,7 +40,7 @@ def stand_in(config: ConfigDict) -> ConfigDict:
     if c.tokenizer.directory:
         c.task, c.tasks = ConfigDict({"name": "chain_sum", "options": {}}), ConfigDict()
         c.tokenizer.update(directory="", system="", template_options=ConfigDict())
-        c.eval.every = 0
+        c.evals, c.eval.every, c.eval.best = ConfigDict(), 0, "mean"
     return c
 
 
@@ -121,7 +121,7 @@ def measure(settings: Settings, name: str, program: Program, chip: chips.Chip) -
     parsed = hlo.parse(compiled.as_text())
     buffers = costs.buffers(parsed)
     parsed = hlo.turn(parsed) if program.one_turn else parsed
-    devices = 1 if settings.mesh is None else settings.mesh.size
+    devices = 1 if settings.mesh is None else settings.mesh.size // sharding.runs(settings.mesh)
     flops = costs.flops(parsed, unknown=program.turns, kernels=kernels(settings, program))
     moved = _collectives(settings, name, costs.collectives(parsed, unknown=program.turns))
     traffic = costs.memory_bytes(parsed, unknown=program.turns)
@@ -150,7 +150,7 @@ def measure(settings: Settings, name: str, program: Program, chip: chips.Chip) -
     }
 
 
-def _too_large(error: jax.errors.JaxRuntimeError) -> str:
+def too_large(error: jax.errors.JaxRuntimeError) -> str:
     """What the compiler says of a program that does not fit; raises what it says of others."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         raise error
@@ -182,7 +182,7 @@ def largest_micro_batch(
             program = programs.programs(other)["update"]
             total = measure(other, "update", program, chip)["memory"]["total"]
         except jax.errors.JaxRuntimeError as error:
-            _too_large(error)
+            too_large(error)
             total = None
         fits = total is not None and total <= (1 - demands.SPARE) * chip.hbm
         tried.append({"rows": local, "micro_batches": rows // local, "total": total, "fits": fits})
@@ -218,7 +218,7 @@ def report(
             try:
                 results.append(measure(settings, name, program, chip))
             except jax.errors.JaxRuntimeError as error:
-                refused[name] = _too_large(error)
+                refused[name] = too_large(error)
     checks = demands.checks(settings, results, chip.hbm)
     where = [_described(settings.mesh)]
     if settings.sampler_mesh != settings.mesh:
@@ -228,6 +228,7 @@ def report(
         "topology": topology,
         "tpu": tpu,
         "mesh": "; ".join(where),
+        "runs": sharding.runs(settings.mesh),
         "chip": chip._asdict(),
         "compiled_with": {
             "jax": jax.__version__,

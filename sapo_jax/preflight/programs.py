@@ -1,7 +1,8 @@
 """The programs of a run with abstract arguments, as `jax.stages.Lowered`: nothing is computed.
 
 They are the function objects that train. Only shapes, dtypes and shardings stand for their
-arguments, so that a pod's programs can be compiled where no pod is.
+arguments, so that a pod's programs can be compiled where no pod is. Where several runs lie side by
+side on the mesh, arguments are those of all runs, and counts those of one.
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from sapo_jax import learner
 from sapo_jax.model import ModelConfig, lora, params
-from sapo_jax.parallel import sharding
+from sapo_jax.parallel import runs, sharding
 from sapo_jax.sampler import SamplerParams, decode, decode_state, sampling, weights
 from sapo_jax.training.queue import abstract_batch, placed
 from sapo_jax.training.settings import Settings
-from sapo_jax.types import Frozen, Prompts, TrainState
+from sapo_jax.types import Batch, Frozen, Prompts, TrainState
 
 Abstract = jax.ShapeDtypeStruct
-ROWS = sharding.spec("rows")
+ROWS, SLOTS = sharding.spec("rows"), sharding.spec("slots")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +38,12 @@ class Program:
       arguments: what it is given, by kind.
       runs: how often an iteration calls it (decode steps: of completions of full length).
       mesh: the learner's or the sampler's.
-      tokens: of one pass through the layers, on all devices together.
+      tokens: of one pass through the layers, on all devices of a run together.
       turns: of loops whose length is known at run time only, see `hlo.executed`.
       one_turn: its costs are those of one turn of its loop, a decode step.
       resident: what lies in memory meanwhile, by kind.
       result: what it leaves, by kind, where that is not an argument updated in place.
-      model_flops: of the model, on all devices together; nothing that is computed again.
+      model_flops: of the model, on all devices of a run together; nothing that is computed again.
     """
 
     lower: Callable[[], jax.stages.Lowered]
@@ -58,8 +59,35 @@ class Program:
 
 
 def fed(tree: Any, mesh: Mesh | None) -> Any:
-    """Abstract values that come from the host: split by rows, or as they are (`sharding.place`)."""
-    return tree if mesh is None else placed(tree, mesh, ROWS)
+    """Abstract values that come from the host: split by slots, or as they are."""
+    return tree if mesh is None else placed(tree, mesh, SLOTS)
+
+
+def of_runs(tree: Any, mesh: Mesh | None) -> Any:
+    """Abstract values of one run as those of the runs of a mesh."""
+    if sharding.runs(mesh) == 1:
+        return tree
+
+    def one(x):
+        place = sharding.named(mesh, PartitionSpec("run", *x.sharding.spec))
+        return Abstract((sharding.runs(mesh), *x.shape), x.dtype, sharding=place)
+
+    return jax.tree.map(one, tree)
+
+
+def _lower(
+    settings: Settings, function: Callable, *trees: Any, donate: tuple[int, ...] = ()
+) -> jax.stages.Lowered:
+    """A learner's program: of one run as it is; trees are what `of_runs` gives, and hp."""
+    count = sharding.runs(settings.mesh)
+    if count == 1:
+        return function.lower(*trees)
+
+    def many(tree):
+        hp = isinstance(tree, learner.Hyperparameters)
+        return jax.tree.map(lambda x: jnp.full(count, x), tree) if hp else tree
+
+    return runs.vmapped(function, settings.mesh, donate).lower(*map(many, trees))
 
 
 def _chip_bytes(x: Abstract) -> int:
@@ -73,6 +101,10 @@ def bytes_per_chip(tree: Any) -> int:
     return sum(_chip_bytes(x) for x in jax.tree.leaves(tree))
 
 
+def _batch(settings: Settings, *, scored: bool) -> Batch:
+    return of_runs(abstract_batch(settings, scored=scored), settings.mesh)
+
+
 def _drawn(settings: Settings) -> int:
     """Prompts that an iteration samples from."""
     return settings.config.batch.prompts * settings.config.batch.oversample
@@ -80,7 +112,7 @@ def _drawn(settings: Settings) -> int:
 
 def abstract_prompts(settings: Settings) -> Prompts:
     """The prompts of an iteration."""
-    p, integers = _drawn(settings), jnp.int32
+    p, integers = _drawn(settings) * sharding.runs(settings.mesh), jnp.int32
     made = Prompts(
         tokens=Abstract((p, settings.width), integers), length=Abstract((p,), integers),
         id=Abstract((p,), jnp.uint32), task=Abstract((p,), integers),
@@ -92,8 +124,10 @@ def abstract_prompts(settings: Settings) -> Prompts:
 def abstract_decoding(settings: Settings, cache: int = -1) -> decode_state.DecodeState:
     """The decode loop's state with its first slots and the largest cache, or an earlier one."""
     plan, mesh = settings.plan, settings.sampler_mesh
+    count = sharding.runs(mesh)
     shape = decode_state.Shape(
-        plan.slots[0], plan.rows[0], plan.cache[cache], _drawn(settings), settings.width,
+        count * plan.slots[0], plan.rows[0], plan.cache[cache], count * _drawn(settings),
+        settings.width,
         settings.config.batch.group_size, settings.max_new_tokens,
     )  # fmt: skip
     empty = jax.eval_shape(lambda: decode_state.empty(settings.model, shape, mesh))
@@ -104,7 +138,8 @@ def abstract_sampler(settings: Settings) -> SamplerParams:
     """The sampler's parameters."""
     config = settings.model
     shapes = jax.eval_shape(lambda x: weights.convert(x, config), params.abstract(config))
-    return placed(shapes, settings.sampler_mesh, weights.partition_specs(config))
+    mesh = settings.sampler_mesh
+    return of_runs(placed(shapes, mesh, weights.partition_specs(config)), mesh)
 
 
 def matmul_flops(config: ModelConfig, tokens: int, logits: int) -> float:
@@ -129,8 +164,8 @@ def forward_flops(config: ModelConfig, tokens: int, keys: float, logits: int) ->
 
 def _abstract_state(settings: Settings) -> TrainState:
     """The learner's state, and on one device its place."""
-    hp = settings.hp
-    return placed(learner.abstract(hp), settings.mesh, learner.partition_specs(hp))
+    hp, mesh = settings.hp, settings.mesh
+    return of_runs(placed(learner.abstract(hp), mesh, learner.partition_specs(hp)), mesh)
 
 
 def _abstract_frozen(settings: Settings) -> Frozen | None:
@@ -152,7 +187,7 @@ def _reference(settings: Settings) -> dict[str, Any]:
 def _learner_programs(settings: Settings) -> dict[str, Program]:
     hp, options = settings.hp, settings.config.batch
     state, frozen = _abstract_state(settings), _abstract_frozen(settings)
-    unscored, batch = (abstract_batch(settings, scored=scored) for scored in (False, True))
+    unscored, batch = (_batch(settings, scored=scored) for scored in (False, True))
     n, t, parts = settings.width, settings.max_new_tokens, sharding.parts(settings.mesh)
     rows, shared = settings.rows // options.minibatches, settings.packing
     prompts = rows // shared.group_size if shared else rows
@@ -166,7 +201,7 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
         "head_chunks": math.ceil(rows * t / (passes * parts * hp.static.head_chunk)),
         "waves": 0,  # of experts after the first: none, if the load is balanced
     }
-    tokens = batch.tokens.size // passes
+    tokens = batch.tokens.size // sharding.runs(settings.mesh) // passes
     parameters, optimizer = {"parameters": (state.params, frozen)}, {"optimizer": state.opt_state}
     score = learner.score_routing if hp.static.routing_replay == "R2" else learner.score
     recompute = settings.config.learner.old_logp == "recompute"
@@ -178,14 +213,14 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
     others = {"rows": [batch] * (options.minibatches - 1), "copy at the start": state}
     return {
         "score": Program(
-            lambda: score.lower(state.params, unscored, hp, frozen),
+            lambda: _lower(settings, score, state.params, unscored, hp, frozen),
             parameters | {"rows": unscored},
             runs=scored * (recompute + settings.needs_reference), mesh=settings.mesh,
             tokens=tokens, turns=turns, model_flops=forward,
             resident=optimizer | rollout | sampler | _reference(settings),
         ),
         "update": Program(
-            lambda: learner.update.lower(state, batch, hp, frozen),
+            lambda: _lower(settings, learner.update, state, batch, hp, frozen, donate=(0,)),
             parameters | optimizer | {"rows": batch}, runs=options.minibatches,
             mesh=settings.mesh, tokens=tokens, turns=turns,
             model_flops=3 * forward - spared,
@@ -196,34 +231,44 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
 
 def _sampler_programs(settings: Settings) -> dict[str, Program]:
     config, mesh, plan = settings.model, settings.sampler_mesh, settings.plan
-    train = _abstract_state(settings)
-    policy = lora.join(train.params, _abstract_frozen(settings), None)
+    train, frozen = _abstract_state(settings), _abstract_frozen(settings)
+    policy, count = lora.join(train.params, frozen, None), sharding.runs(mesh)
     sampler_params, state = abstract_sampler(settings), abstract_decoding(settings)
     smaller = abstract_decoding(settings, -min(2, len(plan.cache)))
-    prompts, controls = abstract_prompts(settings), sampling.controls(1.0)
+    prompts = abstract_prompts(settings)
+    seeds, controls = np.uint32(0), sampling.controls(1.0)
+    if count > 1:
+        seeds, controls = np.zeros(count, np.uint32), sampling.controls([1.0] * count)
     group, n, t = settings.config.batch.group_size, settings.width, settings.max_new_tokens
-    base = jax.eval_shape(lambda: sampling.base_key(np.uint32(0), "train", np.int32(0)))
+    base = jax.eval_shape(lambda: sampling.base_key(seeds, "train", np.int32(0)))
     static = {"truncate": False, "mesh": mesh}
-    slots = fed(Abstract((plan.refill,), jnp.int32), mesh)
-    limits = fed(Abstract((2 * sharding.parts(mesh),), jnp.int32), mesh)
+    slots = fed(Abstract((count * plan.refill,), jnp.int32), mesh)
+    limits = fed(Abstract((2 * sharding.parts(mesh, "slots"),), jnp.int32), mesh)
     optimizer = {"optimizer": train.opt_state} | _reference(settings)
     resident = optimizer | {"parameters": policy}
     cache = {"cache": (state.prompt_kv, state.completion_kv)}
     results = state.replace(prompt_kv=None, completion_kv=None)
     sampler = {"sampler's parameters": sampler_params}
-    same = weights.unchanged(policy, config, mesh)
+    together = count > 1 and frozen is not None
+    same = set() if together else weights.unchanged(policy, config, mesh)
     shared = {name: policy[name] for name in same}
     rest, moved = (
         {name: x for name, x in tree.items() if name not in same}
         for tree in (policy, sampler_params)
     )
     rows = plan.slots[0] * plan.rows[0]
+
+    def convert(rest):
+        if count == 1:
+            target = None if settings.config.sampler.devices else mesh
+            return weights.convert.lower(rest, config, settings.mesh, target)
+        scale = np.ones(count, np.float32) if frozen else None
+        own = train.params if frozen else rest
+        return weights.convert_runs.lower(own, frozen, scale, config, settings.mesh, mesh)
+
     return {
         "to_sampler": Program(
-            lambda: weights.convert.lower(
-                rest, config, settings.mesh, None if settings.config.sampler.devices else mesh
-            ),
-            {"parameters": rest},
+            lambda: convert(rest), {"parameters": rest},
             runs=1, mesh=mesh,
             resident=optimizer | {"parameters": shared}, result={"sampler's parameters": moved},
         ),
@@ -260,7 +305,7 @@ def programs(settings: Settings) -> dict[str, Program]:
     """What an iteration runs on the device, in its order."""
     found = _sampler_programs(settings) | _learner_programs(settings)
     learnt = ("update",) if settings.supervised else tuple(found)
-    rows, waiting = abstract_batch(settings, scored=True), {}
+    rows, waiting = _batch(settings, scored=True), {}
     if settings.config.staleness:
         count = settings.config.staleness * settings.config.batch.minibatches
         waiting = {"rows that wait": [rows] * count}

@@ -82,8 +82,32 @@ def text(report: dict[str, Any]) -> str:
     parts = [head(report), *map(_grid, tables if results else [])]
     parts += [f"{name} DOES NOT FIT: {why}" for name, why in report["refused"].items()]
     if not report["refused"]:
-        parts.append(f"An iteration takes at least {report['iteration_seconds']:.1f} s.")
+        text, runs = (
+            f"An iteration takes at least {report['iteration_seconds']:.1f} s",
+            report.get("runs", 1),
+        )
+        parts.append(f"{text}, of {runs} runs side by side." if runs > 1 else f"{text}.")
     return "\n\n".join(parts)
+
+
+def runs_text(tried: Sequence[dict[str, Any]], hbm: float, chips: int, iterations: int) -> str:
+    """The search for the most runs that fit side by side, in words, and what one of them costs."""
+    table = [["runs", "chips each", "GiB a chip", f"of {hbm / GIB:.2f}"]]
+    for t in tried:
+        size = "more" if t["total"] is None else f"{t['total'] / GIB:.2f}"
+        fits = "fits" if t["fits"] else "does not fit"
+        table.append([str(t["runs"]), str(chips // t["runs"]), size, fits])
+    best = [t for t in tried if t["fits"]]
+    if not best:
+        return f"{_grid(table)}\n\nNo run fits."
+    (t,) = best
+    own, hours = chips // t["runs"], t["seconds"] * iterations / 3600
+    flags = " ".join(f"--config.{field}={value}" for field, value in t["fields"].items())
+    return (
+        f"{_grid(table)}\n\nMost that fit: {t['runs']}, by {flags}\n"
+        f"A run of {iterations} iterations takes {own} chips for at least {hours:.1f} hours, "
+        f"{own * hours:,.0f} chip-hours; an iteration at least {t['seconds']:.1f} s."
+    )
 
 
 def rows(report: dict[str, Any]) -> list[list[str]]:

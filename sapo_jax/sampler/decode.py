@@ -1,7 +1,8 @@
 """The device's part of a rollout: compiled programs that fill slots and decode.
 
 What is below works on one part of the rows, with its own slots and prompts (see `decode_state`);
-on a mesh the parts only agree on when to stop.
+on a mesh the parts only agree on when to stop. Where several runs lie side by side on it, the
+parameters, the noise's base and the controls have a leading axis R, and a part is of one run.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from sapo_jax.model import attention, transformer
-from sapo_jax.parallel import collectives, sharding
+from sapo_jax.parallel import collectives, runs, sharding
 from sapo_jax.sampler import decode_state, results, sampling, weights
 from sapo_jax.sampler.decode_state import DecodeState
 from sapo_jax.sampler.results import ROWS, WHOLE
@@ -39,7 +40,8 @@ def fill_slots(
 ) -> DecodeState:
     """Fill slots with prompts (entries of slot_F that are Q fill nothing) and draw first tokens."""
     local, specs = partial(_fill_slots, config, truncate), decode_state.partition_specs()
-    in_specs = (weights.partition_specs(config), ROWS, WHOLE, WHOLE, specs, ROWS, ROWS)
+    own = sharding.by_run((weights.partition_specs(config), WHOLE, WHOLE), mesh)
+    in_specs = (own[0], ROWS, *own[1:], specs, ROWS, ROWS)
     arguments = (params, prompts, base, controls, state, slot_F, prompt_F)
     return sharding.shard_map(local, mesh, in_specs, specs)(*arguments)
 
@@ -67,6 +69,7 @@ def _read(params, config, state, tokens_BN, caches, write):
 
 
 def _fill_slots(config, truncate, params, prompts, base, controls, state, slot_F, prompt_F):
+    params, base, controls = map(runs.of_device, (params, base, controls))
     group = state.order.shape[1]
     # Entries that fill nothing compute some prompt; what they write is dropped.
     own = jax.tree.map(lambda x: x.at[prompt_F].get(mode="clip"), prompts)
@@ -225,16 +228,19 @@ def decode(params, config, controls, state, until, limits_2n, quorum, *, truncat
       (state, i32[Q, W + 2 + G] on every device: what a `scheduler.View` is made of).
     """
     local, specs = partial(_decode, config, truncate), decode_state.partition_specs()
-    in_specs = (weights.partition_specs(config), WHOLE, specs, WHOLE, ROWS, WHOLE)
+    own = sharding.by_run((weights.partition_specs(config), WHOLE), mesh)
+    in_specs = (*own, specs, WHOLE, ROWS, WHOLE)
     arguments = (params, controls, state, until, limits_2n, quorum)
     return sharding.shard_map(local, mesh, in_specs, (specs, WHOLE))(*arguments)
 
 
 def _decode(config, truncate, params, controls, state, until, limits_2, quorum):
+    params, controls = map(runs.of_device, (params, controls))
+
     def agree(s):
         idle, live = jnp.sum(~jnp.any(s.live, -1)), jnp.sum(s.live)
         met = (idle >= limits_2[0]) | (live <= limits_2[1])
-        return collectives.psum(met.astype(jnp.int32), sharding.ROWS)
+        return collectives.psum(met.astype(jnp.int32), sharding.SLOTS)
 
     # A step may hold collectives, so all parts take equally many: they stop by one sum.
     def go_on(carry):
@@ -248,4 +254,4 @@ def _decode(config, truncate, params, controls, state, until, limits_2, quorum):
     state, _ = jax.lax.while_loop(go_on, advance, (state, agree(state)))
     columns = (state.live, state.first[:, None], state.end[:, None], state.order)
     table_QX = jnp.concatenate([x.astype(jnp.int32) for x in columns], -1)
-    return state, collectives.all_gather(table_QX, sharding.ROWS)
+    return state, collectives.all_gather(table_QX, sharding.SLOTS)

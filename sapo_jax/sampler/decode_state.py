@@ -26,7 +26,7 @@ from sapo_jax.sampler import results
 from sapo_jax.sampler.results import ROWS, WHOLE, Results
 from sapo_jax.sampler.scheduler import Moves
 
-CACHE = sharding.spec("rows", "kv_heads")
+CACHE = sharding.spec("slots", "kv_heads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def partition_specs() -> DecodeState:
 @partial(jax.jit, static_argnames=("config", "shape", "mesh"))
 def empty(config: ModelConfig, shape: Shape, mesh: Mesh | None = None) -> DecodeState:
     """Empty slots, and room for the results."""
-    parts = sharding.parts(mesh)
+    parts = sharding.parts(mesh, "slots")
     part = dataclasses.replace(shape, slots=shape.slots // parts, prompts=shape.prompts // parts)
     return sharding.shard_map(partial(_empty, config, part), mesh, (), partition_specs())()
 

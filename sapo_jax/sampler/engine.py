@@ -8,7 +8,7 @@ to let the cache grow to its next size (see `scheduler`).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from sapo_jax.parallel import sharding
 from sapo_jax.sampler import decode, decode_state, results, sampling
 from sapo_jax.sampler.decode_state import DecodeState
 from sapo_jax.sampler.plan import Plan, make_plan
+from sapo_jax.sampler.results import ROWS
 from sapo_jax.sampler.scheduler import NEVER, Moves, Slots
 from sapo_jax.sampler.weights import to_sampler
 from sapo_jax.types import Prompts, Rollout
@@ -53,9 +54,9 @@ def checked(
     plan: Plan | None, prompts: int, group_size: int, max_new_tokens: int, mesh: Mesh | None
 ) -> Plan:
     """The plan, or one of its own, if prompts and plan divide among the parts of the rows."""
-    parts = sharding.parts(mesh)
+    parts = sharding.parts(mesh, "slots")
     if mesh is not None:
-        sharding.check(mesh, [sharding.Dimension("prompts", "rows", prompts)])
+        sharding.check(mesh, [sharding.Dimension("prompts", "slots", prompts)])
     plan = plan or make_plan(prompts, max_new_tokens, group_size=group_size, parts=parts)
     divided = all(n % parts == 0 for n in (*plan.slots, plan.refill))
     fits = plan.refill <= plan.slots[0] <= prompts and plan.cache[-1] == max_new_tokens
@@ -84,8 +85,8 @@ def rollout(
     *,
     group_size: int,
     max_new_tokens: int,
-    temperature: float,
-    seed: int,
+    temperature: float | Sequence[float],
+    seed: int | Sequence[int],
     iteration: int,
     policy_step: int | None = None,
     domain: str = "train",
@@ -100,7 +101,9 @@ def rollout(
     """Sample G completions of each prompt.
 
     Args:
-      params: the learner's parameters, or those of `to_sampler`; on a mesh, so is the rollout.
+      params: the learner's parameters, or those of `to_sampler`; on a mesh, so is the rollout. Of
+        R runs side by side on it, those of `to_sampler`, the prompts of each behind those of the
+        run before, R·P in all, and R temperatures and seeds.
       config: the model's shape; names the stop tokens.
       prompts: P prompts; a prompt draws the same noise wherever it stands, and other noise where it
         stands again.
@@ -134,10 +137,10 @@ def rollout(
     p = len(prompts.tokens)
     mesh = sharding.mesh_of(params)
     plan = checked(plan, p, group_size, max_new_tokens, mesh)
-    prompts = sharding.place(sampling.with_occurrence(prompts), mesh)
+    prompts = sharding.place(sampling.with_occurrence(prompts, sharding.runs(mesh)), mesh, ROWS)
     controls = sampling.controls(temperature, top_k, top_p)
-    base = sampling.base_key(np.uint32(seed), domain, np.int32(iteration))
-    slots = Slots.empty(plan, p, sharding.parts(mesh), group_size)
+    base = sampling.base_key(np.asarray(seed, np.uint32), domain, np.int32(iteration))
+    slots = Slots.empty(plan, p, sharding.parts(mesh, "slots"), group_size)
     host = host_of(
         to_sampler(params, config), config, prompts, base, controls, slots, max_new_tokens,
         on_groups=on_groups, truncate=truncate,
@@ -167,7 +170,7 @@ def host_of(
 ) -> Host:
     """A rollout before its beginning; the parameters are the sampler's."""
     mesh, plan, (p, width) = sharding.mesh_of(params), slots.plan, prompts.tokens.shape
-    count, group_size = plan.slots[0] * sharding.parts(mesh), slots.view.order.shape[-1]
+    count, group_size = plan.slots[0] * sharding.parts(mesh, "slots"), slots.view.order.shape[-1]
     sizes = (plan.rows[0], plan.cache[0], p, width, group_size, max_new_tokens)
     static = {"truncate": truncate, "mesh": mesh}
     return (kind or Host)(
@@ -292,7 +295,8 @@ class Host:
     def place(self, x_nX: np.ndarray) -> Any:
         """An array of the parts of the rows, each part on its devices."""
         flat = x_nX.reshape(-1, *x_nX.shape[2:])
-        return sharding.place(flat if flat.dtype == bool else flat.astype(np.int32), self.mesh)
+        flat = flat if flat.dtype == bool else flat.astype(np.int32)
+        return sharding.place(flat, self.mesh, ROWS)
 
     def _move(self, moves: Moves) -> None:
         """Let the state have other slots and rows."""

@@ -15,7 +15,7 @@ from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
 from sapo_jax.types import GOES_ON, LENGTH, STOP, Prompts, Rollout
 
-WHOLE, ROWS = PartitionSpec(), sharding.spec("rows")
+WHOLE, ROWS = PartitionSpec(), sharding.spec("slots")
 
 
 @struct.dataclass

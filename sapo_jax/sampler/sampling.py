@@ -10,6 +10,7 @@ from __future__ import annotations
 import collections
 import itertools
 import zlib
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -34,12 +35,19 @@ class Controls(NamedTuple):
     top_p: jax.Array  # f32[], 1 switches it off
 
 
-def controls(temperature: float, top_k: int | None = None, top_p: float | None = None) -> Controls:
+def controls(
+    temperature: float | Sequence[float], top_k: int | None = None, top_p: float | None = None
+) -> Controls:
     """Settings of a draw; temperature 0 is greedy, its log-probabilities are those at 1.
+
+    Of several runs, with a leading axis, by their temperatures.
 
     Raises:
       ValueError: one that draws from no distribution.
     """
+    if np.ndim(temperature):
+        each = [controls(own, top_k, top_p) for own in temperature]
+        return Controls(*map(np.stack, zip(*each, strict=True)))
     if not (temperature == 0 or 1e-6 <= temperature <= 1e6):
         raise ValueError(f"temperature={temperature}: must be 0 (greedy), or from 1e-6 to 1e6")
     if top_k is not None and top_k < 1:
@@ -57,17 +65,24 @@ def controls(temperature: float, top_k: int | None = None, top_p: float | None =
 
 @partial(jax.jit, static_argnames="domain")
 def base_key(seed: jax.Array, domain: str, iteration: jax.Array | None = None) -> jax.Array:
-    """The key of one rollout; without an iteration, of what `row_keys` is given those of."""
+    """The key of one rollout, or of those of several runs, by their seeds.
+
+    Without an iteration, of what `row_keys` is given those of.
+    """
+    if seed.ndim:
+        return jax.vmap(lambda own: base_key(own, domain, iteration))(seed)
     key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), zlib.crc32(domain.encode()))
     return key if iteration is None else jax.random.fold_in(key, iteration)
 
 
-def with_occurrence(prompts: Prompts) -> Prompts:
-    """The prompts, on the host, each with the number of those of its id that stand before it."""
+def with_occurrence(prompts: Prompts, runs: int = 1) -> Prompts:
+    """The prompts, on the host, each with the number of those of its id before it, in its run."""
     if prompts.occurrence is not None:
         return prompts
-    before = collections.defaultdict(itertools.count)
-    occurrence_P = [next(before[prompt_id]) for prompt_id in np.asarray(prompts.id).tolist()]
+    occurrence_P: list[int] = []
+    for own in np.asarray(prompts.id).reshape(runs, -1).tolist():
+        before = collections.defaultdict(itertools.count)
+        occurrence_P += [next(before[prompt_id]) for prompt_id in own]
     return prompts.replace(occurrence=np.array(occurrence_P, np.int32))
 
 

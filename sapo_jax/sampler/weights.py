@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from sapo_jax.model import params
+from sapo_jax.model import lora, params
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
 from sapo_jax.types import Frozen
@@ -80,6 +80,26 @@ def convert(
     return SamplerParams(sharding.constrain(converted, target, present(partition_specs(config))))
 
 
+@partial(jax.jit, static_argnames=("config", "mesh", "target"))
+def convert_runs(
+    learner_params: Any,
+    frozen: Frozen | None,
+    scale_R: jax.Array | None,
+    config: ModelConfig,
+    mesh: Mesh,
+    target: Mesh,
+) -> SamplerParams:
+    """`convert` of the runs of a mesh; of adapters, each with the base beside them."""
+
+    def one(own, frozen, scale):
+        return convert(lora.join(own, frozen, scale), config, mesh, target)
+
+    # Not `runs.vmapped`: there are two meshes.
+    each = jax.vmap(one, (0, None, 0), spmd_axis_name="run")(learner_params, frozen, scale_R)
+    specs = {name: partition_specs(config)[name] for name in each}
+    return sharding.constrain(each, target, SamplerParams(sharding.by_run(specs, target)))
+
+
 def unchanged(learner_params: dict[str, Any], config: ModelConfig, target: Mesh | None) -> set[str]:
     """Names of parameters, abstract ones too, that have the sampler's dtype and layout already."""
     dtype, mesh = jnp.dtype(config.compute_dtype), sharding.mesh_of(learner_params)
@@ -90,7 +110,7 @@ def unchanged(learner_params: dict[str, Any], config: ModelConfig, target: Mesh 
     def stays(name, value):
         if name == "layers" or value.dtype != dtype:
             return False
-        own = mesh and sharding.named(mesh, specs[name])
+        own = mesh and sharding.named(mesh, sharding.by_run(specs[name], mesh))
         return mesh is None or value.sharding.is_equivalent_to(own, value.ndim)
 
     return {name for name, value in learner_params.items() if stays(name, value)}

@@ -6,9 +6,11 @@ changes (see sapo_jax.axes).
 
 from __future__ import annotations
 
+import jax
 from absl import logging
 
 from sapo_jax import cli
+from sapo_jax.parallel import distributed
 from sapo_jax.sweep import cohorts, schedule
 
 FLAGS = cli.Flags("sweep", __doc__)
@@ -18,13 +20,17 @@ FLAGS.string("workdir", None, "Directory of the sweep, local or gs://…", requi
 FLAGS.strings("axis", [], "FIELD=VALUE,…: only the runs with one of these; once or more.")
 FLAGS.integer("most", 0, "Runs that train together, at most; 0: all that can.", 0)
 FLAGS.integer("job_index", 0, "Which part of the sweep this process runs.", 0)
-FLAGS.integer("job_count", 1, "Number of processes that share the sweep.", 1)
+FLAGS.integer("job_count", 1, "Number of jobs that share the sweep.", 1)
+FLAGS.cluster()
 
 
 def main(given: cli.Flags) -> None:
     """Run the sweep of the command line, or go on with it."""
     if given.reward:
         given.config.reward.function = given.reward
+    if given.coordinator or any(size != 1 for size in given.config.mesh.values()):
+        timeout = given.config.distributed.timeout
+        distributed.start(given.coordinator, given.processes, given.process, timeout=timeout)
     index, count = given.job_index, given.job_count
     if index >= count:
         raise ValueError(f"--job_index={index}: must be below --job_count={count}")
@@ -37,7 +43,10 @@ def main(given: cli.Flags) -> None:
             f"--most={-(-len(overrides) // count)} makes more of its {len(overrides)} runs"
         )
     cli.use_cache(given.config.compilation_cache)
-    if schedule.run(parts, given.workdir, job=(index, count)):
+    whole = schedule.run(parts, given.workdir, job=(index, count))
+    if jax.process_index() > 0:
+        return
+    if whole:
         print(_report(given.workdir))
         if stopped := schedule.stopped(parts, given.workdir):
             raise RuntimeError(stopped)
@@ -57,4 +66,4 @@ def _report(workdir: str) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main, FLAGS)
+    cli.run(main, FLAGS, failed=distributed.end)

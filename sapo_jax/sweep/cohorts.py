@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from sapo_jax.axes import Overrides
 from sapo_jax.cli import flat, literal, make_room, nearest
+from sapo_jax.parallel import sharding
 from sapo_jax.sweep.population import choose
 from sapo_jax.training import settings
 from sapo_jax.training.checks import require
@@ -110,14 +111,18 @@ def settings_of(base: ConfigDict, override: Mapping[str, Any]) -> Settings:
 
 
 def _check(run: Settings) -> None:
-    slots = run.config.sampler.slots
-    all_at_once = "0 in a sweep, whose runs sample all prompts at once"
-    require(slots == 0, "sampler.slots", slots, all_at_once)
-    own, one = run.config.sampler.devices, "0 in a sweep, whose runs have one device each"
-    require(own == 0, "sampler.devices", own, one)
-    for axis, size in run.config.mesh.items():
-        alone = "1 in a sweep, whose runs have one device each (population.method='devices')"
-        require(size == 1, f"mesh.{axis}", size, alone)
+    sampler, method = run.config.sampler, run.config.population.method
+    require(sampler.devices == 0, "sampler.devices", sampler.devices, "0 in a sweep")
+    if run.mesh is None:
+        all_at_once = "0 in a sweep without a config.mesh: its runs sample all prompts at once"
+        require(sampler.slots == 0, "sampler.slots", sampler.slots, all_at_once)
+    else:
+        only = "'auto' with a config.mesh, whose axis `run` says how many runs are computed at once"
+        require(method == "auto", "population.method", method, only)
+    whole = "0 with several runs side by side (config.mesh.run): their rollouts are one"
+    require(
+        sharding.runs(run.mesh) == 1 or not sampler.budget, "sampler.budget", sampler.budget, whole
+    )
 
 
 def _is_traced(field: str) -> bool:
@@ -134,8 +139,13 @@ def static(run: Settings) -> str:
 
 def _cohort(listed: Sequence[tuple[str, Mapping[str, Any], Settings]]) -> Cohort:
     names, overrides, runs = zip(*listed, strict=True)
-    c = runs[0].config  # what goes on in the next rollout is of one run
-    method = "map" if c.sampler.budget else choose(c.population.method, len(runs))
+    c = runs[0].config
+    if runs[0].mesh is not None:
+        method = "mesh"
+    elif c.sampler.budget:  # what goes on in the next rollout is of one run
+        method = "map"
+    else:
+        method = choose(c.population.method, len(runs))
     return Cohort(names, overrides, runs, method)
 
 
@@ -145,7 +155,8 @@ def make(base: ConfigDict, sweep: Overrides, *, most: int = 0) -> list[Cohort]:
     Args:
       base: the config that the runs change.
       sweep: what each run changes, see `axes`.
-      most: runs of a cohort; larger ones are cut into parts of almost one size. 0: no limit.
+      most: runs of a cohort; larger ones are cut into parts of almost one size. 0: no limit, but
+        that of a mesh, which has places for so many.
 
     Raises:
       ValueError: a run is refused, two runs are the same, or there is none.
@@ -165,7 +176,10 @@ def make(base: ConfigDict, sweep: Overrides, *, most: int = 0) -> list[Cohort]:
         groups.setdefault(static(run), []).append((name, override, run))
     cohorts = []
     for members in groups.values():
-        parts = math.ceil(len(members) / most) if most else 1
+        mesh = members[0][2].mesh
+        places = sharding.runs(mesh) if mesh else most
+        largest = min(most or places, places)
+        parts = math.ceil(len(members) / largest) if largest else 1
         bounds = [len(members) * i // parts for i in range(parts + 1)]
         cohorts += [_cohort(members[a:b]) for a, b in itertools.pairwise(bounds)]
     return cohorts

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,10 +15,10 @@ from sapo_jax.learner import Hyperparameters
 from sapo_jax.model import lora
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
+from sapo_jax.parallel.runs import BY_RUN, vmapped
 from sapo_jax.sampler import SamplerParams, sampling
 from sapo_jax.sampler.weights import convert, unchanged
 from sapo_jax.sweep import rollouts
-from sapo_jax.sweep.rollouts import BY_RUN
 from sapo_jax.training.engine import Ends, pick, stack
 from sapo_jax.training.settings import Settings
 from sapo_jax.types import Batch, Frozen, Prompts, Rollout, TrainState
@@ -36,6 +35,7 @@ def choose(method: str, runs: int) -> str:
     - ``map``: one after the other, each with an engine of its own; each is bitwise the run alone.
     - ``vmap``: all at once, one `Population`.
     - ``devices``: a `Population` split over the devices of this process; nothing crosses them.
+    - ``mesh``, of runs that have one: a `MeshPopulation`, or a run alone.
 
     Raises:
       ValueError: "devices", and no number of devices above one divides R.
@@ -76,24 +76,6 @@ def hyperparameters(runs: Sequence[Settings]) -> Hyperparameters:
     return stack(every)
 
 
-@functools.cache
-def vmapped(
-    function: Callable, mesh: Mesh | None, donate: tuple[int, ...] = (), /, **static: Any
-) -> Callable:
-    """A function of one run as one program of all: its trees have a leading axis R, but for what
-    is `Frozen`.
-    """
-
-    def program(*trees):
-        shared = [isinstance(tree, Frozen) for tree in trees]
-        each = jax.vmap(partial(function, **static), [None if s else 0 for s in shared])
-        specs = tuple(PartitionSpec() if s else BY_RUN for s in shared)
-        return sharding.shard_map(each, mesh, specs, BY_RUN)(*trees)
-
-    program.__name__ = function.__name__  # as profiles and logs of compilations show it
-    return jax.jit(program, donate_argnums=donate)
-
-
 def to_sampler(params: Any, config: ModelConfig, mesh: Mesh | None = None) -> SamplerParams:
     """`sampler.to_sampler` of R runs."""
     names = unchanged(jax.eval_shape(partial(pick, run=0), params), config, None)
@@ -129,6 +111,21 @@ class Population:
     def place(self, trees: Iterable[Any]) -> Any:
         """By way of the host: a device keeps its own runs only, and none of them twice."""
         return jax.device_put(stack(map(jax.device_get, trees)), self.where)
+
+    def rows(self, batch: Batch) -> Batch:
+        """They lie where their runs do."""
+        return batch
+
+    def abstract(self, tree: Any) -> Any:
+        """Shapes of the runs' arrays, from those of one, and where they lie."""
+        count = len(self.runs)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=self.where), tree
+        )
+
+    def each(self, tree: Any) -> Iterator[Any]:
+        """The arrays of each run, on the host."""
+        return iter(self.to_host(tree))
 
     def share(self, frozen: Frozen) -> Frozen:
         """What all of the runs have in common, once on each device."""
@@ -175,8 +172,8 @@ class Population:
             own,
             self.runs[0].model,
             stack(map(sampling.with_occurrence, prompts)),
-            rollouts.base_keys(seed_R, first["domain"], np.int32(iteration)),
-            stack([sampling.controls(own["temperature"], **top) for own in each]),
+            sampling.base_key(seed_R, first["domain"], np.int32(iteration)),
+            sampling.controls([own["temperature"] for own in each], **top),
             np.int32(iteration if policy_step is None else policy_step),
             group_size=first["group_size"],
             max_new_tokens=first["max_new_tokens"],

@@ -12,17 +12,10 @@ from jax.sharding import Mesh, PartitionSpec
 from sapo_jax import rewards
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
+from sapo_jax.parallel.runs import BY_RUN
 from sapo_jax.sampler import SamplerParams, decode, decode_state, results, sampling, weights
 from sapo_jax.sampler.decode_state import DecodeState
 from sapo_jax.types import Frozen, Prompts, Rollout
-
-BY_RUN = PartitionSpec("run")
-
-
-@partial(jax.jit, static_argnames="domain")
-def base_keys(seed_R: jax.Array, domain: str, iteration: jax.Array) -> jax.Array:
-    """`sampling.base_key` of R runs."""
-    return jax.vmap(lambda seed: sampling.base_key(seed, domain, iteration))(seed_R)
 
 
 def report(groups: rewards.Groups, rows: Rollout, group_size: int) -> None:
@@ -88,7 +81,7 @@ def rollout(
     Args:
       live_R: bool[R]; other runs end with their first token.
       params, config, prompts: as there, of R runs.
-      base_R: key[R], from `base_keys`.
+      base_R: key[R], from `sampling.base_key`.
       controls: from `sampling.controls`, of R runs.
       policy_step: i32[], the iteration of the policies.
       group_size, max_new_tokens: as there.

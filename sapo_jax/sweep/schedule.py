@@ -11,8 +11,9 @@ import jax
 from etils import epath
 
 from sapo_jax import train
-from sapo_jax.parallel import sharding
+from sapo_jax.parallel import distributed, sharding
 from sapo_jax.sweep.cohorts import Cohort
+from sapo_jax.sweep.mesh import MeshPopulation
 from sapo_jax.sweep.population import Population
 from sapo_jax.training.engine import Streamed
 from sapo_jax.training.files import check_directory, read_json, write_json
@@ -59,6 +60,7 @@ def check_manifest(workdir: epath.Path, manifest: dict) -> None:
     path = workdir / MANIFEST
     if not path.exists():
         write_json(path, manifest)
+    distributed.any_process(False)  # stored before any of them looks
     stored = read_json(path, {"runs": [{"directory": str}]})
     if stored != manifest:
         old, new = ([r["directory"] for r in m["runs"]] for m in (stored, manifest))
@@ -85,21 +87,33 @@ def _is_whole(run: Settings, place: epath.Path) -> bool:
     return ended and not gaps(read_metrics(place), 1, total)
 
 
-def _lost(part: Cohort, place: epath.Path) -> list[tuple[Settings, epath.Path]]:
-    """The runs of a cohort that has ended whose directories are not whole."""
+def _ended(part: Cohort, place: epath.Path) -> list[tuple[Settings, epath.Path]]:
+    """The runs of a cohort that has ended with all of their iterations, and their directories."""
     each, stopped = zip(part.runs, part.names, strict=True), _stopped(place)
-    ended = [(run, place / name) for run, name in each if name not in stopped]
-    return [one for one in ended if not _is_whole(*one)]
+    return [(run, place / name) for run, name in each if name not in stopped]
 
 
 def _repeat(run: Settings, place: epath.Path, bar: Progress) -> None:
     """Train a run again, alone, whose directory was deleted."""
     if (place / "checkpoints" / str(run.config.iterations)).exists():
         (place / "checkpoints").rmtree()  # it would end at once, without what was lost
-    train.run_all([Streamed(run)], place, [place], bar)
+    _alone(run, place, bar)
+
+
+def _alone(run: Settings, place: epath.Path, bar: Progress) -> None:
+    """Train a run by itself; on a mesh of several places it is the only one there."""
+    if sharding.runs(run.mesh) == 1:
+        train.run_all([Streamed(run)], place, [place], bar)
+        return
+    again = place.with_name(f"{place.name}-again")  # the checkpoints on the way are of all places
+    train.run_all([MeshPopulation([run])], again, [place], bar)
+    if jax.process_index() == 0:
+        again.rmtree()
 
 
 def _how(part: Cohort) -> str:
+    if part.method == "mesh":
+        return f"mesh ({sharding.describe(part.lead.mesh.shape)})"
     if part.method != "devices":
         return part.method
     used, all_of_them = sharding.run_mesh(len(part.runs)).size, jax.local_device_count()
@@ -112,8 +126,13 @@ def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> None:
     These hold what a run alone leaves, its last checkpoint included: any of them can be evaluated,
     exported, or be what another run starts from. See `train.run_all`.
     """
+    if cohort.method == "mesh" and sharding.runs(cohort.lead.mesh) == 1:
+        (place,) = (workdir / name for name in cohort.names)
+        return train.run_all([Streamed(cohort.lead)], place, [place], bar)
     if cohort.method == "map":
         engines = [Streamed(run) for run in cohort.runs]
+    elif cohort.method == "mesh":
+        engines = [MeshPopulation(cohort.runs)]
     else:
         engines = [Population(cohort.runs, cohort.method)]
     train.run_all(engines, workdir, [workdir / name for name in cohort.names], bar)
@@ -143,12 +162,13 @@ def run(parts: Sequence[Cohort], workdir: epath.PathLike, *, job: tuple[int, int
         for part, place in mine:
             _finish(part, place, bar)
     every = zip(parts, places, strict=True)
-    return all(_is_done(*each) and not _lost(*each) for each in every)
+    whole = (_is_done(*each) and all(_is_whole(*one) for one in _ended(*each)) for each in every)
+    return distributed.first_says(all(whole))
 
 
 def _finish(part: Cohort, place: epath.Path, bar: Progress) -> None:
-    """Train what is left of a cohort."""
-    ended, iterations = _is_done(part, place), part.lead.config.iterations
+    """Train what is left of a cohort; of several processes, the first one says what that is."""
+    ended, iterations = distributed.first_says(_is_done(part, place)), part.lead.config.iterations
     if not ended:
         bar.line(f"{place.name}: {len(part.runs)} runs, by {_how(part)}")
         start, record = time.time(), {"iterations": iterations, "method": part.method}
@@ -157,7 +177,7 @@ def _finish(part: Cohort, place: epath.Path, bar: Progress) -> None:
         except train.NotFiniteError as error:
             record["stopped"] = error.stopped
         write_json(place / DONE, record | {"seconds": time.time() - start})
-    lost = _lost(part, place)
+    lost = [one for one in _ended(part, place) if distributed.first_says(not _is_whole(*one))]
     bar.skip((len(part.runs) - len(lost)) * iterations * ended)
     for run, directory in lost:
         bar.line(f"{place.name}/{directory.name}: records are missing, it runs again, alone")

@@ -7,7 +7,7 @@ or R with a leading axis.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,8 +63,6 @@ class Streamed:
     traced values share every program, and each run among them is the run alone, bit for bit.
     """
 
-    where = None  # restored arrays with a leading axis go to the default device
-
     def __init__(self, run: Settings):
         self.runs, self.hp = (run,), run.hp
 
@@ -82,6 +80,14 @@ class Streamed:
         (run,) = self.runs
         tree = self.join(trees)
         return jax.device_put(tree, jax.devices()[0]) if run.mesh is None else tree
+
+    def each(self, tree: Any) -> Iterator[Any]:
+        """The arrays of each run, on the host."""
+        return iter(self.to_host(tree))
+
+    def rows(self, batch: Batch) -> Batch:
+        """Rows, of the host too, split over the learner's mesh."""
+        return sharding.place(batch, self.runs[0].mesh)
 
     def share(self, frozen: Frozen) -> Frozen:
         """What all of the runs have in common, for `call`."""

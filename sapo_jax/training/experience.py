@@ -191,7 +191,7 @@ def from_rollout(
     def finish(rollout, ends):
         with clock("logp"):  # needs no rewards: the device works while rows are judged
             lengths = list(map(_lengths, engine.runs, queries, ends))
-            batch = sharding.place(engine.call(batch_of, rollout), engine.runs[0].mesh)
+            batch = engine.rows(engine.call(batch_of, rollout))
             minibatches, lags = scored(bundle, batch, lengths), None
             if bundle.carry is not None:
                 lags = lags_of(rollout, np.int32(when["policy_step"]))
@@ -294,7 +294,7 @@ def from_demonstrations(
             batches.append(batch)
             tokens_B = (batch.segments > 0).sum(-1)
             lengths.append((tokens_B - batch.mask.sum(-1), batch.mask.sum(-1)))
-        batch = sharding.place(engine.join(batches), first.mesh)
+        batch = engine.rows(engine.join(batches))
         parts = first.config.batch.minibatches
         minibatches = engine.call(learner.split_rows, batch, parts=parts, mesh=first.mesh)
         minibatches = packed(engine, minibatches, layouts_of(engine, lengths, parts))

@@ -35,7 +35,7 @@ MAY_DIFFER = {
     "sampler.mesh.data", "sampler.mesh.tensor", "sampler.mesh.expert", "sampler.devices",
 }  # fmt: skip
 GONE = {"sampler.shrink"}  # fields that runs of before have
-ONE_DEVICE = {f"mesh.{axis}": 1 for axis in ("data", "fsdp", "tensor", "expert")} | {
+ONE_DEVICE = {f"mesh.{axis}": 1 for axis in sharding.AXES} | {
     f"sampler.{field}": 0 for field in ("devices", "mesh.data", "mesh.tensor", "mesh.expert")
 }
 OPEN = {"task", "tasks", "evals", "mesh", "template_options", "end"}  # read by the names in them
@@ -59,7 +59,7 @@ class Settings:
       packing: of the rows of an update; None where they are not packed.
       plan: the sampler's shapes in training.
       evals: the evaluations by name; "" is the name of config.eval, where it is the only one.
-      mesh: the learner's; None on one device.
+      mesh: the learner's; None on one device. Of several runs side by side, that of all.
       sampler_mesh: the same, the same devices in another shape, or devices of the sampler's own.
     """
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -153,15 +153,18 @@ def _restore(
     if alone:
         state, meta = checkpoints.restore(iteration, wanted, finite=True)
         return [engines[0].place([state])], [meta]
-    count, where = sum(len(engine.runs) for engine in engines), engines[0].where
-    wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=where), wanted
-    )
-    saved, meta = checkpoints.restore(iteration, wanted, finite=True)
-    saved = jax.device_get(saved)
-    each = (pick(saved, r) for r in range(count))
-    placed = [engine.place([next(each) for _ in engine.runs]) for engine in engines]
-    return placed, [{key[:-1]: of_runs[r] for key, of_runs in meta.items()} for r in range(count)]
+    if isinstance(engines[0], Streamed):  # R engines
+        wanted = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((len(engines), *x.shape), x.dtype), wanted
+        )
+        saved, meta = checkpoints.restore(iteration, wanted, finite=True)
+        saved = jax.device_get(saved)
+        arrays = [engine.place([pick(saved, r)]) for r, engine in enumerate(engines)]
+    else:
+        saved, meta = checkpoints.restore(iteration, engines[0].abstract(wanted), finite=True)
+        arrays = [saved]
+    runs = range(sum(len(engine.runs) for engine in engines))
+    return arrays, [{key[:-1]: of_runs[r] for key, of_runs in meta.items()} for r in runs]
 
 
 def save(
@@ -186,7 +189,7 @@ def save(
         checkpoints.save(iteration, saved, metas[0], score=score, finite=True)
         return
     meta = {f"{key}s": [meta[key] for meta in metas] for key in metas[0]}
-    checkpoints.save(iteration, stack(each_saved(bundles)), meta, finite=True)
+    checkpoints.save(iteration, _together(bundles), meta, finite=True)
 
 
 def _metas(bundles: Sequence[Bundle], positions: Sequence[dict]) -> list[dict]:
@@ -205,9 +208,17 @@ def _metas(bundles: Sequence[Bundle], positions: Sequence[dict]) -> list[dict]:
     return metas
 
 
-def each_saved(bundles: Sequence[Bundle]) -> list[Any]:
-    """The arrays of each run, see `queue.pack`, on the host."""
-    return [x for b in bundles for x in b.engine.to_host(_packed(b))]
+def each_saved(bundles: Sequence[Bundle]) -> Iterator[Any]:
+    """The arrays of each run of a cohort, as one alone has them, one by one: see `queue.pack`."""
+    return (saved for b in bundles for saved in b.engine.each(_packed(b)))
+
+
+def _together(bundles: Sequence[Bundle]) -> Any:
+    """The arrays of a cohort as they are saved, with a leading axis."""
+    if isinstance(bundles[0].engine, Streamed):
+        return stack(each_saved(bundles))
+    (bundle,) = bundles
+    return _packed(bundle)
 
 
 def _packed(bundle: Bundle) -> Any:
@@ -226,7 +237,7 @@ def keep_last(bundles: Sequence[Bundle], places: Sequence[epath.Path | None]) ->
             continue
         with Checkpoints(place / "checkpoints") as own:
             iteration = int(queue.unpack(saved, [meta])[0].iteration)
-            if own.latest() != iteration:
+            if distributed.broadcast_from_first(own.latest()) != iteration:
                 (*_, last) = read_metrics(place) or [{}]  # none where the directory was deleted
                 own.save(iteration, saved, meta, score=last.get("eval/pass_at_1"), finite=True)
 
@@ -276,6 +287,6 @@ def warm_up(
         if config.eval.every:
             evaluation.held_out(bundle, scorer, say)
     if not alone:
-        saved = each_saved([bundle._replace(waiting=waiting) for bundle in bundles])
-        digests(stack(saved))
-        digests(queue.unpack(saved[0], [])[0])
+        bundles = [bundle._replace(waiting=waiting) for bundle in bundles]
+        digests(_together(bundles))
+        digests(queue.unpack(next(each_saved(bundles)), [])[0])

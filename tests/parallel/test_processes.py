@@ -22,20 +22,20 @@ from tests.parallel import two_processes
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def begin(workdir, what):
+def begin(workdir, what, module="tests.parallel.two_processes"):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = dict(os.environ)
-    command = [sys.executable, "-m", "tests.parallel.two_processes", str(workdir), str(port)]
+    command = [sys.executable, "-m", module, str(workdir), str(port)]
     options = {"cwd": ROOT, "env": environment, "text": True}
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     return [subprocess.Popen([*command, str(i), what], **options, **pipes) for i in range(2)]
 
 
-def both(workdir, what):
+def both(workdir, what, *module):
     """Exit statuses and messages of the two."""
-    processes = begin(workdir, what)
+    processes = begin(workdir, what, *module)
     try:
         messages = [process.communicate(timeout=300)[1] for process in processes]
     finally:

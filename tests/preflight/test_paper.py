@@ -16,7 +16,7 @@ from sapo_jax.training import settings
 def on_one(module):
     """The config with stand-ins for data and weights, on one device."""
     c = preflight.stand_in(module.get_config())
-    c.mesh.update(data=1, fsdp=1, tensor=1, expert=1)
+    c.mesh.update(run=1, data=1, fsdp=1, tensor=1, expert=1)
     c.sampler.slots = 0
     return c
 
@@ -34,7 +34,12 @@ STATED = {
         "objective.name": "sapo", "objective.tau_pos": 1.0, "batch.minibatches": 4,
         "eval.samples": 16,
     },
-    multitask: SETTING | {"batch.minibatches": 2, "eval.samples": 32},
+    multitask: SETTING | {"batch.minibatches": 2},
+}  # fmt: skip
+MATHS = {"aime25": 16, "hmmt25": 16, "beyond_aime": 16}
+EVALS = {  # sets and their samples; zebra's are ours
+    controlled: MATHS, tau_neg: MATHS,
+    multitask: {"aime25": 32, "livecodebench_v6": 8, "zebra": 8},
 }  # fmt: skip
 STEPS = {controlled: 1800, tau_neg: 1800, multitask: 500}  # gradient steps that are shown
 ALGORITHMS = {  # hyperparameters, ratio, routing replay
@@ -51,6 +56,8 @@ def test_paper_configs_state_what_the_paper_does(experiment):
     held = flat(config.to_dict())
     assert {key: held[key] for key in STATED[experiment]} == STATED[experiment]
     assert config.iterations * config.batch.minibatches == STEPS[experiment]
+    samples = {name: e.get("samples", config.eval.samples) for name, e in config.evals.items()}
+    assert samples == EVALS[experiment]
     if experiment is not multitask:
         assert config.eval.every * config.batch.minibatches == 100  # gradient steps, about
     c = on_one(experiment)

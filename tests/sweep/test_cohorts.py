@@ -134,7 +134,7 @@ REFUSED = [
     (axis("mesh.fsdp", 2), "the run mesh.fsdp=2: .*mesh"),
     (axis("objective.tau_neg", -1.0), "the run objective.tau_neg=-1.0: .*tau_neg"),
     (axis("seed", "x"), "the run seed=x: "),
-    (axis("sampler.slots", 4), "sampler.slots.*0 in a sweep"),
+    (axis("sampler.slots", 4), "sampler.slots.*0 in a sweep without a config.mesh"),
     (axis("seed", 1, 1), "two runs of the sweep are the same: seed=1 and seed=1"),
     ([{"seed": 1, "name": "a"}, {"name": "a", "seed": 1}], "the same: seed=1,name=a and name=a,"),
     (axis("learner.learning_rate", 1, 1.0), "the same: learner.learning_rate=1 and "),

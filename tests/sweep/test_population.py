@@ -14,9 +14,10 @@ import pytest
 from sapo_jax import axes, cli, learner, objectives, rewards, train
 from sapo_jax.learner import step
 from sapo_jax.model import params
+from sapo_jax.parallel.runs import vmapped
 from sapo_jax.sampler import sampling
 from sapo_jax.sweep import cohorts, rollouts, schedule
-from sapo_jax.sweep.population import Population, hyperparameters, to_sampler, vmapped
+from sapo_jax.sweep.population import Population, hyperparameters, to_sampler
 from sapo_jax.training import experience, startup, stopping
 from sapo_jax.training.engine import Bundle, Ends, Streamed, pick, stack
 from sapo_jax.training.lease import Lease
@@ -248,7 +249,7 @@ def arguments_of(policies, seed, live_R=(True, True)):
     return (
         np.array(live_R), to_sampler(stack(weights), config), config,
         stack([fakes.prompts(P, N)] * len(weights)),
-        rollouts.base_keys(np.full(len(weights), seed, np.uint32), "train", np.int32(3)),
+        sampling.base_key(np.full(len(weights), seed, np.uint32), "train", np.int32(3)),
         stack([sampling.controls(1.0)] * len(weights)), np.int32(3),
     )  # fmt: skip
 

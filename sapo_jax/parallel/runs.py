@@ -1,0 +1,45 @@
+"""A program of one run as one of R: their trees have a leading axis R."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from sapo_jax.parallel import collectives, sharding
+from sapo_jax.types import Frozen
+
+BY_RUN = PartitionSpec("run")
+
+
+@functools.cache
+def vmapped(
+    function: Callable, mesh: Mesh | None, donate: tuple[int, ...] = (), /, **static: Any
+) -> Callable:
+    """A function of one run as one program of all: its trees have a leading axis R, but for what
+    is `Frozen`.
+
+    On a mesh with other axes beside `run` each run is computed on its part; what is under
+    `sharding.shard_map` is there the program of a run alone.
+    """
+
+    def program(*trees):
+        shared = [isinstance(tree, Frozen) for tree in trees]
+        options = {"in_axes": [None if s else 0 for s in shared]}
+        if mesh is not None and mesh.axis_names != ("run",):
+            return jax.vmap(partial(function, **static), **options, spmd_axis_name="run")(*trees)
+        each = jax.vmap(partial(function, **static), **options)
+        specs = tuple(PartitionSpec() if s else BY_RUN for s in shared)
+        return sharding.shard_map(each, mesh, specs, BY_RUN)(*trees)
+
+    program.__name__ = function.__name__  # as profiles and logs of compilations show it
+    return jax.jit(program, donate_argnums=donate)
+
+
+def of_device(tree: Any) -> Any:
+    """Within `sharding.shard_map`: the device's own run of a tree with a leading axis R."""
+    return sharding.only(tree) if collectives.axis_size("run") > 1 else tree

@@ -1,0 +1,172 @@
+"""Runs side by side on a mesh against each alone; run by `test_mesh` in a process of 8 devices."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from sapo_jax import axes, learner, train
+from sapo_jax.preflight import places, programs
+from sapo_jax.sweep import cohorts, schedule
+from sapo_jax.training import checkpoint, settings, startup
+from sapo_jax.training.workdir import read_samples
+from tests import fakes, tiny_sweep
+from tests.sweep.test_population import Bar
+from tests.test_train import digest, records
+
+RUNS = axes.zip_(axes.axis("seed", 3, 4), axes.axis("objective.tau_neg", 1.05, 2.0))
+FIELDS = {
+    "iterations": 3, "eval.every": 3, "checkpoint.every": 1, "log.samples_every": 1,
+    "model.num_hidden_layers": 1, "sampler.slots": 4, "sampler.max_new_tokens": 16,
+    "learner.eps": 1e-5,  # Adam's own would magnify the last bits of gradients of 1e-8
+    "mesh.fsdp": 2, "mesh.tensor": 2,
+}  # fmt: skip
+EVALS = {"few": {"samples": 2, "prompts": 4}, "greedy": {"samples": 1, "temperature": 0.0}}
+
+
+def cohorts_of(runs=RUNS, **fields):
+    found = cohorts.make(tiny_sweep.get_config(**{**FIELDS, "mesh.run": 2, **fields}), runs)
+    assert {cohort.method for cohort in found} == {"mesh"}
+    return found
+
+
+def alone(override, fields, workdir):
+    """The run on the first part of the devices, and its settings."""
+    config = tiny_sweep.get_config(**{**FIELDS, **fields, **override})
+    own = config.mesh.data * config.mesh.fsdp * config.mesh.expert * config.mesh.tensor
+    checked = settings.from_config(config, devices=jax.devices()[:own])
+    train.run(checked, workdir)
+    return checked
+
+
+def final_state(workdir, checked):
+    """As a run alone restores it on its own mesh."""
+    with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+        state, meta = checkpoints.restore(checkpoints.latest(), learner.abstract(checked.hp))
+    return jax.device_get(state), meta
+
+
+def comparable(record):
+    """Without what the last bits decide: whether r < 1 where r = 1, and the histograms of that."""
+    found = {k: v for k, v in record.items() if not k.startswith("histogram/")}
+    for first in found.get("minibatch", [])[:1]:
+        for key in [k for k in first if k.startswith(("coefficient/", "ratio/bound_broken"))]:
+            del first[key]
+    return found
+
+
+def check_alone(cohort, directory, fields):
+    """Each run against itself alone: metrics, samples, the last state, to what XLA rounds."""
+    for name, override, run in zip(cohort.names, cohort.overrides, cohort.runs, strict=True):
+        both = directory / name, directory / f"{name} alone"
+        checked = alone(override, fields, both[1])
+        found, expected = ([comparable(r) for r in records(place)] for place in both)
+        assert len(found) == 4
+        assert found[-1]["grad/norm"] > 0
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
+        for i in range(1, 4):
+            one, other = ([r["completion"] for r in read_samples(p, i)] for p in both)
+            assert one == other
+        states = [final_state(place, c) for place, c in zip(both, (run, checked), strict=True)]
+        (got, meta), (wanted, wanted_meta) = states
+        assert meta == wanted_meta
+        jax.tree.map(
+            partial(np.testing.assert_allclose, rtol=0, atol=1e-6), got.params, wanted.params
+        )
+
+
+def test_runs_side_by_side_are_each_alone(tmp_path, monkeypatch):
+    """By one executable of all, none of it compiled after the start.
+
+    A sum over both runs, or one's prompts, noise or verdicts for the other, shows in all of them.
+    """
+    (cohort,), late, warm_up = cohorts_of(), fakes.Compilations(), startup.warm_up
+
+    def counted(*arguments):
+        warm_up(*arguments)
+        late.__enter__()
+
+    monkeypatch.setattr(startup, "warm_up", counted)
+    with fakes.Compilations() as compiled:
+        schedule.run_cohort(cohort, tmp_path, Bar())
+        late.__exit__()
+    for program in ("fill_slots", "convert_runs", "select_rows", "make_minibatches", "update"):
+        assert compiled.names[program] == 1, compiled.names
+    # Orbax slices what lies on several devices; at the end each run is taken out of them all.
+    assert {n for n in late.names if late.names[n]} <= {"slice", "<lambda>"}, late.names
+    monkeypatch.undo()
+    check_alone(cohort, tmp_path, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_runs_side_by_side_go_on_where_they_stopped(staleness, tmp_path):
+    """Bit for bit: one checkpoint holds the states, positions and waiting batches of all."""
+    (cohort,) = cohorts_of(staleness=staleness)
+    schedule.run_cohort(cohort, tmp_path, Bar())
+    for iterations in (2, 3):
+        (part,) = cohorts_of(iterations=iterations, staleness=staleness)
+        schedule.run_cohort(part, tmp_path / "again", Bar())
+    for name, run in zip(cohort.names, cohort.runs, strict=True):
+        got, expected = tmp_path / "again" / name, tmp_path / name
+        found, wanted = records(got), records(expected)
+        del found[2:3], wanted[2:3]  # which was the last, and evaluated
+        assert found == wanted
+        assert digest(got) == digest(expected)
+        states = final_state(got, run), final_state(expected, run)
+        jax.tree.map(np.testing.assert_array_equal, *states)  # and the positions
+
+
+SPARSE = {"model.preset": "nano_moe", "model.num_hidden_layers": 2}
+OTHERS = {
+    "moe": (SPARSE, RUNS),
+    "moe, experts apart, routing replayed": (
+        SPARSE | {"mesh.tensor": 1, "mesh.expert": 2, "learner.routing_replay": "R2",
+                  "learner.old_logp": "recompute"},
+        RUNS,
+    ),
+    "adapters, evaluations, another mesh to sample": (
+        {"lora.rank": 2, "evals": EVALS, "mesh.data": 2, "mesh.tensor": 1,
+         "sampler.mesh.tensor": 2, "sampler.mesh.data": 2},
+        axes.zip_(axes.axis("seed", 3, 4), axes.axis("lora.alpha", 16.0, 64.0)),
+    ),
+    "batches that wait": ({"staleness": 1}, RUNS),
+    "a place that is free, objectives of two kinds": (
+        {"mesh.run": 4, "mesh.tensor": 1},
+        axes.zip_(axes.axis("objective.name", "sapo", "grpo", "gspo"), axes.axis("seed", 1, 2, 3)),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHERS)
+def test_others_side_by_side_are_each_alone(case, tmp_path):
+    fields, runs = OTHERS[case]
+    (cohort,) = cohorts_of(runs, **fields)
+    schedule.run_cohort(cohort, tmp_path, Bar())
+    check_alone(cohort, tmp_path, {k: v for k, v in fields.items() if k != "mesh.run"})
+
+
+def test_preflight_knows_the_programs_of_runs_side_by_side():
+    """A chip holds what it would hold for a run alone on as many; the programs can be traced."""
+    (cohort,) = cohorts_of()
+    override = cohort.overrides[0]
+    checked = settings.from_config(
+        tiny_sweep.get_config(**{**FIELDS, **override}), devices=jax.devices()[:4]
+    )
+    found, expected = (programs.programs(run) for run in (cohort.lead, checked))
+    assert list(found) == list(expected)
+    for name, program in found.items():
+        sizes = [programs.bytes_per_chip(p.arguments) for p in (program, expected[name])]
+        assert sizes[0] == sizes[1] > 0, name
+        assert program.lower().out_info is not None
+
+
+def test_preflight_tries_the_most_runs_first():
+    (cohort,) = cohorts_of()
+    found = list(places.shapes(cohort.lead, 8))
+    assert [fields["mesh.run"] for fields in found] == [8, 4, 2, 1]
+    for fields in found:
+        own = 8 // fields["mesh.run"]
+        assert fields["mesh.data"] * fields["mesh.fsdp"] * fields["mesh.tensor"] == own
