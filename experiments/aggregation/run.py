@@ -1,4 +1,4 @@
-"""seq_mean, token_mean and seq_sum for SAPO, GRPO and GSPO, on answers of 30 to 200 tokens.
+"""seq_mean, token_mean and seq_sum for SAPO, GRPO and GSPO, on answers of 48 to 200 tokens.
 
 python -m experiments.aggregation.run --jobs=2
 """
@@ -25,7 +25,7 @@ CLAIMS = (
           "mean over the three algorithms"),
     Claim("seq_sum", "seq_sum does better than seq_mean", "2512.01374; the same"),
     Claim("long", "token_mean does better than seq_mean on the longest problems",
-          "2512.01374; the same, of 14 operands"),
+          "2512.01374; the same, of 18 operands"),
 )  # fmt: skip
 
 

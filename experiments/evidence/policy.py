@@ -1,8 +1,8 @@
 """The policy, the task and the cold start that the experiments on the paper's claims share.
 
-Sums of 6, 10 and 14 numbers in equal shares, worked out step by step, modulo 100. The teacher slips
-in one step of five and notices two slips of five, whereupon it takes the step again: answers are of
-30 to 200 tokens. In both layers 8 experts, 2 a token; the dense policy has as many active
+Sums of 8, 12 and 18 numbers in equal shares, worked out step by step, modulo 10. The teacher slips
+in one step of seven and notices two slips of five, whereupon it takes the step again: answers are
+of 48 to 200 tokens. In both layers 8 experts, 2 a token; the dense policy has as many active
 parameters.
 """
 
@@ -16,12 +16,12 @@ from configs import base
 from sapo_jax import train
 from sapo_jax.training import settings
 
-SUM = {"slip": 0.2, "notice": 0.4, "labels": True}  # options of chain_sum
-TERMS = {"short": 6, "middle": 10, "long": 14}
+SUM = {"modulus": 10, "slip": 0.15, "notice": 0.4, "labels": True}  # options of chain_sum
+TERMS = {"short": 8, "middle": 12, "long": 18}
 SMOKE = {"short": 2, "middle": 3, "long": 4}
 SEVERAL = {  # tasks, by name
-    "units": {"name": "chain_sum", "options": {"terms": 6, **SUM}},
-    "tens": {"name": "chain_sum", "options": {"terms": 6, "digits": 2, **SUM}},
+    "units": {"name": "chain_sum", "options": {"terms": 8, **SUM}},
+    "tens": {"name": "chain_sum", "options": {"terms": 8, **SUM, "digits": 2}},
     "countdown": {
         "name": "countdown", "options": {"numbers": 3, "max_number": 10, "max_target": 50},
     },
@@ -62,12 +62,12 @@ def cold_start(kind: str, size: str) -> ConfigDict:
     c = _common(size, kind)
     c.name = f"evidence_cold_{kind}"
     c.source = "demonstrations"
-    c.iterations = 2 if size == "smoke" else 600
+    c.iterations = 2 if size == "smoke" else 400
     c.objective.name = "reinforce"
     c.objective.aggregation = "token_mean"
     c.batch.prompts = 6 if size == "smoke" else 96
     c.batch.group_size = 1
-    c.batch.minibatches = 1
+    c.batch.minibatches = 2
     c.learner.learning_rate = 3e-3
     c.learner.schedule = "cosine"
     c.learner.warmup = 20
