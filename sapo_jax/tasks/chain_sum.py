@@ -18,7 +18,7 @@ class ChainSum:
     """``7+5-3+8=`` is answered by ``7+5=12;12-3=9;9+8=17``.
 
     The result of every step is taken modulo ``modulus``, which keeps it non-negative: with the
-    default, 3-5=98 and 60+50=10. Operands are written as drawn, uniform in [0, 10**digits).
+    default, 3-5=98 and 60+50=10. Operands are written as drawn, uniform in [0, below).
 
     Demonstrations may be those of a teacher who slips: with probability ``slip`` the result of a
     step is another number, and the chain goes on from there, unless the teacher notices it, with
@@ -33,6 +33,7 @@ class ChainSum:
       slip: probability of a wrong step in a demonstration, in [0, 1).
       notice: probability that a slip is noticed, in [0, 1].
       labels: whether steps have letters; of 27 operands at most.
+      below: what operands are below, 10**digits at most; None: 10**digits.
 
     Raises:
       ValueError: an option is out of its range.
@@ -44,6 +45,7 @@ class ChainSum:
     slip: float = 0.0
     notice: float = 0.0
     labels: bool = False
+    below: int | None = None
 
     name: ClassVar[str] = "chain_sum"
 
@@ -51,6 +53,8 @@ class ChainSum:
         check_option("terms", self.terms, 2, 1 + len(LETTERS) if self.labels else None)
         check_option("digits", self.digits, 1, 3)
         check_option("modulus", self.modulus, 2)
+        if self.below is not None:
+            check_option("below", self.below, 1, 10**self.digits)
         if not 0 <= self.slip < 1:
             raise ValueError(f"slip must be a number in [0, 1), got {self.slip!r}")
         if not 0 <= self.notice <= 1:
@@ -89,7 +93,7 @@ class ChainSum:
 
     def _generate(self, key: str) -> Example:
         steps = self.terms - 1
-        values = draw(key, [10**self.digits] * self.terms + [2] * steps)
+        values = draw(key, [self.below or 10**self.digits] * self.terms + [2] * steps)
         first, operands, minus = values[0], values[1 : self.terms], values[self.terms :]
         terms = [f"-{x}" if sign else f"+{x}" for x, sign in zip(operands, minus, strict=True)]
         total, written, demonstration = first, first, []
