@@ -71,7 +71,7 @@ def protocol() -> dict[str, str]:
         "Runs": f"{', '.join(NAMES)} × {', '.join(AGGREGATIONS)}, {SEEDS['default']} shared seeds",
         "Learning rate": f"{LEARNING_RATE:g}; gradients longer than 1 are scaled down to it, "
         "and AdamW does not see their scale",
-        "Primary endpoint": "Pass@1 (16 samples of 96 held-out problems) over the evaluations of "
+        "Primary endpoint": f"Pass@1 ({policy.HELD_OUT}) over the evaluations of "
         "the second half, the mean over the three algorithms",
         "Test": "paired by seed, sign-flip; Holm over the three claims; 95% bootstrap intervals",
     }

@@ -145,7 +145,7 @@ def protocol() -> dict[str, str]:
         f"{c.batch.prompts} × {c.batch.group_size} rows an iteration",
         "Primary endpoint": f"the share of the iterations before a collapse at {SHARED:g}, by "
         "seed: below half of the best mean accuracy of 10 iterations, for good",
-        "Second endpoint": "Pass@1 (16 samples of 96 held-out problems) over the evaluations of "
+        "Second endpoint": f"Pass@1 ({policy.HELD_OUT}) over the evaluations of "
         "the second half, at the learning rate that is best for the other seeds",
         "Test": "paired by seed, sign-flip; Holm over the four claims; 95% bootstrap intervals",
     }

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import FigureBase
 
-from experiments.evidence import paper, policy, stats
+from experiments.evidence import paper, policy, stats, store
 from experiments.evidence.store import rounded
 from experiments.evidence.study import Claim, Exact, Page, Study, interval, markdown
 from sapo_jax import cli, diagnostics, learner, rewards
@@ -75,22 +75,25 @@ def measure(run: settings.Settings, rollouts: int) -> dict[str, Any]:
 
 
 def compute(given: cli.Flags) -> Iterator[tuple[str, Any]]:
-    """Sequences of every kind of policy, seed, and number of minibatches."""
-    size, folder = given.size, pathlib.Path(given.workdir).parent / "cold_start"
+    """Sequences of every kind of policy, number of minibatches and seed; each has a file."""
+    size, place = given.size, pathlib.Path(given.workdir)
     every = [(kind, n, s) for kind in KINDS for n in MINIBATCHES for s in range(SEEDS[size])]
     cells: dict[str, list] = {}
     with Progress(len(every), "assumptions") as bar:
         for kind, n, seed in every:
             cold, replay = KINDS[kind]
-            config = policy.learning(size, cold, **{
-                "seed": seed, "init_from": str(policy.start(cold, folder, size)),
-                "batch.minibatches": n, "batch.prompts": 3 * n, "batch.pack": False,
-                "learner.routing_replay": replay, "learner.learning_rate": LEARNING_RATE,
-                "learner.warmup": 0,
-            })  # fmt: skip
-            bar.note(f"{kind}, {n} minibatches, seed {seed}")
-            found = measure(settings.from_config(config), max(1, UPDATES[size] // n))
-            cells.setdefault(f"{kind}/{n}", []).append(found)
+            stored = place / f"{cold}-{replay}-{n}-{seed}.json.gz"
+            if not stored.exists():
+                bar.note(f"{kind}, {n} minibatches, seed {seed}")
+                config = policy.learning(size, cold, **{
+                    "seed": seed, "batch.minibatches": n, "batch.prompts": 3 * n,
+                    "init_from": str(policy.start(cold, place.parent / "cold_start", size)),
+                    "batch.pack": False, "learner.routing_replay": replay,
+                    "learner.learning_rate": LEARNING_RATE, "learner.warmup": 0,
+                })  # fmt: skip
+                found = measure(settings.from_config(config), max(1, UPDATES[size] // n))
+                store.write(stored, found)
+            cells.setdefault(f"{kind}/{n}", []).append(store.read(stored))
             bar.step()
     yield "sequences", cells
 

@@ -24,7 +24,7 @@ SUM = {
     "labels": True,
 }  # options of chain_sum
 TERMS = {"short": 8, "middle": 12, "long": 18}
-SMOKE = {"short": 2, "middle": 3, "long": 4}
+SMOKE = {"short": 4, "middle": 5, "long": 6}
 SEVERAL = {  # tasks, by name
     "units": {"name": "chain_sum", "options": {"terms": 8, **SUM}},
     "tens": {"name": "chain_sum", "options": {"terms": 8, **SUM, "below": 8}},
@@ -37,7 +37,10 @@ KINDS = {
     "dense": {"model.preset": "nano", "model.intermediate_size": 96},
     "several": {"model.preset": "nano_moe"},  # of tasks
 }
-EVALUATED = {"smoke": (6, 2), "default": (96, 16), "large": (384, 16)}  # prompts, samples
+EVALUATED = {"smoke": (6, 2), "default": (48, 16), "large": (384, 16)}  # prompts, samples
+HELD_OUT = "{1} samples of each of {0} held-out problems, a third of each kind".format(
+    *EVALUATED["default"]
+)
 
 
 def tasks(size: str, kind: str) -> ConfigDict:

@@ -20,7 +20,8 @@ from sapo_jax.report.style import Panel
 from sapo_jax.report.sweep_stats import Run
 from sapo_jax.sweep import cohorts, schedule
 
-MOST = 8  # runs of a cohort: few enough that the processes of a sweep end together
+MOST = {"smoke": 8, "default": 8, "large": 64}  # runs of a cohort: on a CPU, so few that the
+# processes of a sweep end together
 Runs = Sequence[Run]
 
 
@@ -41,7 +42,7 @@ def train(
     each = {}
     for name, (config, sweep, kind) in chosen.items():
         config.init_from = str(policy.start(kind, place.parent / "cold_start", given.size))
-        each[name] = cohorts.make(config, sweep, most=MOST)
+        each[name] = cohorts.make(config, sweep, most=MOST[given.size])
     others = [] if given.job else [_start(module, given, k) for k in range(1, jobs)]
     for name, parts in each.items():
         schedule.run(parts, place / name, job=(given.job, jobs))
@@ -144,9 +145,3 @@ def collapsed(runs: Runs) -> str:
     when = sorted(life.iterations for life in lives if life.collapsed)
     median = f", iteration {when[len(when) // 2]}" if when else ""
     return f"{len(when)} of {len(lives)}{median}"
-
-
-def lengths(section: str, runs: Runs) -> str:
-    """What a section took, in a line of a table."""
-    iteration = sum(r.get("time/iteration") or 0 for run in runs for r in run.records)
-    return f"{section}: {len(runs)} runs, {iteration / len(runs):.0f} s a run"

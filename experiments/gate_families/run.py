@@ -98,8 +98,7 @@ def protocol() -> dict[str, str]:
         "(τ_pos, τ_neg)": f"{each}; at the half-width of SAPO's gate at that τ, and where the gate "
         "study writes a gate otherwise, at the same τ in its notation, too",
         "Seeds": f"{SEEDS['default']}, shared; learning rate {LEARNING_RATE:g}",
-        "Primary endpoint": "Pass@1 (16 samples of 96 held-out problems) over the evaluations of "
-        "the second half",
+        "Primary endpoint": f"Pass@1 ({policy.HELD_OUT}) over the evaluations of the second half",
         "Test": "paired by seed, sign-flip; Holm over the three claims; 95% bootstrap intervals",
     }
 

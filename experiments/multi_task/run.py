@@ -109,8 +109,8 @@ def protocol() -> dict[str, str]:
         f"with random ones: {SEEDS['default']} shared seeds each",
         "Length": f"{c.iterations} iterations of {MINIBATCHES} minibatches, learning rate "
         f"{LEARNING_RATE:g}",
-        "Primary endpoint": "Pass@1 over the three tasks (16 samples of 32 held-out problems "
-        "each), the mean of the evaluations in the second half",
+        "Primary endpoint": f"Pass@1 over the three tasks ({policy.HELD_OUT}), the mean of the "
+        "evaluations in the second half",
         "Test": "paired by seed, sign-flip; Holm over the three claims; 95% bootstrap intervals",
     }
 

@@ -38,7 +38,7 @@ def many(count: int, updates: int = UPDATES) -> dict[str, Any]:
     iterations = max(2, updates // count)
     return {
         "batch.minibatches": count, "batch.prompts": count * GROUPS, "iterations": iterations,
-        "eval.every": max(1, iterations // 4),
+        "eval.every": max(1, iterations // 4), "collapse.window": max(1, iterations // 8),
     }  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def protocol() -> dict[str, str]:
         "Staleness": f"k = {', '.join(map(str, ITERATIONS_BEHIND))} for SAPO and GRPO, N = 4; "
         "k = 0 is above",
         "Learning rate": f"{LEARNING_RATE:g}",
-        "Primary endpoint": "Pass@1 (16 samples of 96 held-out problems), the mean of the "
+        "Primary endpoint": f"Pass@1 ({policy.HELD_OUT}), the mean of the "
         "evaluations in the second half of the run; what stopped counts 0",
         "Test": "paired by seed, sign-flip; Holm over the three claims; 95% bootstrap intervals",
     }

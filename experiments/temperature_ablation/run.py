@@ -114,8 +114,7 @@ def protocol() -> dict[str, str]:
         "Learning rate": f"{LEARNING_RATE:g}, at which some runs collapse",
         "Primary endpoint": "the share of the iterations before a collapse, by seed: below half of "
         "the best mean accuracy of 10 iterations, for good",
-        "Second endpoint": "Pass@1 (16 samples of 96 held-out problems) over the evaluations of "
-        "the second half",
+        "Second endpoint": f"Pass@1 ({policy.HELD_OUT}) over the evaluations of the second half",
         "Test": "paired by seed, sign-flip; Holm over the four claims; 95% bootstrap intervals",
     }
 

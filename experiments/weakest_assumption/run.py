@@ -21,6 +21,7 @@ from sapo_jax.report import style
 from sapo_jax.report.style import COLOURS, Panel
 from sapo_jax.training import settings
 from sapo_jax.training.files import read_json, write_json
+from sapo_jax.training.progress import Progress
 
 SEEDS = {"smoke": 2, "default": 8, "large": 32}
 POINTS = {"smoke": (1,), "default": (4, 24, 48), "large": (4, 24, 48)}  # iterations of training
@@ -46,8 +47,9 @@ def compute(given: cli.Flags) -> Iterator[tuple[str, Any]]:
     size, place = given.size, pathlib.Path(given.workdir)
     cold = policy.start("moe", place.parent / "cold_start", size)
     algorithms, found = lab.algorithms_of(NAMES), []
-    for seed in range(SEEDS[size]):
-        for point in POINTS[size]:
+    every = [(seed, point) for seed in range(SEEDS[size]) for point in POINTS[size]]
+    with Progress(len(every), "weakest assumption") as bar:
+        for seed, point in every:
             own = place / f"seed-{seed}"
             stored = own / "gradlab" / f"{point}.json"
             if not stored.exists():
@@ -57,11 +59,12 @@ def compute(given: cli.Flags) -> Iterator[tuple[str, Any]]:
                 arguments = (lab.load(str(own)), own, algorithms, list(UPDATES[size]), FRESH, "")
                 *_, last = lab.examine(*arguments, draws=DRAWS)
                 write_json(stored, last)
-            stages = read_json(stored)["stages"]
-            found.append({"seed": seed, "point": point, "stages": [
+            stages = [
                 {"updates": s["updates"], "reward": s["reward"], **_of(s["gradients"])}
-                for s in stages
-            ]})  # fmt: skip
+                for s in read_json(stored)["stages"]
+            ]
+            found.append({"seed": seed, "point": point, "stages": stages})
+            bar.step()
     yield "stages", rounded(found)
 
 
