@@ -18,7 +18,7 @@ from sapo_jax.report.sweep_stats import Run
 SEEDS = {"smoke": 3, "default": 8, "large": 32}
 NAMES = ("sapo", "grpo", "gspo")
 AGGREGATIONS = ("seq_mean", "token_mean", "seq_sum")
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-4
 LONG = "eval/long/pass_at_1"
 CLAIMS = (
     Claim("token_mean", "token_mean does better than seq_mean", "SCAPO; Pass@1 in the second half, "
@@ -73,6 +73,7 @@ def protocol() -> dict[str, str]:
         "and AdamW does not see their scale",
         "Primary endpoint": f"Pass@1 ({policy.HELD_OUT}) over the evaluations of "
         "the second half, the mean over the three algorithms",
+        "Cost": sweeps.cost(sections("default")),
         "Test": "paired by seed, sign-flip; Holm over the three claims; 95% bootstrap intervals",
     }
 

@@ -17,8 +17,8 @@ from sapo_jax.report.sweep_stats import Run
 
 SEEDS = {"smoke": 3, "default": 8, "large": 32}
 OTHER_SEEDS = {"smoke": 2, "default": 4, "large": 16}
-RATES = (1e-3, 2e-3, 4e-3)
-SHARED = 2e-3  # the learning rate at which all are compared
+RATES = (1e-4, 2e-4, 4e-4)
+SHARED = 2e-4  # the learning rate at which all are compared
 MAIN = (
     {"objective.name": "sapo", "objective.tau_pos": 1.0, "objective.tau_neg": 1.05},
     {"objective.name": "gspo", "objective.eps_low": 3e-4, "objective.eps_high": 4e-4},
@@ -144,9 +144,10 @@ def protocol() -> dict[str, str]:
         "Length": f"{c.iterations} iterations of {c.batch.minibatches} minibatches, "
         f"{c.batch.prompts} × {c.batch.group_size} rows an iteration",
         "Primary endpoint": f"the share of the iterations before a collapse at {SHARED:g}, by "
-        "seed: below half of the best mean accuracy of 10 iterations, for good",
+        f"seed: below half of the best mean accuracy of {c.collapse.window} iterations, for good",
         "Second endpoint": f"Pass@1 ({policy.HELD_OUT}) over the evaluations of "
         "the second half, at the learning rate that is best for the other seeds",
+        "Cost": sweeps.cost(sections("default")),
         "Test": "paired by seed, sign-flip; Holm over the four claims; 95% bootstrap intervals",
     }
 

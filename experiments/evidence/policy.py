@@ -104,9 +104,9 @@ def learning(size: str, kind: str = "moe", **fields) -> ConfigDict:
     c.batch.prompts = 12
     c.batch.group_size = 2 if size == "smoke" else 8
     c.batch.minibatches = 4
-    c.learner.learning_rate = 1e-3
+    c.learner.learning_rate = 2e-4
     c.learner.warmup = 4
-    c.learner.max_grad_norm = 1.0
+    c.collapse.window = 5
     c.eval.every = c.iterations // 4
     c.update_from_flattened_dict(fields)
     return c.lock()

@@ -70,8 +70,9 @@ def collect(workdir: epath.PathLike) -> dict[str, Any]:
             "config": {name: config[name] for name in FIELDS if name in config},
             "curves": {key: rounded(_curve(records, key)) for key in keys},
         })  # fmt: skip
-    first = provenance.read(workdir / listed[0]["directory"])
-    return {"runs": runs, "provenance": first}
+    starts = provenance.read(workdir / listed[0]["directory"])
+    facts = ("commit", "versions", "device", "started")
+    return {"runs": runs, "provenance": [{k: one[k] for k in facts} for one in starts]}
 
 
 def runs_of(stored: dict[str, Any]) -> list[Run]:

@@ -23,6 +23,8 @@ from sapo_jax.sweep import cohorts, schedule
 MOST = {"smoke": 8, "default": 8, "large": 64}  # runs of a cohort: on a CPU, so few that the
 # processes of a sweep end together
 Runs = Sequence[Run]
+# Of one core, from the pilots.
+SECONDS_A_ROW, SECONDS_AN_EVALUATION = 0.0066, 2.0
 
 
 class Section(NamedTuple):
@@ -63,6 +65,20 @@ def _start(module: str, given: cli.Flags, job: int) -> subprocess.Popen:
     with log.open("ab") as file:
         command = [sys.executable, "-m", module, *flags]
         return subprocess.Popen(command, stdout=file, stderr=file)
+
+
+def cost(sections: Mapping[str, Section]) -> str:
+    """How many runs, and how long they take as far as the pilots tell."""
+    seconds = count = 0.0
+    for config, sweep, _ in sections.values():
+        for override in sweep:
+            own = {"iterations": config.iterations, "batch.prompts": config.batch.prompts,
+                   "eval.every": config.eval.every, **override}  # fmt: skip
+            rows = own["iterations"] * own["batch.prompts"] * config.batch.group_size
+            evaluations = 1 + own["iterations"] // own["eval.every"]
+            seconds += rows * SECONDS_A_ROW + evaluations * SECONDS_AN_EVALUATION
+            count += 1
+    return f"{count:.0f} runs, {seconds / count:.0f} s each: {seconds / 60:.0f} minutes of a core"
 
 
 def late(run: Run, key: str = "eval/pass_at_1", share: float = 0.5) -> float:

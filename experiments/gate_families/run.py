@@ -20,7 +20,7 @@ TEMPERATURES = {"SAPO's": (1.0, 1.05), "the study's": (10.0, 12.0)}
 # Project τ by the τ of arXiv 2602.19345, where its gates are written otherwise; by the project's
 # own τ all gates have SAPO's half-width, |r − 1| = 1.763/τ.
 EQUAL = {"sapo": 1.0, "sapo_erf": 1.497, "sapo_arctan": 1.763, "sapo_softsign": 2.300}
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-4
 CLAIMS = (
     Claim("sharp", "τ of (10, 12) does better than (1, 1.05)", "2602.19345; Pass@1 in the second "
           "half, mean over the four gates at matched width"),
@@ -99,6 +99,7 @@ def protocol() -> dict[str, str]:
         "study writes a gate otherwise, at the same τ in its notation, too",
         "Seeds": f"{SEEDS['default']}, shared; learning rate {LEARNING_RATE:g}",
         "Primary endpoint": f"Pass@1 ({policy.HELD_OUT}) over the evaluations of the second half",
+        "Cost": sweeps.cost(sections("default")),
         "Test": "paired by seed, sign-flip; Holm over the three claims; 95% bootstrap intervals",
     }
 

@@ -19,7 +19,7 @@ from sapo_jax.axes import axis, product
 from sapo_jax.report.sweep_stats import Run
 
 SEEDS = {"smoke": 3, "default": 8, "large": 32}
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 2e-4
 MINIBATCHES = 2
 ALGORITHMS = (
     {"objective.name": "sapo"},
@@ -111,6 +111,7 @@ def protocol() -> dict[str, str]:
         f"{LEARNING_RATE:g}",
         "Primary endpoint": f"Pass@1 over the three tasks ({policy.HELD_OUT}), the mean of the "
         "evaluations in the second half",
+        "Cost": sweeps.cost(sections("default")),
         "Test": "paired by seed, sign-flip; Holm over the three claims; 95% bootstrap intervals",
     }
 

@@ -13,34 +13,37 @@ import numpy as np
 from experiments.evidence import policy, store, sweeps
 from experiments.evidence.study import Page, Study, markdown
 from experiments.evidence.sweeps import Section
+from experiments.staleness.run import many
 from sapo_jax import cli
-from sapo_jax.axes import Overrides, axis, product
+from sapo_jax.axes import axis, product
 from sapo_jax.report import sweep_plots, sweep_stats
 from sapo_jax.report.sweep_stats import Run
 
 NAMES = ("sapo", "grpo", "gspo")
 MINIBATCHES = (16, 64)
-RATES = (1e-3, 3e-3)
-
-
-def minibatches(count: int, updates: int = 256, groups: int = 3) -> Overrides:
-    """N minibatches a rollout, as large as ever, for as many updates in all."""
-    return [{
-        "batch.minibatches": count, "batch.prompts": count * groups,
-        "iterations": updates // count, "eval.every": max(1, updates // count // 4),
-    }]  # fmt: skip
+UPDATES = 128
+MIDDLE = 2e-4
+TAUS = ((1.0, 1.05), (1.0, 0.95), (10.0, 12.0))
+RATES = (1e-4, 4e-4)
+SHORT = {"iterations": 32, "eval.every": 16}
 
 
 def sections(size: str) -> dict[str, Section]:
-    """One seed each."""
-    small = size == "smoke"
-    seed, names = axis("seed", 0), axis("objective.name", *NAMES[: 1 if small else None])
-    rates = axis("learner.learning_rate", *RATES[: 1 if small else None])
-    found = {"rates": Section(policy.learning(size), product(rates, names, seed))}
-    if not small:
-        for count in MINIBATCHES:
-            runs = product(minibatches(count), axis("learner.learning_rate", 1e-3), names, seed)
-            found[f"minibatches_{count}"] = Section(policy.learning(size), runs)
+    """One seed or two each."""
+    names = axis("objective.name", *(NAMES[:1] if size == "smoke" else NAMES))
+    rates = axis("learner.learning_rate", *(RATES[:1] if size == "smoke" else RATES))
+    if size == "smoke":
+        return {"rates": Section(policy.learning(size), product(rates, names, axis("seed", 0)))}
+    found = {
+        "rates": Section(policy.learning(size, **SHORT), product(rates, names, axis("seed", 0)))
+    }
+    middle = policy.learning(size, **SHORT, **{"learner.learning_rate": MIDDLE})
+    taus = [{"objective.tau_pos": p, "objective.tau_neg": n} for p, n in TAUS]
+    found["temperatures"] = Section(middle, product(taus, axis("seed", 0, 1)))
+    low = policy.learning(size, **{"learner.learning_rate": RATES[0]})
+    for count in MINIBATCHES:
+        runs = product([many(count, UPDATES)], names, axis("seed", 0))
+        found[f"minibatches_{count}"] = Section(low, runs)
     return found
 
 

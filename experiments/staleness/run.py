@@ -18,7 +18,7 @@ from sapo_jax.report.sweep_stats import Run
 SEEDS = {"smoke": 3, "default": 8, "large": 32}
 MINIBATCHES = (4, 16, 64)
 ITERATIONS_BEHIND = (1, 4)  # and 0, which is that of 4 minibatches
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 1e-4
 UPDATES = 256
 GROUPS = 3  # of a minibatch, whatever their number
 NAMES = ("sapo", "grpo", "gspo", "vespo")
@@ -123,6 +123,7 @@ def protocol() -> dict[str, str]:
         "Learning rate": f"{LEARNING_RATE:g}",
         "Primary endpoint": f"Pass@1 ({policy.HELD_OUT}), the mean of the "
         "evaluations in the second half of the run; what stopped counts 0",
+        "Cost": sweeps.cost(sections("default")),
         "Test": "paired by seed, sign-flip; Holm over the three claims; 95% bootstrap intervals",
     }
 
