@@ -22,7 +22,7 @@ from sapo_jax.report.sweep_stats import Run
 NAMES = ("sapo", "grpo", "gspo")
 MINIBATCHES = (16, 64)
 UPDATES = 128
-MIDDLE = 2e-4
+MIDDLE, BETWEEN = 2e-4, 3e-4
 TAUS = ((1.0, 1.05), (1.0, 0.95), (10.0, 12.0))
 RATES = (1e-4, 4e-4)
 SHORT = {"iterations": 32, "eval.every": 16}
@@ -40,6 +40,8 @@ def sections(size: str) -> dict[str, Section]:
     middle = policy.learning(size, **SHORT, **{"learner.learning_rate": MIDDLE})
     taus = [{"objective.tau_pos": p, "objective.tau_neg": n} for p, n in TAUS]
     found["temperatures"] = Section(middle, product(taus, axis("seed", 0, 1)))
+    between = policy.learning(size, **SHORT, **{"learner.learning_rate": BETWEEN})
+    found["temperatures_between"] = Section(between, product(taus[:2], axis("seed", 0, 1, 2)))
     low = policy.learning(size, **{"learner.learning_rate": RATES[0]})
     for count in MINIBATCHES:
         runs = product([many(count, UPDATES)], names, axis("seed", 0))

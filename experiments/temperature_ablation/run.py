@@ -25,7 +25,7 @@ SCHEDULES = {  # τ_pos, τ_neg at the start; those at the end
     "(10, 12)": ((10.0, 12.0), (10.0, 12.0)),
 }
 SCHEDULE_SEEDS = {"default": 8, "large": 32}
-LEARNING_RATE = 2e-4
+LEARNING_RATE = 2.5e-4
 PASS = "second half of the run"
 CLAIMS = (
     Claim("last 1.0", "τ_neg = 1.05 lasts longer than 1.0", "Fig. 5; share of the iterations "
