@@ -99,7 +99,7 @@ def learning(size: str, kind: str = "moe", **fields) -> ConfigDict:
     """Reinforcement learning from there: 24 rows an update, minibatches of 3 groups of 8."""
     c = _common(size, kind)
     c.name = "evidence"
-    c.iterations = 4 if size == "smoke" else 64
+    c.iterations = 2 if size == "smoke" else 64
     c.objective.name = "sapo"
     c.batch.prompts = 12
     c.batch.group_size = 2 if size == "smoke" else 8
@@ -107,6 +107,6 @@ def learning(size: str, kind: str = "moe", **fields) -> ConfigDict:
     c.learner.learning_rate = 2e-4
     c.learner.warmup = 4
     c.collapse.window = 5
-    c.eval.every = c.iterations // 4
+    c.eval.every = max(1, c.iterations // 4)
     c.update_from_flattened_dict(fields)
     return c.lock()
