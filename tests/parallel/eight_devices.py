@@ -29,7 +29,10 @@ MESHES = {
     "expert 4, fsdp 2": {"expert": 4, "fsdp": 2},
 }
 KINDS = {"dense": ("nano", "gspo", {}), "moe": ("nano_moe", "sapo", {})}
-MORE = [("dense", "expert 4, fsdp 2"), ("moe", "data 8"), ("moe", "fsdp 8")]  # combined elsewhere
+MORE = [  # combined elsewhere
+    ("dense", "data 8"), ("dense", "expert 4, fsdp 2"),
+    ("moe", "data 8"), ("moe", "fsdp 8"), ("moe", "tensor 4, data 2"),
+]  # fmt: skip
 
 
 def case(kind, name, *rest):
