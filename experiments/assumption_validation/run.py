@@ -38,9 +38,9 @@ MOST = 0.02  # what Var_i is mostly below, by the paper
 RATIO_EDGES = np.linspace(0, 2, 101)
 ROUNDING = 1e-6  # f32
 CLAIMS = (
-    Claim("theorem", "D_i ≤ (τ²/4)·Var_i in every sequence, for the gate on log r", "Eq. 21"),
     Claim("gate", "D_i ≤ (τ²/4)·Var_i in every sequence, for the gate in use, on r − 1",
           "Figs. 2–3, whose points all lie under the line"),
+    Claim("theorem", "D_i ≤ (τ²/4)·Var_i in every sequence, for the gate on log r", "Eq. 21"),
     Claim("small", "Var_i is mostly below 0.02", "Figs. 2–3, text; mixture, 4 minibatches"),
     Claim("sparse", "Var_i is larger in a mixture of experts than in a dense policy",
           "Fig. 3 against Fig. 2; ratio of the means, 4 minibatches", scale=1, unit="in log₁₀"),

@@ -1,4 +1,4 @@
-"""Write what follows from the results: experiments' READMEs, experiments/README.md, and README.md.
+"""Write what follows from the results: experiments' READMEs, experiments/README.md, README.md.
 
 python -m experiments.evidence.pages
 """
@@ -26,20 +26,20 @@ def study(name: str) -> Study:
     return importlib.import_module(f"experiments.{name}.run").STUDY
 
 
-def claims() -> list[Mapping[str, Any]]:
-    """All claims with their verdicts; those that did not hold come first."""
+def claims(most: int | None = None) -> list[Mapping[str, Any]]:
+    """Claims with their verdicts, of each experiment the first ones; what did not hold leads."""
     rows = []
     for name in STUDIES:
         own = study(name)
         found = verdicts(own.claims, own.page(own.folder / "results").effects)
-        rows += [{"experiment": name, **row} for row in found]
+        rows += [{"experiment": name, **row} for row in found[:most]]
     return sorted(rows, key=lambda row: FIRST.index(row["verdict"]))
 
 
-def table(folder: str) -> str:
+def table(folder: str, most: int | None = None) -> str:
     """Claim → experiment → what was measured → verdict; links from a page beside ``folder``."""
     rows = []
-    for row in claims():
+    for row in claims(most):
         link = f"[{row['experiment']}]({folder}{row['experiment']}/README.md)"
         claim = f"{row['claim']} ({row['source']})"
         rows.append([claim, link, row["measured"] or "–", row["verdict"]])
@@ -52,8 +52,10 @@ def files() -> Iterator[tuple[pathlib.Path, str]]:
         own = study(name)
         page, path = own.page(own.folder / "results"), own.folder / "README.md"
         yield path, own.filled(path.read_text(), page)
-    for path, folder in ((ROOT / "README.md", ""), (ROOT.parent / "README.md", "experiments/")):
-        yield path, fill(path.read_text(), "claims", table(folder))
+    for path, part in (
+        (ROOT / "README.md", table("")), (ROOT.parent / "README.md", table("experiments/", 1)),
+    ):  # fmt: skip
+        yield path, fill(path.read_text(), "claims", part)
 
 
 if __name__ == "__main__":

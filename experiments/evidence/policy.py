@@ -26,8 +26,8 @@ SUM = {
 TERMS = {"short": 8, "middle": 12, "long": 18}
 SMOKE = {"short": 4, "middle": 5, "long": 6}
 SEVERAL = {  # tasks, by name
-    "units": {"name": "chain_sum", "options": {"terms": 8, **SUM}},
-    "tens": {"name": "chain_sum", "options": {"terms": 8, **SUM, "below": 8}},
+    "small": {"name": "chain_sum", "options": {"terms": 8, **SUM}},
+    "large": {"name": "chain_sum", "options": {"terms": 8, **SUM, "below": 8}},
     "countdown": {
         "name": "countdown", "options": {"numbers": 3, "max_number": 10, "max_target": 50},
     },

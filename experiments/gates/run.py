@@ -37,10 +37,10 @@ TABLE = (0.5, 0.8, 1.0, 1.2, 2.0, 5.0)
 LEAST = 1e-8  # in place of r = 0, whose log there is none
 FINE = np.linspace(0.001, 40, 40_000)
 CLAIMS = (
-    Claim("weight", "The weight w = f′(r) is 1 at r = 1 and falls on both sides, faster for a "
-          "larger τ", "Fig. 1, Eq. 8"),
     Claim("attenuates", "A token counts less, the further its ratio is from 1",
           "Fig. 1; of the gradient's coefficient c = r·w"),
+    Claim("weight", "The weight w = f′(r) is 1 at r = 1 and falls on both sides, faster for a "
+          "larger τ", "Fig. 1, Eq. 8"),
     Claim("both signs", "What was not the update's own way (A > 0 and r < 1, A < 0 and r > 1), "
           "SAPO damps as well, which PPO's clip never does", "Section 3"),
 )  # fmt: skip

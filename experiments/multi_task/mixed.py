@@ -50,5 +50,5 @@ class Mixed:
 
     def verify(self, example: Example, completion: str) -> float:
         """By the task that the form of the prompt shows; sums are judged alike."""
-        name = "countdown" if ">" in example.prompt else "units"
+        name = "countdown" if ">" in example.prompt else "small"
         return self._all.tasks[name].verify(example, completion)

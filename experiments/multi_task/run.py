@@ -103,7 +103,7 @@ def protocol() -> dict[str, str]:
     """What was fixed before."""
     c = policy.learning("default", "several")
     return {
-        "Tasks": "sums of 8 numbers below 10, the same below 100, Countdown with 3 numbers; a "
+        "Tasks": "sums of 8 numbers below 4, the same below 8, Countdown with 3 numbers; a "
         "third of every batch each, or drawn at random",
         "Runs": "SAPO (1, 1.05), GSPO (3e-4, 4e-4), GRPO-R2 (0.2, 0.27) with fixed shares, SAPO "
         f"with random ones: {SEEDS['default']} shared seeds each",

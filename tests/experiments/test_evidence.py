@@ -128,7 +128,7 @@ def test_the_papers_curves_are_those_of_its_table():
 
 
 @pytest.mark.parametrize("name", WITH_RESULTS)
-def test_tables_and_verdicts_follow_from_the_results(name, tmp_path):
+def test_tables_and_verdicts_follow_from_the_results(name):
     """Byte for byte; the sizes of what is stored are bounded."""
     own, out = pages.study(name), study.ROOT / name / "results"
     page = own.page(out)
@@ -171,10 +171,11 @@ def test_what_is_stored_of_the_gates_is_what_the_library_computes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_an_experiment_runs_in_small_and_reports_again(name, tmp_path, monkeypatch):
+def test_an_experiment_runs_in_small_and_reports_again(name, tmp_path):
     """The command of each; what it writes follows from the results alone."""
     own = pages.study(name)
     arguments = ["run", "--size=smoke", f"--workdir={tmp_path / name}"]
+    arguments += ["--jobs=2"] * (name == "staleness")
     own.main(own.flags("").parse(arguments))
     out = tmp_path / name / "results"
     written = {path.name: path.read_bytes() for path in out.iterdir()}
