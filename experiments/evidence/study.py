@@ -71,7 +71,6 @@ class Study:
       protocol: what was fixed before, in rows.
       compute: (flags) → names and data of results, as they come.
       report: results by name → Page.
-      module: that of the command.
     """
 
     name: str
@@ -160,9 +159,12 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def verdicts(claims: Sequence[Claim], effects: Mapping[str, Effect | Exact]) -> list[dict]:
-    """Each claim with what was measured, the adjusted p of the family, and the verdict."""
-    tested = {c.name: effects[c.name].p for c in claims
-              if isinstance(effects.get(c.name), Effect)}  # fmt: skip
+    """Each claim with what was measured, the adjusted p of the family, and the verdict.
+
+    What is not measured yet counts as a test with p = 1.
+    """
+    kinds = {claim.name: effects.get(claim.name) for claim in claims}
+    tested = {k: 1.0 if e is None else e.p for k, e in kinds.items() if not isinstance(e, Exact)}
     adjusted, rows = stats.holm(tested), []
     for claim in claims:
         found, row = effects.get(claim.name), {"claim": claim.text, "source": claim.source}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import subprocess
 import sys
@@ -20,9 +21,9 @@ from sapo_jax.report.style import Panel
 from sapo_jax.report.sweep_stats import Run
 from sapo_jax.sweep import cohorts, schedule
 
-MOST = {"smoke": 8, "default": 8, "large": 64}  # runs of a cohort: on a CPU, so few that the
-# processes of a sweep end together
 Runs = Sequence[Run]
+# Runs of a cohort: on a CPU so few that the processes of a sweep end together.
+MOST = {"smoke": 8, "default": 8, "large": 64}
 # Of one core, from the pilots.
 SECONDS_A_ROW, SECONDS_AN_EVALUATION = 0.0066, 2.0
 
@@ -45,16 +46,28 @@ def train(
     for name, (config, sweep, kind) in chosen.items():
         config.init_from = str(policy.start(kind, place.parent / "cold_start", given.size))
         each[name] = cohorts.make(config, sweep, most=MOST[given.size])
-    others = [] if given.job else [_start(module, given, k) for k in range(1, jobs)]
-    for name, parts in each.items():
-        schedule.run(parts, place / name, job=(given.job, jobs))
+    with _others(module, given):
+        for name, parts in each.items():
+            schedule.run(parts, place / name, job=(given.job, jobs))
     if given.job:
         return
-    for other in others:
-        other.wait()
     for name, parts in each.items():
         schedule.run(parts, place / name)  # whatever a process that failed left
         yield name, store.collect(place / name)
+
+
+@contextlib.contextmanager
+def _others(module: str, given: cli.Flags) -> Iterator[None]:
+    """The other processes of job 0: waited for at the end, and stopped where this one is."""
+    others = [] if given.job else [_start(module, given, k) for k in range(1, given.jobs)]
+    try:
+        yield
+        for other in others:
+            other.wait()
+    finally:
+        for other in others:
+            other.terminate()  # nothing, where it has ended
+            other.wait()
 
 
 def _start(module: str, given: cli.Flags, job: int) -> subprocess.Popen:
