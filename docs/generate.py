@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 import pathlib
 import re
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from docs.differences import DIFFERENCES, LEFT_OUT
-from sapo_jax import corrections, objectives
+from experiments.gates import run as gates
+from sapo_jax import corrections
 from sapo_jax.objectives import OBJECTIVES, Objective
 from sapo_jax.objectives.aggregations import AGGREGATIONS
 from sapo_jax.tasks.verifiers.math_equal import same
@@ -94,22 +92,8 @@ METRICS_GROUPS = {
 
 @functools.cache
 def coefficients(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """c for A = 1 and A = −1 at the ratios CURVE and then GRID, in f64.
-
-    Of completions of one token with π_old = ½, by differentiating the loss.
-    """
-    with jax.enable_x64(True):
-        needed = {"max_length": 1.0} if "max_length" in OBJECTIVES[name].hyperparameters else {}
-        ratios = jnp.asarray((*CURVE, *GRID))
-        old = jnp.full((2 * len(ratios), 1), math.log(0.5))
-        mask, a = jnp.ones(old.shape, bool), jnp.repeat(jnp.array([1.0, -1.0]), len(ratios))
-
-        def total(logp):
-            loss, _ = objectives.policy_loss(name, logp, old, a, mask, kl_coef=0.0, **needed)
-            return -loss * len(a)
-
-        c = jax.grad(total)(old + jnp.tile(jnp.log(ratios), 2)[:, None])[:, 0] * a + 0.0  # no −0
-        return tuple(np.asarray(c).reshape(2, -1))
+    """c for A = 1 and A = −1 at the ratios CURVE and then GRID, see experiments/gates."""
+    return tuple(gates.coefficients(gates.named(name), np.array((*CURVE, *GRID))))
 
 
 def _described(gate) -> tuple[str, str]:

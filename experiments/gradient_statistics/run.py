@@ -103,7 +103,7 @@ def in_passes(checked: settings.Settings, rows: int) -> learner.Hyperparameters:
 
 
 def measure(
-    lab: gradlab.Lab, algorithms: Mapping, focus: str, updates: int, bar: Progress
+    lab: gradlab.Lab, algorithms: Mapping, focus: str, updates: int, bar: Progress, draws: int
 ) -> dict[str, Any]:
     """Everything that the lab says at one policy."""
     bar.note(f"{updates} updates: targets")
@@ -111,7 +111,7 @@ def measure(
     bar.step()
     bar.note(f"{updates} updates: gradients of {len(algorithms)} algorithms")
     found: dict[str, Any] = {"reward": float(lab.rewards.mean())}
-    found["gradients"] = gradlab.compare(lab, halves, algorithms)
+    found["gradients"] = gradlab.compare(lab, halves, algorithms, draws=draws)
     bar.step()
     bar.note(f"{updates} updates: tokens")
     found["tokens"] = gradlab.describe(algorithms, lab.params, lab.frozen, lab.hp)
@@ -134,7 +134,7 @@ def algorithms_of(names: Sequence[str]) -> dict[str, objectives.Objective]:
 
 def examine(
     checked: settings.Settings, workdir: epath.PathLike, algorithms: Mapping, updates: list[int],
-    fresh: int, focus: str,
+    fresh: int, focus: str, draws: int = 0,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """The run's policy at several numbers of updates after it sampled the same frozen rows.
 
@@ -187,7 +187,7 @@ def examine(
                 hp = in_passes(checked, checked.rows)
                 rows = (params, frozen, batch, rewards_B, prompts, c.advantages, hp)
                 lab = gradlab.Lab(*rows, min(16, len(algorithms) + len(gradlab.UNGATED)))
-                stage = measure(lab, algorithms, focus if k == last else "", k, bar)
+                stage = measure(lab, algorithms, focus if k == last else "", k, bar, draws)
                 found["stages"].append({"updates": k, **stage})
                 yield found
             if k < last:

@@ -75,13 +75,16 @@ def _resampled(products: Products, draws_RF: np.ndarray) -> np.ndarray:
     return _fidelity(*same, form(h1, h1), form(h2, h2), form(h1, h2))
 
 
-def fidelities(products: Products, own: Sequence[int], reference: Sequence[int]) -> dict[str, Any]:
+def fidelities(
+    products: Products, own: Sequence[int], reference: Sequence[int], draws: int = 0
+) -> dict[str, Any]:
     """Fidelities to the expected reward and to each algorithm's own target, with 95% intervals.
 
     Args:
       products: of K gradients with T targets, the first of which is the expected reward's.
       own: the target of each gradient's own aggregation and advantages.
       reference: for each gradient, the one that its ``difference`` is taken to.
+      draws: of the bootstrap that are given, too, so that several labs can be pooled.
 
     Returns:
       For ``reward`` and ``own``: K entries of ``value``, ``low``, ``high``, and ``difference``
@@ -98,19 +101,24 @@ def fidelities(products: Products, own: Sequence[int], reference: Sequence[int])
         point_K, shift_RK = point_KT[rows, column], shift_RKT[:, rows, column]
         base_K, moved_RK = point_KT[reference, column], shift_RKT[:, reference, column]
         result[key] = [
-            _interval(point_K[k], shift_RK[:, k])
-            | {"difference": _interval(point_K[k] - base_K[k], shift_RK[:, k] - moved_RK[:, k])}
+            _interval(point_K[k], shift_RK[:, k], draws)
+            | {
+                "difference": _interval(
+                    point_K[k] - base_K[k], shift_RK[:, k] - moved_RK[:, k], draws
+                )
+            }
             for k in rows
         ]
     return result
 
 
-def _interval(point: float, shifts_R: np.ndarray) -> dict[str, float | None]:
+def _interval(point: float, shifts_R: np.ndarray, draws: int) -> dict[str, Any]:
     finite = shifts_R[np.isfinite(shifts_R)]
     if not np.isfinite(point) or len(finite) < RESAMPLES // 2:
         return {"value": None, "low": None, "high": None}
     low, high = bootstrap.percentiles(point + finite)
-    return {"value": float(point), "low": low, "high": high}
+    some = {"draws": (point + finite[:draws]).tolist()} if draws else {}
+    return {"value": float(point), "low": low, "high": high, **some}
 
 
 def noise_scale(products: Products) -> np.ndarray:

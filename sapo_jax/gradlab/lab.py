@@ -188,7 +188,9 @@ def _column(objective: Objective) -> int:
     return 0 if objective.aggregation == "seq_mean" else 1
 
 
-def compare(lab: Lab, halves: Halves, algorithms: Mapping[str, Objective]) -> dict[str, Any]:
+def compare(
+    lab: Lab, halves: Halves, algorithms: Mapping[str, Objective], *, draws: int = 0
+) -> dict[str, Any]:
     """Norms, cosines, fidelities, and what each gate removed, of algorithms on the same rows.
 
     Fidelity is cos(g, target)/√cos(half₁, half₂), see `fidelity`. ``removed`` is the gradient of
@@ -200,6 +202,7 @@ def compare(lab: Lab, halves: Halves, algorithms: Mapping[str, Objective]) -> di
       lab: rows and policy.
       halves: of `Lab.targets`.
       algorithms: by name; the bare ratio is put before them, by the names of UNGATED.
+      draws: see `fidelity.fidelities`.
 
     Returns:
       JSON-able statistics.
@@ -222,8 +225,8 @@ def compare(lab: Lab, halves: Halves, algorithms: Mapping[str, Objective]) -> di
         "aggregation": [o.aggregation for o in resolved],
         "norm": {part: _listed(np.sqrt(np.diag(m))) for part, m in matrices.items()},
         "cosine": {part: _listed(cosines(m)) for part, m in matrices.items()},
-        "fidelity": fidelities(products, own, reference),
-        "removed": fidelities(removed, own, reference) | {"mass": _listed(mass_K)},
+        "fidelity": fidelities(products, own, reference, draws),
+        "removed": fidelities(removed, own, reference, draws) | {"mass": _listed(mass_K)},
         "noise_scale": _listed(noise_scale(products)),
         "target_halves": _listed(products.reliability()),
     }

@@ -264,6 +264,10 @@ def test_fidelity_divides_out_the_noise_of_the_target():
         assert found[2]["value"] is None
         assert found[0]["low"] < found[0]["value"] < found[0]["high"]
         points.append(found[0]["value"])
+    draws = fidelities(products, [0, 0, 0], [0, 0, 0], 100)["reward"][0]["draws"]
+    assert np.quantile(draws, [0.1, 0.9]) == pytest.approx(
+        [found[0]["low"], found[0]["high"]], abs=0.1
+    )
     # The gradient's own noise stays in: ‖noise‖² = 0.49 of a signal of 1.
     assert np.mean(points) == pytest.approx(1 / np.sqrt(1.49), abs=0.04)
 

@@ -26,6 +26,8 @@ VARIANTS = [
     ("chain_sum", {"terms": 2}),
     ("chain_sum", {"terms": 9, "digits": 3, "modulus": 7}),
     ("chain_sum", {"terms": 3, "digits": 2, "modulus": 1001}),
+    ("chain_sum", {"terms": 27, "modulus": 10, "labels": True}),
+    ("chain_sum", {"terms": 4, "slip": 0.5, "notice": 1.0, "labels": True}),
     ("countdown", {}),
     ("countdown", {"numbers": 2, "max_number": 9}),
     ("countdown", {"numbers": 5, "max_number": 12, "max_target": 1000}),
@@ -205,6 +207,28 @@ def test_chain_sum_steps_are_the_sum_worked_out_from_left_to_right(options):
             total = int(right)
 
 
+def test_chain_sum_slips_that_are_noticed_are_taken_again():
+    """A slip in two steps of five; half of them are followed by the right result."""
+    task = make("chain_sum", terms=9, slip=0.4, notice=0.5, labels=True)
+    steps = noticed = wrong = 0
+    for example in first(task, "train", 400):
+        numbers = re.split("[a-h]", example.prompt.removesuffix("="))
+        labelled = re.findall("([a-h])([^a-h]+)", example.demonstration)
+        assert [letter for letter, _ in labelled] == list("abcdefgh")
+        total = int(numbers[0])
+        for (_, step), term in zip(labelled, numbers[1:], strict=True):
+            *first_try, last = (part.split("=") for part in step.split("!"))
+            right = (total + int(term)) % 100
+            for left, result in (*first_try, last):
+                assert left == f"{total}{term}"
+                assert (int(result) == right) or first_try in ([], [[left, result]])
+            steps, noticed, total = steps + 1, noticed + len(first_try), int(last[1])
+            wrong += total != right
+    assert noticed / steps == pytest.approx(0.2, abs=0.03)
+    assert wrong / steps == pytest.approx(0.2, abs=0.03)
+    assert task.verify(example, f"a1+1=3!1+1={example.answer}") == 1.0
+
+
 def test_chain_sum_wraps_below_zero():
     task = make("chain_sum", terms=2)
     answers = {e.prompt: e.answer for e in first(task, "train", 3000) + first(task, "test", 500)}
@@ -382,6 +406,7 @@ def test_random_strings_never_raise(name):
         ("chain_sum", "digits", 4, r"in \[1, 3\]"),
         ("chain_sum", "modulus", 1, ">= 2"),
         ("chain_sum", "terms", 2.5, ">= 2"),
+        ("chain_sum", "notice", 1.5, r"in \[0, 1\]"),
         ("countdown", "numbers", 1, r"in \[2, 8\]"),
         ("countdown", "max_number", 0, r"in \[1, 999999\]"),
         ("countdown", "max_number", 1_000_000, r"in \[1, 999999\]"),

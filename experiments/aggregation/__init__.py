@@ -1,0 +1,1 @@
+"""Does length normalisation hurt?"""

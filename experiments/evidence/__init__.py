@@ -1,0 +1,1 @@
+"""What the experiments on the paper's claims share: policy, statistics, curves, pages."""

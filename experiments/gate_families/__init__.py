@@ -1,0 +1,1 @@
+"""Which smooth gate, and how sharp?"""

@@ -1,0 +1,1 @@
+"""In which regime do algorithms differ, and what does a run cost?"""

@@ -1,0 +1,1 @@
+"""Who survives how many minibatches a rollout, with and without replayed routing?"""

@@ -1,0 +1,1 @@
+"""Does 5% of τ_neg decide whether SAPO is stable?"""
