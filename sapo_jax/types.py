@@ -18,6 +18,14 @@ STOP, LENGTH, GOES_ON = 0, 1, 2  # values of Rollout.finished
 
 
 @struct.dataclass
+class Images:
+    """Images as patches, one image after the other, in the order of their placeholders."""
+
+    patches: jax.Array  # f32[N, channels·frames·height·width], blocks of m×m adjacent; then pads
+    grids: jax.Array  # i32[I, 3], patches of each in time (1), height and width; 0 at pads
+
+
+@struct.dataclass
 class Prompts:
     """Tokenised prompts, as the sampler takes them."""
 

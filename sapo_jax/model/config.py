@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from sapo_jax.cli import nearest
@@ -10,11 +11,75 @@ from sapo_jax.model.rope import check_scaling
 
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "blocked", "xla", "splash", "triton", "cudnn")
-MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2", "llama")
+MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2", "llama", "qwen3_vl", "qwen3_vl_moe")
 LARGEST = {"num_hidden_layers": 4096, "num_experts": 2**16}  # each is named; others: 32 bits
 MAY_BE_ZERO = (
     "pad_token", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "lora_rank",
 )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The tower of a Qwen3-VL model; the names are those of Hugging Face's config.json.
+
+    Attributes:
+      num_position_embeddings: a square, of the table that is resampled to an image's grid.
+      deepstack_visual_indexes: blocks whose output is added after text layers 0, 1, …
+      patch_size, temporal_patch_size, in_channels: a patch is [channel, frame, row, column].
+      spatial_merge_size: m² patches become one token.
+      mrope_section: rotary pairs that turn with time, height and width.
+      min_pixels, max_pixels: of an image as the tower sees it.
+      image_token_id, …: placeholders, and what stands around them.
+    """
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_position_embeddings: int = 2304
+    deepstack_visual_indexes: tuple[int, ...] = ()
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    in_channels: int = 3
+    spatial_merge_size: int = 2
+    mrope_section: tuple[int, ...] = (24, 20, 20)
+    min_pixels: int = 65_536
+    max_pixels: int = 16_777_216
+    image_token_id: int = 151_655
+    video_token_id: int = 151_656
+    vision_start_token_id: int = 151_652
+    vision_end_token_id: int = 151_653
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"model.vision.{field.name}={value!r}: must be at least 1")
+            if field.type != "int":
+                object.__setattr__(self, field.name, tuple(value))
+        indexes = self.deepstack_visual_indexes
+        for name, wanted, met in (
+            ("num_heads", f"must divide hidden_size={self.hidden_size} by a multiple of 4",
+             self.hidden_size % (4 * self.num_heads) == 0),
+            ("num_position_embeddings", "must be a square",
+             math.isqrt(self.num_position_embeddings) ** 2 == self.num_position_embeddings),
+            ("deepstack_visual_indexes", f"must rise, and lie in [0, depth={self.depth})",
+             list(indexes) == sorted(set(indexes) & set(range(self.depth)))),
+            ("max_pixels", f"must be at least min_pixels={self.min_pixels}",
+             self.max_pixels >= self.min_pixels),
+        ):  # fmt: skip
+            if not met:
+                raise ValueError(f"model.vision.{name}={getattr(self, name)}: {wanted}")
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in a patch."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merged(self) -> int:
+        """Patches that become a token."""
+        return self.spatial_merge_size**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +98,7 @@ class ModelConfig:
       stop_tokens: any of these ends a completion, and is part of it.
       pad_token: fills rows after their end; never attended to.
       bos_token: begins a text in the files of the model; carried along.
+      vision: the tower of a model that sees, qwen3_vl or qwen3_vl_moe; None for the others.
       lora_rank, lora_targets: of adapters, and the projections that have them, see `lora`; with a
         rank the other parameters are frozen.
       attention: the kernel over whole rows, one of ATTENTION; see `attention.causal`.
@@ -63,6 +129,7 @@ class ModelConfig:
     stop_tokens: tuple[int, ...] = (1,)
     pad_token: int = 0
     bos_token: int | None = None
+    vision: VisionConfig | None = None
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
     attention: str = "auto"
@@ -79,6 +146,7 @@ class ModelConfig:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         self._check_fields()
         self._check_experts()
+        self._check_vision()
         check_scaling(dict(self.rope_scaling))
         for token in (*self.stop_tokens, self.pad_token):
             if not 0 <= token < self.vocab_size:
@@ -113,10 +181,10 @@ class ModelConfig:
             raise ValueError(f"model.head_dim={self.head_dim}: must be even (rotary embedding)")
 
     def _check_experts(self) -> None:
-        if (self.model_type == "qwen3_moe") != (self.num_experts > 0):
+        if self.model_type.endswith("_moe") != (self.num_experts > 0):
             raise ValueError(
-                f"model.num_experts={self.num_experts}: must be at least 1 for "
-                f"model_type='qwen3_moe' and 0 for the others, this is {self.model_type!r}"
+                f"model.num_experts={self.num_experts}: must be at least 1 for the model_type "
+                f"'qwen3_moe' or 'qwen3_vl_moe', 0 for the others, this is {self.model_type!r}"
             )
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
@@ -128,10 +196,31 @@ class ModelConfig:
                 f"model.moe_intermediate_size={self.moe_intermediate_size}: must be at least 1"
             )
 
+    def _check_vision(self) -> None:
+        if ("_vl" in self.model_type) != (self.vision is not None):
+            raise ValueError(
+                f"model.vision={self.vision}: must be set for the model_type 'qwen3_vl' or "
+                f"'qwen3_vl_moe', None for the others, this is {self.model_type!r}"
+            )
+        if self.vision is None:
+            return
+        sections, indexes = self.vision.mrope_section, self.vision.deepstack_visual_indexes
+        for field, value, wanted, met in (
+            ("mrope_section", sections, f"three numbers with the sum {self.head_dim // 2}",
+             len(sections) == 3 and sum(sections) == self.head_dim // 2),
+            ("deepstack_visual_indexes", indexes,
+             f"at most num_hidden_layers={self.num_hidden_layers}",
+             len(indexes) <= self.num_hidden_layers),
+            ("image_token_id", self.vision.image_token_id, f"below vocab_size={self.vocab_size}",
+             self.vision.image_token_id < self.vocab_size),
+        ):  # fmt: skip
+            if not met:
+                raise ValueError(f"model.vision.{field}={value}: must be {wanted}")
+
     @property
     def qk_norm(self) -> bool:
         """Whether queries and keys are normalised per head."""
-        return self.model_type in ("qwen3", "qwen3_moe")
+        return self.model_type.startswith("qwen3")
 
     @property
     def biased(self) -> tuple[str, ...]:

@@ -108,7 +108,7 @@ def unchanged(learner_params: dict[str, Any], config: ModelConfig, target: Mesh 
         return set()
 
     def stays(name, value):
-        if name == "layers" or value.dtype != dtype:
+        if isinstance(value, dict) or value.dtype != dtype:
             return False
         own = mesh and sharding.named(mesh, sharding.by_run(specs[name], mesh))
         return mesh is None or value.sharding.is_equivalent_to(own, value.ndim)
