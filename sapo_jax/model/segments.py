@@ -32,13 +32,14 @@ def positions(
     """
     if steps_BS is None:
         before_BS = jnp.arange(segments_BS.shape[-1], dtype=jnp.int32)
-        steps_BS = (segments_BS > 0).astype(jnp.int32)
+        steps_BS = 1
     else:
         before_BS = jnp.cumsum(steps_BS, -1) - steps_BS
     start_BS = jnp.where(_starts(segments_BS), before_BS, 0)
     own_BS = before_BS - jax.lax.cummax(start_BS, axis=1)
     if prefix_BS is None:
         return own_BS
+    steps_BS = jnp.where(segments_BS > 0, steps_BS, 0)  # pads are what a segment without has
     return own_BS + _of_prefix(jax.ops.segment_sum, steps_BS, segments_BS, prefix_BS)
 
 

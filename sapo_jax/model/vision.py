@@ -211,7 +211,7 @@ def features(params: Any, config: ModelConfig, images: Images) -> jax.Array:
     x_ND = dense(patches, w["patch"]) + w["patch_bias"]
     x_ND = x_ND + _resampled(w["positions"], grid, places, dtype)
     indexes = list(vision.deepstack_visual_indexes)
-    order = np.full(vision.depth, len(indexes))
+    order = np.full(vision.depth, len(indexes))  # of the tap of each block; the last is none
     order[indexes] = range(len(indexes))
 
     @jax.checkpoint
@@ -222,14 +222,14 @@ def features(params: Any, config: ModelConfig, images: Images) -> jax.Array:
         x_ND, taps = carry
         weights, at = inputs
         x_ND = block(weights, x_ND)
-        return (x_ND, taps.at[at].set(x_ND, mode="drop")), None
+        return (x_ND, taps.at[at].set(x_ND)), None
 
-    taps = jnp.zeros((len(indexes), *x_ND.shape), dtype)
+    taps = jnp.zeros((len(indexes) + 1, *x_ND.shape), dtype)
     (x_ND, taps), _ = jax.lax.scan(step, (x_ND, taps), (own["blocks"], order))
     found = [_merge(gathered(own["merger"], specs["merger"]), x_ND, vision.merged)]
-    for j, tap in enumerate(taps):
+    for j in range(len(indexes)):
         weights = {name: value[j] for name, value in own["deepstack"].items()}
-        found.append(_merge(gathered(weights, specs["deepstack"]), tap, vision.merged))
+        found.append(_merge(gathered(weights, specs["deepstack"]), taps[j], vision.merged))
     return jnp.stack(found)
 
 
@@ -239,8 +239,9 @@ def look(
     tokens_BS: jax.Array,
     images: Images | None,
     segments_BS: jax.Array | None = None,
+    prefix_BS: jax.Array | None = None,
 ) -> Sight | None:
-    """Images as the decoder takes them; None for none.
+    """Images as the decoder takes them, for rows that may be packed; None for none.
 
     Raises:
       ValueError: the model is one of text, or (of arrays with values) there are more placeholders
@@ -252,7 +253,9 @@ def look(
     features_JTD = features(params, config, images)
     slots_BS = _slots(tokens_BS, config, features_JTD.shape[1])
     segments_BS = jnp.ones_like(slots_BS) if segments_BS is None else segments_BS
-    return Sight(features_JTD, slots_BS, _positions(slots_BS, config, images, segments_BS)[0])
+    return Sight(
+        features_JTD, slots_BS, _positions(slots_BS, config, images, segments_BS, prefix_BS)[0]
+    )
 
 
 def rotary(positions_3X: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
