@@ -19,7 +19,7 @@ from sapo_jax.types import Images
 
 LARGEST = 178_956_970  # pixels of a file, from which on Pillow calls it a bomb
 ASPECT = 200
-SOURCES = "must be the path of an image file, its bytes, a PIL image or uint8[height, width, 3]"
+SOURCES = "must be an image's path, bytes, uint8[height, width, channels] or a PIL image, no video"
 
 
 def _vision(config: ModelConfig) -> VisionConfig:
@@ -46,43 +46,28 @@ def read(source: Any, name: str = "image") -> Any:
         ) from None
 
     image = source
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3:
-            raise ValueError(f"{name}: {source.dtype}{list(source.shape)}: {SOURCES}")
-        image = Image.fromarray(source)
-    elif isinstance(source, str | pathlib.Path | bytes):
-        if not isinstance(source, bytes) and not pathlib.Path(source).is_file():
-            raise ValueError(f"{name}={str(source)!r}: no such file: {SOURCES}")
-        what = f"{len(source)} bytes" if isinstance(source, bytes) else repr(str(source))
-        try:
+    try:
+        if isinstance(source, np.ndarray) and source.dtype == np.uint8 and source.ndim == 3:
+            image = Image.fromarray(source)
+        elif isinstance(source, str | pathlib.Path | bytes):
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-            _check_size(image.size, name)
+        elif not isinstance(source, Image.Image):
+            raise ValueError(f"{name} is {type(source).__name__}: {SOURCES}")
+        low, high = sorted(image.size)
+        if low < 1 or low * high > LARGEST:
+            raise ValueError(f"{name}: {low}×{high} pixels: must be from 1 to {LARGEST} pixels")
+        if high > ASPECT * low:
+            raise ValueError(f"{name}: {low}×{high} pixels: at most {ASPECT} times as long as wide")
+        if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+            raise ValueError(f"{name}: {image.n_frames} frames: must be one, no video")
+        if image is not source:
             image = ImageOps.exif_transpose(image)
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"{name}={what}: too large: {error}") from None
-        except (OSError, SyntaxError) as error:
-            raise ValueError(
-                f"{name}={what}: no image that Pillow reads ({error}); videos are not supported"
-            ) from None
-    elif not isinstance(source, Image.Image):
-        raise ValueError(f"{name}={source!r:.80}: {SOURCES}; videos are not supported")
-    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-        raise ValueError(f"{name}: has {image.n_frames} frames: must be one, no video")
-    _check_size(image.size, name)
+    except (OSError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name}: {error}: {SOURCES}") from None
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(ground, image.convert("RGBA"))
     return image.convert("RGB")
-
-
-def _check_size(size: tuple[int, int], name: str) -> None:
-    low, high = min(size), max(size)
-    if low < 1 or low * high > LARGEST:
-        raise ValueError(f"{name}: {size[0]}×{size[1]} pixels: must be from 1 to {LARGEST}")
-    if high > ASPECT * low:
-        raise ValueError(
-            f"{name}: {size[0]}×{size[1]}: one side may be at most {ASPECT} times the other"
-        )
 
 
 def smart_resize(height: int, width: int, vision: VisionConfig) -> tuple[int, int]:

@@ -189,11 +189,14 @@ def test_gradients_reach_every_parameter_of_the_tower(policy):
 
 def test_packed_rows_share_a_prompt_with_its_image(policy):
     """Prompt once, two completions after it: the logits and positions of rows of their own."""
-    config, weights, (tokens, mask, images) = policy
+    config, weights, (tokens, _, images) = policy
     one = Images(images.patches[:24], images.grids[:1])
     prompt, first, second = tokens[0, :11], tokens[0, 11:14], tokens[2, 6:8]
     assert np.sum(prompt == seen.IMAGE) == 6
-    first, second = np.where(first == seen.IMAGE, 9, first), np.where(second == seen.IMAGE, 9, second)
+    first, second = (
+        np.where(first == seen.IMAGE, 9, first),
+        np.where(second == seen.IMAGE, 9, second),
+    )
     packed = np.concatenate([prompt, first, second, [2]])[None]
     segments = np.repeat([1, 2, 3, 0], [11, 3, 2, 1])[None].astype(np.int32)
     prefix = np.repeat([0, 1, 1, 0], [11, 3, 2, 1])[None].astype(np.int32)
