@@ -244,6 +244,46 @@ def test_no_scores_of_all_patches_are_kept(policy):
     assert "1024,1024" not in text
 
 
+def changed(part, **fields):
+    def change(content):
+        (content[part] if part else content).update(fields)
+
+    return change
+
+
+BAD = {
+    "act": (changed("vision_config", hidden_act="relu"), "vision_config.hidden_act='relu'"),
+    "out": (changed("vision_config", out_hidden_size=7), "out_hidden_size=7 .* must be 32"),
+    "turns": (changed("vision_config", rope_parameters={"rope_theta": 5.0}), "'rope_theta': 5.0"),
+    "heads": (changed("vision_config", num_heads=3), "vision.num_heads=3: must divide hidden_size"),
+    "taps": (changed("vision_config", deepstack_visual_indexes=[2, 1]), "must rise, and lie in"),
+    "deep": (changed("vision_config", deepstack_visual_indexes=[9]), r"lie in \[0, depth=3\)"),
+    "square": (changed("vision_config", num_position_embeddings=24), "must be a square"),
+    "patch": (changed("vision_config", patch_size=[2, 2]), r"patch_size=\[2, 2\]: must be"),
+    "token": (changed("", image_token_id=61), "image_token_id=61: must be below vocab_size=61"),
+    "part": (changed("", vision_config=3), "vision_config=3 must be an object"),
+    "plain": (
+        changed("text_config", rope_parameters={"mrope_interleaved": False}),
+        "mrope_interleaved=False is not supported",
+    ),
+    "sections": (
+        changed("text_config", rope_parameters={"mrope_section": [4, 2, 3]}), "with the sum 8"
+    ),
+    "depth": (changed("vision_config", depth=4), "missing: model.visual.blocks.3"),
+    "window": (changed("vision_config", patch_size=4), "weight is .* must be .*32, 3, 2, 4, 4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_not_this_model_is_refused(name, tmp_path):
+    harm, message = BAD[name]
+    content = json.loads(str(write_recorded("dense", tmp_path)["config"]))
+    harm(content)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        model.hf.load(tmp_path)
+
+
 def test_parameters_are_laid_out_by_the_table(policy):
     """The tower lies as the decoder does: over `fsdp` by widths, over `tensor` by heads."""
     config, *_ = policy
