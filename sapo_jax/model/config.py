@@ -51,22 +51,19 @@ class VisionConfig:
     vision_end_token_id: int = 151_653
 
     def __post_init__(self):
+        for name in ("deepstack_visual_indexes", "mrope_section"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"model.vision.{field.name}={value!r}: must be at least 1")
-            if field.type != "int":
-                object.__setattr__(self, field.name, tuple(value))
-        indexes = self.deepstack_visual_indexes
-        for name, wanted, met in (
-            ("num_heads", f"must divide hidden_size={self.hidden_size} by a multiple of 4",
-             self.hidden_size % (4 * self.num_heads) == 0),
-            ("num_position_embeddings", "must be a square",
-             math.isqrt(self.num_position_embeddings) ** 2 == self.num_position_embeddings),
-            ("deepstack_visual_indexes", f"must rise, and lie in [0, depth={self.depth})",
-             list(indexes) == sorted(set(indexes) & set(range(self.depth)))),
-            ("max_pixels", f"must be at least min_pixels={self.min_pixels}",
-             self.max_pixels >= self.min_pixels),
+        indexes, side = self.deepstack_visual_indexes, math.isqrt(self.num_position_embeddings)
+        for name, met, wanted in (
+            ("num_heads", self.hidden_size % (4 * self.num_heads) == 0,
+             f"times a multiple of 4 must be hidden_size={self.hidden_size}"),
+            ("num_position_embeddings", side**2 == self.num_position_embeddings, "must be a square"),
+            ("deepstack_visual_indexes", [*indexes] == sorted({*indexes} & {*range(self.depth)}),
+             f"must rise, in [0, depth={self.depth})"),
         ):  # fmt: skip
             if not met:
                 raise ValueError(f"model.vision.{name}={getattr(self, name)}: {wanted}")
@@ -204,18 +201,14 @@ class ModelConfig:
             )
         if self.vision is None:
             return
-        sections, indexes = self.vision.mrope_section, self.vision.deepstack_visual_indexes
-        for field, value, wanted, met in (
-            ("mrope_section", sections, f"three numbers with the sum {self.head_dim // 2}",
-             len(sections) == 3 and sum(sections) == self.head_dim // 2),
-            ("deepstack_visual_indexes", indexes,
-             f"at most num_hidden_layers={self.num_hidden_layers}",
-             len(indexes) <= self.num_hidden_layers),
-            ("image_token_id", self.vision.image_token_id, f"below vocab_size={self.vocab_size}",
-             self.vision.image_token_id < self.vocab_size),
-        ):  # fmt: skip
-            if not met:
-                raise ValueError(f"model.vision.{field}={value}: must be {wanted}")
+        pairs, layers = self.head_dim // 2, self.num_hidden_layers
+        for name, met, wanted in (
+            ("mrope_section", lambda x: (len(x), sum(x)) == (3, pairs), f"3 with the sum {pairs}"),
+            ("deepstack_visual_indexes", lambda x: len(x) <= layers, f"at most {layers}"),
+            ("image_token_id", lambda x: x < self.vocab_size, f"below {self.vocab_size}"),
+        ):
+            if not met(value := getattr(self.vision, name)):
+                raise ValueError(f"model.vision.{name}={value}: must be {wanted}")
 
     @property
     def qk_norm(self) -> bool:

@@ -210,6 +210,6 @@ def logits(
     for, row by row, see `vision.process`.
     """
     segments_BS = jnp.ones_like(tokens_BS)
-    sight = vision.look(params, config, tokens_BS, images)
+    sight = None if images is None else vision.look(params, config, tokens_BS, images)
     hidden_BSD, _ = hidden(params, config, tokens_BS, segments_BS, sight=sight)
     return logits_of(params, config, hidden_BSD)

@@ -6,6 +6,7 @@ or to a token follows from the grids, so that all shapes are those of the padded
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -21,8 +22,6 @@ from sapo_jax.model.vision_table import vision_table
 from sapo_jax.parallel import collectives
 
 __all__ = ["Images", "Sight", "check", "expand", "features", "look", "positions", "process"]
-
-EPS = 1e-6  # of layer norms
 
 
 class Sight(NamedTuple):
@@ -40,74 +39,63 @@ class Sight(NamedTuple):
 
     def embed(self, x_BSD: jax.Array) -> jax.Array:
         """Embeddings, with features in place of placeholders."""
-        return jnp.where(self._seen(), self._take(0).astype(x_BSD.dtype), x_BSD)
+        seen_BS = self.slots < self.features.shape[1]
+        return jnp.where(seen_BS[..., None], self._level(0, x_BSD.dtype), x_BSD)
 
     def add(self, x_BSD: jax.Array, layer: jax.Array | int) -> jax.Array:
         """The stream after a layer, with the features that are added there."""
+        return jax.lax.cond(
+            layer + 1 < len(self.features),
+            lambda x: x + self._level(layer + 1, x.dtype), lambda x: x, x_BSD,
+        )  # fmt: skip
 
-        def deepen(x_BSD):
-            own_BSD = self._take(layer + 1).astype(x_BSD.dtype)
-            return jnp.where(self._seen(), x_BSD + own_BSD, x_BSD)
-
-        return jax.lax.cond(layer + 1 < len(self.features), deepen, lambda x: x, x_BSD)
-
-    def _seen(self):
-        return (self.slots < self.features.shape[1])[..., None]
-
-    def _take(self, level):
+    def _level(self, level, dtype):
         own_TD = jax.lax.dynamic_index_in_dim(self.features, level, keepdims=False)
-        return own_TD.at[self.slots].get(mode="clip")
+        return own_TD.astype(dtype).at[self.slots].get(mode="fill", fill_value=0)
 
 
-class Grid(NamedTuple):
-    """Of each of N patches, or tokens: its image (I at pads), its place, the size of the grid."""
+class Places(NamedTuple):
+    """Where each of T tokens is: its image (I at pads), its place on the image's grid of tokens."""
 
-    image: jax.Array  # i32[N], as all of them
-    index: jax.Array  # within the image
+    image: jax.Array  # i32[T], as all of them
+    row: jax.Array
+    column: jax.Array
     height: jax.Array
     width: jax.Array
 
 
-def _grid(grids_I3: jax.Array, size: int, unit: int) -> Grid:
-    """The places of ``size`` blocks of unit × unit patches."""
-    height_I, width_I = jnp.asarray(grids_I3)[:, 1:].T // unit
+def _places(images: Images, vision: VisionConfig) -> Places:
+    height_I, width_I = jnp.asarray(images.grids)[:, 1:].T // vision.spatial_merge_size
     count_I = height_I * width_I
-    ends_I, index_N = jnp.cumsum(count_I), jnp.arange(size, dtype=jnp.int32)
-    image_N = jnp.searchsorted(ends_I, index_N, side="right").astype(jnp.int32)
-    start, height, width = (
-        x.at[image_N].get(mode="fill", fill_value=1) for x in (ends_I - count_I, height_I, width_I)
+    ends_I, index_T = jnp.cumsum(count_I), jnp.arange(len(images.patches) // vision.merged)
+    image_T = jnp.searchsorted(ends_I, index_T, side="right")
+    start_T, height_T, width_T = (
+        x.at[image_T].get(mode="fill", fill_value=1) for x in (ends_I - count_I, height_I, width_I)
     )
-    return Grid(image_N, index_N - start, height, width)
+    within_T = index_T - start_T
+    return Places(image_T, within_T // width_T, within_T % width_T, height_T, width_T)
 
 
-def _patch_places(grid: Grid, m: int) -> tuple[jax.Array, jax.Array]:
-    """(row, column) of patches in blocks of m × m."""
-    block, inner = grid.index // m**2, grid.index % m**2
-    columns = jnp.maximum(grid.width // m, 1)
-    return block // columns * m + inner // m, block % columns * m + inner % m
-
-
-def _slots(tokens_BS: jax.Array, config: ModelConfig, size: int) -> jax.Array:
+def _slots(tokens_BS: jax.Array, config: ModelConfig, images: Images) -> jax.Array:
     """Placeholders are counted row by row."""
     seen_BS = jnp.asarray(tokens_BS) == config.vision.image_token_id
     count_BS = jnp.cumsum(seen_BS.reshape(-1), dtype=jnp.int32).reshape(seen_BS.shape)
-    return jnp.where(seen_BS, count_BS - 1, size)
+    return jnp.where(seen_BS, count_BS - 1, len(images.patches) // config.vision.merged)
 
 
 def _positions(slots_BS, config, images, segments_BS, prefix_BS=None) -> tuple:
-    """(positions i32[3, B, S], what each token moves those after it on)."""
-    m = config.vision.spatial_merge_size
-    grid = _grid(images.grids, images.patches.shape[0] // m**2, m)
-    last_T = grid.index == grid.height * grid.width - 1
-    moves_T = jnp.where(last_T, jnp.maximum(grid.height, grid.width), 0)
-    own_3T = jnp.zeros_like(grid.index), grid.index // grid.width, grid.index % grid.width
+    """(positions i32[3, B, S], how far each token moves those after it)."""
+    places = _places(images, config.vision)
+    last_T = (places.row == places.height - 1) & (places.column == places.width - 1)
+    moves_T = jnp.where(last_T, jnp.maximum(places.height, places.width), 0)
 
     def at_slots(x_T, text):
         return x_T.at[slots_BS].get(mode="fill", fill_value=text)
 
     moves_BS = at_slots(moves_T, 1)
     before_BS = segments.positions(segments_BS, prefix_BS, moves_BS)
-    return before_BS + jnp.stack([at_slots(x, 0) for x in own_3T]), moves_BS
+    axes = jnp.zeros_like(places.row), places.row, places.column
+    return before_BS + jnp.stack([at_slots(x, 0) for x in axes]), moves_BS
 
 
 def positions(
@@ -129,40 +117,47 @@ def positions(
     if images is None:
         index_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
         return jnp.stack([index_BS] * 3), jnp.zeros(len(tokens_BS), jnp.int32)
-    slots_BS = _slots(tokens_BS, config, images.patches.shape[0] // config.vision.merged)
+    slots_BS = _slots(tokens_BS, config, images)
     found, moves_BS = _positions(slots_BS, config, images, jnp.ones_like(slots_BS))
     return found, jnp.sum(moves_BS - 1, -1)
 
 
-def _rope(rows_N, columns_N, vision: VisionConfig) -> tuple[jax.Array, jax.Array]:
+def rotary(positions_3X: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """As `attention.rotary`; pairs 3i + 1 turn with height, 3i + 2 with width, others with time."""
+    pair = np.arange(config.head_dim // 2)
+    limit = 3 * np.array(config.vision.mrope_section)[pair % 3]
+    per_pair = jnp.moveaxis(positions_3X, 0, -1)[..., np.where(pair < limit, pair % 3, 0)]
+    return attention.turn(per_pair.astype(jnp.float32), config)
+
+
+def _rope(row_N, column_N, vision: VisionConfig) -> tuple[jax.Array, jax.Array]:
     """(cos, sin) f32[N, d/2]: half of the pairs turn with rows, half with columns."""
     pairs = np.float32(vision.hidden_size // vision.num_heads // 2)
     inverse = 1 / np.float32(10_000) ** (np.arange(0, pairs, 2, dtype=np.float32) / pairs)
-    angle = jnp.concatenate([x[:, None] * inverse for x in (rows_N, columns_N)], -1)
+    angle = jnp.concatenate([x[:, None] * inverse for x in (row_N, column_N)], -1)
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def _resampled(table_PD: jax.Array, grid: Grid, places, dtype) -> jax.Array:
-    """The square table of positions at each patch, bilinear with aligned corners, [N, D]."""
-    side = int(np.sqrt(table_PD.shape[0]))
-    total = 0.0
+def _resampled(table_PD: jax.Array, axes) -> jax.Array:
+    """The square table of positions at each patch, bilinear with aligned corners, f32[N, D]."""
+    side = math.isqrt(len(table_PD))
     taps = []
-    for place, size in zip(places, (grid.height, grid.width), strict=True):
+    for place, size in axes:
         source = place.astype(jnp.float32) * (side - 1) / jnp.maximum(size - 1, 1)
         low = jnp.floor(source).astype(jnp.int32)
-        taps.append([(low, 1 - (source - low)), (jnp.minimum(low + 1, side - 1), source - low)])
-    for row, row_weight in taps[0]:
-        for column, column_weight in taps[1]:
-            weight = (row_weight * column_weight)[:, None]
-            total += table_PD[row * side + column].astype(jnp.float32) * weight
-    return total.astype(dtype)
+        taps.append(((low, 1 - (source - low)), (jnp.minimum(low + 1, side - 1), source - low)))
+    return sum(
+        table_PD[row * side + column].astype(jnp.float32) * (row_share * share)[:, None]
+        for row, row_share in taps[0]
+        for column, share in taps[1]
+    )
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     """Normalisation over the last axis, computed in f32."""
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, -1, keepdims=True)
-    normal = centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + EPS)
+    normal = centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + 1e-6)
     return (normal * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
@@ -191,39 +186,38 @@ def _merge(w: dict[str, jax.Array], x_ND, merged: int) -> jax.Array:
 def features(params: Any, config: ModelConfig, images: Images) -> jax.Array:
     """What the tower makes of images, f[1 + J, T, D]: merged tokens, then deepstack features.
 
-    Attention is among the patches of an image; of blocks, the input alone is saved for the
-    gradient. Pads come out as anything.
+    Attention is among the patches of an image; the gradient computes each block again from its
+    input. Pads come out as anything.
     """
     vision, dtype = config.vision, jnp.dtype(config.compute_dtype)
-    specs, own = vision_table(config), params["vision"]
+    specs, own, m = vision_table(config), params["vision"], config.vision.spatial_merge_size
+    places = jax.tree.map(lambda x: jnp.repeat(x, m * m), _places(images, vision))
+    inner = jnp.arange(len(images.patches)) % (m * m)
+    row_N, column_N = places.row * m + inner // m, places.column * m + inner % m
+    segments_1N = jnp.where(places.image < len(images.grids), places.image + 1, 0)[None]
+    rope = _rope(row_N, column_N, vision)
 
     def gathered(weights, specs):
         whole = all_gather(weights, specs, config)
         kept = {n for n, x in whole.items() if isinstance(x, dict) or n in UNCAST}
         return {n: x if n in kept else x.astype(dtype) for n, x in whole.items()}
 
-    w = gathered(own, specs)
-    patches, m = images.patches.astype(dtype), vision.spatial_merge_size
-    grid = _grid(images.grids, len(patches), 1)
-    places = _patch_places(grid, m)
-    segments_1N = jnp.where(grid.image < len(images.grids), grid.image + 1, 0)[None]
-    rope = _rope(*places, vision)
-    x_ND = dense(patches, w["patch"]) + w["patch_bias"]
-    x_ND = x_ND + _resampled(w["positions"], grid, places, dtype)
-    indexes = list(vision.deepstack_visual_indexes)
-    order = np.full(vision.depth, len(indexes))  # of the tap of each block; the last is none
-    order[indexes] = range(len(indexes))
-
     @jax.checkpoint
     def block(weights, x_ND):
         return _block(gathered(weights, specs["blocks"]), x_ND, rope, segments_1N)
 
     def step(carry, inputs):
-        x_ND, taps = carry
-        weights, at = inputs
+        (x_ND, taps), (weights, at) = carry, inputs
         x_ND = block(weights, x_ND)
         return (x_ND, taps.at[at].set(x_ND)), None
 
+    w = gathered(own, specs)
+    axes = (row_N, places.height * m), (column_N, places.width * m)
+    x_ND = dense(jnp.asarray(images.patches, dtype), w["patch"]) + w["patch_bias"]
+    x_ND = x_ND + _resampled(w["positions"], axes).astype(dtype)
+    indexes = list(vision.deepstack_visual_indexes)
+    order = np.full(vision.depth, len(indexes))  # of the tap of each block; the last is none
+    order[indexes] = range(len(indexes))
     taps = jnp.zeros((len(indexes) + 1, *x_ND.shape), dtype)
     (x_ND, taps), _ = jax.lax.scan(step, (x_ND, taps), (own["blocks"], order))
     found = [_merge(gathered(own["merger"], specs["merger"]), x_ND, vision.merged)]
@@ -237,31 +231,17 @@ def look(
     params: Any,
     config: ModelConfig,
     tokens_BS: jax.Array,
-    images: Images | None,
+    images: Images,
     segments_BS: jax.Array | None = None,
     prefix_BS: jax.Array | None = None,
-) -> Sight | None:
-    """Images as the decoder takes them, for rows that may be packed; None for none.
+) -> Sight:
+    """Images as the decoder takes them, for rows that may be packed.
 
     Raises:
-      ValueError: the model is one of text, or (of arrays with values) there are more placeholders
-        than images, or fewer.
+      ValueError: see `check`.
     """
-    if images is None:
-        return None
     check(tokens_BS, config, images)
-    features_JTD = features(params, config, images)
-    slots_BS = _slots(tokens_BS, config, features_JTD.shape[1])
+    slots_BS = _slots(tokens_BS, config, images)
     segments_BS = jnp.ones_like(slots_BS) if segments_BS is None else segments_BS
-    return Sight(
-        features_JTD, slots_BS, _positions(slots_BS, config, images, segments_BS, prefix_BS)[0]
-    )
-
-
-def rotary(positions_3X: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
-    """As `attention.rotary`; pairs 3i + 1 turn with height, 3i + 2 with width, others with time."""
-    pair = np.arange(config.head_dim // 2)
-    limit = 3 * np.array(config.vision.mrope_section)[pair % 3]
-    axis = np.where((pair % 3 > 0) & (pair < limit), pair % 3, 0)
-    per_pair = jnp.moveaxis(positions_3X.astype(jnp.float32), 0, -1)[..., axis]
-    return attention.turn(per_pair, config)
+    found, _ = _positions(slots_BS, config, images, segments_BS, prefix_BS)
+    return Sight(features(params, config, images), slots_BS, found)

@@ -45,7 +45,7 @@ def shown(name, recorded, pads=(0, 0)):
 @jax.jit(static_argnums=1)
 def run(weights, config, tokens_BS, images, segments_BS=None, prefix_BS=None):
     """(features, logits, positions) by the parts that the learner uses."""
-    sight = vision.look(weights, config, tokens_BS, images, segments_BS, prefix_BS)
+    sight = images and vision.look(weights, config, tokens_BS, images, segments_BS, prefix_BS)
     segments_BS = jnp.ones_like(tokens_BS) if segments_BS is None else segments_BS
     hidden, _ = transformer.hidden(
         weights, config, tokens_BS, segments_BS, prefix_BS=prefix_BS, sight=sight
@@ -255,13 +255,13 @@ BAD = {
     "act": (changed("vision_config", hidden_act="relu"), "vision_config.hidden_act='relu'"),
     "out": (changed("vision_config", out_hidden_size=7), "out_hidden_size=7 .* must be 32"),
     "turns": (changed("vision_config", rope_parameters={"rope_theta": 5.0}), "'rope_theta': 5.0"),
-    "heads": (changed("vision_config", num_heads=3), "vision.num_heads=3: must divide hidden_size"),
-    "taps": (changed("vision_config", deepstack_visual_indexes=[2, 1]), "must rise, and lie in"),
-    "deep": (changed("vision_config", deepstack_visual_indexes=[9]), r"lie in \[0, depth=3\)"),
+    "heads": (changed("vision_config", num_heads=3), "vision.num_heads=3: times a multiple of 4 must be"),
+    "taps": (changed("vision_config", deepstack_visual_indexes=[2, 1]), "must rise, in"),
+    "deep": (changed("vision_config", deepstack_visual_indexes=[9]), r"must rise, in \[0, depth=3\)"),
     "square": (changed("vision_config", num_position_embeddings=24), "must be a square"),
     "patch": (changed("vision_config", patch_size=[2, 2]), r"patch_size=\[2, 2\]: must be"),
-    "token": (changed("", image_token_id=61), "image_token_id=61: must be below vocab_size=61"),
-    "part": (changed("", vision_config=3), "vision_config=3 must be an object"),
+    "token": (changed("", image_token_id=61), "image_token_id=61: must be below 61"),
+    "part": (changed("", vision_config=3), "vision_config must be objects"),
     "plain": (
         changed("text_config", rope_parameters={"mrope_interleaved": False}),
         "mrope_interleaved=False is not supported",
