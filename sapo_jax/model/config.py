@@ -61,7 +61,8 @@ class VisionConfig:
         for name, met, wanted in (
             ("num_heads", self.hidden_size % (4 * self.num_heads) == 0,
              f"times a multiple of 4 must be hidden_size={self.hidden_size}"),
-            ("num_position_embeddings", side**2 == self.num_position_embeddings, "must be a square"),
+            ("num_position_embeddings", side**2 == self.num_position_embeddings,
+             "must be a square"),
             ("deepstack_visual_indexes", [*indexes] == sorted({*indexes} & {*range(self.depth)}),
              f"must rise, in [0, depth={self.depth})"),
         ):  # fmt: skip

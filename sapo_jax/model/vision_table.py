@@ -1,7 +1,7 @@
 """The part of the parameter table that models that see have: the tower, under "vision".
 
-``{"patch", "positions", "blocks": {name: [depth, ...]}, "merger", ["deepstack": {name: [J, ...]}]}``
-with biases. On a mesh it lies as the decoder does: split over `fsdp` along widths, over `tensor`
+``{"patch", "positions", "blocks": {name: [depth, ...]}, "merger", "deepstack": {name: [J, ...]}}``,
+and biases. On a mesh it lies as the decoder does: split over `fsdp` along widths, over `tensor`
 along heads and the inner widths of MLPs.
 """
 
