@@ -21,7 +21,10 @@ from sapo_jax.model.params import UNCAST, all_gather
 from sapo_jax.model.vision_table import vision_table
 from sapo_jax.parallel import collectives
 
-__all__ = ["Images", "Sight", "check", "expand", "features", "look", "positions", "process"]
+__all__ = [
+    "Images", "Sight", "check", "expand", "features", "look", "positions", "process", "see",
+    "slots",
+]  # fmt: skip
 
 
 class Sight(NamedTuple):
@@ -64,10 +67,10 @@ class Places(NamedTuple):
     width: jax.Array
 
 
-def _places(images: Images, vision: VisionConfig) -> Places:
-    height_I, width_I = jnp.asarray(images.grids)[:, 1:].T // vision.spatial_merge_size
+def _places(grids_I3: jax.Array, size: int, vision: VisionConfig) -> Places:
+    height_I, width_I = jnp.asarray(grids_I3)[:, 1:].T // vision.spatial_merge_size
     count_I = height_I * width_I
-    ends_I, index_T = jnp.cumsum(count_I), jnp.arange(len(images.patches) // vision.merged)
+    ends_I, index_T = jnp.cumsum(count_I), jnp.arange(size)
     image_T = jnp.searchsorted(ends_I, index_T, side="right")
     start_T, height_T, width_T = (
         x.at[image_T].get(mode="fill", fill_value=1) for x in (ends_I - count_I, height_I, width_I)
@@ -76,16 +79,21 @@ def _places(images: Images, vision: VisionConfig) -> Places:
     return Places(image_T, within_T // width_T, within_T % width_T, height_T, width_T)
 
 
-def _slots(tokens_BS: jax.Array, config: ModelConfig, images: Images) -> jax.Array:
-    """Placeholders are counted row by row."""
+def token_room(images: Images, config: ModelConfig) -> int:
+    """T, the tokens that the arrays have room for."""
+    return len(images.patches) // config.vision.merged
+
+
+def slots(tokens_BS: jax.Array, config: ModelConfig, size: int) -> jax.Array:
+    """Which token of the images each placeholder is, counted row by row; ``size`` for text."""
     seen_BS = jnp.asarray(tokens_BS) == config.vision.image_token_id
     count_BS = jnp.cumsum(seen_BS.reshape(-1), dtype=jnp.int32).reshape(seen_BS.shape)
-    return jnp.where(seen_BS, count_BS - 1, len(images.patches) // config.vision.merged)
+    return jnp.where(seen_BS, count_BS - 1, size)
 
 
-def _positions(slots_BS, config, images, segments_BS, prefix_BS=None) -> tuple:
+def _positions(slots_BS, config, grids_I3, size, segments_BS, prefix_BS=None) -> tuple:
     """(positions i32[3, B, S], how far each token moves those after it)."""
-    places = _places(images, config.vision)
+    places = _places(grids_I3, size, config.vision)
     last_T = (places.row == places.height - 1) & (places.column == places.width - 1)
     moves_T = jnp.where(last_T, jnp.maximum(places.height, places.width), 0)
 
@@ -117,8 +125,9 @@ def positions(
     if images is None:
         index_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
         return jnp.stack([index_BS] * 3), jnp.zeros(len(tokens_BS), jnp.int32)
-    slots_BS = _slots(tokens_BS, config, images)
-    found, moves_BS = _positions(slots_BS, config, images, jnp.ones_like(slots_BS))
+    size = token_room(images, config)
+    slots_BS = slots(tokens_BS, config, size)
+    found, moves_BS = _positions(slots_BS, config, images.grids, size, jnp.ones_like(slots_BS))
     return found, jnp.sum(moves_BS - 1, -1)
 
 
@@ -191,7 +200,8 @@ def features(params: Any, config: ModelConfig, images: Images) -> jax.Array:
     """
     vision, dtype = config.vision, jnp.dtype(config.compute_dtype)
     specs, own, m = vision_table(config), params["vision"], config.vision.spatial_merge_size
-    places = jax.tree.map(lambda x: jnp.repeat(x, m * m), _places(images, vision))
+    places = _places(images.grids, token_room(images, config), vision)
+    places = jax.tree.map(lambda x: jnp.repeat(x, m * m), places)
     inner = jnp.arange(len(images.patches)) % (m * m)
     row_N, column_N = places.row * m + inner // m, places.column * m + inner % m
     segments_1N = jnp.where(places.image < len(images.grids), places.image + 1, 0)[None]
@@ -227,21 +237,27 @@ def features(params: Any, config: ModelConfig, images: Images) -> jax.Array:
     return jnp.stack(found)
 
 
-def look(
-    params: Any,
+def see(
+    features_JTD: jax.Array,
     config: ModelConfig,
-    tokens_BS: jax.Array,
-    images: Images,
-    segments_BS: jax.Array | None = None,
+    grids_I3: jax.Array,
+    slots_BS: jax.Array,
+    segments_BS: jax.Array,
     prefix_BS: jax.Array | None = None,
 ) -> Sight:
-    """Images as the decoder takes them, for rows that may be packed.
+    """Images as the decoder takes them, for rows that may be packed, see `segments`."""
+    size = features_JTD.shape[1]
+    found, _ = _positions(slots_BS, config, grids_I3, size, segments_BS, prefix_BS)
+    return Sight(features_JTD, slots_BS, found)
+
+
+def look(params: Any, config: ModelConfig, tokens_BS: jax.Array, images: Images) -> Sight:
+    """The images of left-aligned rows as the decoder takes them.
 
     Raises:
       ValueError: see `check`.
     """
     check(tokens_BS, config, images)
-    slots_BS = _slots(tokens_BS, config, images)
-    segments_BS = jnp.ones_like(slots_BS) if segments_BS is None else segments_BS
-    found, _ = _positions(slots_BS, config, images, segments_BS, prefix_BS)
-    return Sight(features(params, config, images), slots_BS, found)
+    slots_BS = slots(tokens_BS, config, token_room(images, config))
+    features_JTD = features(params, config, images)
+    return see(features_JTD, config, images.grids, slots_BS, jnp.ones_like(slots_BS))

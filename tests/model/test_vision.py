@@ -45,8 +45,12 @@ def shown(name, recorded, pads=(0, 0)):
 @jax.jit(static_argnums=1)
 def run(weights, config, tokens_BS, images, segments_BS=None, prefix_BS=None):
     """(features, logits, positions) by the parts that the learner uses."""
-    sight = images and vision.look(weights, config, tokens_BS, images, segments_BS, prefix_BS)
     segments_BS = jnp.ones_like(tokens_BS) if segments_BS is None else segments_BS
+    sight = None
+    if images is not None:
+        features = vision.features(weights, config, images)
+        slots = vision.slots(tokens_BS, config, features.shape[1])
+        sight = vision.see(features, config, images.grids, slots, segments_BS, prefix_BS)
     hidden, _ = transformer.hidden(
         weights, config, tokens_BS, segments_BS, prefix_BS=prefix_BS, sight=sight
     )

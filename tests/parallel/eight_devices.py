@@ -11,6 +11,7 @@ import pytest
 from sapo_jax import learner, model, objectives, sampler, train
 from sapo_jax.masked import finish
 from sapo_jax.model import lora, params, transformer
+from sapo_jax.model.config import VisionConfig
 from sapo_jax.parallel import sharding
 from sapo_jax.sampler import Plan, decode, decode_state, sampling
 from sapo_jax.sampler.weights import partition_specs
@@ -229,6 +230,52 @@ def test_an_update_of_adapters_agrees_with_one_device(policies, references, kind
         numbers = {k: np.asarray(v) for k, v in metrics.items() if not k.startswith("histogram")}
         found.append(({"loss": np.asarray(loss), **numbers}, gradient, state.params, None))
     agree(found[1], found[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(MESHES))
+def test_a_model_that_sees_agrees_with_one_device(name):
+    """Hidden states, and the gradient of every parameter of tower and decoder."""
+    tower = VisionConfig(
+        2, 32, 64, 4, num_position_embeddings=25, deepstack_visual_indexes=(0,), patch_size=2,
+        mrope_section=(2, 3, 3), image_token_id=20,
+    )  # fmt: skip
+    config = model.make(
+        "nano_moe", vocab_size=VOCAB, num_key_value_heads=4, model_type="qwen3_vl_moe", vision=tower
+    )
+    weights, rng = fakes.weights(config), np.random.default_rng(3)
+    tokens = rng.integers(30, VOCAB, (8, 9))
+    tokens[:, 2:6] = 20
+    patches = rng.normal(size=(8 * 16, tower.patch_dim)).astype(np.float32)
+    images = model.vision.Images(patches, np.array([[1, 4, 4]] * 8, np.int32))
+
+    def local(weights, tokens, images):
+        def loss(weights):
+            whole = params.all_gather(weights, params.table(config), config)
+            sight = model.vision.look(whole, config, tokens, images)
+            hidden, _ = transformer.hidden(
+                whole, config, tokens, jnp.ones_like(tokens), remat=True, sight=sight
+            )
+            return jnp.sum(hidden * jnp.cos(jnp.arange(hidden[0].size).reshape(hidden[0].shape)))
+
+        grads, sight = jax.grad(loss)(weights), model.vision.look(weights, config, tokens, images)
+        return params.psum_gradients(grads, config), jnp.moveaxis(sight.features, 0, 1)
+
+    found = []
+    for mesh in (None, sharding.make_mesh(**MESHES[name])):
+        specs = params.partition_specs(config)
+        rows = sharding.spec("rows")
+        run = sharding.shard_map(local, mesh, (specs, rows, rows), (specs, rows))
+        own = weights if mesh is None else jax.device_put(weights, params.shardings(config, mesh))
+        found.append(jax.device_get(jax.jit(run)(own, *sharding.place((tokens, images), mesh))))
+    (plain, features), (grads, others) = found
+    np.testing.assert_allclose(others, features, atol=1e-5 * np.abs(features).max())
+    for path, want in jax.tree_util.tree_leaves_with_path(plain):
+        got = grads
+        for key in path:
+            got = got[key.key]
+        atol = 2e-5 * np.abs(want).max() + 1e-5
+        np.testing.assert_allclose(got, want, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
 def near_tie(policy, rollout, row, at):
