@@ -15,7 +15,7 @@ FLAGS = cli.Flags("train", __doc__)
 FLAGS.config_file()
 FLAGS.string("reward", "", "my.py:name, a reward function: short for --config.reward.function.")
 FLAGS.string("workdir", None, "Run directory, local or gs://…", required=True)
-FLAGS.processes()
+FLAGS.cluster()
 
 
 def main(given: cli.Flags) -> None:

@@ -51,6 +51,7 @@ class Flags(flags.FlagValues):
         self, define: Callable, name: str, default: Any, *details: Any,
         required: bool = False, positional: bool = False, **options: Any,
     ) -> None:  # fmt: skip
+        assert not hasattr(Flags, name), name  # it would hide the flag's value
         define(name, default, *details, flag_values=self, **options)
         self.own.append(name)
         self.required.extend([name] * (required or positional))
@@ -74,7 +75,7 @@ class Flags(flags.FlagValues):
         config_flags.register_flag_parser_for_type(ConfigDict, _DictionaryParser())
         config_flags.register_flag_parser_for_type(object, _LiteralParser())
 
-    def processes(self) -> None:
+    def cluster(self) -> None:
         """Define the flags of one process of several; by default the environment decides."""
         text = "host:port of process 0; by default the environment decides."
         self.string("coordinator", None, text)

@@ -72,8 +72,9 @@ def named(mesh: Mesh, partition: PartitionSpec) -> NamedSharding:
 
 
 def describe(sizes: Mapping[str, int]) -> str:
-    """The axes of a mesh in words."""
-    return ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    """The axes of a mesh in words; `run` where there are several."""
+    shown = {axis: size for axis, size in sizes.items() if axis != "run" or size != 1}
+    return ", ".join(f"{axis}={size}" for axis, size in shown.items())
 
 
 def _shapes(devices: int, runs: int) -> Iterator[dict[str, int]]:

@@ -21,7 +21,7 @@ FLAGS.strings("axis", [], "FIELD=VALUE,…: only the runs with one of these; onc
 FLAGS.integer("most", 0, "Runs that train together, at most; 0: all that can.", 0)
 FLAGS.integer("job_index", 0, "Which part of the sweep this process runs.", 0)
 FLAGS.integer("job_count", 1, "Number of jobs that share the sweep.", 1)
-FLAGS.processes()
+FLAGS.cluster()
 
 
 def main(given: cli.Flags) -> None:
