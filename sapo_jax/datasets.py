@@ -1,8 +1,5 @@
 """Prepare a dataset for runs: JSON lines, or one of the TFDS catalogue, as ArrayRecord files.
 
-    python -m sapo_jax.datasets --jsonl=train=train.jsonl --jsonl=test=test.jsonl --out=data/sums
-    python -m sapo_jax.datasets --catalogue=gsm8k --out=data
-
 Only preparing downloads; a run reads what is there, or fails at once. No TensorFlow is needed.
 """
 
@@ -29,8 +26,8 @@ CATALOGUE = {  # module that registers the builder, and where it downloads from
 RAW = {"gsm8k": {"question": "", "answer": "#### "}}  # texts of a line, with what is once in each
 PROBE_SECONDS = 10  # the catalogue's own downloads go on trying for minutes
 
-FLAGS = cli.Flags("datasets", __doc__)
-FLAGS.strings("jsonl", [], "SPLIT=FILE of JSON lines; a bare FILE is train's.")
+FLAGS = cli.Flags("datasets", __doc__, "--jsonl=SPLIT=FILE --out=…", "--catalogue=NAME --out=…")
+FLAGS.strings("jsonl", [], "SPLIT=FILE of JSON lines, once or more; a bare FILE is train's.")
 FLAGS.string("catalogue", "", f"A dataset of the TFDS catalogue: {', '.join(CATALOGUE)}.")
 FLAGS.string("out", "", "Data directory.", required=True)
 FLAGS.string("prompt", "prompt", "Field of the file that holds the prompt.")
@@ -129,7 +126,8 @@ def prepare_catalogued(
     import importlib
 
     if name not in CATALOGUE:
-        raise ValueError(f"unknown dataset {name!r}; the catalogue has {', '.join(CATALOGUE)}")
+        has = f"the catalogue has {', '.join(CATALOGUE)}{cli.nearest(name, CATALOGUE)}"
+        raise ValueError(f"unknown dataset {name!r}; {has}")
     module, host = CATALOGUE[name]
     importlib.import_module(module)
     import tensorflow_datasets as tfds

@@ -1,15 +1,17 @@
-"""Pass@1 and Pass@k of a policy on held-out sets, with bootstrap intervals.
+"""Pass@1 and Pass@k of a policy on held-out sets, with intervals.
 
-The policy is that of a Hugging Face directory (--hf) or of a run (--workdir), whose own tasks,
-tokenizer and numbers are taken where the command line has none.
+The policy is that of a run (--workdir) or of a Hugging Face directory (--hf). A run has tasks, a
+tokenizer and numbers of its own: with --workdir the defaults marked * are the run's, not these.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -22,30 +24,35 @@ from sapo_jax.tasks import Task
 from sapo_jax.training import checkpoint, files, parameters, settings
 from sapo_jax.training.checks import LARGEST, MOST
 from sapo_jax.training.evaluation import evaluate
+from sapo_jax.training.progress import Progress
 
-FLAGS = cli.Flags("evaluate", __doc__)
-FLAGS.string("hf", "", "Hugging Face directory of the policy.")
-FLAGS.string("workdir", "", "Run directory of the policy, in place of --hf.")
+FLAGS = cli.Flags("evaluate", __doc__, "--workdir=…", "--hf=… --task=…")
+FLAGS.string("workdir", "", "Run directory of the policy.")
+FLAGS.string("hf", "", "Hugging Face directory of the policy, in place of --workdir.")
 FLAGS.enum("which", "latest", ["latest", "best"], "Checkpoint of the run.")
-FLAGS.strings("task", [], "NAME,option=value,… of a set; NAME may be my.py:MyTask.")
-FLAGS.strings("eval", [], "NAME in config.evals of the run; without it, all of them.")
-FLAGS.string("reward", "", "my.py:name, a reward function whose mean is reported, too.")
-FLAGS.integer("prompts", 512, "At most this many prompts of the test split.", 1)
-FLAGS.integer("samples", 16, "Completions per prompt.", 1)
-FLAGS.number("temperature", 1.0, "Of sampling; 0 is greedy.", 0.0)
-FLAGS.integer("top_k", None, "Keep the k likeliest tokens.", 1)
-FLAGS.number("top_p", None, "Keep the smallest set of this probability.", 0.0, 1.0)
-FLAGS.integer("max_prompt_tokens", 512, "Longer prompts are left out.", 1)
-FLAGS.integer("max_new_tokens", 1024, "Room for a completion.", 1)
-FLAGS.integer("batch", 8, "Prompts that are sampled at a time.", 1)
-FLAGS.integer("seed", 0, "Of the sampling noise.", 0)
-FLAGS.integer("workers", 1, "Rows judged at a time.", 1, upper_bound=MOST["reward.workers"])
-FLAGS.enum("dtype", "float32", ["float32", "bfloat16"], "Of everything.")
-FLAGS.boolean("chat", True, "Prompts by the directory's chat template.")
-FLAGS.string("system", "", "System message of each prompt.")
+FLAGS.strings("task", [], "* NAME,option=value,… of a set, once or more; also my.py:MyTask.")
+FLAGS.strings("eval", [], "* NAME in config.evals of the run, once or more.")
 FLAGS.string(
-    "template_options", "", "name=value,… for the template, such as enable_thinking=False."
-)
+    "reward", "", "* my.py:name, a reward function whose mean is reported, too.",
+    field="reward.function",
+)  # fmt: skip
+FLAGS.integer("prompts", 512, "* At most this many prompts of the test split.", 1)
+FLAGS.integer("samples", 16, "* Completions per prompt.", 1)
+FLAGS.number("temperature", 1.0, "* Of sampling; 0 is greedy.", 0.0)
+FLAGS.integer("top_k", None, "* Keep the k likeliest tokens.", 1)
+FLAGS.number("top_p", None, "* Keep the smallest set of this probability.", 0.0, 1.0)
+FLAGS.integer("max_prompt_tokens", 512, "* Longer prompts are left out.", 1)
+FLAGS.integer("max_new_tokens", 1024, "* Room for a completion.", 1)
+FLAGS.integer("seed", 0, "* Of the sampling noise.", 0)
+FLAGS.integer("batch", 8, "Prompts that are sampled at a time.", 1)
+FLAGS.integer("workers", 1, "Rows judged at a time.", 1, upper_bound=MOST["reward.workers"])
+FLAGS.enum("dtype", "float32", ["float32", "bfloat16"], "Of everything. Only with --hf.")
+FLAGS.boolean("chat", True, "Prompts by the directory's chat template. Only with --hf.")
+FLAGS.string("system", "", "System message of each prompt. Only with --hf.")
+FLAGS.string(
+    "template_options", "",
+    "name=value,… for the template, such as enable_thinking=False. Only with --hf.",
+)  # fmt: skip
 FLAGS.string("compilation_cache", ".cache/xla", "Compiled programs, reused later; empty: none.")
 FLAGS.string("out", "", "JSON file for the results.")
 RECORDED = (  # in the results
@@ -63,6 +70,24 @@ def parse_task(text: str) -> tuple[str, dict[str, Any]]:
     """
     name, *pairs = _pairs(text)
     return name, _options(pairs, f"--task={name}")
+
+
+def task_text(name: str, options: Mapping[str, Any]) -> str:
+    """What `parse_task` reads as a name and options.
+
+    Raises:
+      ValueError: there is no such text.
+    """
+
+    def said(value):
+        with contextlib.suppress(ValueError):
+            return value if isinstance(value, str) and cli.literal(value) == value else repr(value)
+        return repr(value)  # 'true', say
+
+    text = ",".join([name, *(f"{option}={said(value)}" for option, value in options.items())])
+    if parse_task(text) != (name, dict(options)):
+        raise ValueError(f"--task cannot say the options {options}")
+    return text
 
 
 def parse_template_options(text: str) -> dict[str, Any]:
@@ -145,19 +170,22 @@ def _of_directory(given: cli.Flags) -> Policy:
         raise ValueError(f"--eval={given.eval[0]}: needs the --workdir of a run that has it")
     for flag in ("hf", "task"):
         if not given[flag].value:
-            what = " ".join(given[flag].help.split()).rstrip(".")
+            what = given[flag].help.removeprefix("* ").rstrip(".")
             run = ", or --workdir of a run" if flag == "hf" else ""
             raise ValueError(f"--{flag} is missing{run}: {what} (see --help)")
     options = parse_template_options(given.template_options)
     if options and not given.chat:
-        raise ValueError("--template_options must not stand beside --nochat: no template is used")
-    sets = _sets(given)
+        raise ValueError("--template_options must not stand beside --chat=False, which uses none")
+    sets, recipe = _sets(given), rewards.Recipe(function=given.reward)
     config, params = model.hf.load(epath.Path(given.hf).expanduser(), dtype=given.dtype)
     chat = {"chat": given.chat, "system": given.system, "template_options": options}
-    tokenizer = hf_tokenizer.load(given.hf, vocab_size=config.vocab_size, **chat)
+    try:
+        tokenizer = hf_tokenizer.load(given.hf, vocab_size=config.vocab_size, **chat)
+    except ValueError as error:
+        raise ValueError(str(error).replace("config.tokenizer.chat", "--chat")) from None
     stop = {"stop_tokens": tokenizer.stop_ids, "pad_token": tokenizer.pad_id}
     config = dataclasses.replace(config, **stop)
-    return Policy(config, params, tokenizer, rewards.Recipe(function=given.reward), sets)
+    return Policy(config, params, tokenizer, recipe, sets)
 
 
 def _of_run(given: cli.Flags) -> Policy:
@@ -195,8 +223,6 @@ def _numbers(given: cli.Flags, held: Held) -> dict[str, Any]:
 
 def _evaluate_set(given: cli.Flags, policy: Policy, text: str) -> dict:
     """Metrics of one evaluation set."""
-    from tqdm import tqdm
-
     (task, _), tokenizer = policy.sets[text], policy.tokenizer
     own = _numbers(given, policy.sets[text])
     prompts, samples = own.pop("prompts"), own.pop("samples")
@@ -210,17 +236,26 @@ def _evaluate_set(given: cli.Flags, policy: Policy, text: str) -> dict:
     if samples > most:
         rows = f"at most {most} with {batch} prompts at a time and rows of {width + room} tokens"
         raise ValueError(f"--samples={samples}: must be {rows}")
-    bar = tqdm(total=len(examples), desc=text, unit="prompt", dynamic_ncols=True)
+    rollout = partial(
+        sampler.rollout, policy.params, policy.config, group_size=samples, max_new_tokens=room,
+        seed=given.seed, iteration=0, domain="eval", **own,
+    )  # fmt: skip
+    left = len(examples)
 
     def sample(prompts, on_groups):
-        rows = sampler.rollout(
-            policy.params, policy.config, prompts, group_size=samples, max_new_tokens=room,
-            seed=given.seed, iteration=0, domain="eval", on_groups=on_groups[0], **own,
-        )  # fmt: skip
-        bar.update(min(batch, bar.total - bar.n))
+        nonlocal left
+        rows = rollout(prompts, on_groups=on_groups[0])
+        bar.step(min(batch, left))
+        left -= min(batch, left)
         return [sampler.ends(rows)[0]]
 
-    with bar, rewards.Scorer(task, policy.recipe, workers=given.workers) as scorer:
+    with (
+        Progress(len(examples), text, "prompt") as bar,
+        rewards.Scorer(task, policy.recipe, workers=given.workers) as scorer,
+    ):
+        first = encode.encode_prompts(examples[:batch], tokenizer, width)
+        rollout(first, warm_up=lambda what: bar.note(f"compiling: {what}"))
+        bar.note("sampling")
         controls = {"samples": samples, "width": width, "batch": batch}
         (metrics,) = evaluate(sample, scorer, examples, tokenizer, **controls)
     return {"eval/prompts": len(examples), **metrics}
@@ -228,13 +263,16 @@ def _evaluate_set(given: cli.Flags, policy: Policy, text: str) -> dict:
 
 def _line(text: str, metrics: dict, samples: int) -> str:
     low, high = metrics["eval/pass_at_1_low"], metrics["eval/pass_at_1_high"]
-    return (
-        f"{text}: Pass@1 {metrics['eval/pass_at_1']:.4f} (95% interval {low:.4f} to {high:.4f}; "
-        f"mean of {samples} samples of {metrics['eval/prompts']} prompts), "
-        f"Pass@{samples} {metrics[f'eval/pass_at_{samples}']:.4f}, "
-        f"length {metrics['eval/length_mean']:.1f}"
-        + (f", reward {metrics[own]:.4f}" if (own := "eval/reward_function") in metrics else "")
-    )
+    each = "mean of " * (samples > 1) + cli.several(samples, "sample")
+    of = cli.several(metrics["eval/prompts"], "prompt")
+    sure = f"95% interval {low:.4f} to {high:.4f}; {each} of {of}"
+    parts = [f"Pass@1 {metrics['eval/pass_at_1']:.4f} ({sure})"]
+    if samples > 1:
+        parts.append(f"Pass@{samples} {metrics[f'eval/pass_at_{samples}']:.4f}")
+    parts.append(f"length {metrics['eval/length_mean']:.1f}")
+    if "eval/reward_function" in metrics:
+        parts.append(f"reward {metrics['eval/reward_function']:.4f}")
+    return f"{text}: {', '.join(parts)}"
 
 
 def is_result(content: bytes) -> bool:

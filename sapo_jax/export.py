@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 from etils import epath
 
-from sapo_jax import cli, learner
+from sapo_jax import cli, evaluate, learner
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.tokenizer import CharTokenizer
 from sapo_jax.model import hf, hf_config, lora, peft
@@ -67,6 +68,26 @@ def export_adapters(
     return out
 
 
+def evaluation(workdir: epath.PathLike, out: epath.PathLike) -> str:
+    """The command that evaluates what `export` wrote by the run's own tasks, in the same rooms."""
+    run, command = settings.of_run(workdir), ["python", "-m", "sapo_jax.evaluate"]
+    chat = {} if isinstance(run.tokenizer, CharTokenizer) else vars(run.config.tokenizer)
+    flags = {"max_prompt_tokens": run.width, "max_new_tokens": run.max_new_tokens}
+    if not chat.get("chat"):
+        flags["chat"] = False
+    elif chat["system"]:
+        flags["system"] = chat["system"]
+    if chat.get("chat") and chat["template_options"]:
+        flags["template_options"] = repr(dict(chat["template_options"]))
+    try:
+        entries = build.entries(run.config).values()
+        tasks = [evaluate.task_text(task["name"], task.get("options", {})) for task in entries]
+    except ValueError:  # options that no flag can say
+        return shlex.join([*command, f"--workdir={workdir}"])
+    words = [f"--hf={out}", *(f"--task={task}" for task in tasks)]
+    return shlex.join([*command, *words, *(f"--{name}={value}" for name, value in flags.items())])
+
+
 def _path(path: epath.PathLike) -> epath.Path:
     return epath.Path(path).expanduser()
 
@@ -90,7 +111,7 @@ def main(given: cli.Flags) -> None:
         print(f"{out}: load it by peft.PeftModel.from_pretrained(base, {str(out)!r})")
         return
     out = export(given.workdir, given.out, which=given.which)
-    print(f"{out}: evaluate it by python -m sapo_jax.evaluate --hf={out} --task=NAME,option=value")
+    print(f"{out}: evaluate it by {evaluation(given.workdir, out)}")
 
 
 if __name__ == "__main__":

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import jax
 
-from sapo_jax import cli, train
+from sapo_jax import cli, report, train
 from sapo_jax.parallel import distributed
 from sapo_jax.training import progress, settings, workdir
 
 FLAGS = cli.Flags("train", __doc__)
 FLAGS.config_file()
-FLAGS.string("reward", "", "my.py:name, a reward function: short for --config.reward.function.")
+FLAGS.reward_function()
 FLAGS.string("workdir", None, "Run directory, local or gs://…", required=True)
 FLAGS.cluster()
 
 
 def main(given: cli.Flags) -> None:
     """Run the experiment, or go on with it."""
-    if given.reward:
-        given.config.reward.function = given.reward
     timeout = given.config.distributed.timeout
     distributed.start(given.coordinator, given.processes, given.process, timeout=timeout)
     checked = settings.from_config(given.config)
@@ -30,10 +28,7 @@ def main(given: cli.Flags) -> None:
     if jax.process_index() > 0:
         return
     print(progress.reached(workdir.read_metrics(given.workdir)))
-    if path.exists():
-        print(f"report: {path}")
-    else:
-        print(f"no report yet: python -m sapo_jax.report {given.workdir}")
+    print(f"report: {path}" if path.exists() else report.no_page(given.workdir))
 
 
 if __name__ == "__main__":

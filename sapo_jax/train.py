@@ -12,9 +12,9 @@ import jax
 from absl import logging
 from etils import epath
 
-from sapo_jax import cli, rewards
+from sapo_jax import rewards
 from sapo_jax.parallel import distributed, sharding
-from sapo_jax.training import evaluation, provenance, queue, startup
+from sapo_jax.training import evaluation, parameters, provenance, queue, startup
 from sapo_jax.training.checkpoint import Checkpoints
 from sapo_jax.training.checks import require
 from sapo_jax.training.collapse import Collapse
@@ -130,9 +130,14 @@ def run_all(
     alone, minutes = places == [workdir], first.config.checkpoint.minutes
     for place in places:  # before the lease makes files there
         check_workdir(place)
+    done = Checkpoints(workdir / "checkpoints").latest() or 0
+    for name in () if done else {run.config.init_from for run in runs}:
+        parameters.find_start(name)
     with distributed.only_first(lease):
         for one, place in zip(runs, places, strict=True):
             check_config(place, one.plain, may_differ=one.may_differ)
+        least = f"at least {done}: {workdir} has done these; with a larger number it goes on"
+        require(first.config.iterations >= done, "iterations", first.config.iterations, least)
         with (
             Checkpoints(workdir / "checkpoints") as checkpoints,
             (stop := Stop(checkpoints, lease, minutes, alone=alone)).signals(),
@@ -161,10 +166,10 @@ def report(workdir: epath.Path) -> None:
     """Write the report, where this machine can draw; the run is complete without it."""
     try:
         from sapo_jax.report.run import write
-
+    except ImportError:
+        return  # see `no_page`
+    try:
         write(workdir)
-    except ImportError as error:
-        logging.warning("No report: %s", cli.missing(error))
     except Exception as error:
         logging.warning("No report of %s: %s: %s", workdir, type(error).__name__, error)
 

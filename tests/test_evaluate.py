@@ -40,6 +40,20 @@ def test_intervals_cover_the_truth(rng):
     assert 0.88 <= covered / 200 <= 0.99
 
 
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [(0, 20, 0.0, 0.1611), (20, 20, 0.8389, 1.0), (5, 20, 0.1119, 0.4687), (1, 1, 0.2065, 1.0)],
+)
+def test_intervals_of_one_sample_are_wilsons(correct, total, low, high):
+    """Resampling 20 failures says that nothing but 0 can be; values by Wilson's formula."""
+    metrics = evaluation.summarise(np.arange(total)[:, None] < correct)
+    found = metrics["eval/pass_at_1_low"], metrics["eval/pass_at_1_high"]
+    assert found == pytest.approx((low, high), abs=1e-4)
+    line = evaluate._line("sums", metrics | {"eval/prompts": total, "eval/length_mean": 3}, 1)
+    assert line.count("Pass@1 ") == 1
+    assert f"1 sample of {total} prompt{'s' * (total > 1)})" in line
+
+
 def test_evaluation_counts_every_prompt_once(monkeypatch):
     """The last batch is filled up with repeats, which must not be counted."""
     monkeypatch.setattr(own, "reward", lambda _: lambda example, text, finished, length: -length)
@@ -80,6 +94,19 @@ def test_tasks_of_the_command_line():
     assert evaluate.parse_task(text) == ("reasoning_gym", options)
     with pytest.raises(ValueError, match="'terms' must be option=value"):
         evaluate.parse_task("chain_sum,terms")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"terms": 2, "levels": [1, 2], "path": "a=b.jsonl", "flag": "true", "none": None, "e": ""},
+    ],
+)
+def test_tasks_as_text(options):
+    assert evaluate.parse_task(evaluate.task_text("x", options)) == ("x", options)
+    with pytest.raises(ValueError, match="cannot say"):
+        evaluate.task_text("x", {"a": "b,c=d"})
 
 
 @pytest.mark.parametrize(

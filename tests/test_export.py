@@ -1,6 +1,7 @@
 """Policies out of a run and into the next: Hugging Face directories all the way."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -75,6 +76,21 @@ def test_the_directory_holds_the_policy(first):
     assert tokenizer.encode(text) == checked.tokenizer.encode(text)
     assert tokenizer.decode([*tokenizer.encode(text), 1, 0]) == text
     assert (tokenizer.pad_id, tokenizer.stop_ids) == (0, (1,))
+
+
+def test_the_command_that_is_printed_works(first, tmp_path):
+    """The run's own task; its tokenizer, of characters, has no chat template."""
+    _, root = first
+    command = shlex.split(export.evaluation(root / "run", tmp_path / "a policy"))
+    assert command[:3] == ["python", "-m", "sapo_jax.evaluate"]
+    rooms = ["--max_prompt_tokens=4", "--max_new_tokens=6", "--chat=False"]
+    task = "chain_sum,modulus=10,terms=2"
+    assert command[3:] == [f"--hf={tmp_path}/a policy", f"--task={task}", *rooms]
+    given = evaluate.FLAGS(["evaluate", *command[3:]], known_only=True)
+    assert given == ["evaluate"]
+    assert evaluate.FLAGS.chat is False
+    assert evaluate.parse_task(task) == ("chain_sum", {"terms": 2, "modulus": 10})
+    evaluate.FLAGS.unparse_flags()
 
 
 def test_a_run_goes_on_from_the_directory(first, tmp_path):

@@ -301,9 +301,28 @@ def test_a_directory_of_another_config_is_refused(whole, fields, message):
     assert compilations.count == 0
 
 
+def test_fewer_iterations_than_are_done_are_refused(whole):
+    """It said nothing, and ended."""
+    stored = (whole / "config.json").read_bytes()
+    done = r"config.iterations=3: must be at least 6: .* has done these; with a larger"
+    with pytest.raises(ValueError, match=done):
+        run(whole, iterations=3)
+    assert (whole / "config.json").read_bytes() == stored
+
+
 def test_starting_from_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="nothing to restore"):
-        run(tmp_path / "run", init_from=str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"init_from='.*empty': nothing to restore: .*a run's, or"):
+        run(tmp_path / "run", init_from=str(tmp_path / "empty"))
+
+
+def test_a_cold_start_that_was_forgotten_is_named(tmp_path, monkeypatch):
+    """The quickstart's, for whoever starts with its second command; nothing is made."""
+    monkeypatch.chdir(tmp_path)
+    command = "run this first: python -m sapo_jax.main --config=quickstart_sft --workdir=runs/quick"
+    with pytest.raises(ValueError, match=f"no such directory .seen from {tmp_path}.; {command}"):
+        run(tmp_path / "run", init_from="runs/quickstart_sft")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_starting_from_another_shape_is_refused(whole, tmp_path):

@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from sapo_jax import cli, gradlab, learner, objectives, rewards, sampler
+from sapo_jax import cli, gradlab, learner, objectives, report, rewards, sampler
 from sapo_jax.data import encode
 from sapo_jax.parallel import sharding
 from sapo_jax.training import checkpoint, experience, provenance, settings, startup
@@ -223,16 +223,15 @@ def summary(paths: list[str]) -> str:
 
 def page(path: epath.Path) -> str:
     """Write the page of results, where this machine can draw: a line that says where it is."""
-    again = f"python -m sapo_jax.report {path}"
     try:
         from sapo_jax.report.gradlab import write
 
         return f"report: {write(path)}"
-    except ImportError as error:
-        logging.warning("No report: %s", cli.missing(error))
+    except ImportError:
+        pass
     except Exception as error:  # the numbers are written: a page is not worth them
         logging.warning("No report: %s: %s", type(error).__name__, error)
-    return f"no report yet: {again}"
+    return report.no_page(path)
 
 
 def main(given: cli.Flags) -> None:

@@ -14,9 +14,9 @@ from sapo_jax.cli.configs import OPEN, from_config, make_room, shipped_configs
 from sapo_jax.cli.flags import COMMANDS, Flags
 from sapo_jax.cli.process import missing, run, use_cache
 from sapo_jax.cli.signals import Stopped
-from sapo_jax.cli.text import flat, literal, nearest, table
+from sapo_jax.cli.text import flat, literal, nearest, several, table
 
 __all__ = [
     "COMMANDS", "OPEN", "Flags", "Stopped", "flat", "from_config", "literal", "make_room",
-    "missing", "nearest", "own", "run", "shipped_configs", "table", "use_cache",
+    "missing", "nearest", "own", "run", "several", "shipped_configs", "table", "use_cache",
 ]  # fmt: skip

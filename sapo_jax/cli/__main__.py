@@ -24,7 +24,8 @@ def main() -> None:
     elif command == "--version":
         print(sapo_jax.__version__)
     elif command not in COMMANDS:
-        refuse(f"unknown command {command!r}; the nearest is {nearest(command, COMMANDS)!r}")
+        near = nearest(command, COMMANDS) or f"; must be one of {', '.join(COMMANDS)}"
+        refuse(f"unknown command {command!r}{near}")
     else:
         del sys.argv[1]
         sys.path.insert(0, os.getcwd())  # as python -m has it, for configs that import their own

@@ -37,13 +37,14 @@ def shipped_configs() -> dict[str, pathlib.Path]:
     return {path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in paths}
 
 
-def from_config(name: str, function: str = "get_config") -> Any:
+def from_config(name: str, function: str = "get_config", purpose: str = "") -> Any:
     """What a function of a config file returns.
 
     Args:
       name: path of the file, or the name of a shipped one; an argument of the function may follow
         after a colon.
       function: its name.
+      purpose: of the function, for the refusal of a file that has none.
 
     Raises:
       ValueError: there is no such file or function, or it fails; the line is named.
@@ -53,8 +54,8 @@ def from_config(name: str, function: str = "get_config") -> Any:
     if not path.is_file():
         name = name.removeprefix("configs/").removesuffix(".py")
         if name not in shipped:
-            near = f"of those that are shipped, the nearest is {nearest(name, shipped)}"
-            raise ValueError(f"there is no such file; {near} (see sapo-jax list configs)")
+            near = nearest(name, shipped, "{}")
+            raise ValueError(f"there is no such file{near} (see sapo-jax list configs)")
         path = shipped[name]
     with line_of(path):
         if "configs" not in sys.modules:  # so that any config can import the shipped ones
@@ -63,7 +64,8 @@ def from_config(name: str, function: str = "get_config") -> Any:
             )
         module = import_file("config_file", path)
     if not hasattr(module, function):
-        raise ValueError(f"{path}: must have a function {function}()")
+        why = f": {purpose}" if purpose else ""
+        raise ValueError(f"{path}: must have a function {function}(){why}")
     with line_of(path):
         return getattr(module, function)(*argument)
 

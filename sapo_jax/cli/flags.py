@@ -17,13 +17,14 @@ from sapo_jax.cli.text import flat, literal, nearest, table
 COMMANDS = {  # the module of each, and what it does
     "train": ("sapo_jax.main", "train a policy, or go on with a run"),
     "sweep": ("sapo_jax.sweep", "train many runs that share their programs"),
-    "evaluate": ("sapo_jax.evaluate", "Pass@k of a Hugging Face directory on held-out prompts"),
+    "evaluate": ("sapo_jax.evaluate", "Pass@k of a run, or of a Hugging Face directory"),
     "export": ("sapo_jax.export", "a run's policy as a Hugging Face directory"),
     "report": ("sapo_jax.report", "the page of a run, a sweep or a gradient lab again"),
     "preflight": ("sapo_jax.preflight", "what a config takes on a pod that is not there"),
     "datasets": ("sapo_jax.datasets", "prepare a dataset for runs"),
     "list": ("sapo_jax.training.listing", "what a config can name"),
 }
+AGAIN = ";\n    repeat this option to specify a list of values"  # absl ends help by
 WRONG = {  # what Python says of a value, and what the value must be
     "invalid literal for int": "must be a whole number",
     "Exceeds the limit": "must be a smaller number",
@@ -38,26 +39,31 @@ class Flags(flags.FlagValues):
     Args:
       command: its name in `COMMANDS`, or the module of one that is not there.
       text: what --help says first: the docstring of the command's module.
+      *usage: the flags of a call, where it needs others than all that are required.
     """
 
-    def __init__(self, command: str, text: str):
+    def __init__(self, command: str, text: str, *usage: str):
         super().__init__()
         self.set_gnu_getopt()  # flags may follow positional arguments
         # Past __setattr__, which sets flags.
-        vars(self).update(command=command, text=text, own=[], required=[], positional=[])
+        vars(self).update(command=command, text=text, usage=usage, own=[], fields={})
+        vars(self).update(required=[], positional=[])
         self.boolean("help", False, "Show this.", short_name="h")
 
     def _define(
         self, define: Callable, name: str, default: Any, *details: Any,
-        required: bool = False, positional: bool = False, **options: Any,
+        required: bool = False, positional: bool = False, field: str = "", **options: Any,
     ) -> None:  # fmt: skip
         assert not hasattr(Flags, name), name  # it would hide the flag's value
         define(name, default, *details, flag_values=self, **options)
+        self[name].help = self[name].help.replace(AGAIN, "")
         self.own.append(name)
+        self.fields.update({name: field} if field else {})
         self.required.extend([name] * (required or positional))
         self.positional.extend([name] * positional)
 
-    # Each is called as absl's: (name, default, help, …).
+    # Each is called as absl's: (name, default, help, …); `field` is that of the config which the
+    # flag is short for.
     boolean = partialmethod(_define, flags.DEFINE_boolean)
     enum = partialmethod(_define, flags.DEFINE_enum)
     integer = partialmethod(_define, flags.DEFINE_integer, upper_bound=2**31 - 1)
@@ -74,6 +80,11 @@ class Flags(flags.FlagValues):
         self["config"].parser = _ConfigParser(fields=())
         config_flags.register_flag_parser_for_type(ConfigDict, _DictionaryParser())
         config_flags.register_flag_parser_for_type(object, _LiteralParser())
+
+    def reward_function(self) -> None:
+        """Define --reward, short for a field of the config."""
+        text = "my.py:name, a reward function: short for --config.reward.function."
+        self.string("reward", "", text, field="reward.function")
 
     def cluster(self) -> None:
         """Define the flags of one process of several; by default the environment decides."""
@@ -103,7 +114,7 @@ class Flags(flags.FlagValues):
             if any(re.match(r"--?v(erbosity)?\b", argument) for argument in argv):
                 raise
             replaced = _replaced(argv) if isinstance(error, KeyError) else ""
-            refuse(replaced or _wrong_value(error))
+            refuse(replaced or self._wrong_value(error))
         if self.help:
             print(self.describe())
             sys.exit()
@@ -114,23 +125,38 @@ class Flags(flags.FlagValues):
             if not self[name].value:
                 what = " ".join(self[name].help.split()).rstrip(".")
                 refuse(f"{self._shown(name)} is missing: {what} (see --help)")
+        for name, field in self.fields.items():
+            if self[name].value and "config" in self:
+                self.config.update_from_flattened_dict({field: self[name].value})
         return self
 
+    def as_typed(self, text: str) -> str:
+        """A refusal that names the flags which were given, not the fields they are short for."""
+        for name, field in self.fields.items():
+            if self[name].value:
+                text = re.sub(rf"\b(config\.)?{re.escape(field)}\b", f"--{name}", text)
+        return text
+
     def _shown(self, name: str, value: str = "") -> str:
-        return name.upper() if name in self.positional else f"--{name}{value}"
+        return f"{name.upper()}{value}" if name in self.positional else f"--{name}{value}"
 
     def describe(self) -> str:
         """What --help shows: the flags, and the fields of the config that is given, or of base."""
-        usage = " ".join(self._shown(name, "=…") for name in self.required)
+        needed = [
+            name.upper() if name in self.positional else f"--{name}=…" for name in self.required
+        ]
         module = COMMANDS.get(self.command, (self.command,))[0]
         starts = [f"sapo-jax {self.command}"] * (self.command in COMMANDS) + [f"python -m {module}"]
+        free = " [flags]" * (set(self.own) > {"help", *self.required})
+        free += " [--config.<field>=…]" * ("config" in self)
+        calls = [f"    {a} {b}{free}" for a in starts for b in self.usage or [" ".join(needed)]]
         rows = []
         for flag in map(self.__getitem__, self.own):
             default = "" if flag.default in (None, "", []) else f"={flag.default}"
-            needed = "Needed. " if flag.name in self.required else ""
-            rows.append((self._shown(flag.name, default), needed + flag.help))
+            first = "Needed. " if flag.name in self.required else ""
+            rows.append((self._shown(flag.name, default), first + flag.help))
         rows.append(("--verbosity=-1", "0: what is refused shows its traceback, too."))
-        lines = [self.text.strip(), "", *(f"    {start} {usage}" for start in starts), ""]
+        lines = [self.text.strip(), "", *calls, ""]
         lines += ["Flags:", *table(rows)]
         if "config" in self:
             name = self["config"].config_filename if self["config"].present else "base"
@@ -158,7 +184,20 @@ class Flags(flags.FlagValues):
             return f"unknown flag --{name}; a field is set by --config.{ends[0]}=<value>"
         if name.startswith("config.") and "config" in self:
             return f"--{name}: of which config? --config=… must come first"
-        return f"unknown flag --{name}; the nearest is --{nearest(name, self.own)}"
+        last = name.rpartition(".")[2]  # of --config.tokenizer.chat, where no config is taken
+        near = f"; the flag is --{last}" if last in self.own else nearest(name, self.own, "--{}")
+        return f"unknown flag --{name}{near or ' (see --help)'}"
+
+    def _wrong_value(self, error: Exception) -> str:
+        text = " ".join(str(error.args[-1] if error.args else error).split()).removeprefix("flag ")
+        text = re.sub(r"^--config=.*?: (?=--config\.)", "", text)
+        for start, meaning in WRONG.items():
+            text = re.sub(f": .{{0,2}}{start}.*", f": {meaning}", text)
+        if one := re.fullmatch(r"--(\w+)=(.*): value should be one of <(.*)>", text):
+            allowed = one[3].split("|")
+            near = nearest(one[2], allowed)
+            return f"{self._shown(one[1])}={one[2]}: must be one of {', '.join(allowed)}{near}"
+        return text
 
 
 def _fields_of(argv: Sequence[str]) -> list[str]:
@@ -187,8 +226,8 @@ class _ConfigParser(flags.ArgumentParser):
             if section.endswith(".options"):
                 section = section.removesuffix(".options")
             if field not in known and not (OPEN.fullmatch(field) and section in known):
-                near = f"the nearest is --config.{nearest(field, known)}"
-                raise ValueError(f"--config.{field}: there is no such field; {near}")
+                near = nearest(field, known, "--config.{}") or " (see --help)"
+                raise ValueError(f"--config.{field}: there is no such field{near}")
         make_room(self.config, self.fields)
         return self.config.lock()
 
@@ -205,14 +244,6 @@ class _LiteralParser(flags.ArgumentParser):
     def parse(self, argument: str) -> Any:
         number = argument.lstrip("+-") in ("inf", "nan")
         return float(argument) if number else literal(argument)
-
-
-def _wrong_value(error: Exception) -> str:
-    text = " ".join(str(error.args[-1] if error.args else error).split()).removeprefix("flag ")
-    text = re.sub(r"^--config=.*?: (?=--config\.)", "", text)
-    for start, meaning in WRONG.items():
-        text = re.sub(f": .{{0,2}}{start}.*", f": {meaning}", text)
-    return text
 
 
 def refuse(text: str) -> NoReturn:

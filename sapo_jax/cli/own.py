@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from types import ModuleType
 from typing import Any
 
 from sapo_jax.cli.configs import PACKAGE, import_file, line_of
@@ -66,11 +67,19 @@ def load(reference: str) -> Any:
     """
     path, name = path_of(reference), reference.partition(":")[2]
     module = _module(path.resolve(), fingerprint(reference))
-    public = [key for key in vars(module) if not key.startswith("_")]
     if name not in vars(module):
-        near = f"; the nearest is {path}:{nearest(name, public)}" if name and public else ""
+        own = [key for key, value in vars(module).items() if _is_defined(module, key, value)]
+        near = nearest(name, own, f"{path}:{{}}") or "; it has " + (", ".join(own[:9]) or "none")
         raise ValueError(f"{reference}: must name what {path} holds, as in my.py:name{near}")
     return getattr(module, name)
+
+
+def _is_defined(module: Any, name: str, value: Any) -> bool:
+    """Whether a file defines what it has by a name, and did not import it."""
+    imported = isinstance(value, ModuleType)
+    if callable(value) and hasattr(value, "__qualname__"):  # a function or a class
+        imported = value.__module__ != module.__name__
+    return not (imported or name.startswith("_"))
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 import signal
 import sys
@@ -64,7 +65,7 @@ def run(
             if verbose or internal or not foreseen:
                 traceback.print_exc()
             else:
-                print(f"error: {_text(error)}", file=sys.stderr)
+                print(f"error: {given.as_typed(_text(error))}", file=sys.stderr)
             if failed:
                 failed(1)
             sys.exit(1)
@@ -82,10 +83,15 @@ def _text(error: Exception) -> str:
 
 
 def missing(error: ImportError) -> str:
-    """What cannot be imported, and the extra of the package that brings it."""
+    """What is not installed, with all that the same extra of the package brings."""
     module = (error.name or "").partition(".")[0]
-    extras = [extra for extra, modules in EXTRAS.items() if module in modules]
-    return f"{error}" + "".join(f'; pip install "sapo_jax[{extra}]" brings it' for extra in extras)
+    for extra, modules in EXTRAS.items():
+        lacking = [name for name in modules if importlib.util.find_spec(name) is None]
+        if module in modules and lacking:
+            them = "them" if len(lacking) > 1 else "it"
+            brings = f'pip install "sapo_jax[{extra}]" brings {them}'
+            return f"not installed: {', '.join(lacking)}; {brings}"
+    return str(error)
 
 
 def use_cache(directory: str, name: str = "config.compilation_cache") -> None:

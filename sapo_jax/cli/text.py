@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
+
+NEAR = 0.6  # of 1: the least likeness of a name that is worth mentioning
 
 
 def literal(text: str) -> Any:
@@ -37,16 +40,30 @@ def flat(config: Mapping[str, Any], prefix: str = "", *, sections: bool = False)
     return fields
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """The name that is most like another, two letters that changed places aside."""
+def nearest(name: str, names: Iterable[str], form: str = "{!r}") -> str:
+    """How a refusal ends that knows a name like the one that is wrong: "; the nearest is 'sapo'".
+
+    It is "" where none is like it, as a whole and behind the last dot or slash; two letters that
+    changed places make no difference.
+    """
     name = str(name)[:100].lower()
-    likes = [name, *(name[:i] + name[i : i + 2][::-1] + name[i + 2 :] for i in range(len(name)))]
 
-    def likeness(other: str) -> float:
-        ratios = (difflib.SequenceMatcher(None, x, other.lower(), False).ratio() for x in likes)
-        return max(ratios)
+    def last(text: str) -> str:
+        return re.split(r"[./]", text)[-1]
 
-    return max(names, key=lambda other: (likeness(other), other))
+    def likeness(one: str, other: str) -> float:
+        likes = [one, *(one[:i] + one[i : i + 2][::-1] + one[i + 2 :] for i in range(len(one)))]
+        return max(difflib.SequenceMatcher(None, x, other.lower(), False).ratio() for x in likes)
+
+    best = max(names, key=lambda other: (likeness(name, other), other), default="")
+    if min(likeness(name, best), likeness(last(name), last(best))) < NEAR:
+        return ""
+    return f"; the nearest is {form.format(best)}"
+
+
+def several(count: int, noun: str) -> str:
+    """A number of things: "1 prompt", "8 prompts"."""
+    return f"{count} {noun}" + "s" * (count != 1)
 
 
 def table(rows: Iterable[Sequence[Any]]) -> list[str]:

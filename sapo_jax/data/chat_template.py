@@ -32,7 +32,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], /, **variables:
     import jinja2
 
     try:
-        return _compiled(template).render(messages=list(messages), **variables)
+        return _compiled(template).render({**variables, "messages": list(messages)})
     except (jinja2.TemplateError, TypeError) as error:
         raise ValueError(f"the chat template refuses the messages: {error}") from error
 

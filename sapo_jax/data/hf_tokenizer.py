@@ -96,9 +96,8 @@ class HFTokenizer:
             )
         variables = {"tools": None, "documents": None, **self.special_tokens}
         variables |= {**self.template_options, **options}
-        return render(
-            self.chat_template, messages, add_generation_prompt=add_generation_prompt, **variables
-        )
+        variables["add_generation_prompt"] = add_generation_prompt
+        return render(self.chat_template, messages, **variables)
 
 
 def _json(directory: epath.Path, name: str) -> dict:

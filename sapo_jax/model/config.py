@@ -277,7 +277,7 @@ def make(preset: str, **overrides) -> ModelConfig:
     """
     if preset not in PRESETS:
         raise ValueError(
-            f"model.preset={preset!r}: must be one of {', '.join(PRESETS)}; the nearest is "
-            f"{nearest(preset, PRESETS)!r}"
+            f"model.preset={preset!r}: must be one of {', '.join(PRESETS)}"
+            f"{nearest(preset, PRESETS)}"
         )
     return ModelConfig(**{**PRESETS[preset], **overrides})

@@ -72,6 +72,8 @@ class Reader(contextlib.ExitStack):
         from safetensors import SafetensorError, safe_open
 
         if name not in self._open:
+            with open(self.directory / name, "rb"):  # whose errors say what is wrong
+                pass
             try:
                 opened = safe_open(self.directory / name, framework="numpy", backend="pread")
             except SafetensorError as error:

@@ -220,7 +220,7 @@ def named(name: str) -> Objective:
     if name not in OBJECTIVES:
         raise ValueError(
             f"objective={name!r}: must be one of {', '.join(OBJECTIVES)}, or one of a file, "
-            f"my.py:name; the nearest is {cli.nearest(name, OBJECTIVES)!r}"
+            f"my.py:name{cli.nearest(name, OBJECTIVES)}"
         )
     return OBJECTIVES[name]
 
@@ -302,9 +302,8 @@ def resolve(objective: str | Objective | Switch, **hyperparameters) -> Objective
     for key in sorted(hyperparameters, key=lambda k: k.count(".")):  # a member's own come last
         meant = [k for k in values if k == key or k.endswith(f".{key}")]
         if not meant:
-            near = f"the nearest is {cli.nearest(key, values)!r}"
-            has = f"it has {', '.join(values)}"
-            raise ValueError(f"{name} has no hyperparameter {key!r}; {has}; {near}")
+            has, near = f"it has {', '.join(values) or 'none'}", cli.nearest(key, values)
+            raise ValueError(f"{name} has no hyperparameter {key!r}; {has}{near}")
         if hyperparameters[key] is not None:
             values |= dict.fromkeys(meant, hyperparameters[key])
     for key, value in values.items():

@@ -22,6 +22,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sapo_jax.cli import several
+
 # In this order the rows of a process are adjacent, and `tensor`, which talks most, is innermost.
 AXES = ("run", "data", "fsdp", "expert", "tensor")
 ROWS = ("data", "fsdp", "expert")
@@ -120,7 +122,7 @@ def nearest(
 def _suggestion(sizes, devices, dimensions=(), column=TRAINING):
     best = nearest(sizes, devices, dimensions, column)
     found = f"the nearest that works is {describe(best)}" if best else "none works"
-    return f"of the meshes of {devices} devices, {found}"
+    return f"of the meshes of {several(devices, 'device')}, {found}"
 
 
 def check(mesh: Mesh, dimensions: Iterable[Dimension], column: int = TRAINING) -> None:

@@ -20,7 +20,7 @@ from sapo_jax.training.workdir import gaps, read_config, read_metrics, read_samp
 
 SAMPLES = 24
 PREFLIGHT = {"checks": [{"name": str}], "refused": dict}
-RIGHT = 0.5  # a completion with a larger reward counts as right
+RIGHT = 0.5  # in runs that did not record what is right: a larger reward
 # What means something where nothing was sampled: there is no old policy to compare with.
 SUPERVISED = ("iteration", "update", "eval/", "policy/loss", "policy/entropy", "grad/", "time/")
 
@@ -139,6 +139,8 @@ def _shares(records: Records) -> list[tuple[str, str, float, float]]:
 
 
 def _is_right(sample: Mapping[str, Any]) -> bool:
+    if isinstance(sample.get("right"), bool):
+        return sample["right"]
     return is_number(sample.get("reward")) and sample["reward"] > RIGHT
 
 
@@ -150,8 +152,8 @@ def pick_samples(samples: Records) -> list[list[Mapping[str, Any]]]:
     """
     sides: dict[Any, dict[bool, dict[Any, Mapping]]] = {}
     for sample in samples:
-        of_problem = sides.setdefault(sample.get("prompt_id"), {True: {}, False: {}})
-        of_problem[_is_right(sample)].setdefault(sample.get("completion"), sample)
+        of_problem = sides.setdefault(str(sample.get("prompt_id")), {True: {}, False: {}})
+        of_problem[_is_right(sample)].setdefault(str(sample.get("completion")), sample)
     turns: dict[tuple, int] = {}
     ranked = []
     for problem, of_problem in sides.items():
@@ -173,12 +175,14 @@ def _problems(samples: Records) -> list[dict[str, Any]]:
     for chosen in pick_samples(samples):
         one = chosen[0]
         group = [s for s in samples if s.get("prompt_id") == one.get("prompt_id")]
+        right, count = (one.get(f"group_{name}") for name in ("right", "size"))
+        whole = is_number(right) and is_number(count)
         shown.append({
             "prompt": one.get("prompt"),
             "answer": one.get("answer"),
             "where": f"iteration {one.get('iteration')}, problem {one.get('prompt_id')}",
-            "right": sum(map(_is_right, group)),
-            "count": len(group),
+            "right": right if whole else sum(map(_is_right, group)),
+            "count": f"{count} completions" if whole else f"{len(group)} recorded completions",
             "samples": [_completion(sample) for sample in chosen],
         })  # fmt: skip
     return sorted(shown, key=lambda problem: len(problem["samples"]) == 1)
@@ -194,7 +198,7 @@ def _completion(sample: Mapping[str, Any]) -> dict[str, Any]:
     return {"verdict": verdict, "notes": ", ".join(notes), "text": sample.get("completion")}
 
 
-def _preflight(workdir: epath.PathLike) -> dict[str, Any] | None:
+def preflight(workdir: epath.PathLike) -> dict[str, Any] | None:
     """The table of a preflight whose results lie in the run directory."""
     found = read_json(epath.Path(workdir) / "preflight.json", PREFLIGHT)
     if found is None:
@@ -227,7 +231,7 @@ def write(workdir: epath.PathLike) -> epath.Path:
         plots=page.plots(plots.PLOTS, records, config),
         evaluations=_evaluations(records),
         shares=_shares(records),
-        preflight=_preflight(workdir),
+        preflight=preflight(workdir),
         problems=_problems(read_samples(workdir)),
         config=config,
     )

@@ -71,7 +71,7 @@ def objective_of(config: Config) -> dict[str, Any]:
     """The objective's name and hyperparameters, those of its preset where the config has None."""
     given = config.get("objective") or {}
     given = given if isinstance(given, Mapping) else {"name": given}
-    preset = objectives.OBJECTIVES.get(given.get("name"))
+    preset = objectives.OBJECTIVES.get(str(given.get("name")))
     whole = {"aggregation": preset.aggregation, **preset.hyperparameters} if preset else {}
     unset = (None, {}, "constant")  # a schedule without an end
     whole |= {key: value for key, value in given.items() if value not in unset}

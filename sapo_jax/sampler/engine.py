@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sapo_jax.cli import several
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
 from sapo_jax.sampler import decode, decode_state, results, sampling
@@ -271,7 +272,7 @@ class Host:
         plan, (parts, _) = self.slots.plan, self.slots.prompt.shape
         zero, zeros_n2 = np.int32(0), np.zeros((parts, 2), np.int32)
         self._completions(self.slots.prompt)
-        say(f"prefill of {plan.refill * parts} prompts")
+        say(f"prefill of {several(plan.refill * parts, 'prompt')}")
         entries = self.slots.fill(zeros_n2[:, 0])
         self.prefill(*entries)
         last, levels = plan.cache[-1], len(plan.slots)

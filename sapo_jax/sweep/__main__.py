@@ -7,17 +7,16 @@ changes (see sapo_jax.axes).
 from __future__ import annotations
 
 import jax
-from absl import logging
 
-from sapo_jax import cli
+from sapo_jax import cli, report
 from sapo_jax.parallel import distributed
 from sapo_jax.sweep import cohorts, schedule
 
 FLAGS = cli.Flags("sweep", __doc__)
 FLAGS.config_file()
-FLAGS.string("reward", "", "my.py:name, a reward function: short for --config.reward.function.")
+FLAGS.reward_function()
 FLAGS.string("workdir", None, "Directory of the sweep, local or gs://…", required=True)
-FLAGS.strings("axis", [], "FIELD=VALUE,…: only the runs with one of these; once or more.")
+FLAGS.strings("axis", [], "FIELD=VALUE,…: of the config's sweep only such runs; once or more.")
 FLAGS.integer("most", 0, "Runs that train together, at most; 0: all that can.", 0)
 FLAGS.integer("job_index", 0, "Which part of the sweep this process runs.", 0)
 FLAGS.integer("job_count", 1, "Number of jobs that share the sweep.", 1)
@@ -26,15 +25,13 @@ FLAGS.cluster()
 
 def main(given: cli.Flags) -> None:
     """Run the sweep of the command line, or go on with it."""
-    if given.reward:
-        given.config.reward.function = given.reward
     if given.coordinator or any(size != 1 for size in given.config.mesh.values()):
         timeout = given.config.distributed.timeout
         distributed.start(given.coordinator, given.processes, given.process, timeout=timeout)
     index, count = given.job_index, given.job_count
     if index >= count:
         raise ValueError(f"--job_index={index}: must be below --job_count={count}")
-    overrides = cli.from_config(given["config"].config_filename, "get_sweep")
+    overrides = cli.from_config(given["config"].config_filename, "get_sweep", _no_sweep(given))
     overrides = cohorts.restrict(overrides, given.axis)
     parts = cohorts.make(given.config, overrides, most=given.most)
     if count > len(parts):
@@ -55,14 +52,20 @@ def main(given: cli.Flags) -> None:
         print(f"the sweep is not complete yet: {goes_on}")
 
 
+def _no_sweep(given: cli.Flags) -> str:
+    """What to do where the config has no sweep."""
+    write = "it returns what each run changes, such as axes.axis('seed', 0, 1, 2)"
+    only = f"; --axis={given.axis[0]} only chooses among these" if given.axis else ""
+    return f"{write} (docs/sweeps.md){only}"
+
+
 def _report(workdir: str) -> str:
     try:
         from sapo_jax.report import sweep
 
         return f"report: {sweep.write(workdir)}"
-    except ImportError as error:
-        logging.warning("No report: %s", cli.missing(error))
-        return f"no report yet: python -m sapo_jax.report {workdir}"
+    except ImportError:
+        return report.no_page(workdir)
 
 
 if __name__ == "__main__":

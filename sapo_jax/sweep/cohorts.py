@@ -97,8 +97,7 @@ def settings_of(base: ConfigDict, override: Mapping[str, Any]) -> Settings:
     except (KeyError, AttributeError):
         known = flat(base.to_dict())
         wrong = next(field for field in override if field not in known)
-        near = nearest(wrong, known)
-        text = f"the run {name}: there is no field {wrong!r}; the nearest is {near!r}"
+        text = f"the run {name}: there is no field {wrong!r}{nearest(wrong, known)}"
         raise ValueError(text) from None
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"the run {name}: {error}") from None

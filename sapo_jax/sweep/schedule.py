@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 from etils import epath
 
-from sapo_jax import train
+from sapo_jax import cli, train
 from sapo_jax.parallel import distributed, sharding
 from sapo_jax.sweep.cohorts import Cohort
 from sapo_jax.sweep.mesh import MeshPopulation
@@ -170,7 +170,7 @@ def _finish(part: Cohort, place: epath.Path, bar: Progress) -> None:
     """Train what is left of a cohort; of several processes, the first one says what that is."""
     ended, iterations = distributed.first_says(_is_done(part, place)), part.lead.config.iterations
     if not ended:
-        bar.line(f"{place.name}: {len(part.runs)} runs, by {_how(part)}")
+        bar.line(f"{place.name}: {cli.several(len(part.runs), 'run')}, by {_how(part)}")
         start, record = time.time(), {"iterations": iterations, "method": part.method}
         try:
             run_cohort(part, place, bar)

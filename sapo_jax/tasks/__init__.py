@@ -73,18 +73,17 @@ def make(name: str, /, **options: Any) -> Task:
     elif name in TASKS:
         kind = TASKS[name]
     else:
-        near = f"did you mean {cli.nearest(name, TASKS)!r}?"
         raise ValueError(
-            f"unknown task {name!r}; allowed: {', '.join(TASKS)}, or one in a file, my.py:MyTask; "
-            f"{near}"
+            f"unknown task {name!r}; allowed: {', '.join(TASKS)}, or one in a file, my.py:MyTask"
+            f"{cli.nearest(name, TASKS)}"
         )
     if not callable(kind):
         raise ValueError(f"task {name!r} is {kind!r}: must be the task's class")
     known = inspect.signature(kind).parameters
     unknown = sorted(set(options) - set(known))
     if unknown:
-        near = f"; the nearest is {cli.nearest(unknown[0], known)!r}" if known else ""
         has = ", ".join(known) or "none"
+        near = cli.nearest(unknown[0], known)
         raise ValueError(f"task {name!r} has no option {unknown}; it has {has}{near}")
     types = {option: known[option].annotation for option in options}
     try:

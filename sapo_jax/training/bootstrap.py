@@ -1,8 +1,12 @@
-"""Bootstrap intervals (Efron 1979), always with the same seed."""
+"""Bootstrap intervals (Efron 1979), always with the same seed; of verdicts alone Wilson's."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+
+Z = 1.959964  # standard deviations of a normal distribution that hold 95% of it
 
 
 def interval(*sets: np.ndarray, level: float = 0.95, resamples: int = 2000) -> tuple[float, float]:
@@ -16,6 +20,21 @@ def interval(*sets: np.ndarray, level: float = 0.95, resamples: int = 2000) -> t
         draws = rng.integers(0, len(values_N), (resamples, len(values_N)))
         total_R += values_N[draws].mean(-1)
     return percentiles(total_R / len(sets), level)
+
+
+def of_shares(*sets: np.ndarray) -> tuple[float, float]:
+    """As `interval`, of values f[N] in [0, 1]; Wilson's (1927) where resampling tells too little.
+
+    That is where all values are 0 or 1, or the same. Wilson's takes a value for one throw of a coin
+    that shows their mean, which varies no less than any value in [0, 1].
+    """
+    if not all(np.isin(x, (0, 1)).all() or np.ptp(x) == 0 for x in sets):
+        return interval(*sets)
+    mean = float(np.mean([x.mean() for x in sets]))
+    count = len(sets) ** 2 / sum(1 / len(x) for x in sets)
+    centre, spread = mean + Z**2 / (2 * count), mean * (1 - mean) / count + (Z / (2 * count)) ** 2
+    low, high = ((centre + end * Z * math.sqrt(spread)) / (1 + Z**2 / count) for end in (-1, 1))
+    return min(mean, max(0.0, low)), max(mean, min(1.0, high))
 
 
 def percentiles(statistic_R: np.ndarray, level: float = 0.95) -> tuple[float, float]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,19 +20,10 @@ from sapo_jax.objectives.kl import KL_ESTIMATORS
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Task
-from sapo_jax.training.checks import choice, require
+from sapo_jax.training.checks import check_name, choice, of_field, require
 
 OLD_LOGP = ("sampler", "recompute")
 NO_REFERENCE = "0 without config.init_from, whose policy is the reference"
-
-
-@contextlib.contextmanager
-def of_field(field: str, *, named: bool = False) -> Iterator[None]:
-    """Refusals inside the context name the field; if they do by themselves, only ``config.``."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"config.{error}" if named else f"config.{field}: {error}") from None
 
 
 def entries(c: Any) -> dict[str, Any]:
@@ -66,13 +56,15 @@ def make_tasks(c: Any) -> tuple[dict[str, Task], dict[str, float]]:
 def make_task(
     field: str, entry: Any, wanted: str = "a dictionary of name and, if need be, options"
 ) -> Task:
-    """The task of a dictionary with its name and, if need be, options."""
+    """The task of a dictionary with its name and, if need be, options; or of a name alone."""
+    where, entry = (field, {"name": entry}) if isinstance(entry, str) else (f"{field}.name", entry)
     known = isinstance(entry, dict) and "name" in entry and not set(entry) - {"name", "options"}
     require(known, field, entry, wanted)
     name, options = entry["name"], entry.get("options", {})
-    require(isinstance(name, str), f"{field}.name", name, "text")
+    require(isinstance(name, str), where, name, "text")
     require(isinstance(options, dict), f"{field}.options", options, "a dictionary")
-    with of_field(field):
+    check_name(where, name, tasks.TASKS, "my.py:MyTask")
+    with of_field(field, [f"options.{option}" for option in options]):
         return tasks.make(name, **options)
 
 

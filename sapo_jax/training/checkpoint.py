@@ -227,8 +227,7 @@ def find(directory: Any, *, which: str = "latest") -> int:
         found = sorted(p.name for p in _entries(directory))
         raise ValueError(
             f"nothing to restore: {directory} has no {which} checkpoint; expected directories "
-            f"named by iteration (saved with a score for best), found {found[:8] or 'nothing'}: "
-            "name the directory of checkpoints of a run that saved one"
+            f"named by iteration (saved with a score for best), found {found[:8] or 'nothing'}"
         )
     return iteration
 

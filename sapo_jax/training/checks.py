@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import keyword
 import math
 import operator
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from sapo_jax.cli import OPEN, flat, from_config, nearest
+from sapo_jax.cli import OPEN, flat, from_config, nearest, own
 
 LARGEST = 2**31 - 1  # counts are i32 on the device
 MOST = {"seed": 2**32 - 1, "reward.workers": 4096, "data.workers": 1024}
@@ -82,22 +83,33 @@ def check_fields(plain: Mapping[str, Any]) -> None:
         key = field.rpartition(".")[2]
         named = OPEN.fullmatch(field) and key.isidentifier() and not keyword.iskeyword(key)
         if not (field in wanted or named or field.startswith(INSIDE)):
-            near = f"the nearest is {nearest(field, wanted)!r}"
-            raise ValueError(f"config.{field}: there is no such field; {near}")
+            raise ValueError(f"config.{field}: there is no such field{nearest(field, wanted)}")
     for field in wanted:
         if field not in given:
             if field == "task.options":
                 continue
             raise ValueError(f"config.{field} is missing: a config starts from configs/base.py")
-        section, _, key = field.rpartition(".")
-        kind = operator.attrgetter(section)(base).get_type(key) if section else base.get_type(key)
-        value = given[field]
-        if value is None and wanted[field] is None:
-            continue
-        kinds, text = TYPES[kind]
-        proper = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
-        proper = proper and (kind is not tuple or all(isinstance(x, str) for x in value))
-        require(proper, field, value, text)
+        check_type(base, field, given[field])
+
+
+def check_type(base: ConfigDict, field: str, value: Any) -> None:
+    """Refuse a value of another type than the field has in a config; nothing of unknown fields.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    section, _, key = field.rpartition(".")
+    try:
+        held = operator.attrgetter(section)(base) if section else base
+        kind = held.get_type(key)
+    except (AttributeError, KeyError):
+        return
+    if (value is None and held[key] is None) or kind not in TYPES:
+        return
+    kinds, text = TYPES[kind]
+    proper = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+    proper = proper and (kind is not tuple or all(isinstance(x, str) for x in value))
+    require(proper, field, value, text)
 
 
 def require(condition: bool, field: str, value: Any, allowed: str) -> None:
@@ -110,12 +122,48 @@ def require(condition: bool, field: str, value: Any, allowed: str) -> None:
         raise ValueError(f"config.{field}={shown(value)}: must be {allowed}")
 
 
-def choice(field: str, value: str, allowed: Collection[str]) -> None:
+def choice(field: str, value: str, allowed: Collection[str], more: str = "") -> None:
     """Refuse a value that is not among those allowed, and name the nearest.
+
+    Args:
+      field, value: of the config.
+      allowed: the values.
+      more: what is allowed besides, which the caller has ruled out.
 
     Raises:
       ValueError: it is not.
     """
     if value not in allowed:
-        near = f"the nearest is {nearest(value, allowed)!r}"
-        require(False, field, value, f"one of {', '.join(allowed)}; {near}")
+        require(False, field, value, f"one of {', '.join(allowed)}{more}{nearest(value, allowed)}")
+
+
+def check_name(field: str, name: str, known: Collection[str], example: str) -> None:
+    """Refuse what is neither among the names known nor code of a file.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    if not own.is_reference(name):
+        choice(field, name, known, f", or one of a file, {example}")
+    else:
+        with of_field(field):
+            own.load(name)
+
+
+@contextlib.contextmanager
+def of_field(field: str, keys: Iterable[str] = (), *, named: bool = False) -> Iterator[None]:
+    """Refusals inside the context name the field; if they do by themselves, only ``config.``.
+
+    One of a key in it, "sapo: tau_neg=-1 must be …", names that: "config.objective.tau_neg=-1 …".
+    """
+    try:
+        yield
+    except ValueError as error:
+        text = str(error) if named else f"{field}: {error}"
+        for key in () if named else keys:
+            last = re.escape(key.rpartition(".")[2])
+            if about := re.match(rf"(?:[^:=]*: )?{last}((?:=|: | must be ).*)", str(error)):
+                text = f"{field}.{key}{about[1]}"
+            elif re.match(rf".* (has no|needs the) \w+ \[?'{last}'", str(error)):
+                text = f"{field}.{key}: {error}"
+        raise ValueError(f"config.{text}") from None

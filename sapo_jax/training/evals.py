@@ -16,7 +16,7 @@ from sapo_jax.data import encode
 from sapo_jax.data.stream import Fits, slots
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.training import build
-from sapo_jax.training.checks import choice, require, shown
+from sapo_jax.training.checks import choice, of_field, require, shown
 
 MEAN = "mean"  # what config.eval.best says besides a name
 FIELDS = ("task", "prompts", "samples", "temperature", "top_k", "top_p")
@@ -97,8 +97,7 @@ def make(c: Any, made: Mapping[str, Task], shares: Mapping[str, float]) -> dict[
         if isinstance(task, str) and task in made:
             own = {"tasks": {task: made[task]}, "offset": list(made).index(task)}
         elif task is not None:
-            entry = {"name": task} if isinstance(task, str) else task
-            own = {"tasks": {name: build.make_task(f"{field}.task", entry)}, "offset": offset}
+            own = {"tasks": {name: build.make_task(f"{field}.task", task)}, "offset": offset}
             offset += 1
         own.setdefault("shares", dict.fromkeys(own["tasks"], 1.0))
         found[name] = Evaluation(field=field, **own, **numbers)
@@ -112,7 +111,7 @@ def _check_entry(name: str, entry: Any) -> None:
     require(bool(named), f"evals.{name}", entry, letters)
     require(isinstance(entry, dict), f"evals.{name}", entry, f"a dictionary of {', '.join(FIELDS)}")
     for key, value in entry.items():
-        only = f"one of {', '.join(FIELDS)}; the nearest is {nearest(key, FIELDS)!r}"
+        only = f"one of {', '.join(FIELDS)}{nearest(key, FIELDS)}"
         where = f"evals.{name}.{key}={shown(value)}: there is no such field: must be {only}"
         if key not in FIELDS:
             raise ValueError(f"config.{where}")
@@ -138,7 +137,7 @@ def _check_prompts(c: Any, own: Evaluation) -> None:
     require(own.prompts >= count, field, own.prompts, f"at least {count}, one of each task")
     for key, task in own.tasks.items() if c.eval.every else ():
         of_run = f"tasks.{key}" if c.tasks else "task"
-        with build.of_field(f"{own.field}.task" if own.offset else of_run):
+        with of_field(f"{own.field}.task" if own.offset else of_run):
             size, part = len(task.examples("test")), int(own.shares[key] * own.prompts)
         most = int(size / own.shares[key])
         text = f"at most {most}, for the test split of {key} has {size} prompts"

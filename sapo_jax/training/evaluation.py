@@ -1,4 +1,4 @@
-"""Pass@1 and Pass@k on fixed held-out sets, with bootstrap intervals over prompts."""
+"""Pass@1 and Pass@k on fixed held-out sets, with intervals over prompts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def summarise(correct_PN: np.ndarray) -> dict[str, float]:
     metrics = {}
     for k in sorted({1, samples}):
         values_P = pass_at_k(correct_PN.sum(-1), samples, k)
-        low, high = bootstrap.interval(values_P)
+        low, high = bootstrap.of_shares(values_P)
         metrics |= {
             f"eval/pass_at_{k}": float(values_P.mean()),
             f"eval/pass_at_{k}_low": low,
@@ -172,7 +172,7 @@ def _metrics(evals: Evals, judged: Mapping[str, Judged], best: str) -> dict[str,
     if "" not in judged:
         scored = judged.values() if best == MEAN else [judged[best]]
         values = [own.correct.mean(-1) for own in scored]
-        low, high = bootstrap.interval(*values)
+        low, high = bootstrap.of_shares(*values)
         mean = float(np.mean([values_P.mean() for values_P in values]))
         found |= {"eval/pass_at_1": mean, "eval/pass_at_1_low": low, "eval/pass_at_1_high": high}
     return found

@@ -131,12 +131,19 @@ def _metrics(run: Settings, query: Query, ends: Ends, rewards_B: np.ndarray) -> 
 
 
 def _samples(
-    run: Settings, query: Query, finished_B, rewards_B, advantages_B, when: dict[str, int]
+    run: Settings, query: Query, finished_B, right_B, rewards_B, advantages_B, when: dict[str, int]
 ) -> list[dict]:
-    """The first two completions of as many prompts as the log takes, of those sampled here."""
+    """Two completions of as many prompts as the log takes, of those sampled here.
+
+    First a right and a wrong one of each prompt that has both, then the first two of others.
+    """
     size, count = run.config.batch.group_size, run.config.log.samples
-    texts = query.groups.texts(size)
-    first = (i for i, text in enumerate(texts) if i % size < 2 and text is not None)
+    texts, ranked = query.groups.texts(size), []
+    count_P = right_B.reshape(-1, size).sum(-1)
+    for p in (p for p in range(len(count_P)) if texts[p * size] is not None):
+        right_G, one_sided = right_B[p * size : (p + 1) * size], count_P[p] in (0, size)
+        pair = range(min(2, size)) if one_sided else (right_G.argmin(), right_G.argmax())
+        ranked += [(one_sided, p * size + int(i)) for i in sorted(pair)]
     return [
         {
             **when,
@@ -148,8 +155,11 @@ def _samples(
             "reward": float(rewards_B[i]),
             "advantage": float(advantages_B[i]),
             "finished": int(finished_B[i]),
+            "right": bool(right_B[i]),
+            "group_right": int(count_P[i // size]),
+            "group_size": size,
         }
-        for i in itertools.islice(first, count)
+        for i in sorted(i for _, i in sorted(ranked)[:count])
     ]
 
 
@@ -265,7 +275,9 @@ def _judged(
         own |= {"data/dropped": float(query.dropped), **parts, **of_groups}
         own["sampler/weights_moved_bytes"] = moved
         metrics.append(own | {key: float(value) for key, value in more[r].items()})
-        samples.append(_samples(run, query, ends[r].finished, rewards_B, advantages_B, when))
+        right_B = np.array([part["accuracy"] == 1 for part in parts_RB[r]])
+        columns = ends[r].finished, right_B, rewards_B, advantages_B
+        samples.append(_samples(run, query, *columns, when))
         now, count_A = when["policy_step"], np.array([of_chosen[r][1].sum()])
         if lags is not None:
             count_A = sharding.to_host(lags)[rows_B][signal_B].sum(0)

@@ -87,9 +87,15 @@ def check_directory(
 
 
 def _check_above(path: epath.Path, flag: str) -> None:
-    for above in () if is_remote(path) else path.parents:
-        if above.exists() and not above.is_dir():
-            raise ValueError(f"{flag}{path}: {above} is a file; must be a directory")
+    """Refuse what can lie, or be written, nowhere."""
+    if is_remote(path):
+        return
+    above = next(place for place in path.parents if place.exists())
+    if not above.is_dir():
+        raise ValueError(f"{flag}{path}: {above} is a file; must be a directory")
+    place = path if path.is_dir() else above
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag}{path}: {place} may not be written by this user")
 
 
 def check_file(

@@ -30,7 +30,10 @@ _PASS = (
     "share",
     "rises",
 )
-_LOW = ("lower end of its 95% bootstrap interval over prompts", "share")
+_LOW = (
+    "lower end of its 95% interval over prompts: bootstrap, or Wilson's where all are 0 or 1",
+    "share",
+)
 _HIGH = ("upper end of that interval", "share")
 
 # By what writes them. <task> stands for a name in config.tasks, <name> for one in config.evals,

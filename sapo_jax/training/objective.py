@@ -10,7 +10,7 @@ from sapo_jax import objectives
 from sapo_jax.cli import from_config, nearest
 from sapo_jax.objectives.kl import KL_PENALTIES
 from sapo_jax.training import build
-from sapo_jax.training.checks import choice, require
+from sapo_jax.training.checks import check_name, choice, of_field, require
 
 OF_OBJECTIVE = ("name", "aggregation", "kl", "schedule", "end")  # beside its hyperparameters
 
@@ -22,16 +22,18 @@ def make_objective(c: Any) -> objectives.Objective:
     if c.source == "demonstrations":
         only = "'reinforce' for source='demonstrations': likelihood is REINFORCE with advantage 1"
         require(name == "reinforce", "objective.name", name, only)
+    check_name("objective.name", name, objectives.OBJECTIVES, "my.py:name")
     choice("objective.kl", kl, KL_PENALTIES)
     others = from_config("base").objective  # whose fields may be None, whoever has them
     given = {k: value for k, value in fields.items() if value is not None or k not in others}
-    with build.of_field("objective"):
+    with of_field("objective.name"):
         known = [*objectives.named(name).hyperparameters, *OF_OBJECTIVE]
+    with of_field("objective", [*given, *known]):
         for key, value in given.items():
             if key not in known:
-                near = f"the nearest is {nearest(key, known)!r}"
-                has = f"it has {', '.join(known[: -len(OF_OBJECTIVE)])}"
-                raise ValueError(f"{name} has no hyperparameter {key!r}; {has}; {near}")
+                has = f"it has {', '.join(known[: -len(OF_OBJECTIVE)]) or 'none'}"
+                near = nearest(key, known)
+                raise ValueError(f"{name} has no hyperparameter {key!r}; {has}{near}")
             if isinstance(value, int) and not isinstance(value, bool):
                 given[key] = float(value)  # programs are of their types
         objective = objectives.resolve(name, **given)
@@ -56,7 +58,7 @@ def make_schedule(c: Any, objective: objectives.Objective) -> objectives.Schedul
         start = objective.hyperparameters.get(key, 0.0)
         finite = f"left out where it starts from {start}, of which there is no part"
         require(math.isfinite(start), f"objective.end.{key}", value, finite)
-    with build.of_field("objective.end"):
+    with of_field("objective.end", end):
         at_end = objectives.resolve(objective, **{key: float(x) for key, x in end.items()})
     has_reference = not at_end.needs_reference or c.init_from != ""
     require(has_reference, "objective.end.kl_coef", end.get("kl_coef"), build.NO_REFERENCE)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shlex
 from functools import partial
 from typing import Any
 
@@ -10,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from sapo_jax import learner
+from sapo_jax import cli, learner
 from sapo_jax.model import ModelConfig, hf, lora, params
 from sapo_jax.parallel import sharding
 from sapo_jax.training import build, settings
@@ -49,14 +51,35 @@ def first(run: Settings, origin: dict | None = None) -> tuple[Any, dict]:
     else:
         iteration = (origin or {}).get("checkpoint")
         if iteration not in Checkpoints(source / "checkpoints").committed():
-            with build.of_field(f"init_from={name!r}"):
-                iteration = find(source / "checkpoints")
+            iteration = find_start(name)
         weights = _of_run(run, source, iteration)
     found = digests({"params": weights})
     if lost(found):
         text = f"config.init_from={name!r}: {lost(found)} is not finite"
         raise ValueError(f"{text}; must be a policy whose numbers are")
     return weights, {"checkpoint": iteration, "fingerprint": fingerprint(found)}
+
+
+def find_start(name: str) -> int | None:
+    """The newest checkpoint in the directory of ``init_from``; None where it is no run's.
+
+    Raises:
+      ValueError: there is no such directory, or nothing in it yet.
+    """
+    if not name or build.is_hf(name):
+        return None
+    source = epath.Path(name).expanduser()
+    first = "it must be a run's, or a Hugging Face directory"
+    if source.name in cli.shipped_configs():
+        command = f"python -m sapo_jax.main --config={source.name} --workdir={shlex.quote(name)}"
+        first = f"run this first: {command}"
+    if not source.exists():
+        seen = "" if source.is_absolute() else f" (seen from {os.getcwd()})"
+        raise ValueError(f"config.init_from={name!r}: there is no such directory{seen}; {first}")
+    try:
+        return find(source / "checkpoints")
+    except ValueError as error:
+        raise ValueError(f"config.init_from={name!r}: {error}; {first}") from None
 
 
 def _of_run(run: Settings, source: epath.Path, iteration: int) -> Any:

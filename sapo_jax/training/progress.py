@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +12,33 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
+
+from sapo_jax.cli import several
 
 # Disjoint; their sum is the run's time.
 WALL = ("time/startup", "time/iteration", "time/eval", "time/checkpoint")
+
+
+class _Lines(io.TextIOBase):
+    """Standard error for a bar that is no terminal's: a line for each of its states."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> int:
+        if state := text.strip():
+            print(state, file=sys.stderr, flush=True)
+        return len(text)
+
+
+class _Above(io.TextIOBase):
+    """Standard error above the bars of a terminal, for what is logged."""
+
+    def write(self, text: str) -> int:
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr, end="")
+        return len(text)
 
 
 class Clock:
@@ -61,27 +86,38 @@ class Clock:
 class Progress:
     """A bar over iterations with the numbers that matter, and lines above it; a context manager.
 
+    What is logged meanwhile has lines of its own, above the bar. In a file, where nothing can be
+    overwritten, each state of the bar is a line, too.
+
     Args:
       total: iterations, of all runs together.
       description: what stands before the bar.
+      unit: of what is counted.
     """
 
-    def __init__(self, total: int, description: str):
-        self._total, self._description, self._pass_at_1 = total, description, None
+    def __init__(self, total: int, description: str, unit: str = "it"):
+        self._named = {"total": total, "desc": description, "unit": unit}
+        self._pass_at_1 = None
 
     @functools.cached_property
     def _bar(self) -> Any:
         from tqdm import tqdm
 
+        shown, index = sys.stderr.isatty(), jax.process_index()
         return tqdm(
-            total=self._total, desc=self._description, unit="it", dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 10, disable=jax.process_index() > 0,
+            **self._named, dynamic_ncols=True, mininterval=0.5 if shown else 10, disable=index > 0,
+            file=None if shown else _Lines(),
         )  # fmt: skip
 
     def __enter__(self) -> Progress:
+        self._handler = logging.get_absl_handler().python_handler
+        if self._handler.stream is sys.stderr and sys.stderr.isatty():
+            self._handler.setStream(_Above())
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if isinstance(self._handler.stream, _Above):
+            self._handler.setStream(sys.stderr)
         if "_bar" in vars(self):
             self._bar.close()
 
@@ -167,7 +203,8 @@ class Skips:
 def reached(records: list[dict]) -> str:
     """The end of a run in one line, from its records."""
     seconds = sum(v for r in records for k, v in r.items() if k in WALL and v)
-    parts = [f"{records[-1]['iteration']} iterations in {seconds / 60:.1f} minutes"]
+    count = several(records[-1]["iteration"], "iteration")
+    parts = [f"{count} in {seconds / 60:.1f} minutes"]
     for name, key in (("reward", "reward/mean"), ("Pass@1", "eval/pass_at_1")):
         values = [r[key] for r in records if r.get(key) is not None]
         if values:

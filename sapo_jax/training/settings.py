@@ -22,7 +22,14 @@ from sapo_jax.parallel import sharding
 from sapo_jax.rewards import PARTS, Recipe
 from sapo_jax.tasks.base import Example, Task
 from sapo_jax.training import build, collapse, evals, objective, tracker
-from sapo_jax.training.checks import LARGEST, check_fields, check_sizes, choice, require
+from sapo_jax.training.checks import (
+    LARGEST,
+    check_fields,
+    check_sizes,
+    choice,
+    of_field,
+    require,
+)
 from sapo_jax.training.workdir import read_config
 
 SOURCES = ("rollout", "demonstrations")
@@ -289,7 +296,7 @@ def from_config(
     _check_batch(c)
     if learns:
         _check_learning(c)
-        with build.of_field("model", named=True):
+        with of_field("model", named=True):
             platform = devices[0].platform if devices else jax.default_backend()
             model.attention.check(c.model.attention, platform)
     made, shares = build.make_tasks(c)
@@ -301,7 +308,7 @@ def from_config(
     width, room, keep = build.lengths(c, judges, tokenizer, shape)
     mesh = build.make_mesh(c, shape, devices)
     sampler_mesh = build.make_sampler_mesh(c, shape, mesh, devices)
-    with build.of_field("reward.function"):
+    with of_field("reward.function"):
         cli.own.fingerprints([c.reward.function])  # the others were read
     names = [task["name"] for task in build.entries(c).values()] + list(evals.task_names(c))
     files = cli.own.fingerprints([c.objective.name, *names, c.reward.function])

@@ -17,6 +17,7 @@ from etils import epath
 
 from sapo_jax.cli import flat, from_config
 from sapo_jax.tasks import jsonl
+from sapo_jax.training.checks import check_type
 from sapo_jax.training.files import (
     check_directory,
     is_remote,
@@ -81,8 +82,14 @@ def check_config(workdir: epath.PathLike, config: dict, *, may_differ: frozenset
     if stored is None:
         return
     old, new = flat(stored), flat(json.loads(json.dumps(config)))
-    base = json.loads(from_config("base").to_json_best_effort())
-    defaults = flat(base)  # of fields that are newer than the run
+    base = from_config("base")
+    try:
+        for field in sorted(old.keys() & may_differ):  # what is replaced: damage would be hidden
+            check_type(base, field, old[field])
+    except ValueError as error:
+        where = normal(workdir) / "config.json"
+        raise ValueError(f"{where}: {error}; repair the file, or give another --workdir") from None
+    defaults = flat(json.loads(base.to_json_best_effort()))  # of fields that are newer than the run
     files = dict(old.pop("files", [])), dict(new.pop("files", []))
     differences = [
         f"{path} has changed: SHA-256 {files[0][path][:12]} then, {now[:12]} now"

@@ -6,7 +6,7 @@ import sys
 import pytest
 from absl import flags
 
-from sapo_jax import cli, model, tasks
+from sapo_jax import cli, model, report, tasks
 from sapo_jax.cli import __main__ as console
 from sapo_jax.objectives import OBJECTIVES
 from sapo_jax.training.metrics import METRICS
@@ -48,6 +48,18 @@ FLAGS = {
     "datasets": "jsonl catalogue out prompt answer demonstration",
     "list": "",
 }
+
+
+def test_help_is_in_whole_sentences(sapo):
+    """Nothing that absl adds; calls that work; and which defaults are not those of a run."""
+    _, out, _ = sapo("evaluate", "--help")
+    assert "repeat this option" not in out
+    assert "sapo-jax evaluate --workdir=… [flags]\n" in out
+    assert "sapo-jax evaluate --hf=… --task=… [flags]\n" in out
+    assert re.search(r"--samples=16 +\* Completions per prompt", out)
+    assert "with --workdir the defaults marked * are the run's" in out
+    _, out, _ = sapo("train", "--help")
+    assert "sapo-jax train --config=… --workdir=… [flags] [--config.<field>=…]\n" in out
 
 
 @pytest.mark.parametrize("command", FLAGS)
@@ -102,9 +114,11 @@ FILES = {
 }
 WRONG = [  # command line, and what the one line says
     ("trai", "unknown command 'trai'; the nearest is 'train'"),
+    ("gradlab", "unknown command 'gradlab'; must be one of train, sweep, evaluate, export"),
     ("train", "--config is missing: The experiment"),
     (f"train {TINY}", "--workdir is missing: Run directory"),
     ("train --config=quickstrt", "no such file", "the nearest is quickstart", "list configs"),
+    ("train --config=missing.py", "there is no such file (see sapo-jax list configs)"),
     ("train --config=RUN/syntax.py", "syntax.py, line 1: invalid syntax"),
     ("train --config=RUN/field.py", 'field.py, line 6: AttributeError: \'Key "lerner"', "learner"),
     ("train --config=RUN/zero.py", "zero.py, line 6: ZeroDivisionError"),
@@ -128,7 +142,7 @@ WRONG = [  # command line, and what the one line says
     ),
     (
         f"train {TINY} --workdir=RUN/x --reward=my.py:x",
-        "config.reward.function: my.py:x: there is no",
+        "error: --reward: my.py:x: there is no",
     ),
     (f"train {TINY} --config.objective.a-b=3", "--config.objective.a-b: there is no such field"),
     (f"train {TINY} --config.task.options.slip=true", "slip=true", "True, False, None"),
@@ -140,20 +154,33 @@ WRONG = [  # command line, and what the one line says
     ("train --config.seed=3", "--config.seed: of which config?"),
     (f"train {TINY} --workdir=RUN/x --config.objective.tau_neg=-1", "tau_neg=-1.0", "> 0"),
     (f"train {TINY} --workdir=RUN/x --process=1", "--coordinator, --processes missing"),
-    (f"sweep {TINY} --workdir=RUN/x", "tiny_config.py: must have a function get_sweep()"),
+    (
+        f"sweep {TINY} --workdir=RUN/x",
+        "tiny_config.py: must have a function get_sweep(): it returns",
+    ),
+    (f"sweep {TINY} --workdir=RUN/x --axis=seed=0,1", "--axis=seed=0,1 only chooses among these"),
     ("sweep --config=sweeps/temperature --workdir=RUN/x --job_index=1", "below --job_count=1"),
     ("report", "PATH is missing: Directory of a run or a sweep"),
     ("report RUN/nothing", "RUN/nothing does not exist"),
     ("report RUN", "nothing to show in RUN"),
     ("report RUN more", "unknown argument 'more'"),
+    ("evaluate --config.tokenizer.chat=False", "--config.tokenizer.chat; the flag is --chat"),
+    ("evaluate --zzz=3", "unknown flag --zzz (see --help)"),
     ("evaluate --task=chain_sum", "--hf is missing, or --workdir of a run"),
     ("evaluate --hf=RUN", "--task is missing: NAME,option=value"),
+    (
+        "evaluate --hf=RUN --task=chain_sum --reward=sum",
+        "error: --reward='sum': must be a function",
+    ),
     ("evaluate --hf=RUN --task=chain_sum", "RUN/config.json: no such file"),
     ("evaluate --hf=RUN --task=chain_sm", "--task=chain_sm: unknown task", "'chain_sum'"),
     ("evaluate --hf=RUN --task=chain_sum,tems=3", "--task=chain_sum,tems=3: ", "is 'terms'"),
     ("evaluate --hf=RUN --task=chain_sum,terms=null", "terms=null: must be written as in Python"),
     ("export --workdir=RUN --out=RUN/x", "RUN has no config.json: name the --workdir"),
-    ("export --workdir=RUN --out=RUN/x --which=bst", "--which=bst", "latest|best"),
+    (
+        "export --workdir=RUN --out=RUN/x --which=bst",
+        "--which=bst: must be one of latest, best; the nearest",
+    ),
     ("datasets --out=RUN/x", "--jsonl=SPLIT=FILE, once or more, or --catalogue=NAME is missing"),
     ("datasets --out=RUN/x --catalogue=gsm9k", "unknown dataset 'gsm9k'", "gsm8k"),
     ("preflight --config=quickstart", "--topology is missing: Such as v5e:4x4"),
@@ -189,7 +216,8 @@ WRONG = [  # command line, and what the one line says
     ),
     (f"train {TINY} --workdir=RUN/x --config.task.options.slip=x", "slip='x': must be a number"),
     ("list", "WHAT is missing", "presets|tasks"),
-    ("list taskz", "--what=taskz", "presets|tasks"),
+    ("list taskz", "WHAT=taskz: must be one of presets, tasks", "the nearest is 'tasks'"),
+    ("list objective", "WHAT=objective: must be", "the nearest is 'objectives'"),
 ]
 
 
@@ -266,6 +294,40 @@ def test_what_is_not_installed_names_its_extra(sapo, tmp_path, monkeypatch):
     status, _, err = sapo("train", TINY, f"--workdir={tmp_path / 'run'}", *arguments)
     assert status == 1
     assert 'pip install "sapo_jax[tasks]"' in err
+
+
+@pytest.mark.parametrize("module", ["jinja2", "matplotlib.axes"])
+def test_what_a_page_lacks_is_one_message(module, monkeypatch):
+    """Whatever is looked for first, and at the end of training as in `report`."""
+    for name in ("jinja2", "matplotlib", "sapo_jax.report.page"):
+        monkeypatch.setitem(sys.modules, name, None)
+    brings = 'not installed: jinja2, matplotlib; pip install "sapo_jax[plots]" brings them'
+    assert cli.missing(ModuleNotFoundError("No module", name=module)) == brings
+    monkeypatch.delitem(sys.modules, "sapo_jax.report.page")
+    monkeypatch.delattr("sapo_jax.report.page", raising=False)
+    again = "then python -m sapo_jax.report runs/a"
+    assert report.no_page("runs/a") == f"no report yet: {brings}, {again}"
+
+
+@pytest.mark.parametrize(
+    ("name", "names", "found"),
+    [
+        ("sap", ["sapo", "grpo"], "; the nearest is 'sapo'"),
+        ("gpro", ["sapo", "grpo"], "; the nearest is 'grpo'"),
+        ("missing", ["smollm2_sums", "base"], ""),
+        ("objective.zzz", ["objective.tau", "objective.name"], ""),
+        ("temperatures", ["quickstart", "sweeps/temperature"], "; the nearest is 'sweeps/temper"),
+        (
+            "learner.temperature",
+            ["sampler.temperature", "learner.b1"],
+            "; the nearest is 'sampler.",
+        ),
+        ("x", [], ""),
+    ],
+)
+def test_only_names_that_are_near_are_named(name, names, found):
+    assert cli.nearest(name, names).startswith(found)
+    assert bool(found) == bool(cli.nearest(name, names))
 
 
 def test_lists(sapo):

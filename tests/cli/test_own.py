@@ -137,6 +137,7 @@ WRONG_TASKS = [
     ("three", "is 3: must be the task's class"),
     ("Sum", "the nearest is my.py:Sums"),
     ("", "must name what my.py holds"),
+    ("dataclase", "it has [A-Z]"),  # not the near `dataclass`, which it imports
 ]
 
 

@@ -94,6 +94,17 @@ def test_a_template_cannot_read_the_clock_or_the_machine():
         hf_tokenizer.render("{{ messages.__class__.__mro__ }}{{ ''.__class__.mro() }}", [])
 
 
+@pytest.mark.parametrize("name", ["template", "tools", "plain"])
+def test_options_of_a_template_may_have_any_name(name):
+    """Each is a variable of the template's, also where a function of ours has that parameter."""
+    template = f"{{{{ messages[0].content }}}} {{{{ {name} }}}} {{{{ add_generation_prompt }}}}"
+    tokenizer = hf_tokenizer.HFTokenizer(
+        None, 0, (0,), 1, chat_template=template, template_options={name: "x", "messages": []}
+    )
+    messages = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(messages, add_generation_prompt=True) == "hi x True"
+
+
 def small(directory, *, config=(), files=(), more=(), added=("<end>",), stored=lambda _: None):
     """A directory with a tokenizer of a few words; what is no word becomes <unk>, 2."""
     words = {word: i for i, word in enumerate(("a", "b", "?", *more))}

@@ -487,6 +487,37 @@ def test_problems_that_were_solved_and_failed_come_first():
     assert [len(chosen) for chosen in few] == [5, 5, 5]  # of each text once
 
 
+def test_problems_say_how_many_of_their_group_are_right():
+    """Of runs of before only what was recorded is known; it was 2 of the 8, whatever they were."""
+    old = [{"prompt_id": 1, "completion": f"{i}", "reward": float(i)} for i in range(2)]
+    (problem,) = report._problems(old)
+    assert (problem["right"], problem["count"]) == (1, "2 recorded completions")
+    new = [{**s, "right": True, "group_right": 7, "group_size": 8} for s in old]
+    (problem,) = report._problems(new)
+    assert (problem["right"], problem["count"]) == (7, "8 completions")
+    assert {sample["verdict"] for sample in problem["samples"]} == {"right"}
+
+
+def test_a_mistake_of_the_page_is_no_fault_of_the_run(small, tmp_path, monkeypatch, capsys):
+    """It has its traceback; only files that no run has written are blamed."""
+
+    def fail(*_):
+        raise KeyError("a mistake")
+
+    monkeypatch.setattr(report, "_tiles", fail)
+    monkeypatch.setattr("sys.argv", ["report", str(small)])
+    with pytest.raises(SystemExit):
+        cli.run(__main__.main, __main__.FLAGS)
+    assert "Traceback" in capsys.readouterr().err
+    make_run(tmp_path / "odd", iterations=2)
+    part = tmp_path / "odd/metrics/part-00001.jsonl"
+    part.write_text('{"iteration": 2, "grad/norm": "high"}\n')
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path / "odd")])
+    with pytest.raises(SystemExit):
+        cli.run(__main__.main, __main__.FLAGS)
+    assert re.fullmatch(r"error: .* has grad/norm='high' .*\n", capsys.readouterr().err)
+
+
 def test_long_curves_are_binned_and_keep_their_extremes(html):
     """A page of tens of megabytes stalls a browser; binning must not hide the one large ratio."""
     assert len(html) < 1.5e6

@@ -27,7 +27,12 @@ LINEAR = {"objective.schedule": "linear"}
 ROUNDED = {"reward.kl_coef": 0.1, "init_from": "somewhere"}
 WRONG = [
     ({"objective.name": "sap"}, "'sap'", "nearest is 'sapo'"),
-    ({"objective.name": "gpro"}, "'gpro'", "nearest is 'grpo'"),
+    (
+        {"objective.name": "gpro"},
+        "config.objective.name='gpro'",
+        "my.py:name; the nearest is 'grpo'",
+    ),
+    ({"task.name": "chain_smu"}, "config.task.name='chain_smu'", "the nearest is 'chain_sum'"),
     ({"objective.k_pos": 3.0}, "'k_pos'", "sapo has no .*nearest is 'tau_pos'"),
     ({"objective.au_pos": None}, "'au_pos'", "nearest is 'tau_pos'"),
     ({"objective.nmae": "grpo"}, "'nmae'", "nearest is 'name'"),
@@ -35,7 +40,7 @@ WRONG = [
     ({"objective.name": "mhpo", "objective.k_pos": True}, "k_pos=True", "a number > 0"),
     ({"objective.not-a-name": 3.0}, "not-a-name", "there is no such field"),
     ({"learner.lerning_rate": 1.0}, "lerning_rate", "nearest is 'learner.learning_rate'"),
-    ({"dtype.compute": "int8"}, "dtype.compute='int8'", "nearest is"),
+    ({"dtype.compute": "int8"}, "config.dtype.compute='int8'", "float32, bfloat16$"),
     ({"dtype.cache": "float64"}, "dtype.cache='float64'", "float32, bfloat16"),
     ({"model.attention": "flash"}, "model.attention='flash'", "nearest is 'splash'"),
     (
@@ -45,6 +50,12 @@ WRONG = [
     ),
     ({"model.attention": "cudnn", "dtype.compute": "bfloat16"}, "='cudnn'", "on cpu, .* of gpu"),
     ({"mesh.tensor": 3}, "config.mesh: data=1", "the number of devices"),
+    (
+        {"mesh.data": -1, "mesh.fsdp": -1},
+        "config.mesh.data=-1: ",
+        "only one axis can take the rest",
+    ),
+    ({"mesh.expert": -1, "mesh.tensor": 3}, "config.mesh.expert=-1: ", "the number of devices"),
     ({"model.head_dim": 3}, "model.head_dim=3", "even"),
     ({"task.options.digits": "2"}, "digits", "'2'"),
     ({"task": {"name": "prepared", "options": {"directory": 3}}}, "directory", "3"),
@@ -61,9 +72,17 @@ WRONG = [
     ({"objective.schedule": "linear"}, "schedule='linear'", "'constant' without .*objective.end"),
     ({"objective.schedule": "step"}, "'step'", "constant, linear, cosine"),
     ({"objective.end.tau_neg": 2.0}, "end={'tau_neg': 2.0}", "empty with .*'constant'"),
-    (LINEAR | {"objective.end.tau_nge": 2.0}, "'tau_nge'", "objective.end: .*nearest is 'tau_neg'"),
-    (LINEAR | {"objective.end.eps_low": 0.1}, "'eps_low'", "objective.end: .*tau_pos, tau_neg"),
-    (LINEAR | {"objective.end.tau_neg": -2.0}, "tau_neg=-2.0", "objective.end: .*> 0"),
+    (
+        LINEAR | {"objective.end.tau_nge": 2.0},
+        "'tau_nge'",
+        "objective.end.tau_nge: .*nearest is 'tau_neg'",
+    ),
+    (
+        LINEAR | {"objective.end.eps_low": 0.1},
+        "'eps_low'",
+        "objective.end.eps_low: .*tau_pos, tau_neg",
+    ),
+    (LINEAR | {"objective.end.tau_neg": -2.0}, "tau_neg=-2.0", "objective.end.tau_neg=.*> 0"),
     (LINEAR | {"objective.end.tau_neg": None}, "end.tau_neg=None", "a number"),
     (LINEAR | {"objective.end.tau_neg": True}, "end.tau_neg=True", "a number"),
     (LINEAR | {"objective.end.tau_neg": math.inf}, "end.tau_neg=inf", "finite"),
@@ -76,7 +95,7 @@ WRONG = [
     ({"reward.kl_coef": 0.1}, "reward.kl_coef=0.1", "init_from"),
     ({"reward.kl_coef": -0.1}, "reward.kl_coef=-0.1", "at least 0"),
     ({"reward.kl": "k9"}, "reward.kl='k9'", "k1, k2, k3"),
-    ({"correction.name": "tis"}, "correction.name='tis'", "nearest is"),
+    ({"correction.name": "tis"}, "correction.name='tis'", "one of none, token_tis"),
     ({"correction.name": "icepop"}, "learner.old_logp='sampler'", "'recompute'"),
     ({"correction.high": 2.0}, "{'high': 2.0}", "empty with correction.name='none'"),
     (TIS | {"correction.low": 2.0}, "no bound 'low'", "it has high"),
@@ -123,7 +142,7 @@ WRONG = [
     ({"tasks": {"a": HALF | {"weight": 1}}}, "tasks.a", "dictionary of name, share"),
     ({"tasks": {"a": HALF | {"options": 3}}}, "tasks.a.options=3", "a dictionary"),
     ({"tasks": {"a": HALF | {"name": ["x"]}}}, "tasks.a.name=['x']", "text"),
-    ({"task": {"name": "chain_sum", "options": {"name": "x"}}}, "['name']", "nearest is"),
+    ({"task": {"name": "chain_sum", "options": {"name": "x"}}}, "['name']", "it has terms"),
     ({"tasks": {"a": HALF}}, "tasks=", "add up to 1, not 0.5"),
     ({"tasks": {"a": HALF | {"share": 0.3}}}, "tasks.a.share=0.3", "whole number of the 8"),
     ({"tasks": {"a": HALF | {"share": True}}}, "tasks.a.share=True", r"in \(0, 1\]"),
@@ -131,7 +150,11 @@ WRONG = [
     ({"tasks": {"a": HALF, "b": HALF}, "eval.prompts": 1}, "prompts=1", "at least 2"),
     ({"eval.prompts": 5000}, "eval.prompts=5000", "at most 4096, for the test split of chain_sum"),
     ({"tasks": {"a": HALF, "b": HALF}, "eval.prompts": 8194}, "=8194", "at most 8192"),
-    ({"tasks": {"a": HALF | {"name": "cuntdown"}}}, "tasks.a: unknown", "mean 'countdown'"),
+    (
+        {"tasks": {"a": HALF | {"name": "cuntdown"}}},
+        "tasks.a.name='cuntdown'",
+        "nearest is 'countdown'",
+    ),
     ({"data.max_prompt_tokens": -1}, "max_prompt_tokens=-1", "at least 0"),
     ({"data.workers": -1}, "workers=-1", "at least 0"),
     ({"tokenizer.system": "Think."}, "system='Think.'", "empty without config.tokenizer.dir"),
@@ -175,11 +198,12 @@ WRONG = [
     ({"evals": {"mean": {}}}, "evals.mean={}", "and not 'mean'"),
     ({"evals": {"a/b": {}}}, "evals.a/b={}", "letters, digits"),
     ({"evals": {"": {}}}, "evals.={}", "letters, digits"),
-    ({"evals": {"a": {"task": {"name": "countdwn"}}}}, "evals.a.task: unknown", "'countdown'"),
+    ({"evals": {"a": {"task": {"name": "countdwn"}}}}, "a.task.name='countdwn'", "'countdown'"),
+    ({"evals": {"a": {"task": "countdwn"}}}, "config.evals.a.task='countdwn'", "'countdown'"),
     ({"evals": {"a": {"task": {"options": {}}}}}, "evals.a.task=", "dictionary of name"),
     ({"evals": {"a": {"task": {"name": "chain_sum", "share": 1}}}}, "evals.a.task=", "of name"),
-    ({"evals": {"a": {}}, "eval.best": "b"}, "eval.best='b'", "one of mean, a; the nearest is"),
-    ({"eval.best": "aime25"}, "eval.best='aime25'", "one of mean; "),
+    ({"evals": {"a": {}}, "eval.best": "b"}, "eval.best='b'", "one of mean, a$"),
+    ({"eval.best": "aime25"}, "eval.best='aime25'", "one of mean$"),
     ({"collapse.rule": "rewards"}, "collapse.rule='rewards'", "reward, entropy, either; the near"),
     ({"log.trackers": ("tensorbord",)}, "trackers=['tensorbord']", "some of tensorboard, wandb"),
     ({"collapse.window": 0}, "collapse.window=0", "at least 1"),
@@ -261,7 +285,7 @@ def test_a_policy_larger_than_the_machine_is_refused():
 
 def test_a_missing_start_is_refused_before_any_compile(tmp_path):
     run = settings.from_config(changed({"init_from": str(tmp_path / "nowhere")}))
-    missing = pytest.raises(ValueError, match=r"config.init_from='.*nowhere': nothing to restore")
+    missing = pytest.raises(ValueError, match=r"config.init_from='.*nowhere': there is no such")
     with fakes.Compilations() as compilations, missing:
         train.run(run, tmp_path / "run")
     assert compilations.count == 0

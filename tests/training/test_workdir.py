@@ -451,6 +451,19 @@ def test_metrics_work_without_tensorboard(tmp_path, monkeypatch):
     assert len(warnings) == 1
 
 
+@pytest.mark.parametrize("damage", [{"iterations": "x"}, {"checkpoint": {"every": None}}])
+def test_a_damaged_field_that_may_differ_is_no_other_value(damage, tmp_path):
+    """The next start would write over it, and nobody would know."""
+    config = {"iterations": 3, "checkpoint": {"every": 2}}
+    may_differ = frozenset({"iterations", "checkpoint.every", "gone.field"})
+    workdir.write_config(tmp_path, config | {"gone": {"field": 3}})
+    workdir.check_config(tmp_path, config | {"iterations": 4}, may_differ=may_differ)
+    workdir.write_config(tmp_path, config | damage)
+    wrong = r"config.json: config\.(iterations='x'|checkpoint.every=None): must be a whole number"
+    with pytest.raises(ValueError, match=wrong):
+        workdir.check_config(tmp_path, config, may_differ=may_differ)
+
+
 def test_a_byte_order_mark_in_an_edited_config_is_passed_over(tmp_path):
     (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"seed": 3}')
     assert workdir.read_config(tmp_path) == {"seed": 3}
