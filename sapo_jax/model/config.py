@@ -97,6 +97,7 @@ class ModelConfig:
       pad_token: fills rows after their end; never attended to.
       bos_token: begins a text in the files of the model; carried along.
       vision: the tower of a model that sees, qwen3_vl or qwen3_vl_moe; None for the others.
+      train_vision: whether updates change the tower.
       lora_rank, lora_targets: of adapters, and the projections that have them, see `lora`; with a
         rank the other parameters are frozen.
       attention: the kernel over whole rows, one of ATTENTION; see `attention.causal`.
@@ -128,6 +129,7 @@ class ModelConfig:
     pad_token: int = 0
     bos_token: int | None = None
     vision: VisionConfig | None = None
+    train_vision: bool = True
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
     attention: str = "auto"
@@ -210,6 +212,11 @@ class ModelConfig:
         ):
             if not met(value := getattr(self.vision, name)):
                 raise ValueError(f"model.vision.{name}={value}: must be {wanted}")
+
+    @property
+    def freezes(self) -> bool:
+        """Whether updates leave some parameters as they are, see `lora.frozen`."""
+        return self.lora_rank > 0 or (self.vision is not None and not self.train_vision)
 
     @property
     def qk_norm(self) -> bool:

@@ -5,6 +5,7 @@ As the image processor of ``transformers`` (the one on Pillow) does it, to the b
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import pathlib
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from sapo_jax import cli
 from sapo_jax.model.config import ModelConfig, VisionConfig
 from sapo_jax.types import Images
 
@@ -37,7 +39,10 @@ def read(source: Any, name: str = "image") -> Any:
     Raises:
       ValueError: with the name: it cannot be read, or is no single picture of an allowed size.
     """
-    from PIL import Image, ImageOps
+    try:
+        from PIL import Image, ImageOps
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{name}: {cli.missing(error)}", name=error.name) from None
 
     image = source
     try:
@@ -91,13 +96,18 @@ def _patches(image: Any, vision: VisionConfig) -> tuple[np.ndarray, tuple[int, i
 
 def bucket(count: int, unit: int = 1) -> int:
     """The next of the sizes 1, 2, …, 8, 10, 12, 14, 16, 20, … times a unit."""
-    units = -(-max(count, 1) // unit)
+    units = -(-max(int(count), 1) // unit)
     step = 1 << max(0, (units - 1).bit_length() - 3)
     return -(-units // step) * step * unit
 
 
 def process(
-    images: Sequence[Any], config: ModelConfig, *, patches: int = 0, count: int = 0
+    images: Sequence[Any],
+    config: ModelConfig,
+    *,
+    patches: int = 0,
+    count: int = 0,
+    name: str = "images",
 ) -> Images:
     """Images as the tower takes them, padded.
 
@@ -105,18 +115,19 @@ def process(
       images: in the order of their placeholders, see `read`.
       config: of a model that sees.
       patches, count: sizes of the arrays; 0 for the next `bucket`.
+      name: of the list, in messages.
 
     Raises:
       ValueError: see `read`; a model of text; or more than there is room for.
     """
     vision = _vision(config)
-    parts = [_patches(read(x, f"images[{i}]"), vision) for i, x in enumerate(images)]
+    parts = [_patches(read(x, f"{name}[{i}]"), vision) for i, x in enumerate(images)]
     size = sum(len(own) for own, _ in parts)
     patches = patches or bucket(size, vision.merged)
     count = count or bucket(len(parts))
     if size > patches or len(parts) > count:
         room = f"there is room for {count} with {patches} patches"
-        raise ValueError(f"{len(parts)} images with {size} patches: {room}")
+        raise ValueError(f"{name}: {len(parts)} with {size} patches: {room}")
     padded, grids = (
         np.zeros((patches, vision.patch_dim), np.float32),
         np.zeros((count, 3), np.int32),
@@ -127,9 +138,73 @@ def process(
     return Images(padded, grids)
 
 
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What the images of a prompt have room in.
+
+    Attributes:
+      config: of a model that sees.
+      tokens: T, all images of a prompt together.
+      count: I, images of a prompt.
+    """
+
+    config: ModelConfig
+    tokens: int
+    count: int
+
+    def tokens_of(self, images: Sequence[Any], name: str = "images") -> int:
+        """Tokens that the images are.
+
+        Raises:
+          ValueError: see `read`.
+        """
+        vision = _vision(self.config)
+        pictures = (read(x, f"{name}[{i}]") for i, x in enumerate(images))
+        areas = (math.prod(smart_resize(x.height, x.width, vision)) for x in pictures)
+        return sum(area // (vision.patch_size**2 * vision.merged) for area in areas)
+
+    def process(self, images: Sequence[Any], name: str = "images") -> Images:
+        """As `process`, in arrays of this size."""
+        patches = self.tokens * _vision(self.config).merged
+        return process(images, self.config, patches=patches, count=self.count, name=name)
+
+    def expand(self, tokens: Sequence[int], images: Images) -> list[int]:
+        """As `expand`."""
+        return expand(tokens, images, self.config)
+
+
+def by_row(images: Images, tokens_BS: np.ndarray, config: ModelConfig) -> Images:
+    """Images of all rows, row by row, as those of each row, in arrays of one size.
+
+    Raises:
+      ValueError: see `check`, or a row has a part of an image.
+    """
+    check(tokens_BS, config, images)
+    patches, grids = map(np.asarray, (images.patches, images.grids))
+    merged, count_I = config.vision.merged, np.array(token_counts(images, config), int)
+    ends_I, held_B = np.cumsum(count_I), (tokens_BS == config.vision.image_token_id).sum(-1)
+    row_I = np.searchsorted(np.cumsum(held_B), ends_I)
+    own_B = np.bincount(row_I, count_I, len(held_B)).astype(int)
+    if (own_B != held_B).any():
+        row = int(np.argmax(own_B != held_B))
+        text = f"row {row} has {held_B[row]} placeholders for {own_B[row]} tokens of its images"
+        raise ValueError(f"{text}: must be equal")
+    most = bucket(np.bincount(row_I, minlength=1).max())
+    shape = len(held_B), bucket(held_B.max()) * merged, patches.shape[1]
+    found = Images(np.zeros(shape, np.float32), np.zeros((len(held_B), most, 3), np.int32))
+    start = 0
+    for row, held in enumerate(held_B):
+        here = np.flatnonzero(row_I == row)
+        found.grids[row, : len(here)] = grids[here]
+        found.patches[row, : held * merged] = patches[start : start + held * merged]
+        start += held * merged
+    return found
+
+
 def token_counts(images: Images, config: ModelConfig) -> list[int]:
     """How many tokens each image is."""
-    return [n for n in (np.prod(images.grids, -1) // _vision(config).merged).tolist() if n]
+    counts = np.prod(images.grids, -1) // _vision(config).merged
+    return [n for n in counts.ravel().tolist() if n]
 
 
 def expand(tokens: Sequence[int], images: Images, config: ModelConfig) -> list[int]:

@@ -22,6 +22,7 @@ from sapo_jax.rewards import Recipe
 from sapo_jax.tasks.base import Task
 from sapo_jax.training.checks import check_name, choice, of_field, require
 
+PIXELS = ("min_pixels", "max_pixels")
 OLD_LOGP = ("sampler", "recompute")
 NO_REFERENCE = "0 without config.init_from, whose policy is the reference"
 
@@ -76,7 +77,8 @@ def make_tokenizer(c: Any, made: Mapping[str, Task]) -> Tokenizer:
         alone = "empty without config.tokenizer.directory"
         require(bool(directory) or not options[field], f"tokenizer.{field}", options[field], alone)
     if not directory:
-        return CharTokenizer(tasks.Mixture(made).alphabet)
+        whole = tasks.Mixture(made)
+        return CharTokenizer(whole.alphabet, whole.max_images > 0)
     with of_field("tokenizer"):
         return hf_tokenizer.load(directory, **options)
 
@@ -92,7 +94,8 @@ def make_model(c: Any, tokenizer: Tokenizer) -> model.ModelConfig:
     Hugging Face directory.
     """
     fields = {key: value for key, value in vars(c.model).items() if value is not None}
-    preset = fields.pop("preset")
+    preset, trains = fields.pop("preset"), fields.pop("train_vision")
+    pixels = {name: fields.pop(name) for name in PIXELS if name in fields}
     chosen = {
         "attention": fields.pop("attention"),
         "param_dtype": c.dtype.params,
@@ -113,14 +116,42 @@ def make_model(c: Any, tokenizer: Tokenizer) -> model.ModelConfig:
             fields["vocab_size"] = max(model.PRESETS[preset]["vocab_size"], tokenizer.vocab_size)
         with of_field("model", named=True):
             vocab_size = {"vocab_size": tokenizer.vocab_size}
-            return model.make(preset, **vocab_size | fields | chosen | stop)
+            shape = model.make(preset, **vocab_size | fields | chosen | stop)
+        return _seeing(shape, trains, pixels | getattr(tokenizer, "vision_ids", {}))
     alone = "None: the shape is that of config.model.preset, a Hugging Face directory"
     for field, value in fields.items():
         require(False, f"model.{field}", value, alone)
     with of_field("model.preset"):
         shape = model.hf.read_config(epath.Path(preset).expanduser(), c.dtype.params)
         hf_tokenizer.check_vocabulary(tokenizer, shape.vocab_size, preset)
-    return dataclasses.replace(shape, **chosen, **stop)
+    return _seeing(dataclasses.replace(shape, **chosen, **stop), trains, pixels)
+
+
+def _seeing(shape: model.ModelConfig, trains: bool, fields: Mapping[str, int]) -> model.ModelConfig:
+    """The shape with fields of its tower; one of text alone has none."""
+    if shape.vision is None:
+        blind = f"for the model is {shape.model_type!r}, which sees none"
+        require(not trains, "model.train_vision", trains, f"False: {blind}")
+        for name in PIXELS:
+            require(name not in fields, f"model.{name}", fields.get(name), f"None: {blind}")
+        return shape
+    with of_field("model", named=True):
+        tower = dataclasses.replace(shape.vision, **fields)
+        return dataclasses.replace(shape, vision=tower, train_vision=trains)
+
+
+def make_room(c: Any, made: Mapping[str, Task], shape: model.ModelConfig) -> Any:
+    """What the images of a prompt have room in; None where no task has any."""
+    tokens, count = c.data.max_image_tokens, tasks.Mixture(made).max_images
+    if not count:
+        require(tokens == 0, "data.max_image_tokens", tokens, "0: no task has images")
+        trains = c.model.train_vision
+        require(not trains, "model.train_vision", trains, "False: no task has images")
+        return None
+    sees = f"of Qwen3-VL, for the tasks have images, which {shape.model_type!r} does not see"
+    require(shape.vision is not None, "model.preset", c.model.preset, sees)
+    require(tokens > 0, "data.max_image_tokens", tokens, "at least 1: the tasks have images")
+    return model.vision.Room(shape, tokens, count)
 
 
 def add_adapters(c: Any, shape: model.ModelConfig) -> model.ModelConfig:
@@ -141,7 +172,11 @@ def add_adapters(c: Any, shape: model.ModelConfig) -> model.ModelConfig:
 
 
 def lengths(
-    c: Any, made: Mapping[str, Task], tokenizer: Tokenizer, shape: model.ModelConfig
+    c: Any,
+    made: Mapping[str, Task],
+    tokenizer: Tokenizer,
+    shape: model.ModelConfig,
+    images: Any = None,
 ) -> tuple[int, int, Fits | None]:
     """Tokens of room for a prompt and for a completion, and the filter of what has none."""
     width, room = c.data.max_prompt_tokens, c.sampler.max_new_tokens
@@ -150,12 +185,13 @@ def lengths(
     if isinstance(tokenizer, CharTokenizer):
         whole = tasks.Mixture(made)
         longest, needed = whole.max_prompt_chars, whole.max_completion_chars
+        longest += images.tokens if images else 0
         if supervised:
             least = f"at least {needed + 1}, the longest demonstration with its stop token"
             fits = room == 0 or room > needed
             require(fits, "sampler.max_new_tokens", room, f"{least} (0 takes that)")
         width, room = width or longest, room or (needed and needed + 1)
-        bounded = width >= longest
+        bounded = width >= longest and images is None
     for field, value in (("data.max_prompt_tokens", width), ("sampler.max_new_tokens", room)):
         require(value > 0, field, value, "at least 1: the tasks have no bound of their own")
     context = shape.max_position_embeddings
@@ -164,7 +200,8 @@ def lengths(
     completions = f"completions of {room} ({own if own_room else 'sampler.max_new_tokens'})"
     least = f"at least {width + room}: {prompts} and {completions}"
     require(width + room <= context, "model.max_position_embeddings", context, least)
-    keep = None if bounded else Fits(tokenizer, width, room if supervised else None)
+    demonstrated = room if supervised else None
+    keep = None if bounded else Fits(tokenizer, width, demonstrated, images)
     return width, room, keep
 
 
@@ -177,6 +214,8 @@ def make_mesh(c: Any, shape: model.ModelConfig, devices: Sequence[Any] | None) -
     batch = c.batch
     micro = batch.minibatches * batch.micro_batches
     rows = {"a micro-batch": batch.prompts * batch.group_size // micro}
+    if c.data.max_image_tokens:
+        rows["the prompts of a minibatch"] = batch.prompts // batch.minibatches
     if c.source == "rollout":
         rows |= _sampled(c)
         if any(c.sampler.mesh.values()) or c.sampler.devices:

@@ -58,7 +58,7 @@ def next_query(
     none = [None] * run.config.batch.prompts * run.config.batch.oversample
     places = [place and place["read"] for place in carry.places] if carry else none
     examples, numbers = stream.fill(places)
-    prompts = encode.encode_prompts(examples, run.tokenizer, run.width)
+    prompts = encode.encode_prompts(examples, run.tokenizer, run.width, run.images)
     groups = rewards.Groups(scorer, examples, run.tokenizer)
     if carry is None:
         return Query(examples, prompts, groups, stream.dropped)
@@ -78,6 +78,7 @@ def batch_of(rollout: Rollout) -> Batch:
         old_logp=rollout.sampler_logp,
         advantages=jnp.zeros(len(rollout.tokens)),
         routing=rollout.routing,
+        images=rollout.images,
     )
 
 
@@ -201,6 +202,9 @@ def from_rollout(
     def finish(rollout, ends):
         with clock("logp"):  # needs no rewards: the device works while rows are judged
             lengths = list(map(_lengths, engine.runs, queries, ends))
+            if engine.runs[0].model.train_vision and rollout.images is not None:
+                patches = engine.join([query.prompts.images for query in queries])
+                rollout = rollout.replace(images=engine.rows(patches))
             batch = engine.rows(engine.call(batch_of, rollout))
             minibatches, lags = scored(bundle, batch, lengths), None
             if bundle.carry is not None:
@@ -300,7 +304,7 @@ def from_demonstrations(
     with clock("rollout"):
         for run, stream in zip(engine.runs, bundle.streams, strict=True):
             width, examples = run.width + run.max_new_tokens, stream.take(run.rows)
-            batch = encode.encode_demonstrations(examples, run.tokenizer, width)
+            batch = encode.encode_demonstrations(examples, run.tokenizer, width, run.images)
             length = {"length/mean": float(batch.mask.sum(-1).mean())}
             metrics.append(length | {"data/dropped": float(stream.dropped)})
             batches.append(batch)

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 from sapo_jax import model
 from sapo_jax.model import blocked, params, splash, transformer, vision
-from sapo_jax.types import Images
+from sapo_jax.types import Images, Seen
 from tests.model.test_hf import close
 from tests.oracles import drawn, seen
 
@@ -50,8 +50,9 @@ def _run(weights, config, tokens_BS, images, segments_BS, prefix_BS):
             *vision.positions(tokens_BS, config, None),
         )
     features = vision.features(weights, config, images)
-    slots = vision.slots(tokens_BS, config, features.shape[1])
-    sight = vision.see(features, config, images.grids, slots, segments_BS, prefix_BS)
+    slots = vision._slots_in_order(tokens_BS, config, images)
+    seen = Seen(features[None], images.grids[None])
+    sight = vision.see(seen, config, slots, segments_BS, prefix_BS)
     hidden, _ = transformer.hidden(
         weights, config, tokens_BS, segments_BS, prefix_BS=prefix_BS, sight=sight
     )
