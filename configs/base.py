@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     c.data = ConfigDict()
     c.data.max_prompt_tokens = 0  # longer prompts are dropped and counted; 0: the task's own bound
     c.data.max_image_tokens = 0  # of a prompt's images; prompts with more are dropped, too
+    c.data.swap_images = False  # a control: each prompt is shown the images of another one
     c.data.workers = 0  # processes that read ahead, for each task; speed, not results
 
     c.tokenizer = ConfigDict()

@@ -56,6 +56,18 @@ def held_out(
     return found
 
 
+def swapped(examples: Sequence[Example]) -> list[Example]:
+    """Each example with the images of the next one of its task: a control that sees nothing."""
+    found, groups = list(examples), {}
+    for i, example in enumerate(examples):
+        if example.images:
+            groups.setdefault((example.task, len(example.images)), []).append(i)
+    for own in groups.values():
+        for i, j in zip(own, [*own[1:], own[0]], strict=True):
+            found[i] = dataclasses.replace(examples[i], images=examples[j].images)
+    return found
+
+
 def _left_aligned(rows: Sequence[Sequence[int]], width: int, pad: int) -> np.ndarray:
     out = np.full((len(rows), width), pad, np.int32)
     for i, row in enumerate(rows):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -145,12 +146,16 @@ def make_room(c: Any, made: Mapping[str, Task], shape: model.ModelConfig) -> Any
     tokens, count = c.data.max_image_tokens, tasks.Mixture(made).max_images
     if not count:
         require(tokens == 0, "data.max_image_tokens", tokens, "0: no task has images")
-        trains = c.model.train_vision
-        require(not trains, "model.train_vision", trains, "False: no task has images")
+        for field in ("model.train_vision", "data.swap_images"):
+            value = operator.attrgetter(field)(c)
+            require(not value, field, value, "False: no task has images")
         return None
     sees = f"of Qwen3-VL, for the tasks have images, which {shape.model_type!r} does not see"
     require(shape.vision is not None, "model.preset", c.model.preset, sees)
     require(tokens > 0, "data.max_image_tokens", tokens, "at least 1: the tasks have images")
+    whole = "0 with data.swap_images: completions that go on would see another image"
+    budget = c.sampler.budget
+    require(not (budget and c.data.swap_images), "sampler.budget", budget, whole)
     return model.vision.Room(shape, tokens, count)
 
 

@@ -148,6 +148,7 @@ def held_out(
             return [own.length for own in ends]
 
         examples = [example for each in sets for example in each]
+        examples = encode.swapped(examples) if run.config.data.swap_images else examples
         every = judge(
             sample,
             scorer,

@@ -58,6 +58,7 @@ def next_query(
     none = [None] * run.config.batch.prompts * run.config.batch.oversample
     places = [place and place["read"] for place in carry.places] if carry else none
     examples, numbers = stream.fill(places)
+    examples = encode.swapped(examples) if run.config.data.swap_images else examples
     prompts = encode.encode_prompts(examples, run.tokenizer, run.width, run.images)
     groups = rewards.Groups(scorer, examples, run.tokenizer)
     if carry is None:
@@ -304,6 +305,7 @@ def from_demonstrations(
     with clock("rollout"):
         for run, stream in zip(engine.runs, bundle.streams, strict=True):
             width, examples = run.width + run.max_new_tokens, stream.take(run.rows)
+            examples = encode.swapped(examples) if run.config.data.swap_images else examples
             batch = encode.encode_demonstrations(examples, run.tokenizer, width, run.images)
             length = {"length/mean": float(batch.mask.sum(-1).mean())}
             metrics.append(length | {"data/dropped": float(stream.dropped)})
