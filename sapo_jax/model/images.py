@@ -5,6 +5,7 @@ As the image processor of ``transformers`` (the one on Pillow) does it, to the b
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import io
 import math
@@ -68,6 +69,14 @@ def read(source: Any, name: str = "image") -> Any:
         ground = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(ground, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def thumbnail(source: Any, side: int = 192) -> str:
+    """An image as a small PNG, a data URI for pages."""
+    image, file = read(source), io.BytesIO()
+    image.thumbnail((side, side))
+    image.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def smart_resize(height: int, width: int, vision: VisionConfig) -> tuple[int, int]:

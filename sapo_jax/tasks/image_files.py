@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -11,7 +12,7 @@ from typing import Any, ClassVar
 
 from sapo_jax.tasks.base import IMAGE, Example, make_example
 from sapo_jax.tasks.jsonl import FileTask
-from sapo_jax.tasks.math_answer import TEMPLATE, boxed, reference
+from sapo_jax.tasks.math_answer import MathAnswer
 
 MARK = re.compile(r"<image\d*>")  # <image1> in MathVision
 
@@ -28,8 +29,8 @@ class ImageFiles(FileTask):
     completion_chars: int = 2048
     image_field: str = "image"
 
-    def _pictures(self, row: dict[str, Any], key: str, text: str) -> tuple[str, list[str]]:
-        """The text with IMAGE wherever a picture stands, in front if it says nothing; paths.
+    def _shown(self, example: Example, row: dict[str, Any], key: str) -> Example:
+        """The example with its pictures, which stand in front where the text has no marks.
 
         Raises:
           ValueError: there is no such file, or videos, or not as many as the text has marks.
@@ -42,12 +43,14 @@ class ImageFiles(FileTask):
         for name in paths:
             if not isinstance(name, str) or not (here / name).is_file():
                 raise ValueError(f"field {self.image_field!r}: {name!r}: must be a file in {here}")
-        text = MARK.sub(IMAGE, text)
+        text = MARK.sub(IMAGE, example.prompt)
         if IMAGE not in text:
             text = IMAGE * len(paths) + text
         if (marks := text.count(IMAGE)) != len(paths):
             raise ValueError(f"{marks} places for {len(paths)} images: must be equal")
-        return text, [str(here / name) for name in paths]
+        images = [str(here / name) for name in paths]
+        shows = "".join(paths)  # wherever the files lie
+        return make_example(text, example.answer, "", images=images, shows=shows)
 
     @property
     def max_images(self) -> int:
@@ -57,35 +60,24 @@ class ImageFiles(FileTask):
 
 
 @dataclass(frozen=True)
-class MathVision(ImageFiles):
-    r"""Problems with pictures, as MathVision (arXiv 2402.14804) has them; answers in ``\boxed{}``.
+class MathVision(ImageFiles, MathAnswer):
+    """`MathAnswer` of problems with pictures, as MathVision (arXiv 2402.14804) has them.
 
     Args:
       train, test, completion_chars, image_field: see `ImageFiles`.
-      template: the prompt; ``{problem}`` stands for the question, with its choices where it has
-        some, whose answer is a letter.
+      problem_field, answer_field, template: see `MathAnswer`; behind a problem stand its choices,
+        if the field ``options`` has some, and the answer is then a letter.
     """
 
-    template: str = TEMPLATE
+    problem_field: str = "question"
 
     name: ClassVar[str] = "mathvision"
-    _fields: ClassVar[dict[str, Any]] = {"question": str, "answer": (str, int, float)}
-
-    def __post_init__(self):
-        super().__post_init__()
-        if "{problem}" not in self.template:
-            raise ValueError(f"template must contain {{problem}}, got {self.template!r}")
 
     def _parse(self, row: dict[str, Any], key: str) -> tuple[Example, None]:
         letters = (f"\n({chr(65 + i)}) {x}" for i, x in enumerate(row.get("options") or []))
-        text = self.template.replace("{problem}", row["question"] + "".join(letters))
-        text, images = self._pictures(row, key, text)
-        shown = {"images": images, "shows": str(row[self.image_field])}
-        return make_example(text, reference(str(row["answer"])), "", **shown), None
-
-    def verify(self, example: Example, completion: str) -> float:
-        r"""1.0 iff the last ``\boxed{}`` holds the answer; see ``math_equal.same``."""
-        return boxed(completion, example.answer)
+        problem = row[self.problem_field] + "".join(letters)
+        example, _ = super()._parse(row | {self.problem_field: problem}, key)
+        return self._shown(example, row, key), None
 
 
 @dataclass(frozen=True)
@@ -113,20 +105,17 @@ class Grounding(ImageFiles):
             raise ValueError(f"threshold must be a number in (0, 1], got {self.threshold!r}")
 
     def _parse(self, row: dict[str, Any], key: str) -> tuple[Example, None]:
-        text, images = self._pictures(row, key, self.template.replace("{label}", row["label"]))
-        box = row.get("bbox_2d") or row.get("bbox")
+        made = make_example(self.template.replace("{label}", row["label"]), "", "")
+        example, box = self._shown(made, row, key), row.get("bbox_2d") or row.get("bbox")
         if not _is_box(box):
-            raise ValueError(
-                f"field 'bbox': {box!r}: must be [x1, y1, x2, y2], x1 < x2 and y1 < y2"
-            )
+            raise ValueError(f"field 'bbox': {box!r}: must be [x1, y1, x2, y2], x1 < x2, y1 < y2")
         if "bbox_2d" not in row:
             from PIL import Image
 
-            with Image.open(images[0]) as picture:
+            with Image.open(example.images[0]) as picture:
                 box = [1000 * x / size for x, size in zip(box, picture.size * 2, strict=True)]
         answer = json.dumps([{"bbox_2d": [round(x) for x in box], "label": row["label"]}])
-        shown = {"images": images, "shows": str(row[self.image_field])}
-        return make_example(text, answer, "", **shown), None
+        return dataclasses.replace(example, answer=answer), None
 
     def verify(self, example: Example, completion: str) -> float:
         """The overlap (intersection over union) with the box of the completion, if it has one."""

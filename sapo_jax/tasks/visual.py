@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,9 +15,11 @@ from sapo_jax.tasks.base import (
     check_option,
     draw,
     make_example,
-)
+)  # fmt: skip
 from sapo_jax.tasks.chain_sum import ChainSum
 
+Bounds = dict[str, tuple[int, int]]
+MOVES = {"D": (1, 0), "L": (0, -1), "R": (0, 1), "U": (-1, 0)}
 KINDS = ("circle", "square", "triangle")
 
 
@@ -38,9 +39,11 @@ class Visual:
     max_images: ClassVar[int] = 1
     max_prompt_chars: ClassVar[int] = 32
     max_completion_chars: ClassVar[int] = 8
+    bounds: ClassVar[Bounds] = {}  # of the other options
 
     def __post_init__(self):
-        check_option("size", self.size, 16, 4096)
+        for field, (low, high) in {"size": (16, 4096), **self.bounds}.items():
+            check_option(field, getattr(self, field), low, high)
 
     def _generate(self, key: str) -> Example:
         raise NotImplementedError
@@ -53,9 +56,9 @@ class Visual:
         """1.0 iff it is the answer, character for character."""
         return float(completion == example.answer)
 
-    def _example(self, picture, prompt: str, answer: str, shows: str) -> Example:
-        images = [drawing.png(picture)]
-        return make_example(IMAGE + prompt, answer, answer, images=images, shows=shows)
+    def _example(self, picture, prompt: str, answer: str, shows: str, way: str = "") -> Example:
+        shown = {"images": [drawing.png(picture)], "shows": shows}
+        return make_example(IMAGE + prompt, answer, way or answer, **shown)
 
 
 @dataclass(frozen=True)
@@ -104,12 +107,7 @@ class CountShapes(Visual):
 
     name: ClassVar[str] = "count_shapes"
     alphabet: ClassVar[str] = "".join(sorted(set("0123456789 =".join([*KINDS, *drawing.COLOURS]))))
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_option("cells", self.cells, 2, 10)
-        check_option("kinds", self.kinds, 1, len(KINDS))
-        check_option("colours", self.colours, 1, len(drawing.COLOURS))
+    bounds: ClassVar[Bounds] = {"cells": (2, 10), "kinds": (1, 3), "colours": (1, 4)}
 
     def _generate(self, key: str) -> Example:
         count, kinds = self.cells**2, KINDS[: self.kinds]
@@ -187,17 +185,13 @@ class ChartValue(Visual):
 
     name: ClassVar[str] = "chart_value"
     alphabet: ClassVar[str] = "0123456789=ABCDEFGH"
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_option("bars", self.bars, 1, 8)
-        check_option("largest", self.largest, 2, 99)
+    bounds: ClassVar[Bounds] = {"bars": (1, 8), "largest": (2, 99)}
 
     def _generate(self, key: str) -> Example:
         asked, colour, *values = draw(key, [self.bars, 4] + [self.largest] * self.bars)
         picture, pen = drawing.canvas(self.size, self.size)
-        foot, wide = self.size * 7 / 8, self.size / self.bars
         dot = max(1, self.size // 64)
+        foot, wide = self.size - 8 * dot, self.size / self.bars
         for quarter in range(5):
             y = foot * quarter / 4
             pen.line([0, y, self.size, y], fill=(190,) * 3, width=1)
@@ -225,14 +219,7 @@ class Maze(Visual):
 
     name: ClassVar[str] = "maze"
     alphabet: ClassVar[str] = "=DLRU"
-    moves: ClassVar[dict[str, tuple[int, int]]] = {
-        "D": (1, 0), "L": (0, -1), "R": (0, 1), "U": (-1, 0),
-    }  # fmt: skip
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_option("cells", self.cells, 2, 20)
-        check_option("walls", self.walls, 0, 60)
+    bounds: ClassVar[Bounds] = {"cells": (2, 20), "walls": (0, 60)}
 
     @property
     def max_completion_chars(self) -> int:
@@ -246,7 +233,7 @@ class Maze(Visual):
         cells = ["#" if n < self.walls else "." for n in luck]
         cells[start], cells[goal] = "S", "G"
         grid = ["".join(cells[i : i + self.cells]) for i in range(0, count, self.cells)]
-        way = self._shortest(grid, divmod(start, self.cells))
+        way = self._shortest(grid)
         if way is None:
             return None
         picture, pen = drawing.canvas(self.size, self.size)
@@ -256,33 +243,33 @@ class Maze(Visual):
             x, y = n % self.cells * side, n // self.cells * side
             pen.rectangle([x, y, x + side - 1, y + side - 1], fill=fills[cell])
         text = "/".join(grid)
-        shown = {"images": [drawing.png(picture)], "shows": text}
-        return make_example(f"{IMAGE}=", text, way, **shown)
-
-    def _shortest(self, grid: list[str], start: tuple[int, int]) -> str | None:
-        ways, seen = [(start, "")], {start}
-        for (row, column), way in ways:  # grows meanwhile
-            if grid[row][column] == "G":
-                return way
-            for move, (down, right) in self.moves.items():
-                place = row + down, column + right
-                if self._free(grid, place) and place not in seen:
-                    seen.add(place)
-                    ways.append((place, way + move))
-        return None
+        return self._example(picture, "=", text, text, way)
 
     @staticmethod
-    def _free(grid: list[str], place: tuple[int, int]) -> bool:
-        return all(0 <= x < len(grid) for x in place) and grid[place[0]][place[1]] != "#"
+    def _walk(grid: list[str], way: str) -> tuple[int, int] | None:
+        """Where a way ends; None if it leaves the grid, or is in a black cell."""
+        (place,) = [(r, row.index("S")) for r, row in enumerate(grid) if "S" in row]
+        for move in way:
+            place = tuple(map(sum, zip(place, MOVES[move], strict=True)))
+            inside = all(0 <= x < len(grid) for x in place)
+            if not inside or grid[place[0]][place[1]] == "#":
+                return None
+        return place
+
+    def _shortest(self, grid: list[str]) -> str | None:
+        ways, seen = [""], {None}
+        for way in ways:  # grows meanwhile
+            if (place := self._walk(grid, way)) not in seen:
+                if grid[place[0]][place[1]] == "G":
+                    return way
+                seen.add(place)
+                ways += [way + move for move in MOVES]
+        return None
 
     def verify(self, example: Example, completion: str) -> float:
         """1.0 iff the way ends in the green cell, and is never outside or in a black one."""
-        grid = example.answer.split("/")
-        if not re.fullmatch("[DLRU]+", completion) or len(completion) > self.cells**2:
+        if set(completion) - set(MOVES) or len(completion) > self.cells**2:
             return 0.0
-        (place,) = [(r, row.index("S")) for r, row in enumerate(grid) if "S" in row]
-        for move in completion:
-            place = tuple(map(sum, zip(place, self.moves[move], strict=True)))
-            if not self._free(grid, place):
-                return 0.0
-        return float(grid[place[0]][place[1]] == "G")
+        grid = example.answer.split("/")
+        place = self._walk(grid, completion)
+        return float(place is not None and grid[place[0]][place[1]] == "G")

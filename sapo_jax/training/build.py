@@ -78,8 +78,8 @@ def make_tokenizer(c: Any, made: Mapping[str, Task]) -> Tokenizer:
         alone = "empty without config.tokenizer.directory"
         require(bool(directory) or not options[field], f"tokenizer.{field}", options[field], alone)
     if not directory:
-        whole = tasks.Mixture(made)
-        return CharTokenizer(whole.alphabet, whole.max_images > 0)
+        whole, preset = tasks.Mixture(made), model.PRESETS.get(c.model.preset, {})
+        return CharTokenizer(whole.alphabet, whole.max_images > 0 or "vision" in preset)
     with of_field("tokenizer"):
         return hf_tokenizer.load(directory, **options)
 
@@ -115,10 +115,12 @@ def make_model(c: Any, tokenizer: Tokenizer) -> model.ModelConfig:
         require("/" not in preset, "model.preset", preset, f"one of {names}")
         if "vocab_size" in model.PRESETS.get(preset, {}):
             fields["vocab_size"] = max(model.PRESETS[preset]["vocab_size"], tokenizer.vocab_size)
+        if tower := model.PRESETS.get(preset, {}).get("vision"):
+            fields["vision"] = dataclasses.replace(tower, **getattr(tokenizer, "vision_ids", {}))
         with of_field("model", named=True):
             vocab_size = {"vocab_size": tokenizer.vocab_size}
             shape = model.make(preset, **vocab_size | fields | chosen | stop)
-        return _seeing(shape, trains, pixels | getattr(tokenizer, "vision_ids", {}))
+        return _seeing(shape, trains, pixels)
     alone = "None: the shape is that of config.model.preset, a Hugging Face directory"
     for field, value in fields.items():
         require(False, f"model.{field}", value, alone)

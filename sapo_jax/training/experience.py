@@ -20,6 +20,7 @@ import numpy as np
 from sapo_jax import advantages, learner, rewards, sampler
 from sapo_jax.data import encode
 from sapo_jax.data.stream import Stream
+from sapo_jax.model import images
 from sapo_jax.parallel import sharding
 from sapo_jax.tasks.base import Example
 from sapo_jax.training.carry import Carry, done, lags_of
@@ -132,6 +133,12 @@ def _metrics(run: Settings, query: Query, ends: Ends, rewards_B: np.ndarray) -> 
     return metrics | {"sampler/rows_per_token": float(ends.computed / sampled)}
 
 
+def _shown(example: Example) -> dict:
+    """Thumbnails of its images, for a person to see."""
+    thumbnails = [images.thumbnail(image) for image in example.images]
+    return {"images": thumbnails} if thumbnails else {}
+
+
 def _samples(
     run: Settings, query: Query, finished_B, right_B, rewards_B, advantages_B, when: dict[str, int]
 ) -> list[dict]:
@@ -154,6 +161,7 @@ def _samples(
             "prompt": query.examples[i // size].prompt,
             "completion": texts[i],
             "answer": query.examples[i // size].answer,
+            **_shown(query.examples[i // size]),
             "reward": float(rewards_B[i]),
             "advantage": float(advantages_B[i]),
             "finished": int(finished_B[i]),
