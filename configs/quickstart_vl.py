@@ -1,7 +1,7 @@
 """The quickstart that sees: SAPO takes a tiny Qwen3-VL past its cold start, on pictures and text.
 
-Tasks     visual_sum and count_shapes, which are drawn, and chain_sum in text, in the shares 3 : 3 : 2
-          of every batch.
+Tasks     visual_sum and count_shapes, which are drawn, and chain_sum in text, as 3 : 3 : 2 in every
+          batch.
 Claim     From the cold start of configs/quickstart_vl_sft.py, held-out Pass@1 of each task rises;
           with the images swapped (--config.data.swap_images=True) that of the pictures stays at
           chance.

@@ -191,8 +191,7 @@ def _rope(row_X, column_X, vision: VisionConfig) -> tuple[jax.Array, jax.Array]:
 
 def _resampled(table_ND: jax.Array, axes) -> jax.Array:
     """The square table of positions at each patch, bilinear with aligned corners, f32[..., D]."""
-    side = math.isqrt(len(table_ND))
-    taps = []
+    table_ND, side, taps = jnp.asarray(table_ND), math.isqrt(len(table_ND)), []
     for place, size in axes:
         source = place.astype(jnp.float32) * (side - 1) / jnp.maximum(size - 1, 1)
         low = jnp.floor(source).astype(jnp.int32)

@@ -15,7 +15,7 @@ from etils import epath
 from sapo_jax import cli, learner
 from sapo_jax.model import ModelConfig, hf, lora, params
 from sapo_jax.parallel import sharding
-from sapo_jax.training import build, settings
+from sapo_jax.training import policy, settings
 from sapo_jax.training.checkpoint import Checkpoints, find, meta_of, restore_params
 from sapo_jax.training.digest import digests, fingerprint, lost
 from sapo_jax.training.settings import Settings
@@ -45,7 +45,7 @@ def first(run: Settings, origin: dict | None = None) -> tuple[Any, dict]:
     source = epath.Path(name).expanduser()
     if not name:
         weights = _drawn(run, shape, 0)
-    elif build.is_hf(name):
+    elif policy.is_hf(name):
         weights = hf.load(source, dtype=shape.param_dtype, mesh=run.mesh)[1]
     else:
         iteration = (origin or {}).get("checkpoint")
@@ -65,7 +65,7 @@ def find_start(name: str) -> int | None:
     Raises:
       ValueError: there is no such directory, or nothing in it yet.
     """
-    if not name or build.is_hf(name):
+    if not name or policy.is_hf(name):
         return None
     source = epath.Path(name).expanduser()
     first = "it must be a run's, or a Hugging Face directory"

@@ -21,7 +21,7 @@ from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import PARTS, Recipe
 from sapo_jax.tasks.base import Example, Task
-from sapo_jax.training import build, collapse, evals, objective, tracker
+from sapo_jax.training import build, collapse, evals, objective, policy, tracker
 from sapo_jax.training.checks import (
     LARGEST,
     check_fields,
@@ -306,8 +306,8 @@ def from_config(
     judges = evals.judges(made, sets)
     tokenizer = build.make_tokenizer(c, judges)
     chosen = objective.make_objective(c)
-    shape = build.add_adapters(c, build.make_model(c, tokenizer))
-    images = build.make_room(c, judges, shape)
+    shape = policy.add_adapters(c, policy.make_model(c, tokenizer))
+    images = policy.make_room(c, judges, shape)
     width, room, keep = build.lengths(c, judges, tokenizer, shape, images)
     mesh = build.make_mesh(c, shape, devices)
     sampler_mesh = build.make_sampler_mesh(c, shape, mesh, devices)

@@ -45,7 +45,7 @@ def test_prompts_with_images():
         TOKENIZER.vision_ids[f"{name}_id"]
         for name in ("image_token", "vision_start_token", "vision_end_token")
     )
-    a, b, c, equals = (TOKENIZER.encode(x)[0] for x in "abc=")
+    a, b, equals = (TOKENIZER.encode(x)[0] for x in "ab=")
     row = [a, start, image, image, end, b, start, image, image, end, equals]
     assert prompts.tokens[0, : len(row)].tolist() == row
     assert prompts.length.tolist() == [11, 4, 7]

@@ -23,7 +23,10 @@ TOWER = model.config.VisionConfig(
 SHOWN = [[(2, 3), (1, 2)], [], [(2, 2)], [(1, 1), (1, 1), (3, 1)], [(2, 3)], []]  # of each prompt
 
 
-@pytest.fixture(scope="module", params=["qwen3_vl", "qwen3_vl_moe"])
+DENSE = pytest.param("qwen3_vl", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=["qwen3_vl_moe", DENSE])
 def policy(request):
     preset = "nano_moe" if "moe" in request.param else "nano"
     config = model.make(
@@ -76,11 +79,12 @@ def settings_of(config, **options):
 
 def batch_of(rollout, images, seed=0):
     rng = np.random.default_rng(seed)
-    return Batch(
+    made = Batch(
         rollout.tokens, rollout.mask, rollout.segments, rollout.sampler_logp,
         rollout.sampler_logp, rng.normal(size=len(rollout.tokens)).astype(np.float32),
         images=images,
     )  # fmt: skip
+    return jax.tree.map(jnp.asarray, made)
 
 
 @pytest.fixture(scope="module")
