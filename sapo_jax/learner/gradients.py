@@ -14,7 +14,7 @@ from sapo_jax.learner import diagnostics, images, scores
 from sapo_jax.learner.optimizer import Hyperparameters
 from sapo_jax.model import head, lora, routing
 from sapo_jax.parallel import collectives
-from sapo_jax.types import Batch, Frozen, Images, Seen, Weighted
+from sapo_jax.types import Batch, Frozen, Images, Weighted
 
 
 def _per_token(batch: Batch, hp: Hyperparameters) -> dict[str, jax.Array]:
@@ -124,19 +124,23 @@ def _gradient(
     config, tower = hp.static.model, {n: x for n, x in params.items() if n == "vision"}
     learns = isinstance(batch.images, Images) and bool(tower)
     if learns:  # the tower's part of the gradient is computed once, behind all micro-batches
-        look = partial(images.features, config=config, batch=batch)
-        features, pull, grids = jax.vjp(look, tower, has_aux=True)
-        batch = batch.replace(images=Seen(features, grids))
+
+        def look(tower):
+            seen = images.look(tower, config, batch)
+            return seen.features, seen
+
+        _, pull, seen = jax.vjp(look, tower, has_aux=True)
         params = {n: x for n, x in params.items() if n != "vision"}
     else:
-        batch = images.looked_at(lora.join(params, frozen, hp.lora_scale), config, batch)
+        seen = images.look(lora.join(params, frozen, hp.lora_scale), config, batch)
+    batch = batch.replace(images=seen)
     micros = scores.micro_batches(batch, hp)
     balance = _balance(lora.join(params, frozen, hp.lora_scale), micros, hp)
 
     def numerator(learnt, micro):
         params, features = learnt
         if learns:
-            micro = micro.replace(images=micro.images.replace(features=features))
+            micro = micro.replace(images=seen.replace(features=features))
         policy = lora.join(params, frozen, hp.lora_scale)
         terms, summary = _loss_terms(policy, micro, hp)
         if balance is not None:
@@ -146,10 +150,8 @@ def _gradient(
             terms["router/balance"] = loss.replace(numerator=extra)
         return terms["loss"].numerator, terms
 
-    learnt = params, features if learns else None
-    (grads, of_features), terms = scores.total(
-        lambda micro: jax.grad(numerator, has_aux=True)(learnt, micro), micros
-    )
+    learnt, grad = (params, seen.features if learns else None), jax.grad(numerator, has_aux=True)
+    (grads, of_features), terms = scores.total(lambda micro: grad(learnt, micro), micros)
     grads = grads | pull(of_features)[0] if learns else grads
     grads = model.params.psum_gradients(grads, config)
     terms = routing.finish_load(collectives.merge(terms))

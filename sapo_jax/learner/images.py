@@ -22,19 +22,15 @@ def with_prompt(batch: Batch) -> Batch:
     return batch.replace(prompt=jnp.broadcast_to(prompt_B[:, None], batch.tokens.shape))
 
 
-def features(params: Any, config: ModelConfig, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Features and grids of the images of all devices' rows: packed rows may be of any prompt."""
-    images = batch.images
-    learnt = isinstance(images, Images)
-    own = vision.features(params, config, images) if learnt else images.features
-    return tuple(collectives.all_gather(x, sharding.ROWS) for x in (own, images.grids))
+def look(params: Any, config: ModelConfig, batch: Batch) -> Seen | None:
+    """What the tower of a policy makes of the images of all devices' rows, if they see.
 
-
-def looked_at(params: Any, config: ModelConfig, batch: Batch) -> Batch:
-    """A device's rows with what the tower of a policy makes of all images, if they see."""
-    if batch.images is None:
-        return batch
-    return batch.replace(images=Seen(*features(params, config, batch)))
+    Of all, because packed rows may be of any prompt.
+    """
+    seen = batch.images
+    if isinstance(seen, Images):
+        seen = Seen(vision.features(params, config, seen), seen.grids)
+    return jax.tree.map(lambda x: collectives.all_gather(x, sharding.ROWS), seen)
 
 
 def sight(config: ModelConfig, batch: Batch) -> vision.Sight | None:

@@ -114,7 +114,7 @@ def map_rows(
 
     def local(params, batch, hp, frozen):
         params = lora.join(params, frozen, hp.lora_scale)
-        batch = images.looked_at(params, hp.static.model, batch)
+        batch = batch.replace(images=images.look(params, hp.static.model, batch))
         count, at = micro_batches(batch, hp)
         shapes = jax.eval_shape(lambda: function(params, at(0), hp))
         start = jax.tree.map(

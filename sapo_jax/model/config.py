@@ -259,13 +259,7 @@ def _moe(experts: int, per_token: int, width: int) -> dict:
     }
 
 
-def _sees(model_type: str, tower: VisionConfig) -> dict:
-    own = {"rope_theta": 5e6, "max_position_embeddings": 262144, "vocab_size": 151936}
-    return own | {"model_type": model_type, "vision": tower}
-
-
 TOWER = VisionConfig(27, 1152, 4304, 16, deepstack_visual_indexes=(8, 16, 24))
-SMALLER_TOWER = VisionConfig(24, 1024, 4096, 16, deepstack_visual_indexes=(5, 11, 17))
 TINY_TOWER = VisionConfig(
     2, 64, 192, 2, 64, (0,), patch_size=4, mrope_section=(6, 5, 5),
     min_pixels=64, max_pixels=4096,
@@ -288,11 +282,10 @@ PRESETS: dict[str, dict] = {
     "qwen3_30b_a3b": _qwen3(2048, 6144, 48, 32, 4, 128, tied=False)
     | _moe(128, 8, 768)
     | {"vocab_size": 151936},
-    "qwen3_vl_4b": _qwen3(2560, 9728, 36, 32, 8, 128) | _sees("qwen3_vl", SMALLER_TOWER),
-    "qwen3_vl_8b": _qwen3(4096, 12288, 36, 32, 8, 128, tied=False) | _sees("qwen3_vl", TOWER),
     "qwen3_vl_30b_a3b": _qwen3(2048, 6144, 48, 32, 4, 128, tied=False)
     | _moe(128, 8, 768)
-    | _sees("qwen3_vl_moe", TOWER),
+    | {"model_type": "qwen3_vl_moe", "rope_theta": 5e6, "max_position_embeddings": 262144}
+    | {"vocab_size": 151936, "vision": TOWER},
 }
 
 

@@ -137,14 +137,16 @@ def process(
     if size > patches or len(parts) > count:
         room = f"there is room for {count} with {patches} patches"
         raise ValueError(f"{name}: {len(parts)} with {size} patches: {room}")
-    padded, grids = (
-        np.zeros((patches, vision.patch_dim), np.float32),
-        np.zeros((count, 3), np.int32),
-    )
+    return _padded(parts, patches, count, vision)
+
+
+def _padded(parts: Sequence[tuple], patches: int, count: int, vision: VisionConfig) -> Images:
+    """Patches and grids of images, one after the other, in arrays of these sizes."""
+    found = Images(np.zeros((patches, vision.patch_dim), np.float32), np.zeros((count, 3), int))
     if parts:
-        padded[:size] = np.concatenate([own for own, _ in parts])
-        grids[: len(parts)] = [grid for _, grid in parts]
-    return Images(padded, grids)
+        own, grids = zip(*parts, strict=True)
+        found.patches[: sum(map(len, own))], found.grids[: len(grids)] = np.concatenate(own), grids
+    return found.replace(grids=found.grids.astype(np.int32))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,25 +191,21 @@ def by_row(images: Images, tokens_BS: np.ndarray, config: ModelConfig) -> Images
       ValueError: see `check`, or a row has a part of an image.
     """
     check(tokens_BS, config, images)
-    patches, grids = map(np.asarray, (images.patches, images.grids))
-    merged, count_I = config.vision.merged, np.array(token_counts(images, config), int)
-    ends_I, held_B = np.cumsum(count_I), (tokens_BS == config.vision.image_token_id).sum(-1)
-    row_I = np.searchsorted(np.cumsum(held_B), ends_I)
-    own_B = np.bincount(row_I, count_I, len(held_B)).astype(int)
-    if (own_B != held_B).any():
-        row = int(np.argmax(own_B != held_B))
-        text = f"row {row} has {held_B[row]} placeholders for {own_B[row]} tokens of its images"
-        raise ValueError(f"{text}: must be equal")
-    most = bucket(np.bincount(row_I, minlength=1).max())
-    shape = len(held_B), bucket(held_B.max()) * merged, patches.shape[1]
-    found = Images(np.zeros(shape, np.float32), np.zeros((len(held_B), most, 3), np.int32))
-    start = 0
+    merged, rows = config.vision.merged, []
+    sizes = [n * merged for n in token_counts(images, config)]
+    parts = np.split(np.asarray(images.patches)[: sum(sizes)], np.cumsum(sizes)[:-1])
+    left = list(zip(parts, np.asarray(images.grids), strict=False))[::-1]
+    held_B = (tokens_BS == config.vision.image_token_id).sum(-1) * merged
     for row, held in enumerate(held_B):
-        here = np.flatnonzero(row_I == row)
-        found.grids[row, : len(here)] = grids[here]
-        found.patches[row, : held * merged] = patches[start : start + held * merged]
-        start += held * merged
-    return found
+        rows.append([])
+        while (size := sum(len(part) for part, _ in rows[-1])) < held:
+            rows[-1].append(left.pop())
+        if size > held:
+            counts = f"{held // merged} placeholders for {size // merged} tokens of its images"
+            raise ValueError(f"row {row} has {counts}: must be equal")
+    most = bucket(held_B.max(), merged), bucket(max(map(len, rows)))
+    padded = [_padded(own, *most, config.vision) for own in rows]
+    return Images(*(np.stack([getattr(x, name) for x in padded]) for name in ("patches", "grids")))
 
 
 def token_counts(images: Images, config: ModelConfig) -> list[int]:
