@@ -232,17 +232,77 @@ def test_an_update_of_adapters_agrees_with_one_device(policies, references, kind
     agree(found[1], found[0])
 
 
+TOWER = VisionConfig(
+    2, 32, 64, 4, num_position_embeddings=25, deepstack_visual_indexes=(0,), patch_size=2,
+    mrope_section=(2, 3, 3), image_token_id=20,
+)  # fmt: skip
+
+
+def seeing(**fields):
+    return model.make(
+        "nano_moe", vocab_size=VOCAB, num_key_value_heads=4, model_type="qwen3_vl_moe",
+        vision=TOWER, stop_tokens=(1, 7, 11, 40), max_position_embeddings=64, **fields,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("name", list(MESHES))
+def test_a_policy_that_sees_samples_and_learns_as_on_one_device(name, trained):
+    """Rows are packed and dealt to other devices than their images; the tower's gradient, too.
+
+    The sampler's features are those of the learner, wherever each computes them.
+    """
+    config, rng = seeing(train_vision=trained), np.random.default_rng(3)
+    weights, prompts = fakes.weights(config), fakes.prompts(P, N + 6)
+    tokens, length = prompts.tokens.copy(), prompts.length.copy()
+    tokens[tokens == 20] = 21
+    grids = np.zeros((P, 2, 3), np.int32)
+    for p in range(0, P, 2):  # every second one is of text alone
+        tokens[p, 1 : 1 + 4 + p // 8], length[p] = 20, max(length[p], 6 + p // 8)
+        grids[p] = [[1, 4, 4], [1, 2, 2 * (p // 8)] if p >= 8 else [0, 0, 0]]
+    tokens = np.where(np.arange(N + 6) < length[:, None], np.where(tokens == 0, 3, tokens), 0)
+    patches = rng.normal(size=(P, 24, TOWER.patch_dim)).astype(np.float32)
+    images, found = model.vision.Images(patches, grids), []
+    prompts = prompts.replace(tokens=tokens, length=length, images=images)
+    for mesh in (None, sharding.make_mesh(**MESHES[name])):
+        own, frozen = lora.trained(weights, config), lora.frozen(weights, config)
+        if mesh is not None:
+            specs = params.partition_specs(config)
+            own = jax.device_put(own, sharding.shardings(mesh, lora.trained(specs, config)))
+            if frozen:
+                rest = sharding.shardings(mesh, lora.frozen(specs, config))
+                frozen = jax.device_put(frozen, rest)
+        rows = sampler.rollout(
+            lora.join(own, frozen, None), config, prompts, group_size=G, max_new_tokens=T,
+            temperature=1.0, seed=11, iteration=3, plan=Plan((8,), (T,), 8),
+        )  # fmt: skip
+        shown = images if trained else jax.device_get(rows.images)
+        found.append((mesh, own, frozen, jax.device_get(rows), shown))
+    (*_, rows, _), results = found[0], []
+    np.testing.assert_allclose(found[1][3].images.features, rows.images.features, atol=1e-4)
+    lengths = np.repeat(length, G), rows.mask.sum(-1)
+    for mesh, own, frozen, _, shown in found:
+        parts = sharding.parts(mesh)
+        shape = learner.packed_shape(P * G, N + 6, T, group_size=G, budget=64, parts=parts)
+        hp = hyperparameters(config, "sapo", mesh).replace(micro_batches=shape.micro_batches)
+        layout = learner.plan(*lengths, N + 6 + T, shape)
+        batch = sharding.place(batch_of(rows).replace(images=shown, routing=None), mesh)
+        batch = learner.pack(batch, layout, mesh=mesh)
+        logp = learner.unpack(learner.score(own, batch, hp, frozen), layout, mesh=mesh)
+        gap = np.abs(np.asarray(logp) - rows.sampler_logp)[rows.mask]
+        assert gap.max() < 1e-4
+        grads, terms = jax.jit(learner.gradient)(own, batch, hp, frozen)
+        loss, _ = finish(terms)
+        results.append(({"loss": np.asarray(loss)}, jax.device_get(grads), {}, None))
+    agree(results[1], results[0])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(MESHES))
 def test_a_model_that_sees_agrees_with_one_device(name):
     """Hidden states, and the gradient of every parameter of tower and decoder."""
-    tower = VisionConfig(
-        2, 32, 64, 4, num_position_embeddings=25, deepstack_visual_indexes=(0,), patch_size=2,
-        mrope_section=(2, 3, 3), image_token_id=20,
-    )  # fmt: skip
-    config = model.make(
-        "nano_moe", vocab_size=VOCAB, num_key_value_heads=4, model_type="qwen3_vl_moe", vision=tower
-    )
+    tower, config = TOWER, seeing()
     weights, rng = fakes.weights(config), np.random.default_rng(3)
     tokens = rng.integers(30, VOCAB, (8, 9))
     tokens[:, 2:6] = 20
