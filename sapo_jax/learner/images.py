@@ -31,13 +31,3 @@ def look(params: Any, config: ModelConfig, batch: Batch) -> Seen | None:
     if isinstance(seen, Images):
         seen = Seen(vision.features(params, config, seen), seen.grids)
     return jax.tree.map(lambda x: collectives.all_gather(x, sharding.ROWS), seen)
-
-
-def sight(config: ModelConfig, batch: Batch) -> vision.Sight | None:
-    """The images as the rows see them."""
-    if batch.images is None:
-        return None
-    grids, rows = batch.images.grids, (batch.segments, batch.prefix)
-    size = batch.images.features.shape[2]
-    slots_BS = vision.slots(batch.tokens, config, grids, size, batch.prompt, *rows)
-    return vision.see(batch.images, config, slots_BS, *rows)

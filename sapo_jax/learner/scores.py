@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from sapo_jax import model
 from sapo_jax.learner import images
 from sapo_jax.learner.optimizer import Hyperparameters
-from sapo_jax.model import head, lora, routing, segments, transformer
+from sapo_jax.model import head, lora, routing, segments, transformer, vision
 from sapo_jax.parallel import sharding
 from sapo_jax.types import Batch, Frozen, add, zero
 
@@ -39,9 +39,13 @@ def head_arguments(
             raise ValueError(f"routing_replay={static.routing_replay!r}: the batch has no routing")
         replay = batch.routing
     params = model.params.all_gather(params, model.params.table(config), config)
+    sight = None
+    if batch.images is not None:
+        layout = batch.prompt, batch.segments, batch.prefix
+        sight = vision.see(batch.images, config, batch.tokens, *layout)
     hidden_BSD, summary = transformer.hidden(
         params, config, batch.tokens, batch.segments, remat=static.remat, block=static.block,
-        prefix_BS=batch.prefix, replay_BSLk=replay, sight=images.sight(config, batch),
+        prefix_BS=batch.prefix, replay_BSLk=replay, sight=sight,
         summarise=lambda r: routing.summarise(r, counts(batch), config),
     )  # fmt: skip
     rows, width = batch.tokens.shape

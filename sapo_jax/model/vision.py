@@ -26,7 +26,7 @@ from sapo_jax.types import Images, Seen
 
 __all__ = [
     "Images", "Room", "Seen", "Sight", "by_row", "check", "expand", "features", "look",
-    "positions", "process", "see", "slots",
+    "positions", "process", "see",
 ]  # fmt: skip
 
 
@@ -98,26 +98,10 @@ def token_room(images: Images, config: ModelConfig) -> int:
     return images.patches.shape[-2] // config.vision.merged
 
 
-def slots(
-    tokens_BS: jax.Array,
-    config: ModelConfig,
-    grids_PI3: jax.Array,
-    size: int,
-    prompt_BS: jax.Array,
-    segments_BS: jax.Array,
-    prefix_BS: jax.Array | None = None,
-) -> jax.Array:
-    """Which of P·T tokens of images each placeholder is; P·T for text.
+def _slots(tokens_BS, config, grids_PI3, size, prompt_BS, segments_BS, prefix_BS=None) -> jax.Array:
+    """Which of P·T tokens of images each placeholder is, i32[B, S]; P·T for text.
 
     So are placeholders behind those of all images of the prompt: a policy may write them.
-
-    Args:
-      tokens_BS: i32[B, S].
-      config: of a model that sees.
-      grids_PI3: of the images of each prompt.
-      size: T.
-      prompt_BS: i32[B, S] or [B, 1], whose images a token sees.
-      segments_BS, prefix_BS: see `segments`.
     """
     holds_BS = jnp.asarray(tokens_BS) == config.vision.image_token_id
     before_BS = segments.positions(segments_BS, prefix_BS, holds_BS.astype(jnp.int32))
@@ -142,10 +126,10 @@ def _positions(slots_BS, config, grids_PI3, size, segments_BS, prefix_BS=None) -
 
 
 def _slots_in_order(tokens_BS, config: ModelConfig, images: Images) -> jax.Array:
-    """`slots` of images of all rows, row by row: as if these were one."""
+    """`_slots` of images of all rows, row by row: as if these were one."""
     row = jnp.reshape(tokens_BS, (1, -1))
     arguments = images.grids[None], token_room(images, config), jnp.zeros((1, 1), jnp.int32)
-    return slots(row, config, *arguments, jnp.ones_like(row)).reshape(tokens_BS.shape)
+    return _slots(row, config, *arguments, jnp.ones_like(row)).reshape(tokens_BS.shape)
 
 
 def positions(
@@ -292,14 +276,20 @@ def features(
 def see(
     seen: Seen,
     config: ModelConfig,
-    slots_BS: jax.Array,
+    tokens_BS: jax.Array,
+    prompt_BS: jax.Array,
     segments_BS: jax.Array,
     prefix_BS: jax.Array | None = None,
 ) -> Sight:
     """Images of P prompts as the decoder takes them, for rows that may be packed, see `segments`.
 
-    ``slots_BS`` are those of `slots`.
+    ``prompt_BS``, or [B, 1], says whose images a token sees.
     """
+    given = config, seen.grids, seen.features.shape[2], prompt_BS, segments_BS, prefix_BS
+    return _sight(seen, config, _slots(tokens_BS, *given), segments_BS, prefix_BS)
+
+
+def _sight(seen: Seen, config: ModelConfig, slots_BS, segments_BS, prefix_BS=None) -> Sight:
     p, levels, size, width = seen.features.shape
     found = _positions(slots_BS, config, seen.grids, size, segments_BS, prefix_BS)
     flat = jnp.moveaxis(seen.features, 0, 1).reshape(levels, p * size, width)
@@ -315,4 +305,4 @@ def look(params: Any, config: ModelConfig, tokens_BS: jax.Array, images: Images)
     check(tokens_BS, config, images)
     slots_BS = _slots_in_order(tokens_BS, config, images)
     seen = Seen(features(params, config, images)[None], images.grids[None])
-    return see(seen, config, slots_BS, jnp.ones_like(slots_BS))
+    return _sight(seen, config, slots_BS, jnp.ones_like(slots_BS))

@@ -64,10 +64,8 @@ def _sight(config, images, tokens_BN, group=1):
     """The images as rows see them, ``group`` of each prompt; None where there are none."""
     if images is None:
         return None
-    ones, prompt_B = jnp.ones_like(tokens_BN), jnp.repeat(jnp.arange(len(images.grids)), group)
-    size = images.features.shape[2]
-    slots_BN = vision.slots(tokens_BN, config, images.grids, size, prompt_B[:, None], ones)
-    return vision.see(images, config, slots_BN, ones)
+    prompt_B1 = jnp.repeat(jnp.arange(len(images.grids)), group)[:, None]
+    return vision.see(images, config, tokens_BN, prompt_B1, jnp.ones_like(tokens_BN))
 
 
 def _read(params, config, state, tokens_BN, sight, caches, write):

@@ -7,15 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sapo_jax.tasks import drawing
-from sapo_jax.tasks.base import (
-    IMAGE,
-    Example,
-    GeneratedExamples,
-    check_option,
-    draw,
-    make_example,
-)  # fmt: skip
+from sapo_jax.tasks import base, drawing
+from sapo_jax.tasks.base import IMAGE, Example, draw, make_example
 from sapo_jax.tasks.chain_sum import ChainSum
 
 Bounds = dict[str, tuple[int, int]]
@@ -43,14 +36,11 @@ class Visual:
 
     def __post_init__(self):
         for field, (low, high) in {"size": (16, 4096), **self.bounds}.items():
-            check_option(field, getattr(self, field), low, high)
-
-    def _generate(self, key: str) -> Example:
-        raise NotImplementedError
+            base.check_option(field, getattr(self, field), low, high)
 
     def examples(self, split: str) -> Sequence[Example]:
         """The examples of ``"train"`` or ``"test"``; see ``Task.examples``."""
-        return GeneratedExamples(split, self._generate)
+        return base.GeneratedExamples(split, self._generate)
 
     def verify(self, example: Example, completion: str) -> float:
         """1.0 iff it is the answer, character for character."""
@@ -78,7 +68,7 @@ class VisualSum(ChainSum):
 
     def __post_init__(self):
         super().__post_init__()
-        check_option("dot", self.dot, 1, 64)
+        base.check_option("dot", self.dot, 1, 64)
 
     def _generate(self, key: str) -> Example:
         example = super()._generate(key)

@@ -133,12 +133,6 @@ def _metrics(run: Settings, query: Query, ends: Ends, rewards_B: np.ndarray) -> 
     return metrics | {"sampler/rows_per_token": float(ends.computed / sampled)}
 
 
-def _shown(example: Example) -> dict:
-    """Thumbnails of its images, for a person to see."""
-    thumbnails = [images.thumbnail(image) for image in example.images]
-    return {"images": thumbnails} if thumbnails else {}
-
-
 def _samples(
     run: Settings, query: Query, finished_B, right_B, rewards_B, advantages_B, when: dict[str, int]
 ) -> list[dict]:
@@ -156,12 +150,12 @@ def _samples(
     return [
         {
             **when,
-            "prompt_id": query.examples[i // size].id,
+            "prompt_id": e.id,
             "sample_index": i % size,
-            "prompt": query.examples[i // size].prompt,
+            "prompt": e.prompt,
             "completion": texts[i],
-            "answer": query.examples[i // size].answer,
-            **_shown(query.examples[i // size]),
+            "answer": e.answer,
+            **({"images": list(map(images.thumbnail, e.images))} if e.images else {}),
             "reward": float(rewards_B[i]),
             "advantage": float(advantages_B[i]),
             "finished": int(finished_B[i]),
@@ -170,6 +164,7 @@ def _samples(
             "group_size": size,
         }
         for i in sorted(i for _, i in sorted(ranked)[:count])
+        for e in [query.examples[i // size]]
     ]
 
 

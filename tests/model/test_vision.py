@@ -52,7 +52,7 @@ def _run(weights, config, tokens_BS, images, segments_BS, prefix_BS):
     features = vision.features(weights, config, images)
     slots = vision._slots_in_order(tokens_BS, config, images)
     seen = Seen(features[None], images.grids[None])
-    sight = vision.see(seen, config, slots, segments_BS, prefix_BS)
+    sight = vision._sight(seen, config, slots, segments_BS, prefix_BS)
     hidden, _ = transformer.hidden(
         weights, config, tokens_BS, segments_BS, prefix_BS=prefix_BS, sight=sight
     )

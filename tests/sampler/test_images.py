@@ -229,7 +229,7 @@ def test_a_sampled_placeholder_is_text(policy):
     config, _ = policy
     tokens = np.array([[5, 32, *[IMAGE] * 4, 33, 6, IMAGE, IMAGE, 7, 0]], np.int32)
     grids, ones = np.array([[[1, 4, 4]]], np.int32), np.ones_like(tokens)
-    slots = vision.slots(tokens, config, grids, 4, np.zeros((1, 1), np.int32), ones)
+    slots = vision._slots(tokens, config, grids, 4, np.zeros((1, 1), np.int32), ones)
     np.testing.assert_array_equal(slots[0], [4, 4, 0, 1, 2, 3, 4, 4, 4, 4, 4, 4])
 
 
