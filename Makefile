@@ -1,4 +1,5 @@
 # make train   the quickstart: environment, cold start, SAPO, report
+# make train-vl  the same with pictures: a tiny Qwen3-VL learns to read them
 # make smollm2  a Hugging Face directory of SmolLM2-135M-Instruct, models/smollm2
 # make preflight  the pod configs compiled for their TPU pods, docs/preflight.md
 # make fuzz    600 odd configs, accepted or refused by name; 5 minutes at most
@@ -13,7 +14,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m sapo_jax.main
 
-.PHONY: train smollm2 preflight storm fuzz docs bench bench-peers gpu test test-slow lint format clean
+.PHONY: train train-vl smollm2 preflight storm fuzz docs bench bench-peers gpu test test-slow lint format clean
 
 $(VENV)/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
@@ -26,6 +27,10 @@ $(VENV)/ready: requirements.txt pyproject.toml
 train: $(VENV)/ready
 	$(RUN) --config=configs/quickstart_sft.py --workdir=runs/quickstart_sft
 	$(RUN) --config=configs/quickstart.py --workdir=runs/quickstart
+
+train-vl: $(VENV)/ready
+	$(RUN) --config=configs/quickstart_vl_sft.py --workdir=runs/quickstart_vl_sft
+	$(RUN) --config=configs/quickstart_vl.py --workdir=runs/quickstart_vl
 
 smollm2: models/smollm2/config.json
 

@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
     # Data: from the tasks' text to token ids.
     c.data = ConfigDict()
     c.data.max_prompt_tokens = 0  # longer prompts are dropped and counted; 0: the task's own bound
+    c.data.max_image_tokens = 0  # of a prompt's images; prompts with more are dropped, too
+    c.data.swap_images = False  # a control: each prompt is shown the images of another one
     c.data.workers = 0  # processes that read ahead, for each task; speed, not results
 
     c.tokenizer = ConfigDict()
@@ -43,6 +45,9 @@ def get_config() -> ConfigDict:
     c.model.num_key_value_heads = config_dict.placeholder(int)
     c.model.head_dim = config_dict.placeholder(int)
     c.model.max_position_embeddings = config_dict.placeholder(int)
+    c.model.min_pixels = config_dict.placeholder(int)  # of an image: smaller ones are enlarged
+    c.model.max_pixels = config_dict.placeholder(int)  # … and larger ones made smaller
+    c.model.train_vision = False  # whether updates change the vision tower, or it stays as it is
     c.model.attention = "auto"  # splash (TPU), triton, cudnn (GPU), blocked, xla
 
     # LoRA: low-rank adapters are learnt beside frozen parameters, see docs/lora.md.

@@ -42,6 +42,7 @@ FLAGS.number("temperature", 1.0, "* Of sampling; 0 is greedy.", 0.0)
 FLAGS.integer("top_k", None, "* Keep the k likeliest tokens.", 1)
 FLAGS.number("top_p", None, "* Keep the smallest set of this probability.", 0.0, 1.0)
 FLAGS.integer("max_prompt_tokens", 512, "* Longer prompts are left out.", 1)
+FLAGS.integer("max_image_tokens", 256, "Of a prompt's images; those with more are left out.", 1)
 FLAGS.integer("max_new_tokens", 1024, "* Room for a completion.", 1)
 FLAGS.integer("seed", 0, "* Of the sampling noise.", 0)
 FLAGS.integer("batch", 8, "Prompts that are sampled at a time.", 1)
@@ -57,7 +58,8 @@ FLAGS.string("compilation_cache", ".cache/xla", "Compiled programs, reused later
 FLAGS.string("out", "", "JSON file for the results.")
 RECORDED = (  # in the results
     "hf", "workdir", "which", "reward", "prompts", "samples", "temperature", "top_k", "top_p",
-    "max_prompt_tokens", "max_new_tokens", "seed", "dtype", "chat", "system", "template_options",
+    "max_prompt_tokens", "max_image_tokens", "max_new_tokens", "seed", "dtype", "chat", "system",
+    "template_options",
 )  # fmt: skip
 EVALUATED = ("prompts", "samples", "temperature", "top_k", "top_p")  # of config.eval
 
@@ -203,8 +205,11 @@ def _of_run(given: cli.Flags) -> Policy:
     width, room = run.width, run.max_new_tokens
     if isinstance(run.tokenizer, CharTokenizer):  # other tasks may need more
         whole = tasks.Mixture({label: held.task for label, held in sets.items()})
-        width, room = max(width, whole.max_prompt_chars), max(room, whole.max_completion_chars + 1)
+        images = run.images.tokens if run.images and whole.max_images else 0
+        width = max(width, whole.max_prompt_chars + images)
+        room = max(room, whole.max_completion_chars + 1)
     own |= {"max_prompt_tokens": width, "max_new_tokens": room}
+    own |= {"max_image_tokens": run.images.tokens} if run.images else {}
     own |= {name: getattr(c.eval, name) for name in EVALUATED}
     for name, value in own.items():
         if not given[name].present:
@@ -227,7 +232,9 @@ def _evaluate_set(given: cli.Flags, policy: Policy, text: str) -> dict:
     own = _numbers(given, policy.sets[text])
     prompts, samples = own.pop("prompts"), own.pop("samples")
     width, room = given.max_prompt_tokens, given.max_new_tokens
-    fits = stream.Fits(tokenizer, width)
+    sees = getattr(task, "max_images", 0)
+    images = model.vision.Room(policy.config, given.max_image_tokens, sees) if sees else None
+    fits = stream.Fits(tokenizer, width, images=images)
     examples = list(encode.distinct(task.examples("test"), prompts, keep=fits))
     if not examples:
         raise ValueError(f"--task={text}: no prompt fits --max_prompt_tokens={width}")
@@ -256,7 +263,7 @@ def _evaluate_set(given: cli.Flags, policy: Policy, text: str) -> dict:
         first = encode.encode_prompts(examples[:batch], tokenizer, width)
         rollout(first, warm_up=lambda what: bar.note(f"compiling: {what}"))
         bar.note("sampling")
-        controls = {"samples": samples, "width": width, "batch": batch}
+        controls = {"samples": samples, "width": width, "batch": batch, "images": images}
         (metrics,) = evaluate(sample, scorer, examples, tokenizer, **controls)
     return {"eval/prompts": len(examples), **metrics}
 

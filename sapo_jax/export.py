@@ -11,7 +11,7 @@ from sapo_jax import cli, evaluate, learner
 from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.tokenizer import CharTokenizer
 from sapo_jax.model import hf, hf_config, lora, peft
-from sapo_jax.training import build, checkpoint, files, parameters, settings
+from sapo_jax.training import build, checkpoint, files, parameters, policy, settings
 
 FLAGS = cli.Flags("export", __doc__)
 FLAGS.string("workdir", "", "Run directory.", required=True)
@@ -60,7 +60,7 @@ def export_adapters(
     c, shape = run.config, run.model
     if not shape.lora_rank:
         raise ValueError(f"--adapters: {workdir} has none: its config.lora.rank is None")
-    base = c.init_from if build.is_hf(c.init_from) else None
+    base = c.init_from if policy.is_hf(c.init_from) else None
     _check_out(out, run, peft.CONFIG, peft.to_json(shape, c.lora.alpha, base))
     wanted = learner.abstract(run.hp).params
     weights = checkpoint.restore_params(workdir / "checkpoints", wanted, which=which)

@@ -18,6 +18,25 @@ STOP, LENGTH, GOES_ON = 0, 1, 2  # values of Rollout.finished
 
 
 @struct.dataclass
+class Images:
+    """Images as patches, one image after the other, in the order of their placeholders.
+
+    Those of each of P prompts, where both arrays have a leading axis P.
+    """
+
+    patches: jax.Array  # f32[N, channels·frames·height·width], blocks of m×m adjacent; then pads
+    grids: jax.Array  # i32[I, 3], patches of each in time (1), height and width; 0 at pads
+
+
+@struct.dataclass
+class Seen:
+    """What the tower of a model made of the images of P prompts."""
+
+    features: jax.Array  # f[P, 1 + J, T, D], see `model.vision.features`
+    grids: jax.Array  # i32[P, I, 3], as those of `Images`
+
+
+@struct.dataclass
 class Prompts:
     """Tokenised prompts, as the sampler takes them."""
 
@@ -27,6 +46,7 @@ class Prompts:
     task: jax.Array  # i32[P], index into the run's tasks
     occurrence: jax.Array | None = None  # i32[P], prompts of the same id before it; of the sampler
     iteration: jax.Array | None = None  # i32[P], which drew it, where completions go on
+    images: Images | Seen | None = None  # of all prompts, or of each
 
 
 @struct.dataclass
@@ -43,6 +63,7 @@ class Rollout:
     segments: jax.Array  # i32[B, S], 1 on prompt and completion, 0 on pads
     routing: jax.Array | None = None  # MoE only: i8/i16[B, S, L_moe, k], see `model.routing`
     token_step: jax.Array | None = None  # i32[B, S], policy_step of each token, where rows go on
+    images: Images | Seen | None = None  # of the P prompts
 
 
 @struct.dataclass
@@ -63,6 +84,9 @@ class Batch:
     # f32[B, 2] or f32[B, S, 2], tokens with A ≠ 0 of the row's prompt, and those of them whose A
     # has the row's sign; None: every sequence is a prompt of its own
     prompt_tokens: jax.Array | None = None
+    images: Images | Seen | None = None  # of the P prompts; patches where the tower is learnt
+    # i32[B, S], whose images a token sees; None: the rows of each of the P are adjacent
+    prompt: jax.Array | None = None
 
     @property
     def token_advantages(self) -> jax.Array:

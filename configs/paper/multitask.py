@@ -46,7 +46,7 @@ def get_config() -> ConfigDict:
     c.batch.micro_batches = 8  # ours: 1 row of 8192 tokens on a chip
     c.iterations = 250  # paper: 500 gradient steps are shown
     c.eval.every = 25  # ours
-    c.evals = controlled.evaluations(aime25=30)  # paper; MathVision, of images, is left out
+    c.evals = controlled.evaluations(aime25=30)  # paper; MathVision: paper/qwen3_vl_30b_a3b
     c.evals.aime25.samples = 32  # paper
     c.evals.livecodebench_v6 = ConfigDict(
         {"task": "code", "prompts": 175, "samples": 8}, type_safe=False

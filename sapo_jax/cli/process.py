@@ -22,6 +22,7 @@ EXTRAS = {  # of the package, with the modules that they bring
     "wandb": ("wandb",),
     "plots": ("jinja2", "markupsafe", "matplotlib", "tensorboardX"),
     "data": ("importlib_resources", "tensorflow_datasets", "tokenizers"),
+    "vision": ("PIL",),
     "tasks": ("mpmath", "reasoning_gym"),
 }
 OF_PATHS = {

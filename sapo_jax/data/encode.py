@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from sapo_jax.data.tokenizer import Tokenizer
-from sapo_jax.tasks.base import Example
-from sapo_jax.types import Batch, Prompts
+from sapo_jax.tasks.base import IMAGE, Example
+from sapo_jax.types import Batch, Images, Prompts
 
 
 def distinct(
@@ -21,13 +21,13 @@ def distinct(
     task: int = 0,
 ) -> list[Example]:
     """The first kept examples that differ in their prompt, ``count`` at most."""
-    found: dict[str, Example] = {}
+    found: dict[tuple[str, int], Example] = {}
     for index in range(len(examples)):
         if len(found) == count:
             break
         example = dataclasses.replace(examples[index], task=task)
         if keep is None or keep(example):
-            found.setdefault(example.prompt, example)
+            found.setdefault((example.prompt, example.id), example)
     return list(found.values())
 
 
@@ -56,6 +56,18 @@ def held_out(
     return found
 
 
+def swapped(examples: Sequence[Example]) -> list[Example]:
+    """Each example with the images of the next one of its task: a control that sees nothing."""
+    found, groups = list(examples), {}
+    for i, example in enumerate(examples):
+        if example.images:
+            groups.setdefault((example.task, len(example.images)), []).append(i)
+    for own in groups.values():
+        for i, j in zip(own, [*own[1:], own[0]], strict=True):
+            found[i] = dataclasses.replace(examples[i], images=examples[j].images)
+    return found
+
+
 def _left_aligned(rows: Sequence[Sequence[int]], width: int, pad: int) -> np.ndarray:
     out = np.full((len(rows), width), pad, np.int32)
     for i, row in enumerate(rows):
@@ -67,22 +79,60 @@ def _left_aligned(rows: Sequence[Sequence[int]], width: int, pad: int) -> np.nda
     return out
 
 
-def encode_prompts(examples: Sequence[Example], tokenizer: Tokenizer, width: int) -> Prompts:
+def _prompt(example: Example, tokenizer: Tokenizer, room: Any) -> tuple[list[int], Images | None]:
+    """Tokens of a prompt, and its images; no images of any prompt without ``room``."""
+    name, count, marks = f"example {example.id}", len(example.images), example.prompt.count(IMAGE)
+    if count and room is None:
+        raise ValueError(f"{name}: images: {count}: must be none, for a run of text alone")
+    if count and marks != count:
+        raise ValueError(f"{name}: prompt: {marks} {IMAGE} for {count} images: must be equal")
+    tokens = tokenizer.encode_prompt(example.prompt, count)
+    if room is None:
+        return tokens, None
+    images = room.process(example.images, f"{name}: images")
+    try:
+        return room.expand(tokens, images), images
+    except ValueError as error:
+        raise ValueError(f"{name}: prompt: {error}") from None
+
+
+def _prompts(examples, tokenizer, room) -> tuple[list[list[int]], Images | None]:
+    """Tokens of each prompt, and the images of each, if prompts may have some."""
+    rows, images = zip(*(_prompt(e, tokenizer, room) for e in examples), strict=True)
+    if room is None:
+        return list(rows), None
+    columns = ([getattr(x, name) for x in images] for name in ("patches", "grids"))
+    return list(rows), Images(*map(np.stack, columns))
+
+
+def encode_prompts(
+    examples: Sequence[Example], tokenizer: Tokenizer, width: int, room: Any = None
+) -> Prompts:
     """Prompts of N = ``width`` tokens, left-aligned.
 
+    Args:
+      examples: one a prompt.
+      tokenizer: of the policy.
+      width: N, images expanded.
+      room: what the images of a prompt have room in, a `model.vision.Room`; None for text alone.
+
     Raises:
-      ValueError: a prompt is longer, or has a character that the tokenizer lacks.
+      ValueError: a prompt is longer, or has a character that the tokenizer lacks; or images that
+        cannot be read, have no room, or are not as many as their places.
     """
-    rows = [tokenizer.encode_prompt(example.prompt) for example in examples]
+    rows, images = _prompts(examples, tokenizer, room)
     return Prompts(
         tokens=_left_aligned(rows, width, tokenizer.pad_id),
         length=np.array([len(row) for row in rows], np.int32),
         id=np.array([example.id for example in examples], np.uint32),
         task=np.array([example.task for example in examples], np.int32),
+        images=images,
     )
 
 
-def encode_demonstrations(examples: Sequence[Example], tokenizer: Tokenizer, width: int) -> Batch:
+def encode_demonstrations(
+    examples: Sequence[Example], tokenizer: Tokenizer, width: int, room: Any = None
+) -> Batch:
     """Worked completions as a batch for supervised learning: REINFORCE with advantage 1.
 
     Raises:
@@ -91,7 +141,7 @@ def encode_demonstrations(examples: Sequence[Example], tokenizer: Tokenizer, wid
     for example in examples:
         if not example.demonstration:
             raise ValueError(f"the example {example.prompt!r} has no demonstration to learn from")
-    prompts = [tokenizer.encode_prompt(e.prompt) for e in examples]
+    prompts, images = _prompts(examples, tokenizer, room)
     answers = [[*tokenizer.encode(e.demonstration), tokenizer.stop_ids[0]] for e in examples]
     rows = [p + a for p, a in zip(prompts, answers, strict=True)]
     index_S = np.arange(width)
@@ -105,4 +155,5 @@ def encode_demonstrations(examples: Sequence[Example], tokenizer: Tokenizer, wid
         sampler_logp=zeros_BS,
         old_logp=zeros_BS,
         advantages=np.ones(len(rows), np.float32),
+        images=images,
     )

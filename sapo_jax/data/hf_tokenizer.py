@@ -11,12 +11,14 @@ from etils import epath
 
 from sapo_jax.data.chat_template import find_template, render
 from sapo_jax.data.tokenizer import CharTokenizer
+from sapo_jax.tasks.base import IMAGE
 
 ENDS = (  # stop a completion wherever they are special tokens
     "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|eot|>",
     "<|end|>", "<|EOT|>", "<|end_of_turn|>", "<end_of_turn>", "<end_of_utterance>", "<eos>", "</s>",
     "<｜end▁of▁sentence｜>",
 )  # fmt: skip
+PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"  # of Qwen's vocabulary
 TOKEN_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
@@ -50,12 +52,16 @@ class HFTokenizer:
         """Token ids of ``text``, with no special ids added; the names of special ones are read."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
-    def encode_prompt(self, text: str) -> list[int]:
+    def encode_prompt(self, text: str, images: int = 0) -> list[int]:
         """Token ids of a prompt: where ``chat``, a conversation whose answer comes next."""
         if not self.chat:
-            return self.encode(text)
+            return self.encode(text.replace(IMAGE, PLACEHOLDER) if images else text)
         system = [{"role": "system", "content": self.system}] if self.system else []
-        messages = [*system, {"role": "user", "content": text}]
+        content = text
+        if images:
+            first, *rest = ([{"type": "text", "text": x}] if x else [] for x in text.split(IMAGE))
+            content = first + [x for part in rest for x in ({"type": "image"}, *part)]
+        messages = [*system, {"role": "user", "content": content}]
         return self.encode(self.apply_chat_template(messages, add_generation_prompt=True))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -233,11 +239,12 @@ def save_characters(directory: epath.PathLike, tokenizer: CharTokenizer) -> None
     """Write a tokenizer of single characters as `load` and ``transformers`` read it."""
     import tokenizers
 
-    words = ["<pad>", "<stop>", *tokenizer.alphabet]
+    shown = list(tokenizer.vision_ids)
+    words = ["<pad>", "<stop>", *tokenizer.alphabet, *(f"<|{name}|>" for name in shown)]
     backend = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: i for i, word in enumerate(words)})
     )
-    backend.add_special_tokens(words[:2])
+    backend.add_special_tokens(words[:2] + words[len(words) - len(shown) :])
     whole = tokenizers.Regex(r"[\s\S]")
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(whole, "isolated")
     backend.decoder = tokenizers.decoders.Fuse()

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.tasks.base import Example
@@ -43,15 +44,23 @@ class Fits:
       tokenizer: encodes both; the stop token after a demonstration counts.
       width: tokens of room for a prompt.
       room: tokens of room for a demonstration; None where none is learnt from.
+      images: what images have room in, see `model.vision.Room`; None where no prompt has any.
     """
 
     tokenizer: Tokenizer
     width: int
     room: int | None = None
+    images: Any = None
 
     def __call__(self, example: Example) -> bool:
         """True where it has room."""
-        if len(self.tokenizer.encode_prompt(example.prompt)) > self.width:
+        count, expanded = len(example.images), 0
+        if count and self.images:
+            expanded = self.images.tokens_of(example.images, f"example {example.id}: images")
+            if expanded > self.images.tokens or count > self.images.count:
+                return False
+        prompt = len(self.tokenizer.encode_prompt(example.prompt, count))
+        if prompt + expanded - count > self.width:
             return False
         return self.room is None or len(self.tokenizer.encode(example.demonstration)) < self.room
 

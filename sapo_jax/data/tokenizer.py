@@ -6,6 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+from sapo_jax.tasks.base import IMAGE
+
+VISION = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+SHOWN = (VISION[2], VISION[0], VISION[3])
+
 
 class Tokenizer(Protocol):
     """The map between text and token ids that a run depends on."""
@@ -25,8 +30,11 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, with no special ids added."""
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a prompt, in whatever format the policy is asked by."""
+    def encode_prompt(self, text: str, images: int = 0) -> list[int]:
+        """Token ids of a prompt, in whatever format the policy is asked by.
+
+        With ``images`` a placeholder stands wherever the text has `tasks.base.IMAGE`.
+        """
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``, with pad and stop ids dropped."""
@@ -38,12 +46,14 @@ class CharTokenizer:
 
     Args:
       alphabet: the characters that texts may contain, each once.
+      images: whether there are the tokens of `vision_ids` behind those.
 
     Raises:
       ValueError: a character occurs twice.
     """
 
     alphabet: str
+    images: bool = False
 
     pad_id: ClassVar[int] = 0
     stop_ids: ClassVar[tuple[int, ...]] = (1,)
@@ -55,8 +65,13 @@ class CharTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Pad, stop and the alphabet."""
-        return 2 + len(self.alphabet)
+        """Pad, stop, the alphabet, and what stands for images."""
+        return 2 + len(self.alphabet) + len(self.vision_ids)
+
+    @property
+    def vision_ids(self) -> dict[str, int]:
+        """Ids of the placeholder of an image, and of what stands around it, by `VisionConfig`."""
+        return {n: 2 + len(self.alphabet) + i for i, n in enumerate(VISION)} if self.images else {}
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, one per character.
@@ -73,9 +88,13 @@ class CharTokenizer:
             )
         return ids
 
-    def encode_prompt(self, text: str) -> list[int]:
-        """The same as ``encode``: prompts are asked as they are."""
-        return self.encode(text)
+    def encode_prompt(self, text: str, images: int = 0) -> list[int]:
+        """The same as ``encode``, but for images: prompts are asked as they are."""
+        if not images:
+            return self.encode(text)
+        first, *rest = map(self.encode, text.split(IMAGE))
+        shown = [self.vision_ids[name] for name in SHOWN]
+        return first + [i for part in rest for i in [*shown, *part]]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ``ids``, with pad and stop ids dropped.
@@ -88,4 +107,4 @@ class CharTokenizer:
         ids = [int(i) for i in ids]
         if min(ids, default=0) < 0:
             raise ValueError(f"token id {min(ids)} is negative")
-        return "".join(self.alphabet[i - 2] for i in ids if 2 <= i < self.vocab_size)
+        return "".join(self.alphabet[i - 2] for i in ids if 2 <= i < 2 + len(self.alphabet))

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from sapo_jax import masked, model, objectives
-from sapo_jax.learner import diagnostics, scores
+from sapo_jax.learner import diagnostics, images, scores
 from sapo_jax.learner.optimizer import Hyperparameters
 from sapo_jax.model import head, lora, routing
 from sapo_jax.parallel import collectives
-from sapo_jax.types import Batch, Frozen, Weighted
+from sapo_jax.types import Batch, Frozen, Images, Weighted
 
 
 def _per_token(batch: Batch, hp: Hyperparameters) -> dict[str, jax.Array]:
@@ -114,16 +114,33 @@ def numerators(
     """Gradient of the loss's numerator and the merged terms of a minibatch."""
     config = hp.static.model
     specs = lora.trained(model.params.partition_specs(config), config)
+    batch = images.with_prompt(batch)
     return scores.shard_map(_gradient, hp, (specs, PartitionSpec()))(params, batch, hp, frozen)
 
 
 def _gradient(
     params: Any, batch: Batch, hp: Hyperparameters, frozen: Frozen | None
 ) -> tuple[Any, dict[str, Any]]:
+    config, tower = hp.static.model, {n: x for n, x in params.items() if n == "vision"}
+    learns = isinstance(batch.images, Images) and bool(tower)
+    if learns:  # the tower's part of the gradient is computed once, behind all micro-batches
+
+        def look(tower):
+            seen = images.look(tower, config, batch)
+            return seen.features, seen
+
+        _, pull, seen = jax.vjp(look, tower, has_aux=True)
+        params = {n: x for n, x in params.items() if n != "vision"}
+    else:
+        seen = images.look(lora.join(params, frozen, hp.lora_scale), config, batch)
+    batch = batch.replace(images=seen)
     micros = scores.micro_batches(batch, hp)
     balance = _balance(lora.join(params, frozen, hp.lora_scale), micros, hp)
 
-    def numerator(params, micro):
+    def numerator(learnt, micro):
+        params, features = learnt
+        if learns:
+            micro = micro.replace(images=seen.replace(features=features))
         policy = lora.join(params, frozen, hp.lora_scale)
         terms, summary = _loss_terms(policy, micro, hp)
         if balance is not None:
@@ -133,9 +150,9 @@ def _gradient(
             terms["router/balance"] = loss.replace(numerator=extra)
         return terms["loss"].numerator, terms
 
-    grads, terms = scores.total(
-        lambda micro: jax.grad(numerator, has_aux=True)(params, micro), micros
-    )
-    grads = model.params.psum_gradients(grads, hp.static.model)
+    learnt, grad = (params, seen.features if learns else None), jax.grad(numerator, has_aux=True)
+    (grads, of_features), terms = scores.total(lambda micro: grad(learnt, micro), micros)
+    grads = grads | pull(of_features)[0] if learns else grads
+    grads = model.params.psum_gradients(grads, config)
     terms = routing.finish_load(collectives.merge(terms))
     return grads, terms

@@ -28,7 +28,12 @@ def select_rows(
     parts: tuple[Batch, ...], rows_B: jax.Array, signal_B: jax.Array, mesh: Mesh | None = None
 ) -> Batch:
     """Some rows of several batches as one; those without a signal count in no denominator."""
-    chosen = jax.tree.map(lambda *x: jnp.concatenate(x)[rows_B], *parts)
+    every = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    images, every = every.images, every.replace(images=None)
+    chosen = jax.tree.map(lambda x: x[rows_B], every)
+    if images is not None:  # rows of a prompt stay together
+        size = len(every.tokens) // len(images.grids)
+        chosen = chosen.replace(images=jax.tree.map(lambda x: x[rows_B[::size] // size], images))
     chosen = chosen.replace(mask=chosen.mask & signal_B[:, None])
     return sharding.constrain(chosen, mesh, sharding.spec("rows"))
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sapo_jax.learner import images
 from sapo_jax.parallel import sharding
 from sapo_jax.types import Batch
 
@@ -181,6 +182,7 @@ def _fill(units, prompt_B, completion_B, first, place, token_L, segments_L, pref
 @partial(jax.jit, static_argnames="mesh")
 def pack(batch: Batch, layout: Layout, mesh: Mesh | None = None) -> Batch:
     """The rows [B, S] as packed rows; their advantages become those of tokens."""
+    batch = images.with_prompt(batch)
     width = batch.tokens.shape[1]
 
     def take(x, fill=0):
@@ -190,7 +192,7 @@ def pack(batch: Batch, layout: Layout, mesh: Mesh | None = None) -> Batch:
 
     per_token = {
         name: take(x)
-        for name in ("tokens", "mask", "sampler_logp", "old_logp", "ref_logp", "weights")
+        for name in ("tokens", "mask", "sampler_logp", "old_logp", "ref_logp", "weights", "prompt")
         if (x := getattr(batch, name)) is not None
     }
     if batch.routing is not None:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from sapo_jax import model
+from sapo_jax.learner import images
 from sapo_jax.learner.optimizer import Hyperparameters
-from sapo_jax.model import head, lora, routing, segments, transformer
+from sapo_jax.model import head, lora, routing, segments, transformer, vision
 from sapo_jax.parallel import sharding
 from sapo_jax.types import Batch, Frozen, add, zero
 
@@ -38,9 +39,13 @@ def head_arguments(
             raise ValueError(f"routing_replay={static.routing_replay!r}: the batch has no routing")
         replay = batch.routing
     params = model.params.all_gather(params, model.params.table(config), config)
+    sight = None
+    if batch.images is not None:
+        layout = batch.prompt, batch.segments, batch.prefix
+        sight = vision.see(batch.images, config, batch.tokens, *layout)
     hidden_BSD, summary = transformer.hidden(
         params, config, batch.tokens, batch.segments, remat=static.remat, block=static.block,
-        prefix_BS=batch.prefix, replay_BSLk=replay,
+        prefix_BS=batch.prefix, replay_BSLk=replay, sight=sight,
         summarise=lambda r: routing.summarise(r, counts(batch), config),
     )  # fmt: skip
     rows, width = batch.tokens.shape
@@ -81,11 +86,16 @@ def shard_map(function: Callable, hp: Hyperparameters, out_specs: Any) -> Callab
 
 
 def micro_batches(batch: Batch, hp: Hyperparameters) -> MicroBatches:
-    """The rows as `update` and `score` visit them."""
-    m, count, rows = hp.static.micro_batches, batch.count, batch.replace(count=None)
+    """The rows as `update` and `score` visit them; each part has what is seen of all images."""
+    m, count, seen = hp.static.micro_batches, batch.count, batch.images
+    rows = batch.replace(count=None, images=None)
     split = jax.tree.map(lambda x: x.reshape(m, -1, *x.shape[1:]), rows)
     number = m if count is None else count[0]
-    return MicroBatches(number, lambda i: jax.tree.map(lambda x: x[i], split))
+
+    def at(i):
+        return jax.tree.map(lambda x: x[i], split).replace(images=seen)
+
+    return MicroBatches(number, at)
 
 
 def total(function: Callable[[Batch], Any], micros: MicroBatches) -> Any:
@@ -108,6 +118,7 @@ def map_rows(
 
     def local(params, batch, hp, frozen):
         params = lora.join(params, frozen, hp.lora_scale)
+        batch = batch.replace(images=images.look(params, hp.static.model, batch))
         count, at = micro_batches(batch, hp)
         shapes = jax.eval_shape(lambda: function(params, at(0), hp))
         start = jax.tree.map(
@@ -122,6 +133,7 @@ def map_rows(
             out = jax.lax.fori_loop(0, count, visit, start)
         return jax.tree.map(lambda x: x.reshape(batch.tokens.shape[0], *x.shape[2:]), out)
 
+    batch = images.with_prompt(batch)
     return shard_map(local, hp, sharding.spec("rows"))(params, batch, hp, frozen)
 
 

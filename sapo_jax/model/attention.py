@@ -43,9 +43,14 @@ def dense(x: jax.Array, weight: jax.Array, inputs: int = 1) -> jax.Array:
 
 def rotary(positions_X: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """(cos, sin) f32[..., head_dim/2] of RoPE (arXiv 2104.09864) at integer positions."""
+    return turn(positions_X.astype(jnp.float32)[..., None], config)
+
+
+def turn(positions_Xp: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    """As `rotary`, with a position for each pair, or one for all, in the last axis."""
     scaling = dict(config.rope_scaling)
     inverse, factor = rope.frequencies(config.head_dim, config.rope_theta, scaling)
-    angle = positions_X.astype(jnp.float32)[..., None] * inverse
+    angle = positions_Xp * inverse
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
@@ -128,6 +133,13 @@ def causal(
     visible_BST = same_BST & (index[:, None] >= index[None, :])
     weights = _softmax(scores, visible_BST[:, None, None]).astype(v_BSKd.dtype)
     return einsum("bkgst,btkd->bskgd", weights, v_BSKd).reshape(b, s, h, d)
+
+
+def whole(q_BSHd, k_BSHd, v_BSHd, segments_BS) -> jax.Array:
+    """As `causal`, of each token to all of its segment, by the kernel of the platform."""
+    if collectives.platform() == "tpu":
+        return splash.causal(q_BSHd, k_BSHd, v_BSHd, segments_BS, whole=True)
+    return blocked.causal(q_BSHd, k_BSHd, v_BSHd, segments_BS, whole=True)
 
 
 def fused(q_BSHd, k_BSKd, v_BSKd, segments_BS, implementation: str = "cudnn") -> jax.Array:

@@ -1,4 +1,4 @@
-"""Causal attention in blocks that stay in the cache, with a backward pass of its own.
+"""Attention in blocks that stay in the cache, with a backward pass of its own.
 
 No array of [rows, heads, S, S] exists, and pairs of blocks that the mask hides are not visited:
 what lies after the diagonal, other segments of a packed row, pads. The backward pass computes the
@@ -29,6 +29,7 @@ class Rows(NamedTuple):
     Attributes:
       q, k, v: [r, n, b, K, G, d], and [r, n, b, K, d] twice.
       segments, prefix: i32[r, n, b]; see `causal`.
+      whole: queries see the keys after them, too.
     """
 
     q: jax.Array
@@ -36,6 +37,7 @@ class Rows(NamedTuple):
     v: jax.Array
     segments: jax.Array
     prefix: jax.Array
+    whole: bool = False
 
 
 def _take(x, block, axis: int = 1):
@@ -59,7 +61,7 @@ def _visible(rows: Rows, i, j):
     segment_rs, prefix_rs = _take(rows.segments, i)[:, :, None], _take(rows.prefix, i)[:, :, None]
     segment_rt = _take(rows.segments, j)[:, None, :]
     index = jnp.arange(rows.k.shape[2])
-    causal = (i > j) | (index[:, None] >= index[None, :])
+    causal = rows.whole | (i > j) | (index[:, None] >= index[None, :])
     return causal & (segment_rt > 0) & ((segment_rs == segment_rt) | (prefix_rs == segment_rt))
 
 
@@ -81,7 +83,7 @@ def _visits(rows: Rows) -> tuple[jax.Array, jax.Array]:
 
     own, prefix = meets(low, high), meets(*bounds(rows.prefix))
     index = jnp.arange(n)
-    wanted = jnp.any(own | prefix, 0) & (index[:, None] >= index[None, :])
+    wanted = jnp.any(own | prefix, 0) & (rows.whole | (index[:, None] >= index[None, :]))
     return jnp.argsort(~wanted, axis=-1, stable=True), jnp.sum(wanted, -1, dtype=jnp.int32)
 
 
@@ -194,29 +196,29 @@ def _joined(x: jax.Array, s: int) -> jax.Array:
     return x.reshape(chunks * r, n * b, *rest)[:, :s]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _causal(block, q, k, v, segments, prefix):
-    return _forward(block, q, k, v, segments, prefix)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(block, whole, q, k, v, segments, prefix):
+    return _forward(block, whole, q, k, v, segments, prefix)[0]
 
 
-def _forward(block, *arrays):
+def _forward(block, whole, *arrays):
     chunks = tuple(_chunks(block, x) for x in arrays)
-    out, lse = jax.lax.map(lambda x: _forward_rows(Rows(*x)), chunks)
+    out, lse = jax.lax.map(lambda x: _forward_rows(Rows(*x, whole)), chunks)
     out = _joined(out, arrays[0].shape[1])
     return out, (arrays, out, lse)
 
 
-def _backward(block, saved, d_out):
+def _backward(block, whole, saved, d_out):
     arrays, out, lse = saved
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1)
     *rows, delta, d_out = (_chunks(block, x) for x in (*arrays, delta, d_out))
     grads = jax.lax.map(
-        lambda x: _backward_rows(Rows(*x[:-3]), *x[-3:]), (*rows, lse, delta, d_out)
+        lambda x: _backward_rows(Rows(*x[:-3], whole), *x[-3:]), (*rows, lse, delta, d_out)
     )
     return *(_joined(g, out.shape[1]) for g in grads), None, None
 
 
-_causal.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)
 
 
 def causal(
@@ -226,10 +228,13 @@ def causal(
     segments_BS: jax.Array,
     prefix_BS: jax.Array | None = None,
     block: int = BLOCK,
+    whole: bool = False,
 ) -> jax.Array:
-    """As `attention.causal`; pads see nothing and get 0."""
+    """As `attention.causal`, or `attention.whole`; pads see nothing and get 0."""
     b, s, h, d = q_BSHd.shape
     kv = k_BSKd.shape[2]
     prefix_BS = jnp.zeros_like(segments_BS) if prefix_BS is None else prefix_BS
     q_BSKGd = q_BSHd.reshape(b, s, kv, h // kv, d)
-    return _causal(block, q_BSKGd, k_BSKd, v_BSKd, segments_BS, prefix_BS).reshape(b, s, h, d)
+    return _attention(block, whole, q_BSKGd, k_BSKd, v_BSKd, segments_BS, prefix_BS).reshape(
+        b, s, h, d
+    )

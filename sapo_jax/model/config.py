@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 from sapo_jax.cli import nearest
@@ -10,11 +11,73 @@ from sapo_jax.model.rope import check_scaling
 
 DTYPES = ("float32", "bfloat16")
 ATTENTION = ("auto", "blocked", "xla", "splash", "triton", "cudnn")
-MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2", "llama")
+MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen2", "llama", "qwen3_vl", "qwen3_vl_moe")
 LARGEST = {"num_hidden_layers": 4096, "num_experts": 2**16}  # each is named; others: 32 bits
 MAY_BE_ZERO = (
     "pad_token", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "lora_rank",
 )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The tower of a Qwen3-VL model; the names are those of Hugging Face's config.json.
+
+    Attributes:
+      num_position_embeddings: a square, of the table that is resampled to an image's grid.
+      deepstack_visual_indexes: blocks whose output is added after text layers 0, 1, …
+      patch_size, temporal_patch_size, in_channels: a patch is [channel, frame, row, column].
+      spatial_merge_size: m² patches become one token.
+      mrope_section: rotary pairs that turn with time, height and width.
+      min_pixels, max_pixels: of an image as the tower sees it.
+      image_token_id, …: placeholders, and what stands around them.
+    """
+
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_position_embeddings: int = 2304
+    deepstack_visual_indexes: tuple[int, ...] = ()
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    in_channels: int = 3
+    spatial_merge_size: int = 2
+    mrope_section: tuple[int, ...] = (24, 20, 20)
+    min_pixels: int = 65_536
+    max_pixels: int = 16_777_216
+    image_token_id: int = 151_655
+    video_token_id: int = 151_656
+    vision_start_token_id: int = 151_652
+    vision_end_token_id: int = 151_653
+
+    def __post_init__(self):
+        for name in ("deepstack_visual_indexes", "mrope_section"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"model.vision.{field.name}={value!r}: must be at least 1")
+        indexes, side = self.deepstack_visual_indexes, math.isqrt(self.num_position_embeddings)
+        for name, met, wanted in (
+            ("num_heads", self.hidden_size % (4 * self.num_heads) == 0,
+             f"times a multiple of 4 must be hidden_size={self.hidden_size}"),
+            ("num_position_embeddings", side**2 == self.num_position_embeddings,
+             "must be a square"),
+            ("deepstack_visual_indexes", [*indexes] == sorted({*indexes} & {*range(self.depth)}),
+             f"must rise, in [0, depth={self.depth})"),
+        ):  # fmt: skip
+            if not met:
+                raise ValueError(f"model.vision.{name}={getattr(self, name)}: {wanted}")
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in a patch."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merged(self) -> int:
+        """Patches that become a token."""
+        return self.spatial_merge_size**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +96,8 @@ class ModelConfig:
       stop_tokens: any of these ends a completion, and is part of it.
       pad_token: fills rows after their end; never attended to.
       bos_token: begins a text in the files of the model; carried along.
+      vision: the tower of a model that sees, qwen3_vl or qwen3_vl_moe; None for the others.
+      train_vision: whether updates change the tower.
       lora_rank, lora_targets: of adapters, and the projections that have them, see `lora`; with a
         rank the other parameters are frozen.
       attention: the kernel over whole rows, one of ATTENTION; see `attention.causal`.
@@ -63,6 +128,8 @@ class ModelConfig:
     stop_tokens: tuple[int, ...] = (1,)
     pad_token: int = 0
     bos_token: int | None = None
+    vision: VisionConfig | None = None
+    train_vision: bool = True
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = ()
     attention: str = "auto"
@@ -79,6 +146,7 @@ class ModelConfig:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
         self._check_fields()
         self._check_experts()
+        self._check_vision()
         check_scaling(dict(self.rope_scaling))
         for token in (*self.stop_tokens, self.pad_token):
             if not 0 <= token < self.vocab_size:
@@ -113,10 +181,10 @@ class ModelConfig:
             raise ValueError(f"model.head_dim={self.head_dim}: must be even (rotary embedding)")
 
     def _check_experts(self) -> None:
-        if (self.model_type == "qwen3_moe") != (self.num_experts > 0):
+        if self.model_type.endswith("_moe") != (self.num_experts > 0):
             raise ValueError(
-                f"model.num_experts={self.num_experts}: must be at least 1 for "
-                f"model_type='qwen3_moe' and 0 for the others, this is {self.model_type!r}"
+                f"model.num_experts={self.num_experts}: must be at least 1 for the model_type "
+                f"'qwen3_moe' or 'qwen3_vl_moe', 0 for the others, this is {self.model_type!r}"
             )
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
@@ -128,10 +196,32 @@ class ModelConfig:
                 f"model.moe_intermediate_size={self.moe_intermediate_size}: must be at least 1"
             )
 
+    def _check_vision(self) -> None:
+        if ("_vl" in self.model_type) != (self.vision is not None):
+            raise ValueError(
+                f"model.vision={self.vision}: must be set for the model_type 'qwen3_vl' or "
+                f"'qwen3_vl_moe', None for the others, this is {self.model_type!r}"
+            )
+        if self.vision is None:
+            return
+        pairs, layers = self.head_dim // 2, self.num_hidden_layers
+        for name, met, wanted in (
+            ("mrope_section", lambda x: (len(x), sum(x)) == (3, pairs), f"3 with the sum {pairs}"),
+            ("deepstack_visual_indexes", lambda x: len(x) <= layers, f"at most {layers}"),
+            ("image_token_id", lambda x: x < self.vocab_size, f"below {self.vocab_size}"),
+        ):
+            if not met(value := getattr(self.vision, name)):
+                raise ValueError(f"model.vision.{name}={value}: must be {wanted}")
+
+    @property
+    def freezes(self) -> bool:
+        """Whether updates leave some parameters as they are, see `lora.frozen`."""
+        return self.lora_rank > 0 or (self.vision is not None and not self.train_vision)
+
     @property
     def qk_norm(self) -> bool:
         """Whether queries and keys are normalised per head."""
-        return self.model_type in ("qwen3", "qwen3_moe")
+        return self.model_type.startswith("qwen3")
 
     @property
     def biased(self) -> tuple[str, ...]:
@@ -169,12 +259,21 @@ def _moe(experts: int, per_token: int, width: int) -> dict:
     }
 
 
+TOWER = VisionConfig(27, 1152, 4304, 16, deepstack_visual_indexes=(8, 16, 24))
+TINY_TOWER = VisionConfig(
+    2, 64, 192, 2, 64, (0,), patch_size=4, mrope_section=(6, 5, 5),
+    min_pixels=64, max_pixels=4096,
+)  # fmt: skip
+
+
 PRESETS: dict[str, dict] = {
     # Rows of tens of tokens: with θ = 1e6 most rotary frequencies would hardly turn.
     "nano": _qwen3(64, 192, 2, 4, 2, 16) | {"rope_theta": 100.0},
     "nano_moe": _qwen3(64, 192, 2, 4, 2, 16) | _moe(8, 2, 48) | {"rope_theta": 100.0},
     "tiny": _qwen3(128, 384, 6, 4, 2, 32) | {"rope_theta": 100.0},
     "tiny_moe": _qwen3(128, 384, 6, 4, 2, 32) | _moe(8, 2, 96) | {"rope_theta": 100.0},
+    "tiny_vl": _qwen3(128, 384, 4, 4, 2, 32)
+    | {"model_type": "qwen3_vl", "rope_theta": 100.0, "vision": TINY_TOWER},
     "small": _qwen3(256, 768, 8, 8, 4, 32) | {"rope_theta": 100.0},
     "qwen3_0_6b": _qwen3(1024, 3072, 28, 16, 8, 128) | {"vocab_size": 151936},
     "qwen3_1_7b": _qwen3(2048, 6144, 28, 16, 8, 128) | {"vocab_size": 151936},
@@ -183,6 +282,10 @@ PRESETS: dict[str, dict] = {
     "qwen3_30b_a3b": _qwen3(2048, 6144, 48, 32, 4, 128, tied=False)
     | _moe(128, 8, 768)
     | {"vocab_size": 151936},
+    "qwen3_vl_30b_a3b": _qwen3(2048, 6144, 48, 32, 4, 128, tied=False)
+    | _moe(128, 8, 768)
+    | {"model_type": "qwen3_vl_moe", "rope_theta": 5e6, "max_position_embeddings": 262144}
+    | {"vocab_size": 151936, "vision": TOWER},
 }
 
 

@@ -12,23 +12,24 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
-from sapo_jax.model import hf_config
+from sapo_jax.model import hf_config, hf_vision
 from sapo_jax.model.config import ModelConfig
-from sapo_jax.model.hf_tensors import INDEX, SINGLE, Reader
-from sapo_jax.model.params import Spec, shardings, table
+from sapo_jax.model.hf_tensors import INDEX, SINGLE, Reader, fuse, fused_name
+from sapo_jax.model.params import shardings, table
+from sapo_jax.model.spec import Spec
 
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+HEAD = "lm_head.weight"
 DTYPES = ("F32", "BF16", "F16", "F64")
 CARRIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json",
-    "generation_config.json", "additional_chat_templates",
+    "generation_config.json", "additional_chat_templates", "video_preprocessor_config.json",
+    *hf_vision.PROCESSORS,
 )  # fmt: skip
 
 
@@ -39,38 +40,15 @@ def _untie(reader: Reader, config: ModelConfig) -> ModelConfig:
     """
     if not config.tie_word_embeddings or HEAD not in reader.where:
         return config
-    head = reader.where[HEAD]
+    head, embed = reader.where[HEAD], table(config)["embed"].hf_name
     size = head.shape[0]
     rows = [slice(i, min(i + 4096, size)) for i in range(0, size, 4096)]
-    if reader.where.setdefault(EMBED, head).shape == head.shape and all(
-        np.array_equal(reader.tensor(EMBED, part), reader.tensor(HEAD, part)) for part in rows
+    if reader.where.setdefault(embed, head).shape == head.shape and all(
+        np.array_equal(reader.tensor(embed, part), reader.tensor(HEAD, part)) for part in rows
     ):
         del reader.where[HEAD]
         return config
     return dataclasses.replace(config, tie_word_embeddings=False)
-
-
-def _stacked(spec: Spec) -> tuple[int, ...]:
-    """Sizes of the leading axes along which tensors of the files are stacked: layers, experts."""
-    return spec.shape[: spec.hf_name.count("{}")]
-
-
-def _hf_name(spec: Spec, at: tuple[int, ...]) -> str:
-    numbers = (spec.layers[at[0]], *at[1:]) if at else ()
-    return spec.hf_name.format(*numbers)
-
-
-def _hf_shape(spec: Spec) -> tuple[int, ...]:
-    own = spec.shape[len(_stacked(spec)) :]
-    if spec.transposed:
-        return (math.prod(own) // spec.fan_in, spec.fan_in)
-    return own if "vocab" in spec.axes else (math.prod(own),)
-
-
-def tensors(spec: Spec) -> Iterator[tuple[tuple[int, ...], str]]:
-    """(place along the stacked axes, name in the files) of each tensor of a parameter."""
-    for at in itertools.product(*map(range, _stacked(spec))):
-        yield at, _hf_name(spec, at)
 
 
 def _list(names: list[str]) -> str:
@@ -81,12 +59,12 @@ def _list(names: list[str]) -> str:
 def _check(reader: Reader, config: ModelConfig) -> None:
     """Compare names, shapes and dtypes with the table before anything is read."""
     specs = jax.tree.leaves(table(config))
-    expected = {name: _hf_shape(spec) for spec in specs for _, name in tensors(spec)}
+    expected = {name: spec.hf_shape for spec in specs for _, name in spec.tensors()}
     missing = [name for name in expected if name not in reader.where]
     extra = [
         entry.key
         for name, entry in reader.where.items()
-        if name not in expected and not name.endswith("rotary_emb.inv_freq")
+        if name not in expected and not name.endswith(".inv_freq")
     ]
     if missing or extra:
         raise ValueError(
@@ -107,15 +85,12 @@ def _check(reader: Reader, config: ModelConfig) -> None:
 
 def _read_part(reader: Reader, spec: Spec, index: tuple[slice, ...], dtype) -> np.ndarray:
     """One shard of a parameter: ``index`` has a slice with start and stop for each axis."""
-    depth = len(_stacked(spec))
-    own_shape = spec.shape[depth:]
+    depth = len(spec.lead)
     part = np.empty([i.stop - i.start for i in index], dtype)
     for at in itertools.product(*(range(i.start, i.stop) for i in index[:depth])):
-        tensor = reader.tensor(_hf_name(spec, at))
-        own = (tensor.T if spec.transposed else tensor).reshape(own_shape)
-        part[tuple(n - i.start for n, i in zip(at, index[:depth], strict=True))] = own[
-            index[depth:]
-        ]
+        own = spec.from_hf(reader.tensor(spec.name(at)))
+        place = tuple(n - i.start for n, i in zip(at, index[:depth], strict=True))
+        part[place] = own[index[depth:]]
     return part
 
 
@@ -153,7 +128,7 @@ def load(
     """A model from a Hugging Face directory: config.json and safetensors, sharded or not.
 
     Args:
-      directory: of a qwen3, qwen3_moe, qwen2 or llama model.
+      directory: of a model of one of `config.MODEL_TYPES`.
       dtype: float32 or bfloat16, for parameters, computation and cache; `dataclasses.replace` the
         config for a mixture.
       mesh: places the parameters by `params.shardings`; None puts them on the default device.
@@ -180,26 +155,25 @@ def load(
     return config, treedef.unflatten(leaves)
 
 
-def to_hf(spec: Spec, leaf: jax.Array, at: tuple[int, ...]) -> np.ndarray:
-    """The tensor of the files at a place along the stacked axes of a parameter."""
-    own = np.asarray(leaf[at])
-    if spec.transposed:
-        own = own.reshape(spec.fan_in, -1).T
-    return np.ascontiguousarray(own.reshape(_hf_shape(spec)))
-
-
-def _plan_files(specs: list[Spec], itemsize: int, limit: int) -> list[list[tuple[int, tuple, str]]]:
-    """Tensors (leaf, place, name) by file, each file up to ``limit`` bytes."""
-    files: list[list] = [[]]
-    size = 0
+def _plan_files(
+    specs: list[Spec], config: ModelConfig, itemsize: int, limit: int
+) -> list[dict[str, list[tuple[int, tuple]]]]:
+    """Files of up to ``limit`` bytes: for each tensor its parts (leaf, place)."""
+    parts: dict[str, list[tuple[int, tuple]]] = {}
     for number, spec in enumerate(specs):
-        each = math.prod(_hf_shape(spec)) * itemsize
-        for at, name in tensors(spec):
-            if files[-1] and size + each > limit:
-                files.append([])
-                size = 0
-            files[-1].append((number, at, name))
-            size += each
+        for at, name in spec.tensors():
+            # Models that see have the experts of a layer in one tensor.
+            name = fused_name(name) if config.vision else name
+            parts.setdefault(name, []).append((number, at))
+    files: list[dict] = [{}]
+    size = 0
+    for name, places in parts.items():
+        own = sum(math.prod(specs[number].hf_shape) for number, _ in places) * itemsize
+        if files[-1] and size + own > limit:
+            files.append({})
+            size = 0
+        files[-1][name] = places
+        size += own
     return files
 
 
@@ -236,11 +210,14 @@ def save(
     for old in (*directory.glob("model*.safetensors"), *directory.glob(INDEX)):
         old.unlink()
     itemsize = np.dtype(leaves[0].dtype).itemsize
-    files = _plan_files(specs, itemsize, shard_bytes)
+    files = _plan_files(specs, config, itemsize, shard_bytes)
     where = {}
     for n, content in enumerate(files, 1):
         file = SINGLE if len(files) == 1 else f"model-{n:05}-of-{len(files):05}.safetensors"
-        arrays = {name: to_hf(specs[i], leaves[i], at) for i, at, name in content}
+        arrays = {}
+        for name, places in content.items():
+            parts = [specs[i].to_hf(leaves[i], at) for i, at in places]
+            arrays[name] = fuse(parts, config) if len(parts) > 1 else parts[0]
         save_file(arrays, directory / file, metadata={"format": "pt"})
         (directory / file).chmod(0o644)
         where |= dict.fromkeys(arrays, file)
@@ -254,5 +231,8 @@ def save(
                 shutil.copytree(source, directory / source.name, dirs_exist_ok=True)
             elif source.is_file():
                 shutil.copyfile(source, directory / source.name)
-    content = json.dumps(hf_config.to_json(config), indent=2)
-    (directory / "config.json").write_text(content + "\n")
+    contents = {"config.json": hf_config.to_json(config)}
+    if config.vision:
+        contents[hf_vision.PROCESSORS[0]] = hf_vision.processor(config.vision)
+    for name, content in contents.items():
+        (directory / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -7,7 +7,8 @@ import pathlib
 import warnings
 from typing import Any
 
-from sapo_jax.model.config import MODEL_TYPES, ModelConfig
+from sapo_jax.model import hf_vision
+from sapo_jax.model.config import MODEL_TYPES, ModelConfig, VisionConfig
 from sapo_jax.model.rope import SCALINGS
 
 ARCHITECTURES = {
@@ -15,6 +16,8 @@ ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "llama": "LlamaForCausalLM",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
 }
 REFUSED = {  # field: the values of it that this model computes
     "hidden_act": ("silu", "swish", None),
@@ -29,6 +32,11 @@ DEFAULTS = {  # of fields that config.json lacks, as transformers 5.23.0 has the
     },
     "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
     "llama": {"max_position_embeddings": 2048},
+    "qwen3_vl": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 128000},
+    "qwen3_vl_moe": {
+        "num_key_value_heads": 16, "max_position_embeddings": 128000, "num_experts": 60,
+        "num_experts_per_tok": 4, "moe_intermediate_size": 1408,
+    },
 }  # fmt: skip
 SAME = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
@@ -153,6 +161,11 @@ def read(directory: pathlib.Path, dtype: str) -> ModelConfig:
             f"{path}: model_type={kind!r} (architectures {names}): must be one of "
             f"{', '.join(MODEL_TYPES)}"
         )
+    vision = None
+    if kind in hf_vision.KINDS:
+        beside = [directory / name for name in hf_vision.PROCESSORS]
+        processor = next((read_json(file) for file in beside if file.is_file()), {})
+        found, vision = hf_vision.read(path, found, processor.get("image_processor", processor))
     for field, allowed in REFUSED.items():
         if found.get(field) not in allowed:
             raise ValueError(f"{path}: {field}={found[field]!r} is not supported")
@@ -170,7 +183,7 @@ def read(directory: pathlib.Path, dtype: str) -> ModelConfig:
         "tie_word_embeddings": False,
     }
     fields |= {name: value for name, value in DEFAULTS[kind].items() if name not in found}
-    names = SAME + EXPERTS if kind == "qwen3_moe" else SAME
+    names = SAME + EXPERTS if kind.endswith("_moe") else SAME
     fields |= {name: found[name] for name in names if found.get(name) is not None}
     context = fields.setdefault("max_position_embeddings", 32768)
     _check_windows(path, found, context)
@@ -180,6 +193,7 @@ def read(directory: pathlib.Path, dtype: str) -> ModelConfig:
     fields["bos_token"] = bos if isinstance(bos, int) else None
     dtypes = dict.fromkeys(("param_dtype", "compute_dtype", "cache_dtype"), dtype)
     try:
+        fields["vision"] = None if vision is None else VisionConfig(**vision)
         config = ModelConfig(model_type=kind, **fields, **dtypes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
@@ -208,4 +222,4 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
     if config.num_experts:
         content |= {name: getattr(config, name) for name in EXPERTS}
         content["mlp_only_layers"] = list(config.mlp_only_layers)
-    return content
+    return hf_vision.to_json(config, content) if config.vision else content

@@ -6,14 +6,18 @@ import contextlib
 import itertools
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sapo_jax.model import hf_config
+from sapo_jax.model.config import ModelConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+EXPERTS = re.compile(r"(.*\.experts)\.(gate_up|down)_proj")  # of a layer in one tensor
 
 
 class Entry(NamedTuple):
@@ -24,6 +28,7 @@ class Entry(NamedTuple):
     part: tuple[int | slice, ...]
     shape: tuple[int, ...]
     dtype: str
+    transposed: bool = False
 
 
 class Reader(contextlib.ExitStack):
@@ -45,18 +50,23 @@ class Reader(contextlib.ExitStack):
             places = list(hf_config.read_json(directory / INDEX).get("weight_map", {}).values())
         else:
             raise ValueError(f"{directory}: has neither {SINGLE} nor {INDEX}")
-        self.where: dict[str, Entry] = {}
+        found: dict[str, Entry] = {}
         for file in sorted(set(places)):
             if not (directory / file).is_file():
                 count = places.count(file)
                 raise ValueError(
                     f"{directory / file}: missing shard; {INDEX} places {count} tensors in it"
                 )
-            for name, entry in _entries(self._file(file), file):
-                if self.where.setdefault(name, entry).key != entry.key:
-                    same = f"{self.where[name].key} and {entry.key}"
-                    raise ValueError(f"{directory}: {same} are the same tensor: must be one")
-                self.where[name] = entry
+            self._add(found, _entries(self._file(file), file))
+        self.where: dict[str, Entry] = {}
+        self._add(self.where, _experts(found))
+
+    def _add(self, found: dict[str, Entry], entries: Iterable[tuple[str, Entry]]) -> None:
+        for name, entry in entries:
+            if found.setdefault(name, entry).key != entry.key:
+                same = f"{found[name].key} and {entry.key}"
+                raise ValueError(f"{self.directory}: {same} are the same tensor: must be one")
+            found[name] = entry
 
     def _file(self, name: str) -> Any:
         from safetensors import SafetensorError, safe_open
@@ -75,26 +85,58 @@ class Reader(contextlib.ExitStack):
         """One tensor, or some rows of it."""
         entry = self.where[name]
         file, part = self._file(entry.file), rows or entry.part
-        return file.get_slice(entry.key)[part] if part else file.get_tensor(entry.key)
+        tensor = file.get_slice(entry.key)[part] if part else file.get_tensor(entry.key)
+        return tensor.T if entry.transposed else tensor
 
 
 def _entries(opened: Any, file: str) -> Iterator[tuple[str, Entry]]:
-    """The tensors of a file by the names of the table.
-
-    Keys may lack "model."; the experts of a layer may lie in one tensor, gate above up.
-    """
+    """The tensors of a file, with "model." before the keys that lack it."""
     for key in list(opened.keys()):
         view = opened.get_slice(key)
-        shape, dtype = tuple(view.get_shape()), view.get_dtype()
         name = key if key.startswith(("model.", "lm_head.")) else f"model.{key}"
-        fused = re.fullmatch(r"(.*\.experts)\.(gate_up|down)_proj", name)
-        if not fused or len(shape) != 3:
-            yield name, Entry(file, key, (), shape, dtype)
+        yield name, Entry(file, key, (), tuple(view.get_shape()), view.get_dtype())
+
+
+def _experts(found: dict[str, Entry]) -> Iterator[tuple[str, Entry]]:
+    """The tensors by the names of the table, each expert's apart.
+
+    The experts of a layer may lie in one tensor, [E, 2I, D] and [E, D, I] with gate above up, or
+    [E, D, 2I] and [E, I, D]: a square one says nothing, but of the two of a layer one is none.
+    """
+    for name, entry in found.items():
+        fused = EXPERTS.fullmatch(name)
+        if not fused or len(entry.shape) != 3:
+            yield name, entry
             continue
-        experts, out, width = shape
+        both = [found.get(f"{fused[1]}.{part}_proj", entry) for part in ("gate_up", "down")]
+        (_, d, wide), (_, i, out) = (e.shape if len(e.shape) == 3 else (0,) * 3 for e in both)
+        transposed = (d, wide) == (out, 2 * i)
+        experts, rows, columns = entry.shape
+        rows, columns = (columns, rows) if transposed else (rows, columns)
         parts = ("gate", "up") if fused[2] == "gate_up" else ("down",)
-        size = out // len(parts)
+        size = rows // len(parts)
         for expert, (n, part) in itertools.product(range(experts), enumerate(parts)):
-            where = expert, slice(n * size, (n + 1) * size)
-            entry = Entry(file, key, where, (size, width), dtype)
-            yield f"{fused[1]}.{expert}.{part}_proj.weight", entry
+            own = slice(n * size, (n + 1) * size)
+            place = (expert, slice(None), own) if transposed else (expert, own)
+            yield (
+                f"{fused[1]}.{expert}.{part}_proj.weight",
+                entry._replace(part=place, shape=(size, columns), transposed=transposed),
+            )
+
+
+def fused_name(name: str) -> str:
+    """The tensor of a layer's experts that one of an expert is part of; others are their own."""
+    name = re.sub(r"\.experts\.\d+\.(gate|up)_proj\.weight$", ".experts.gate_up_proj", name)
+    return re.sub(r"\.experts\.\d+\.down_proj\.weight$", ".experts.down_proj", name)
+
+
+def fuse(parts: list[np.ndarray], config: ModelConfig) -> np.ndarray:
+    """The experts of a layer as one tensor: all gates, then all ups; or all downs.
+
+    As on the hub, [E, in, out], but where ``transformers``, which decides for each tensor by its
+    shape, would take that for [E, out, in].
+    """
+    e, d, i = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    each = np.stack(parts).reshape(-1, e, *parts[0].shape)
+    whole = np.concatenate(list(each), axis=1)
+    return whole if d in (i, 2 * i) else np.ascontiguousarray(whole.swapaxes(1, 2))

@@ -3,7 +3,7 @@
 Adapters are entries of the parameter table beside the projections that they adapt, so that the
 layer, the scan, meshes and the sampler treat them like any other parameter. A policy is then what
 is `trained`, the adapters, and what is `frozen`, the base, which is held once; `join` makes of them
-what the model's functions take.
+what the model's functions take. A vision tower that is not learnt is `frozen`, too.
 """
 
 from __future__ import annotations
@@ -86,15 +86,17 @@ def adapters(table: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
 
 def trained(tree: Any, config: ModelConfig) -> Any:
     """The part that is learnt of a tree with the structure of the parameters: all, or adapters."""
-    if not config.lora_rank:
-        return tree
-    return {"layers": {n: x for n, x in tree["layers"].items() if is_adapter(n)}}
+    if config.lora_rank:
+        return {"layers": {n: x for n, x in tree["layers"].items() if is_adapter(n)}}
+    return {n: x for n, x in tree.items() if n != "vision"} if config.freezes else tree
 
 
 def frozen(tree: Any, config: ModelConfig) -> Frozen | None:
     """The other part."""
-    if not config.lora_rank:
+    if not config.freezes:
         return None
+    if not config.lora_rank:
+        return Frozen({"vision": tree["vision"]})
     layers = {n: x for n, x in tree["layers"].items() if not is_adapter(n)}
     return Frozen({**tree, "layers": layers})
 
@@ -110,12 +112,13 @@ def join(trained: Any, frozen: Frozen | None, scale: jax.Array | float | None) -
     if frozen is None:
         return trained
     own = trained if scale is None else scaled(trained, scale)
-    return {**frozen.params, "layers": {**frozen.params["layers"], **own["layers"]}}
+    layers = {**frozen.params.get("layers", {}), **own["layers"]}
+    return {**frozen.params, **own, "layers": layers}
 
 
 def base(config: ModelConfig) -> ModelConfig:
-    """The shape without adapters."""
-    return dataclasses.replace(config, lora_rank=0, lora_targets=())
+    """The shape with nothing frozen: without adapters, and with a tower that is learnt."""
+    return dataclasses.replace(config, lora_rank=0, lora_targets=(), train_vision=True)
 
 
 @jax.jit

@@ -2,8 +2,9 @@
 
 From it come initial values, abstract values for ahead-of-time compilation, shardings, and the
 conversion of checkpoints. Parameters are a plain pytree:
-``{"embed", "final_norm", ["head"], "layers": {name: [L', ...]}}``, each name stacked over the L'
-layers that have it (all of them in a dense model) for the learner's scan.
+``{"embed", "final_norm", ["head"], "layers": {name: [L', ...]}, ["vision"]}``, each name stacked
+over the L' layers that have it (all of them in a dense model) for the learner's scan; "vision" is
+described in `vision_table`.
 """
 
 from __future__ import annotations
@@ -17,36 +18,9 @@ import jax.numpy as jnp
 
 from sapo_jax.model import lora
 from sapo_jax.model.config import ModelConfig
+from sapo_jax.model.spec import Spec, stacked
+from sapo_jax.model.vision_table import vision_table
 from sapo_jax.parallel import collectives, sharding
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """One parameter; `layer_table` describes those of layers without their leading L axis.
-
-    Attributes:
-      shape: sizes of the axes.
-      axes: logical names of the axes.
-      hf_name: name in a Hugging Face checkpoint, with a ``{}`` for the layer's number and one for
-        the expert's.
-      fan_in: inputs of a linear map, whose initial variance is 1/fan_in; 0 for norms and biases.
-      scale: multiplies the initial standard deviation; where fan_in is 0, the initial value.
-      layers: numbers of the layers that have it, the order along the leading axis.
-      dtype: where it is not ``config.param_dtype``.
-    """
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    hf_name: str
-    fan_in: int = 0
-    scale: float = 1.0
-    layers: tuple[int, ...] = ()
-    dtype: str | None = None
-
-    @property
-    def transposed(self) -> bool:
-        """Hugging Face's linear weights are [out, in]; ours are [in..., out...]."""
-        return self.fan_in > 0 and "vocab" not in self.axes
 
 
 def _attention_table(config: ModelConfig, residual: float) -> dict[str, Spec]:
@@ -106,7 +80,7 @@ def layer_table(config: ModelConfig) -> dict[str, Spec]:
     parts += ((dense, _mlp_table(config, residual)),) if dense else ()
     parts += ((sparse, _experts_table(config, residual)),) if sparse else ()
     found = {
-        name: dataclasses.replace(spec, layers=layers)
+        name: dataclasses.replace(_renamed(spec, config), layers=layers)
         for layers, table in parts
         for name, spec in table.items()
     }
@@ -123,13 +97,20 @@ def table(config: ModelConfig) -> dict[str, Any]:
     }
     if not config.tie_word_embeddings:
         top["head"] = Spec((v, d), vocab_axes, "lm_head.weight", d)
-    stacked = {
-        name: dataclasses.replace(
-            spec, shape=(len(spec.layers), *spec.shape), axes=("layers", *spec.axes)
-        )
-        for name, spec in layer_table(config).items()
-    }
-    return {**top, "layers": stacked}
+    top = {name: _renamed(spec, config) for name, spec in top.items()}
+    top["layers"] = stacked(layer_table(config))
+    if config.vision:
+        own = vision_table(config)
+        top["vision"] = own | {n: stacked(own[n]) for n in ("blocks", "deepstack") if n in own}
+    return top
+
+
+def _renamed(spec: Spec, config: ModelConfig) -> Spec:
+    """Under the name that the files of models that see have for it."""
+    if config.vision is None:
+        return spec
+    name = spec.hf_name.replace("model.", "model.language_model.", 1)
+    return dataclasses.replace(spec, hf_name=name)
 
 
 def unstack(layers: dict[str, Any], config: ModelConfig) -> list[dict[str, Any]]:
@@ -249,14 +230,17 @@ def dimensions(config: ModelConfig) -> list[sharding.Dimension]:
 
 
 # Norms and routers compute in f32, from parameters in their own dtype.
-UNCAST = ("attn_norm", "mlp_norm", "final_norm", "router")
+UNCAST = (
+    "attn_norm", "mlp_norm", "final_norm", "router",
+    "norm", "norm_bias", "norm1", "norm1_bias", "norm2", "norm2_bias",
+)  # fmt: skip
 
 
 def all_gather(params: dict[str, Any], specs: dict[str, Spec], config: ModelConfig) -> Any:
     """The parameters from their parts along `fsdp`, in the dtype in which they are used."""
 
     def whole(name, value):
-        axes = () if name == "layers" else specs[name].axes  # those are gathered one by one
+        axes = () if isinstance(value, dict) else specs[name].axes  # layers are gathered one by one
         if "embed" not in axes:
             return value
         dtype = value.dtype if name in UNCAST else config.compute_dtype

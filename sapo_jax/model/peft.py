@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sapo_jax.model import hf, lora, params
+from sapo_jax.model import lora, params
 from sapo_jax.model.config import ModelConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -81,10 +81,10 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     specs = lora.trained(params.table(_stored(config)), config)["layers"]
     tensors = {
-        f"base_model.model.{key}": hf.to_hf(spec, leaf, at)
+        f"base_model.model.{key}": spec.to_hf(leaf, at)
         for name, spec in specs.items()
         for leaf in [layers[name] if name in layers else np.zeros(spec.shape, np.float32)]
-        for at, key in hf.tensors(spec)
+        for at, key in spec.tensors()
     }
     save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
     (directory / WEIGHTS).chmod(0o644)

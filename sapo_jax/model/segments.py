@@ -23,15 +23,24 @@ def _of_prefix(reduce, values_BS, ids_BS, prefix_BS):
     return jnp.take_along_axis(by_id, prefix_BS, -1)
 
 
-def positions(segments_BS: jax.Array, prefix_BS: jax.Array | None = None) -> jax.Array:
-    """Index of each token in its sequence, prefix included, i32[B, S]."""
-    index_S = jnp.arange(segments_BS.shape[-1], dtype=jnp.int32)
-    start_BS = jnp.where(_starts(segments_BS), index_S, 0)
-    own_BS = index_S - jax.lax.cummax(start_BS, axis=1)
+def positions(
+    segments_BS: jax.Array, prefix_BS: jax.Array | None = None, steps_BS: jax.Array | None = None
+) -> jax.Array:
+    """Index of each token in its sequence, prefix included, i32[B, S].
+
+    With ``steps_BS`` it is the sum of the steps ≥ 0 of the tokens before; without, each is 1.
+    """
+    if steps_BS is None:
+        before_BS = jnp.arange(segments_BS.shape[-1], dtype=jnp.int32)
+        steps_BS = 1
+    else:
+        before_BS = jnp.cumsum(steps_BS, -1) - steps_BS
+    start_BS = jnp.where(_starts(segments_BS), before_BS, 0)
+    own_BS = before_BS - jax.lax.cummax(start_BS, axis=1)
     if prefix_BS is None:
         return own_BS
-    ones_BS = (segments_BS > 0).astype(jnp.int32)
-    return own_BS + _of_prefix(jax.ops.segment_sum, ones_BS, segments_BS, prefix_BS)
+    steps_BS = jnp.where(segments_BS > 0, steps_BS, 0)  # pads are what a segment without has
+    return own_BS + _of_prefix(jax.ops.segment_sum, steps_BS, segments_BS, prefix_BS)
 
 
 def predecessors(segments_BS: jax.Array, prefix_BS: jax.Array | None = None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Splash attention for TPU: causal grouped-query attention without a scores buffer (Pallas)."""
+"""Splash attention for TPU: grouped-query attention without a scores buffer (Pallas)."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ def causal(
     v_BSKd: jax.Array,
     segments_BS: jax.Array,
     *,
+    whole: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
-    """As `attention.causal`; ``interpret`` runs the kernel's program on any platform."""
+    """As `attention.causal` or `attention.whole`; ``interpret`` runs it on any platform."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -50,8 +51,9 @@ def causal(
         return jnp.swapaxes(jnp.pad(x_BSHd, padding), 1, 2)
 
     segments_BS = jnp.pad(segments_BS, ((0, 0), (0, rows - s)))
+    mask = masks.FullMask if whole else masks.CausalMask
     kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((rows, rows)) for _ in range(h)]),
+        masks.MultiHeadMask([mask((rows, rows)) for _ in range(h)]),
         block_sizes=_blocks(rows), head_shards=1, q_seq_shards=1,
         residual_checkpoint_name=SAVED, interpret=interpret,
     )  # fmt: skip

@@ -7,13 +7,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sapo_jax.model import attention, blocked, lora, moe, segments, splash, vocab
+from sapo_jax.model import attention, blocked, lora, moe, segments, splash, vision, vocab
 from sapo_jax.model.attention import einsum
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.model.moe import Routing
 from sapo_jax.model.params import all_gather, head_weight, layer_stacks, layer_table
 from sapo_jax.parallel import collectives
+from sapo_jax.types import Images
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -126,6 +128,7 @@ def hidden(
     block: int = blocked.BLOCK,
     prefix_BS: jax.Array | None = None,
     replay_BSLk: jax.Array | None = None,
+    sight: vision.Sight | None = None,
     summarise: Callable[[Routing], Any] = lambda routing: routing.experts,
 ) -> tuple[jax.Array, Any]:
     """Final hidden states, and what ``summarise`` makes of each sparse layer's routing.
@@ -139,12 +142,16 @@ def hidden(
       block: tokens of a block of attention, see `blocked.block_size`.
       remat: the backward pass recomputes each layer from its input.
       replay_BSLk: experts to use in each sparse layer, −1 for the router's choice.
+      sight: what placeholders stand for, and positions; None for text alone.
       summarise: applied within the scan, so that what it drops is never stacked.
 
     Returns:
       (f[B, S, D], tree of [L_moe, ...] or None for a dense model).
     """
-    rope = attention.rotary(segments.positions(segments_BS, prefix_BS), config)
+    if sight is None:
+        rope = attention.rotary(segments.positions(segments_BS, prefix_BS), config)
+    else:
+        rope = vision.rotary(sight.positions, config)
     specs = layer_table(config)
     replay = None if replay_BSLk is None else jnp.moveaxis(replay_BSLk, 2, 0)
 
@@ -153,14 +160,15 @@ def hidden(
 
     def period(places):  # one step visits the layers of one period
         def step(x_BSD, inputs):
-            stacked, replayed = inputs
+            stacked, replayed, numbers = inputs
             summaries = []
-            for place in places:
+            for n, place in enumerate(places):
                 w = {name: stacked[name][at] for name, at in place.items()}
                 w = all_gather(w, specs, config)
                 replays = "router" in place and replayed is not None
                 experts = replayed[place["router"]] if replays else None
                 x_BSD, routing = layer(w, config, x_BSD, rope, attend, experts)
+                x_BSD = x_BSD if sight is None else sight.add(x_BSD, numbers[n])
                 if routing is not None:
                     summaries.append(summarise(routing))
             return x_BSD, jax.tree.map(lambda *x: jnp.stack(x), *summaries) if summaries else None
@@ -168,6 +176,7 @@ def hidden(
         return step
 
     x_BSD, collected = embed(params, config, tokens_BS), []
+    x_BSD = x_BSD if sight is None else sight.embed(x_BSD)
     for stack in layer_stacks(config):
         places = stack.places(specs)
         # A dict and not a set: the order of the names is that of the program's operations.
@@ -175,8 +184,11 @@ def hidden(
         stacked = {n: stack.part(params["layers"][n], specs[n].layers) for n in names}
         has_replay = "router" in names and replay is not None
         replayed = stack.part(replay, config.sparse_layers) if has_replay else None
+        numbers = None
+        if sight is not None:
+            numbers = np.array(stack.layers, np.int32).reshape(stack.repeats, stack.period)
         step = recomputed(period(places), remat)
-        x_BSD, summaries = visit(step, x_BSD, (stacked, replayed), config)
+        x_BSD, summaries = visit(step, x_BSD, (stacked, replayed, numbers), config)
         if summaries is not None:
             collected.append(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), summaries))
     routing = jax.tree.map(lambda *x: jnp.concatenate(x), *collected) if collected else None
@@ -189,10 +201,15 @@ def logits_of(params: Any, config: ModelConfig, hidden_XD: jax.Array) -> jax.Arr
     return einsum("...D,VD->...V", hidden_XD, weight_VD, out=jnp.float32)
 
 
-def logits(params: Any, config: ModelConfig, tokens_BS: jax.Array) -> jax.Array:
+def logits(
+    params: Any, config: ModelConfig, tokens_BS: jax.Array, images: Images | None = None
+) -> jax.Array:
     """Causal logits f32[B, S, V] of left-aligned rows; for tests and inspection.
 
-    Training never forms this array: see `head`.
+    Training never forms this array: see `head`. ``images`` are all that the rows have placeholders
+    for, row by row, see `vision.process`.
     """
-    hidden_BSD, _ = hidden(params, config, tokens_BS, jnp.ones_like(tokens_BS))
+    segments_BS = jnp.ones_like(tokens_BS)
+    sight = None if images is None else vision.look(params, config, tokens_BS, images)
+    hidden_BSD, _ = hidden(params, config, tokens_BS, segments_BS, sight=sight)
     return logits_of(params, config, hidden_BSD)

@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from sapo_jax.model import params
@@ -91,12 +92,11 @@ def gathered_limit(settings: Settings) -> int:
     """Bytes of the parameters outside of the layers, whole but for `tensor`, as they are used."""
     mesh = settings.mesh
     tensor = 1 if mesh is None else mesh.shape["tensor"]
-    total = 0
-    for name, spec in params.table(settings.model).items():
-        if name != "layers":
-            split = tensor if "vocab" in spec.axes else 1
-            total += 4 * math.prod(spec.shape) // split
-    return total
+    outside = [x for name, x in params.table(settings.model).items() if name != "layers"]
+    return sum(
+        4 * math.prod(spec.shape) // (tensor if "vocab" in spec.axes else 1)
+        for spec in jax.tree.leaves(outside)
+    )
 
 
 def _gathers(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -38,18 +38,22 @@ def stand_in(config: ConfigDict) -> ConfigDict:
     if not (directory / "config.json").exists() and preset in model.PRESETS:
         c.model.preset = preset
     if c.tokenizer.directory:
-        c.task, c.tasks = ConfigDict({"name": "chain_sum", "options": {}}), ConfigDict()
+        name = "count_shapes" if c.data.max_image_tokens else "chain_sum"
+        c.task, c.tasks = ConfigDict({"name": name, "options": {}}), ConfigDict()
         c.tokenizer.update(directory="", system="", template_options=ConfigDict())
         c.evals, c.eval.every, c.eval.best = ConfigDict(), 0, "mean"
     return c
 
 
-def _attention(matmuls: int) -> costs.Kernel:
+def _attention(matmuls: int, patches: int) -> costs.Kernel:
+    """Of rows that are images, each token's to all others."""
+
     def count(instruction: hlo.Instruction, computation: hlo.Computation) -> float:
         floats = ("bf16[", "f32[")
         shapes = [computation[name].shape for name in instruction.operands]
         *heads, rows, width = hlo.dimensions(next(s for s in shapes if s.startswith(floats)))
-        return 2 * matmuls * math.prod(heads) * splash.executed_scores(rows) * width
+        scores = rows * rows if rows == patches else splash.executed_scores(rows)
+        return 2 * matmuls * math.prod(heads) * scores * width
 
     return count
 
@@ -70,9 +74,11 @@ def kernels(settings: Settings, program: Program) -> dict[str, costs.Kernel]:
         out = hlo.dimensions(instruction.shape)
         return 2 * rows * out[-1] * (out[-2] if len(out) == 3 else left[-1])
 
+    room = settings.images
+    patches = splash.padded(room.tokens * config.vision.merged) if room else 0
     # The backward kernel computes scores, their gradient, and the gradients of q, k and v.
     return {
-        "splash_mha_fwd": _attention(2), "splash_mha_dkv": _attention(5),
+        "splash_mha_fwd": _attention(2, patches), "splash_mha_dkv": _attention(5, patches),
         "gmm": of_experts, "tgmm": of_experts,
     }  # fmt: skip
 

@@ -21,7 +21,7 @@ from sapo_jax import learner
 from sapo_jax.model import ModelConfig, lora, params
 from sapo_jax.parallel import runs, sharding
 from sapo_jax.sampler import SamplerParams, decode, decode_state, sampling, weights
-from sapo_jax.training.queue import abstract_batch, placed
+from sapo_jax.training.queue import abstract_batch, abstract_images, placed
 from sapo_jax.training.settings import Settings
 from sapo_jax.types import Batch, Frozen, Prompts, TrainState
 
@@ -116,7 +116,7 @@ def abstract_prompts(settings: Settings) -> Prompts:
     made = Prompts(
         tokens=Abstract((p, settings.width), integers), length=Abstract((p,), integers),
         id=Abstract((p,), jnp.uint32), task=Abstract((p,), integers),
-        occurrence=Abstract((p,), integers),
+        occurrence=Abstract((p,), integers), images=abstract_images(settings, p, patches=False),
     )  # fmt: skip
     return fed(made, settings.sampler_mesh)
 
@@ -162,6 +162,21 @@ def forward_flops(config: ModelConfig, tokens: int, keys: float, logits: int) ->
     return matmul_flops(config, tokens, logits) + tokens * attention
 
 
+def tower_flops(settings: Settings, prompts: int) -> float:
+    """Of the tower, once over as many images as prompts have room for, each prompt's as one."""
+    config, room = settings.model, settings.images
+    if room is None:
+        return 0.0
+    vision, patches = config.vision, room.tokens * config.vision.merged
+    per_patch = 0.0
+    for spec in jax.tree.leaves(params.table(config)["vision"]):
+        if spec.fan_in and "positions" not in spec.axes:
+            merges = "merger" in spec.hf_name  # a token at a time
+            per_patch += 2 * math.prod(spec.shape) / (vision.merged if merges else 1)
+    attention = 4 * vision.depth * vision.hidden_size * patches
+    return prompts * patches * (per_patch + attention)
+
+
 def _abstract_state(settings: Settings) -> TrainState:
     """The learner's state, and on one device its place."""
     hp, mesh = settings.hp, settings.mesh
@@ -194,7 +209,8 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
     config, size = settings.model, (prompts * n + rows * t, rows * t)
     forward = forward_flops(config, size[0], (n + t) / 2, size[1])
     # Nothing computes the gradients of frozen matrices.
-    spared = matmul_flops(lora.base(config), *size) if frozen else 0.0
+    spared = matmul_flops(lora.base(config), *size) if config.lora_rank else 0.0
+    tower = config.train_vision * tower_flops(settings, options.prompts // options.minibatches)
     passes = hp.static.micro_batches
     turns = {
         "micro_batches": passes,
@@ -216,14 +232,14 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
             lambda: _lower(settings, score, state.params, unscored, hp, frozen),
             parameters | {"rows": unscored},
             runs=scored * (recompute + settings.needs_reference), mesh=settings.mesh,
-            tokens=tokens, turns=turns, model_flops=forward,
+            tokens=tokens, turns=turns, model_flops=forward + tower,
             resident=optimizer | rollout | sampler | _reference(settings),
         ),
         "update": Program(
             lambda: _lower(settings, learner.update, state, batch, hp, frozen, donate=(0,)),
             parameters | optimizer | {"rows": batch}, runs=options.minibatches,
             mesh=settings.mesh, tokens=tokens, turns=turns,
-            model_flops=3 * forward - spared,
+            model_flops=3 * (forward + tower) - spared,
             resident=others | _reference(settings),
         ),
     }  # fmt: skip
@@ -266,12 +282,23 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
         own = train.params if frozen else rest
         return weights.convert_runs.lower(own, frozen, scale, config, settings.mesh, mesh)
 
+    looks, p = {}, _drawn(settings) * count
+    if settings.images is not None:
+        patches = fed(abstract_images(settings, p, patches=True), mesh)
+        tower = {"vision": sampler_params["vision"]}
+        looks["see"] = Program(
+            lambda: decode.see.lower(tower, config, patches, mesh=mesh),
+            {"sampler's parameters": tower, "rows": patches}, runs=1, mesh=mesh,
+            model_flops=tower_flops(settings, _drawn(settings)), resident=resident,
+            result={"rows": prompts.images},
+        )  # fmt: skip
     return {
         "to_sampler": Program(
             lambda: convert(rest), {"parameters": rest},
             runs=1, mesh=mesh,
             resident=optimizer | {"parameters": shared}, result={"sampler's parameters": moved},
         ),
+        **looks,
         "prefill": Program(
             lambda: decode.fill_slots.lower(
                 sampler_params, config, prompts, base, controls, state.replace(completion_kv=None),

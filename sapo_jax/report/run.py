@@ -20,6 +20,7 @@ from sapo_jax.training.workdir import gaps, read_config, read_metrics, read_samp
 
 SAMPLES = 24
 PREFLIGHT = {"checks": [{"name": str}], "refused": dict}
+PNG = "data:image/png;base64,"
 RIGHT = 0.5  # in runs that did not record what is right: a larger reward
 # What means something where nothing was sampled: there is no old policy to compare with.
 SUPERVISED = ("iteration", "update", "eval/", "policy/loss", "policy/entropy", "grad/", "time/")
@@ -180,6 +181,7 @@ def _problems(samples: Records) -> list[dict[str, Any]]:
         shown.append({
             "prompt": one.get("prompt"),
             "answer": one.get("answer"),
+            "images": [x for x in one.get("images", []) if str(x).startswith(PNG)],
             "where": f"iteration {one.get('iteration')}, problem {one.get('prompt_id')}",
             "right": right if whole else sum(map(_is_right, group)),
             "count": f"{count} completions" if whole else f"{len(group)} recorded completions",

@@ -12,11 +12,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from sapo_jax.model import attention, transformer
+from sapo_jax.model import attention, transformer, vision
 from sapo_jax.parallel import collectives, runs, sharding
 from sapo_jax.sampler import decode_state, results, sampling, weights
 from sapo_jax.sampler.decode_state import DecodeState
 from sapo_jax.sampler.results import ROWS, WHOLE
+from sapo_jax.types import Seen
 
 
 def _draw_rows(keys_XY, index_XY, logits_XYV, controls, truncate):
@@ -46,7 +47,28 @@ def fill_slots(
     return sharding.shard_map(local, mesh, in_specs, specs)(*arguments)
 
 
-def _read(params, config, state, tokens_BN, caches, write):
+@partial(jax.jit, static_argnames=("config", "mesh"))
+def see(params, config, images, *, mesh=None) -> Seen:
+    """What the tower makes of the images of each prompt; "vision" alone of the parameters."""
+
+    def local(params, images):
+        own = runs.of_device(params)
+        return Seen(vision.features(own, config, images, gathered=True), images.grids)
+
+    specs = {"vision": weights.partition_specs(config)["vision"]}
+    in_specs = (sharding.by_run(specs, mesh), ROWS)
+    return sharding.shard_map(local, mesh, in_specs, ROWS)(params, images)
+
+
+def _sight(config, images, tokens_BN, group=1):
+    """The images as rows see them, ``group`` of each prompt; None where there are none."""
+    if images is None:
+        return None
+    prompt_B1 = jnp.repeat(jnp.arange(len(images.grids)), group)[:, None]
+    return vision.see(images, config, tokens_BN, prompt_B1, jnp.ones_like(tokens_BN))
+
+
+def _read(params, config, state, tokens_BN, sight, caches, write):
     """Left-aligned rows through the layers; each layer's keys and values [B, K, N, d] are given to
     ``write`` with its caches.
     """
@@ -54,8 +76,10 @@ def _read(params, config, state, tokens_BN, caches, write):
     segments_BN = jnp.ones_like(tokens_BN)
     rope = jax.tree.map(lambda x: x[: tokens_BN.shape[1]], state.rope)
     x = transformer.embed(params, config, tokens_BN)
+    if sight is not None:
+        rope, x = vision.rotary(sight.positions, config), sight.embed(x)
     written, routings = [], []
-    for layer, cache in zip(params["layers"], caches, strict=True):
+    for n, (layer, cache) in enumerate(zip(params["layers"], caches, strict=True)):
         fresh = []
 
         def attend(q_, k, v, fresh=fresh):
@@ -63,6 +87,7 @@ def _read(params, config, state, tokens_BN, caches, write):
             return attention.causal(q_, k, v, segments_BN, config.attention)
 
         x, routed = transformer.layer(layer, config, x, rope, attend)
+        x = x if sight is None else sight.add(x, n)
         routings.append(routed)
         written.append(tuple(write(old, new) for old, new in zip(cache, fresh, strict=True)))
     return x, written, routings
@@ -78,7 +103,9 @@ def _fill_slots(config, truncate, params, prompts, base, controls, state, slot_F
     def fill(old, new):
         return old.at[slot_F].set(new, mode="drop")
 
-    x, prompt_kv, routings = _read(params, config, state, tokens_FN, state.prompt_kv, fill)
+    sight = _sight(config, own.images, tokens_FN)
+    delta_F = jnp.zeros_like(length_F) if sight is None else sight.delta
+    x, prompt_kv, routings = _read(params, config, state, tokens_FN, sight, state.prompt_kv, fill)
     last_FD = jnp.take_along_axis(x, (length_F - 1)[:, None, None], 1)[:, 0]
     last_FD = transformer.rms_norm(last_FD, params["final_norm"], config.rms_norm_eps)
     logits_FV = transformer.logits_of(params, config, last_FD)
@@ -101,6 +128,7 @@ def _fill_slots(config, truncate, params, prompts, base, controls, state, slot_F
         prompt_kv=prompt_kv,
         prompt=fill(state.prompt, prompt_F),
         length=fill(state.length, length_F),
+        delta=fill(state.delta, delta_F),
         keys=fill(state.keys, keys_FG),
         token=fill(state.token, token_FG),
         order=fill(state.order, jnp.argsort(ended_FG, axis=-1, stable=True).astype(jnp.int32)),
@@ -150,7 +178,8 @@ def _resume_slots(config, params, prompts, state, slot_F, prompt_F):
         return written.reshape(old.shape)
 
     rows_BS = tokens_FGS.reshape(f * g, n + t)
-    _, completion_kv, _ = _read(params, config, state, rows_BS, state.completion_kv, write)
+    sight = _sight(config, own.images, rows_BS, g)
+    _, completion_kv, _ = _read(params, config, state, rows_BS, sight, state.completion_kv, write)
 
     def fill(old, new):
         return old.at[slot_F].set(new, mode="drop")
@@ -172,7 +201,7 @@ def step(params, config, controls, truncate, state: DecodeState) -> DecodeState:
     n, c = state.prompt_kv[0][0].shape[2], state.completion_kv[0][0].shape[2]
     t = state.results.tokens.shape[-1]
     index_QW = state.clock - state.start  # of the token that is fed, in its completion
-    position_QW = state.length[:, None] + index_QW
+    position_QW = (state.length + state.delta)[:, None] + index_QW
     rope = jax.tree.map(lambda x: x[position_QW], state.rope)
     # All rows write at one place of the cache, whenever they started; no completion is longer than
     # T, so nothing is overwritten that is still read. Entries older than the row's first token are

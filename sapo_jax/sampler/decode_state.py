@@ -52,6 +52,7 @@ class DecodeState:
     completion_kv: Any  # per layer (keys, values) [Q·W, K, C, d]
     prompt: jax.Array  # i32[Q], index of the slot's prompt; P where the slot is empty
     length: jax.Array  # i32[Q], tokens of the prompt
+    delta: jax.Array  # i32[Q], ≤ 0: what follows it is at its index + delta, see `vision`
     keys: jax.Array  # key[Q, G], of the prompt's completions
     token: jax.Array  # i32[Q, G], their first tokens
     order: jax.Array  # i32[Q, G], in which rows take them; those that ended at once come last
@@ -97,6 +98,7 @@ def _empty(config: ModelConfig, shape: Shape) -> DecodeState:
         completion_kv=[pair(q * w, kv, shape.cache, d) for _ in layers],
         prompt=jnp.full(q, p, jnp.int32),
         length=jnp.ones(q, jnp.int32),
+        delta=integers(q),
         keys=jax.random.wrap_key_data(jnp.zeros((q, g, 2), jnp.uint32), impl="threefry2x32"),
         token=integers(q, g),
         order=integers(q, g),
@@ -147,7 +149,7 @@ def move_rows(state: DecodeState, moves: Moves, mesh: Mesh | None = None) -> Dec
 
         return take(
             state.replace(
-                **of(("prompt", "length", "keys", "token"), moves.slot, 1),
+                **of(("prompt", "length", "delta", "keys", "token"), moves.slot, 1),
                 **of(("sample", "start", "last"), moves.row, 2),
                 order=moves.order,
                 first=jnp.zeros_like(moves.waiting),

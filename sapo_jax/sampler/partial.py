@@ -104,10 +104,10 @@ def partial_rollout(
     p, mesh = len(prompts.tokens), sharding.mesh_of(params)
     plan = engine.checked(plan, p, group_size, max_new_tokens, mesh)
     first_P = np.asarray(prompts.iteration)
-    prompts = sharding.place(prompts, mesh)
+    params = to_sampler(params, config)
+    prompts = sharding.place(engine.seen(params, config, prompts, mesh), mesh)
     slots = Slots.empty(plan, p, sharding.parts(mesh), group_size, first_P)
     base, controls = sampling.base_key(np.uint32(seed), domain), sampling.controls(temperature)
-    params = to_sampler(params, config)
     host = engine.host_of(
         params, config, prompts, base, controls, slots, max_new_tokens,
         on_groups=on_groups, kind=_Host,

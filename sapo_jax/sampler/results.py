@@ -220,4 +220,5 @@ def _to_rollout(config, results, prompts, iteration, steps_PGT=None) -> Rollout:
         segments=(mask_PGS | in_prompt_PGS).astype(jnp.int32).reshape(p * group, -1),
         routing=results.routing and rows(*results.routing, -1),
         token_step=None if whole else rows(jnp.zeros((p, n), jnp.int32), steps_PGT, 0),
+        images=prompts.images,
     )

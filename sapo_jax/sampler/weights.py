@@ -48,13 +48,12 @@ def partition_specs(config: ModelConfig) -> SamplerParams:
 
 
 def join(own: SamplerParams, frozen: Frozen | None) -> SamplerParams:
-    """The parameters of a policy from its adapters and the base that it shares with others."""
+    """The parameters of a policy from its own and those that it shares with others."""
     if frozen is None:
         return own
-    layers = [
-        base | each for base, each in zip(frozen.params["layers"], own["layers"], strict=True)
-    ]
-    return SamplerParams(frozen.params | {"layers": layers})
+    base = frozen.params.get("layers", [{} for _ in own["layers"]])
+    layers = [each | more for each, more in zip(base, own["layers"], strict=True)]
+    return SamplerParams(frozen.params | own | {"layers": layers})
 
 
 @partial(jax.jit, static_argnames=("config", "mesh", "target"))
@@ -64,7 +63,7 @@ def convert(
     mesh: Mesh | None = None,
     target: Mesh | None = None,
 ) -> SamplerParams:
-    """Some of the parameters, "layers" among them, from a mesh to the sampler's, ``target``."""
+    """Some of the parameters from a mesh to the sampler's, ``target``."""
 
     def cast(path, x):  # a router decides in f32, in the sampler as in the learner
         is_router = getattr(path[-1], "key", None) == "router"
@@ -76,7 +75,8 @@ def convert(
     converted = jax.tree.map_with_path(cast, learner_params)
     # Stated before and after the move, so that what travels is cast already.
     converted = sharding.constrain(converted, mesh, present(params.partition_specs(config)))
-    converted |= {"layers": params.unstack(converted["layers"], config)}
+    if "layers" in converted:
+        converted |= {"layers": params.unstack(converted["layers"], config)}
     return SamplerParams(sharding.constrain(converted, target, present(partition_specs(config))))
 
 
@@ -108,7 +108,7 @@ def unchanged(learner_params: dict[str, Any], config: ModelConfig, target: Mesh 
         return set()
 
     def stays(name, value):
-        if name == "layers" or value.dtype != dtype:
+        if isinstance(value, dict) or value.dtype != dtype:
             return False
         own = mesh and sharding.named(mesh, sharding.by_run(specs[name], mesh))
         return mesh is None or value.sharding.is_equivalent_to(own, value.ndim)

@@ -129,10 +129,10 @@ def _is_traced(field: str) -> bool:
 
 
 def static(run: Settings) -> str:
-    """Equal for runs that can share their executables and, with LoRA, their base."""
+    """Equal for runs that can share their executables and what is frozen."""
     fields = {k: v for k, v in flat(run.plain).items() if not _is_traced(k)}
     replay = run.hp.static.routing_replay  # an objective may have its own
-    base = run.config.init_from if run.model.lora_rank else ""
+    base = run.config.init_from if run.model.freezes else ""
     return json.dumps([fields, run.needs_reference, replay, base], sort_keys=True)
 
 

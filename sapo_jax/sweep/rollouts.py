@@ -97,6 +97,10 @@ def rollout(
     p, width = prompts.tokens.shape[1:]
     every, none = jnp.arange(p, dtype=jnp.int32), np.iinfo(np.int32).max
 
+    def look(params, frozen, prompts):
+        policy = weights.join(params, frozen)
+        return prompts.replace(images=decode.see(policy, config, prompts.images))
+
     shape = decode_state.Shape(p, rows, cache[0], p, width, group_size, max_new_tokens)
 
     def start(params, frozen, prompts, base, controls):
@@ -109,6 +113,8 @@ def rollout(
         return results.to_rollout(config, state.results, prompts, policy_step)
 
     def all_of(live_R, params, frozen, prompts, base_R, controls):
+        if prompts.images is not None:
+            prompts = jax.vmap(look, in_axes=(0, None, 0))(params, frozen, prompts)
         begin = jax.vmap(start, in_axes=(0, None, 0, 0, 0), out_axes=RUNS)
         state = begin(params, frozen, prompts, base_R, controls)
         end = jnp.where(live_R[:, None], state.end, 0)

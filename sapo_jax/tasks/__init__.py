@@ -24,11 +24,13 @@ from sapo_jax.tasks import own
 from sapo_jax.tasks.base import Task
 from sapo_jax.tasks.chain_sum import ChainSum
 from sapo_jax.tasks.countdown import Countdown
+from sapo_jax.tasks.image_files import Grounding, MathVision
 from sapo_jax.tasks.math_answer import MathAnswer
 from sapo_jax.tasks.mixture import Mixture
 from sapo_jax.tasks.prepared import Gsm8k, Prepared
 from sapo_jax.tasks.programs import Programs
 from sapo_jax.tasks.reasoning import ReasoningGym
+from sapo_jax.tasks.visual import ChartValue, CountShapes, Maze, ReadClock, VisualSum
 
 __all__ = ["TASKS", "Mixture", "Task", "make", "register"]
 
@@ -40,6 +42,13 @@ TASKS: dict[str, type] = {
     "math_answer": MathAnswer,
     "reasoning_gym": ReasoningGym,
     "programs": Programs,
+    "visual_sum": VisualSum,
+    "count_shapes": CountShapes,
+    "read_clock": ReadClock,
+    "chart_value": ChartValue,
+    "maze": Maze,
+    "mathvision": MathVision,
+    "grounding": Grounding,
 }
 
 SHIPPED = frozenset(TASKS)

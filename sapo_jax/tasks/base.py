@@ -8,11 +8,12 @@ import operator
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 LENGTHS = {"train": 2**20, "test": 4096}  # examples per split of a generated task
 HELD_OUT = 8  # one problem in this many belongs to "test"
 MAX_ATTEMPTS = 100_000
+IMAGE = "<image>"  # in a prompt: where an image stands
 PRINTABLE = frozenset(map(chr, range(32, 127))) | {"\n"}  # ASCII, for free completions
 
 
@@ -25,6 +26,7 @@ class Example:
     answer: str
     demonstration: str  # a worked completion for a supervised cold start; "" when there is none
     task: int = 0  # which of the run's tasks it belongs to
+    images: tuple[Any, ...] = ()  # paths, bytes of files, or pictures of Pillow, one an IMAGE
 
 
 class Task(Protocol):
@@ -32,7 +34,8 @@ class Task(Protocol):
 
     Threads share it, and processes that read data have copies: nothing in it changes. One that
     needs processes of its own has the methods ``start()`` and ``close()`` too, which a run calls
-    before its first verdict and at its end.
+    before its first verdict and at its end; one with images has ``max_images``, the most of a
+    prompt.
     """
 
     @property
@@ -70,9 +73,19 @@ class Task(Protocol):
         """
 
 
-def make_example(prompt: str, answer: str, demonstration: str) -> Example:
-    """An example with the id that its prompt implies."""
-    return Example(zlib.crc32(prompt.encode()), prompt, answer, demonstration)
+def make_example(
+    prompt: str, answer: str, demonstration: str, *, images: Sequence[Any] = (), shows: str = ""
+) -> Example:
+    """An example with the id that its prompt, and what its images show, imply."""
+    key = zlib.crc32((prompt + shows).encode())
+    return Example(key, prompt, answer, demonstration, images=tuple(images))
+
+
+def fingerprint(image: Any) -> str:
+    """The same for an image in any process: its path, or what its bytes are."""
+    if isinstance(image, bytes) or hasattr(image, "tobytes"):
+        return f"{zlib.crc32(image if isinstance(image, bytes) else image.tobytes()):08x}"
+    return str(image)
 
 
 def split_of(example: Example) -> str:

@@ -34,6 +34,11 @@ class Mixture:
         bounds = [task.max_completion_chars for task in self.tasks.values()]
         return max(bounds) if all(bounds) else 0
 
+    @property
+    def max_images(self) -> int:
+        """The most of a prompt; 0 where no task has images."""
+        return max(getattr(task, "max_images", 0) for task in self.tasks.values())
+
     def examples(self, split: str) -> Sequence[Example]:
         """One example of each task in turn, until a task has no more; see ``Task.examples``."""
         return _InTurn([task.examples(split) for task in self.tasks.values()])

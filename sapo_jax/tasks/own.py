@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sapo_jax import cli
-from sapo_jax.tasks.base import Example, Task, make_example
+from sapo_jax.tasks.base import IMAGE, Example, Task, fingerprint, make_example
 
 COUNT = 8  # examples of each split that are looked at
 MEMBERS = "name", "alphabet", "max_prompt_chars", "max_completion_chars"
@@ -42,10 +42,13 @@ def check(name: str, task: Task, options: dict[str, Any]) -> None:
     if not cli.own.is_reference(name):
         return
     found = cli.own.agree(f"task {name!r}", probe, name, options)
-    prompts = {split: {e[1] for e in found[f"examples({split!r})"]} for split in ("train", "test")}
+    prompts = {
+        split: {tuple(e[1::-1]) for e in found[f"examples({split!r})"]}
+        for split in ("train", "test")
+    }
     both = prompts["train"] & prompts["test"]
     if both:
-        raise ValueError(f"task {name!r}: the prompt {min(both)!r} is in both splits")
+        raise ValueError(f"task {name!r}: the prompt {min(both)[0]!r} is in both splits")
 
 
 def check_types(name: str, options: Mapping[str, Any], annotations: Mapping[str, Any]) -> None:
@@ -77,7 +80,8 @@ def probe(name: str, options: dict[str, Any]) -> dict[str, Callable]:
         for row in rows:
             if not isinstance(row, Example):
                 raise ValueError(f"an example must be a tasks.base.Example, got {row!r:.200}")
-            strange = set(row.prompt + row.demonstration) - set(task.alphabet)
+            text = row.prompt.replace(IMAGE, "") if row.images else row.prompt
+            strange = set(text + row.demonstration) - set(task.alphabet)
             if strange:
                 raise ValueError(f"the alphabet lacks {sorted(strange)} of {row.prompt!r:.200}")
             if len(row.prompt) > task.max_prompt_chars:
@@ -103,12 +107,16 @@ def probe(name: str, options: dict[str, Any]) -> dict[str, Callable]:
     calls: dict[str, Callable] = {"its members": lambda: [getattr(task, m) for m in MEMBERS]}
     for split in ("train", "test"):
         read = functools.partial(first, split)
-        calls[f"examples({split!r})"] = lambda read=read: list(map(dataclasses.astuple, read()))
+        calls[f"examples({split!r})"] = lambda read=read: list(map(_plain, read()))
         for i in range(COUNT):
             for what, text in texts.items():
                 judge = functools.partial(verdict, split, i, text)
                 calls[f"verify(examples({split!r})[{i}], {what})"] = judge
     return calls
+
+
+def _plain(row: Example) -> tuple:
+    return dataclasses.astuple(dataclasses.replace(row, images=[*map(fingerprint, row.images)]))
 
 
 def reward(reference: str) -> Callable[[Example, str, bool, int], float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from sapo_jax.tasks.base import Example, make_example
+from sapo_jax.tasks.base import IMAGE, Example, fingerprint, make_example
 from sapo_jax.tasks.jsonl import some
 from sapo_jax.tasks.math_answer import boxed, reference
 from sapo_jax.tasks.records import HOW, Records, locate
@@ -68,7 +68,8 @@ class PreparedExamples(Sequence[Example]):
 
     def __init__(self, task: Prepared, split: str):
         self._task, self._records = task, Records(task.directory, split)
-        missing = [f for f in (task.prompt, task.answer) if f not in self._records[0]]
+        wanted = filter(None, (task.prompt, task.answer, task.image))
+        missing = [f for f in wanted if f not in self._records[0]]
         if missing:
             raise ValueError(
                 f"{task.directory} has no field {missing}; it has {', '.join(self._records[0])}"
@@ -92,11 +93,14 @@ class PreparedExamples(Sequence[Example]):
 
     def __getitem__(self, index: int) -> Example:
         task, record = self._task, self._records[index]
-        answer = record[task.answer]
+        answer, prompt = record[task.answer], task.template.replace("{}", record[task.prompt])
+        images = [record[task.image]] if task.image else []
         return make_example(
-            task.template.replace("{}", record[task.prompt]),
+            prompt if not images or IMAGE in prompt else IMAGE + prompt,
             reference(answer) if task.verifier == "boxed" else answer,
             record.get(task.demonstration, ""),
+            images=images,
+            shows="".join(map(fingerprint, images)),
         )
 
 
@@ -110,6 +114,7 @@ class Prepared:
         ``\\boxed{}`` as ``math_answer`` judges it.
       template: the prompt of a policy, where ``{}`` stands for the dataset's.
       prompt, answer, demonstration: fields of the records; a dataset need not have the last.
+      image: field with a picture, a TFDS feature or the bytes of a file; "" for text alone.
       train, test: splits, or parts of one such as ``train[:95%]``.
 
     Raises:
@@ -122,6 +127,7 @@ class Prepared:
     prompt: str = "prompt"
     answer: str = "answer"
     demonstration: str = "demonstration"
+    image: str = ""
     train: str = "train"
     test: str = "test"
 
@@ -153,6 +159,11 @@ class Prepared:
     def alphabet(self) -> str:
         """The characters that occur, sorted; those of an answer only where it is demonstrated."""
         return "".join(sorted(self._texts[0]))
+
+    @property
+    def max_images(self) -> int:
+        """One, or none."""
+        return int(bool(self.image))
 
     @property
     def max_prompt_chars(self) -> int:

@@ -29,6 +29,13 @@ def locate(directory: epath.PathLike) -> epath.Path:
     raise ValueError(f"no prepared dataset at {directory}: {HOW}")
 
 
+def _text(value: bytes) -> str | bytes:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:  # a picture
+        return value
+
+
 class Records(Sequence[dict[str, str]]):
     """The records of one split, texts decoded, read where they are asked for.
 
@@ -78,7 +85,7 @@ class Records(Sequence[dict[str, str]]):
             raise self._damaged(error) from error
         if None in record.values():  # what a cut file gives
             raise self._damaged(f"record {position} cannot be read")
-        return {k: v.decode() if isinstance(v, bytes) else v for k, v in record.items()}
+        return {k: _text(v) if isinstance(v, bytes) else v for k, v in record.items()}
 
     def _damaged(self, why: object) -> ValueError:
         return ValueError(f"{self._directory} is damaged: {why}; delete it and prepare it again")

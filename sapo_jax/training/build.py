@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from etils import epath
 from jax.sharding import Mesh
 
 from sapo_jax import corrections, learner, model, objectives, sampler, tasks
@@ -15,7 +13,7 @@ from sapo_jax.data import hf_tokenizer
 from sapo_jax.data.stream import Fits
 from sapo_jax.data.tokenizer import CharTokenizer, Tokenizer
 from sapo_jax.learner.packing import micro_tokens, sharing_pays
-from sapo_jax.model import attention, blocked, head, lora, params, routing
+from sapo_jax.model import attention, blocked, head, params, routing
 from sapo_jax.objectives.kl import KL_ESTIMATORS
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import Recipe
@@ -76,72 +74,18 @@ def make_tokenizer(c: Any, made: Mapping[str, Task]) -> Tokenizer:
         alone = "empty without config.tokenizer.directory"
         require(bool(directory) or not options[field], f"tokenizer.{field}", options[field], alone)
     if not directory:
-        return CharTokenizer(tasks.Mixture(made).alphabet)
+        whole, preset = tasks.Mixture(made), model.PRESETS.get(c.model.preset, {})
+        return CharTokenizer(whole.alphabet, whole.max_images > 0 or "vision" in preset)
     with of_field("tokenizer"):
         return hf_tokenizer.load(directory, **options)
 
 
-def is_hf(directory: str) -> bool:
-    """Whether a directory is laid out as Hugging Face does, and is no run of this project."""
-    path = epath.Path(directory or "/").expanduser()
-    return (path / "config.json").exists() and not (path / "checkpoints").exists()
-
-
-def make_model(c: Any, tokenizer: Tokenizer) -> model.ModelConfig:
-    """The policy's shape: that of a preset, with the fields that the config gives, or of a
-    Hugging Face directory.
-    """
-    fields = {key: value for key, value in vars(c.model).items() if value is not None}
-    preset = fields.pop("preset")
-    chosen = {
-        "attention": fields.pop("attention"),
-        "param_dtype": c.dtype.params,
-        "compute_dtype": c.dtype.compute,
-        "cache_dtype": c.dtype.cache,
-    }
-    for field, value in vars(c.dtype).items():
-        choice(f"dtype.{field}", value, model.config.DTYPES)
-    choice("model.attention", chosen["attention"], model.config.ATTENTION)
-    stop = {"stop_tokens": tokenizer.stop_ids, "pad_token": tokenizer.pad_id}
-    if is_hf(c.init_from):
-        same = f"{c.init_from!r} too, whose config.json gives the shape of the weights there"
-        require(preset == c.init_from, "model.preset", preset, same)
-    if not is_hf(preset):
-        names = f"{', '.join(model.PRESETS)}, or a Hugging Face directory, which has config.json"
-        require("/" not in preset, "model.preset", preset, f"one of {names}")
-        if "vocab_size" in model.PRESETS.get(preset, {}):
-            fields["vocab_size"] = max(model.PRESETS[preset]["vocab_size"], tokenizer.vocab_size)
-        with of_field("model", named=True):
-            vocab_size = {"vocab_size": tokenizer.vocab_size}
-            return model.make(preset, **vocab_size | fields | chosen | stop)
-    alone = "None: the shape is that of config.model.preset, a Hugging Face directory"
-    for field, value in fields.items():
-        require(False, f"model.{field}", value, alone)
-    with of_field("model.preset"):
-        shape = model.hf.read_config(epath.Path(preset).expanduser(), c.dtype.params)
-        hf_tokenizer.check_vocabulary(tokenizer, shape.vocab_size, preset)
-    return dataclasses.replace(shape, **chosen, **stop)
-
-
-def add_adapters(c: Any, shape: model.ModelConfig) -> model.ModelConfig:
-    """The shape with the adapters that the config describes."""
-    rank, alpha, targets, width = c.lora.rank, c.lora.alpha, c.lora.targets, shape.hidden_size
-    if rank is None:
-        require(not targets, "lora.targets", targets, "() without config.lora.rank")
-        return shape
-    most = f"at least 1 and at most model.hidden_size={width}; None: all parameters are learnt"
-    require(1 <= rank <= width, "lora.rank", rank, most)
-    require(alpha > 0, "lora.alpha", alpha, "greater than 0")
-    texts = all(isinstance(name, str) for name in targets)
-    require(texts, "lora.targets", targets, "a tuple of names")
-    names = ",".join(targets).replace(" ", "").split(",") if targets else ()  # "q,v" of a flag
-    with of_field("lora.targets"):
-        found = lora.targets(names, params.layer_table(shape))
-    return dataclasses.replace(shape, lora_rank=rank, lora_targets=found)
-
-
 def lengths(
-    c: Any, made: Mapping[str, Task], tokenizer: Tokenizer, shape: model.ModelConfig
+    c: Any,
+    made: Mapping[str, Task],
+    tokenizer: Tokenizer,
+    shape: model.ModelConfig,
+    images: Any = None,
 ) -> tuple[int, int, Fits | None]:
     """Tokens of room for a prompt and for a completion, and the filter of what has none."""
     width, room = c.data.max_prompt_tokens, c.sampler.max_new_tokens
@@ -150,12 +94,13 @@ def lengths(
     if isinstance(tokenizer, CharTokenizer):
         whole = tasks.Mixture(made)
         longest, needed = whole.max_prompt_chars, whole.max_completion_chars
+        longest += images.tokens if images else 0
         if supervised:
             least = f"at least {needed + 1}, the longest demonstration with its stop token"
             fits = room == 0 or room > needed
             require(fits, "sampler.max_new_tokens", room, f"{least} (0 takes that)")
         width, room = width or longest, room or (needed and needed + 1)
-        bounded = width >= longest
+        bounded = width >= longest and images is None
     for field, value in (("data.max_prompt_tokens", width), ("sampler.max_new_tokens", room)):
         require(value > 0, field, value, "at least 1: the tasks have no bound of their own")
     context = shape.max_position_embeddings
@@ -164,7 +109,8 @@ def lengths(
     completions = f"completions of {room} ({own if own_room else 'sampler.max_new_tokens'})"
     least = f"at least {width + room}: {prompts} and {completions}"
     require(width + room <= context, "model.max_position_embeddings", context, least)
-    keep = None if bounded else Fits(tokenizer, width, room if supervised else None)
+    demonstrated = room if supervised else None
+    keep = None if bounded else Fits(tokenizer, width, demonstrated, images)
     return width, room, keep
 
 
@@ -177,6 +123,8 @@ def make_mesh(c: Any, shape: model.ModelConfig, devices: Sequence[Any] | None) -
     batch = c.batch
     micro = batch.minibatches * batch.micro_batches
     rows = {"a micro-batch": batch.prompts * batch.group_size // micro}
+    if c.data.max_image_tokens:
+        rows["the prompts of a minibatch"] = batch.prompts // batch.minibatches
     if c.source == "rollout":
         rows |= _sampled(c)
         if any(c.sampler.mesh.values()) or c.sampler.devices:

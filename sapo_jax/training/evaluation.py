@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -84,6 +84,7 @@ def judge(
     width: int,
     batch: int,
     policies: int = 1,
+    images: Any = None,
 ) -> list[Judged]:
     """Completions of held-out examples by each policy.
 
@@ -98,13 +99,14 @@ def judge(
       width: tokens of room for a prompt.
       batch: prompts sampled at a time.
       policies: how many.
+      images: what images have room in, see `encode.encode_prompts`.
     """
     drawn = []
     for start in range(0, len(examples), batch):
         real = list(examples[start : start + batch])
         filled = (real * batch)[:batch]
         groups = [rewards.Groups(scorer, filled, tokenizer) for _ in range(policies)]
-        lengths = sample(encode.encode_prompts(filled, tokenizer, width), groups)
+        lengths = sample(encode.encode_prompts(filled, tokenizer, width, images), groups)
         drawn.append((len(real) * samples, groups, lengths))
 
     def of_policy(r):
@@ -146,6 +148,7 @@ def held_out(
             return [own.length for own in ends]
 
         examples = [example for each in sets for example in each]
+        examples = encode.swapped(examples) if run.config.data.swap_images else examples
         every = judge(
             sample,
             scorer,
@@ -155,6 +158,7 @@ def held_out(
             width=run.width,
             batch=first.batch,
             policies=len(engine.runs),
+            images=run.images,
         )
         ends = np.cumsum([0, *map(len, sets)])
         for own, judged in zip(found, every, strict=True):

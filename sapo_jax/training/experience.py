@@ -20,6 +20,7 @@ import numpy as np
 from sapo_jax import advantages, learner, rewards, sampler
 from sapo_jax.data import encode
 from sapo_jax.data.stream import Stream
+from sapo_jax.model import images
 from sapo_jax.parallel import sharding
 from sapo_jax.tasks.base import Example
 from sapo_jax.training.carry import Carry, done, lags_of
@@ -58,7 +59,8 @@ def next_query(
     none = [None] * run.config.batch.prompts * run.config.batch.oversample
     places = [place and place["read"] for place in carry.places] if carry else none
     examples, numbers = stream.fill(places)
-    prompts = encode.encode_prompts(examples, run.tokenizer, run.width)
+    examples = encode.swapped(examples) if run.config.data.swap_images else examples
+    prompts = encode.encode_prompts(examples, run.tokenizer, run.width, run.images)
     groups = rewards.Groups(scorer, examples, run.tokenizer)
     if carry is None:
         return Query(examples, prompts, groups, stream.dropped)
@@ -78,6 +80,7 @@ def batch_of(rollout: Rollout) -> Batch:
         old_logp=rollout.sampler_logp,
         advantages=jnp.zeros(len(rollout.tokens)),
         routing=rollout.routing,
+        images=rollout.images,
     )
 
 
@@ -147,11 +150,12 @@ def _samples(
     return [
         {
             **when,
-            "prompt_id": query.examples[i // size].id,
+            "prompt_id": e.id,
             "sample_index": i % size,
-            "prompt": query.examples[i // size].prompt,
+            "prompt": e.prompt,
             "completion": texts[i],
-            "answer": query.examples[i // size].answer,
+            "answer": e.answer,
+            **({"images": list(map(images.thumbnail, e.images))} if e.images else {}),
             "reward": float(rewards_B[i]),
             "advantage": float(advantages_B[i]),
             "finished": int(finished_B[i]),
@@ -160,6 +164,7 @@ def _samples(
             "group_size": size,
         }
         for i in sorted(i for _, i in sorted(ranked)[:count])
+        for e in [query.examples[i // size]]
     ]
 
 
@@ -201,6 +206,9 @@ def from_rollout(
     def finish(rollout, ends):
         with clock("logp"):  # needs no rewards: the device works while rows are judged
             lengths = list(map(_lengths, engine.runs, queries, ends))
+            if engine.runs[0].model.train_vision and rollout.images is not None:
+                patches = engine.join([query.prompts.images for query in queries])
+                rollout = rollout.replace(images=engine.rows(patches))
             batch = engine.rows(engine.call(batch_of, rollout))
             minibatches, lags = scored(bundle, batch, lengths), None
             if bundle.carry is not None:
@@ -300,7 +308,8 @@ def from_demonstrations(
     with clock("rollout"):
         for run, stream in zip(engine.runs, bundle.streams, strict=True):
             width, examples = run.width + run.max_new_tokens, stream.take(run.rows)
-            batch = encode.encode_demonstrations(examples, run.tokenizer, width)
+            examples = encode.swapped(examples) if run.config.data.swap_images else examples
+            batch = encode.encode_demonstrations(examples, run.tokenizer, width, run.images)
             length = {"length/mean": float(batch.mask.sum(-1).mean())}
             metrics.append(length | {"data/dropped": float(stream.dropped)})
             batches.append(batch)

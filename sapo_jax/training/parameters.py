@@ -15,12 +15,11 @@ from etils import epath
 from sapo_jax import cli, learner
 from sapo_jax.model import ModelConfig, hf, lora, params
 from sapo_jax.parallel import sharding
-from sapo_jax.training import build, settings
+from sapo_jax.training import policy, settings
 from sapo_jax.training.checkpoint import Checkpoints, find, meta_of, restore_params
 from sapo_jax.training.digest import digests, fingerprint, lost
 from sapo_jax.training.settings import Settings
 from sapo_jax.training.workdir import read_config
-from sapo_jax.types import Frozen
 
 
 def random(run: Settings) -> Any:
@@ -46,7 +45,7 @@ def first(run: Settings, origin: dict | None = None) -> tuple[Any, dict]:
     source = epath.Path(name).expanduser()
     if not name:
         weights = _drawn(run, shape, 0)
-    elif build.is_hf(name):
+    elif policy.is_hf(name):
         weights = hf.load(source, dtype=shape.param_dtype, mesh=run.mesh)[1]
     else:
         iteration = (origin or {}).get("checkpoint")
@@ -66,7 +65,7 @@ def find_start(name: str) -> int | None:
     Raises:
       ValueError: there is no such directory, or nothing in it yet.
     """
-    if not name or build.is_hf(name):
+    if not name or policy.is_hf(name):
         return None
     source = epath.Path(name).expanduser()
     first = "it must be a run's, or a Hugging Face directory"
@@ -85,7 +84,7 @@ def find_start(name: str) -> int | None:
 def _of_run(run: Settings, source: epath.Path, iteration: int) -> Any:
     """The policy of another run, adapters merged, in this one's dtype and where it belongs."""
     shape, stored = lora.base(run.model), read_config(source) or {}
-    if (stored.get("lora") or {}).get("rank"):
+    if (stored.get("lora") or {}).get("rank") or shape.vision:  # parts of it may lie elsewhere
         weights = lora.merge(learnt(settings.of_run(source), source, iteration))
         specs = params.partition_specs(shape)
         weights = jax.tree.map(lambda x, spec: sharding.place(x, run.mesh, spec), weights, specs)
@@ -125,9 +124,9 @@ def learnt(run: Settings, workdir: epath.PathLike, iteration: int) -> Any:
     """
     directory = epath.Path(workdir).expanduser() / "checkpoints"
     weights = restore_params(directory, learner.abstract(run.hp).params, iteration=iteration)
-    if not run.model.lora_rank:
+    if not run.model.freezes:
         return weights
     origin = meta_of(directory, iteration)["reference"]
     base, now = first(run, origin)
     check(run, origin, now)
-    return lora.join(weights, Frozen(base), run.hp.lora_scale)
+    return lora.join(weights, lora.frozen(base, run.model), run.hp.lora_scale)

@@ -21,7 +21,7 @@ from sapo_jax.parallel import sharding
 from sapo_jax.training import carry
 from sapo_jax.training.checks import require
 from sapo_jax.training.settings import Settings
-from sapo_jax.types import Batch, TrainState
+from sapo_jax.types import Batch, Images, Seen, TrainState
 
 Abstract = jax.ShapeDtypeStruct
 Steps = list[tuple[int, int]]  # iterations, and how many tokens their policies sampled
@@ -154,12 +154,27 @@ def abstract_batch(run: Settings, *, scored: bool) -> Batch:
         weights=floats if scored and run.bounds else None,
         routing=routing,
         prompt_tokens=Abstract((rows, 2), jnp.float32) if learns else None,
+        images=abstract_images(run, run.config.batch.prompts // run.config.batch.minibatches),
     )
     if run.packing is not None:
         lengths = np.zeros((2, rows), int)
         layout = jax.eval_shape(lambda: learner.plan(*lengths, s, run.packing))
         batch = jax.eval_shape(learner.pack, batch, layout)
     return placed(batch, run.mesh, sharding.spec("rows"))
+
+
+def abstract_images(run: Settings, prompts: int, *, patches: bool | None = None) -> Any:
+    """Images of prompts as patches, or as the tower's features, by what updates need."""
+    room, shape = run.images, run.model
+    if room is None:
+        return None
+    grids = Abstract((prompts, room.count, 3), jnp.int32)
+    if shape.train_vision or run.supervised if patches is None else patches:
+        size = prompts, room.tokens * shape.vision.merged, shape.vision.patch_dim
+        return Images(Abstract(size, jnp.float32), grids)
+    levels = 1 + len(shape.vision.deepstack_visual_indexes)
+    size = prompts, levels, room.tokens, shape.hidden_size
+    return Seen(Abstract(size, jnp.dtype(shape.compute_dtype)), grids)
 
 
 def placed(tree: Any, mesh: Any, specs: Any) -> Any:

@@ -21,7 +21,7 @@ from sapo_jax.data.tokenizer import Tokenizer
 from sapo_jax.parallel import sharding
 from sapo_jax.rewards import PARTS, Recipe
 from sapo_jax.tasks.base import Example, Task
-from sapo_jax.training import build, collapse, evals, objective, tracker
+from sapo_jax.training import build, collapse, evals, objective, policy, tracker
 from sapo_jax.training.checks import (
     LARGEST,
     check_fields,
@@ -60,6 +60,7 @@ class Settings:
       judges: these, and then the tasks of evaluations.
       shares: of each task in a batch.
       keep: whether an example has room; None where all have.
+      images: what the images of a prompt have room in; None where no task has any.
       width: tokens of room for a prompt, N.
       max_new_tokens: T; rows have N + T tokens.
       bounds: of the sampler correction, where there is one.
@@ -78,6 +79,7 @@ class Settings:
     recipe: Recipe
     tokenizer: Tokenizer
     keep: Fits | None
+    images: model.vision.Room | None
     model: model.ModelConfig
     hp: learner.Hyperparameters
     width: int
@@ -166,8 +168,8 @@ def _check_numbers(c: Any) -> None:
         c, 0, "seed", "staleness", "sampler.budget", "sampler.max_new_tokens", "sampler.slots",
         "sampler.devices", "eval.every", "learner.warmup", "learner.weight_decay", "log.samples",
         "profile_steps", "learner.head_chunk", "learner.learning_rate", "data.max_prompt_tokens",
-        "data.workers", "distributed.timeout", "reward.kl_coef", "reward.max_length",
-        "reward.buffer", "checkpoint.minutes", "learner.router_aux_coef",
+        "data.max_image_tokens", "data.workers", "distributed.timeout", "reward.kl_coef",
+        "reward.max_length", "reward.buffer", "checkpoint.minutes", "learner.router_aux_coef",
     )  # fmt: skip
     for field in ("sampler.temperature", "learner.max_grad_norm", "learner.eps"):
         value = operator.attrgetter(field)(c)
@@ -304,8 +306,9 @@ def from_config(
     judges = evals.judges(made, sets)
     tokenizer = build.make_tokenizer(c, judges)
     chosen = objective.make_objective(c)
-    shape = build.add_adapters(c, build.make_model(c, tokenizer))
-    width, room, keep = build.lengths(c, judges, tokenizer, shape)
+    shape = policy.add_adapters(c, policy.make_model(c, tokenizer))
+    images = policy.make_room(c, judges, shape)
+    width, room, keep = build.lengths(c, judges, tokenizer, shape, images)
     mesh = build.make_mesh(c, shape, devices)
     sampler_mesh = build.make_sampler_mesh(c, shape, mesh, devices)
     with of_field("reward.function"):
@@ -327,6 +330,7 @@ def from_config(
         recipe=build.make_recipe(c, room),
         tokenizer=tokenizer,
         keep=keep,
+        images=images,
         model=shape,
         hp=hp.replace(objective_schedule=objective.make_schedule(c, chosen)),
         width=width,

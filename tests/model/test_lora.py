@@ -48,7 +48,7 @@ def read_recorded(name, directory):
 
     def draw(spec):
         leaf = np.empty(spec.shape, np.float32)
-        for at, key in hf.tensors(spec):
+        for at, key in spec.tensors():
             key = f"base_model.model.{key}"
             leaf[at] = drawn.tensor(key, recorded["shapes"][key]).T.reshape(leaf[at].shape)
         return leaf

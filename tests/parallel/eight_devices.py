@@ -11,6 +11,7 @@ import pytest
 from sapo_jax import learner, model, objectives, sampler, train
 from sapo_jax.masked import finish
 from sapo_jax.model import lora, params, transformer
+from sapo_jax.model.config import VisionConfig
 from sapo_jax.parallel import sharding
 from sapo_jax.sampler import Plan, decode, decode_state, sampling
 from sapo_jax.sampler.weights import partition_specs
@@ -232,6 +233,112 @@ def test_an_update_of_adapters_agrees_with_one_device(policies, references, kind
         numbers = {k: np.asarray(v) for k, v in metrics.items() if not k.startswith("histogram")}
         found.append(({"loss": np.asarray(loss), **numbers}, gradient, state.params, None))
     agree(found[1], found[0])
+
+
+TOWER = VisionConfig(
+    2, 32, 64, 4, num_position_embeddings=25, deepstack_visual_indexes=(0,), patch_size=2,
+    mrope_section=(2, 3, 3), image_token_id=20,
+)  # fmt: skip
+
+
+def seeing(**fields):
+    return model.make(
+        "nano_moe", vocab_size=VOCAB, num_key_value_heads=4, model_type="qwen3_vl_moe",
+        vision=TOWER, stop_tokens=(1, 7, 11, 40), max_position_embeddings=64, **fields,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", [True, False])
+@pytest.mark.parametrize("name", list(MESHES))
+def test_a_policy_that_sees_samples_and_learns_as_on_one_device(name, trained):
+    """Rows are packed and dealt to other devices than their images; the tower's gradient, too.
+
+    The sampler's features are those of the learner, wherever each computes them.
+    """
+    config, rng = seeing(train_vision=trained), np.random.default_rng(3)
+    weights, prompts = fakes.weights(config), fakes.prompts(P, N + 6)
+    tokens, length = prompts.tokens.copy(), prompts.length.copy()
+    tokens[tokens == 20] = 21
+    grids = np.zeros((P, 2, 3), np.int32)
+    for p in range(0, P, 2):  # every second one is of text alone
+        tokens[p, 1 : 1 + 4 + p // 8], length[p] = 20, max(length[p], 6 + p // 8)
+        grids[p] = [[1, 4, 4], [1, 2, 2 * (p // 8)] if p >= 8 else [0, 0, 0]]
+    tokens = np.where(np.arange(N + 6) < length[:, None], np.where(tokens == 0, 3, tokens), 0)
+    patches = rng.normal(size=(P, 24, TOWER.patch_dim)).astype(np.float32)
+    images, found = model.vision.Images(patches, grids), []
+    prompts = prompts.replace(tokens=tokens, length=length, images=images)
+    for mesh in (None, sharding.make_mesh(**MESHES[name])):
+        own, frozen = lora.trained(weights, config), lora.frozen(weights, config)
+        if mesh is not None:
+            specs = params.partition_specs(config)
+            own = jax.device_put(own, sharding.shardings(mesh, lora.trained(specs, config)))
+            if frozen:
+                rest = sharding.shardings(mesh, lora.frozen(specs, config))
+                frozen = jax.device_put(frozen, rest)
+        rows = sampler.rollout(
+            lora.join(own, frozen, None), config, prompts, group_size=G, max_new_tokens=T,
+            temperature=1.0, seed=11, iteration=3, plan=Plan((8,), (T,), 8),
+        )  # fmt: skip
+        shown = images if trained else jax.device_get(rows.images)
+        found.append((mesh, own, frozen, jax.device_get(rows), shown))
+    (*_, rows, _), results = found[0], []
+    np.testing.assert_allclose(found[1][3].images.features, rows.images.features, atol=1e-4)
+    lengths = np.repeat(length, G), rows.mask.sum(-1)
+    for mesh, own, frozen, _, shown in found:
+        parts = sharding.parts(mesh)
+        shape = learner.packed_shape(P * G, N + 6, T, group_size=G, budget=64, parts=parts)
+        hp = hyperparameters(config, "sapo", mesh).replace(micro_batches=shape.micro_batches)
+        layout = learner.plan(*lengths, N + 6 + T, shape)
+        batch = sharding.place(batch_of(rows).replace(images=shown, routing=None), mesh)
+        batch = learner.pack(batch, layout, mesh=mesh)
+        logp = learner.unpack(learner.score(own, batch, hp, frozen), layout, mesh=mesh)
+        gap = np.abs(np.asarray(logp) - rows.sampler_logp)[rows.mask]
+        assert gap.max() < 1e-4
+        grads, terms = jax.jit(learner.gradient)(own, batch, hp, frozen)
+        loss, _ = finish(terms)
+        results.append(({"loss": np.asarray(loss)}, jax.device_get(grads), {}, None))
+    agree(results[1], results[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(MESHES))
+def test_a_model_that_sees_agrees_with_one_device(name):
+    """Hidden states, and the gradient of every parameter of tower and decoder."""
+    tower, config = TOWER, seeing()
+    weights, rng = fakes.weights(config), np.random.default_rng(3)
+    tokens = rng.integers(30, VOCAB, (8, 9))
+    tokens[:, 2:6] = 20
+    patches = rng.normal(size=(8 * 16, tower.patch_dim)).astype(np.float32)
+    images = model.vision.Images(patches, np.array([[1, 4, 4]] * 8, np.int32))
+
+    def local(weights, tokens, images):
+        def loss(weights):
+            whole = params.all_gather(weights, params.table(config), config)
+            sight = model.vision.look(whole, config, tokens, images)
+            hidden, _ = transformer.hidden(
+                whole, config, tokens, jnp.ones_like(tokens), remat=True, sight=sight
+            )
+            return jnp.sum(hidden * jnp.cos(jnp.arange(hidden[0].size).reshape(hidden[0].shape)))
+
+        grads, sight = jax.grad(loss)(weights), model.vision.look(weights, config, tokens, images)
+        return params.psum_gradients(grads, config), jnp.moveaxis(sight.features, 0, 1)
+
+    found = []
+    for mesh in (None, sharding.make_mesh(**MESHES[name])):
+        specs = params.partition_specs(config)
+        rows = sharding.spec("rows")
+        run = sharding.shard_map(local, mesh, (specs, rows, rows), (specs, rows))
+        own = weights if mesh is None else jax.device_put(weights, params.shardings(config, mesh))
+        found.append(jax.device_get(jax.jit(run)(own, *sharding.place((tokens, images), mesh))))
+    (plain, features), (grads, others) = found
+    np.testing.assert_allclose(others, features, atol=1e-5 * np.abs(features).max())
+    for path, want in jax.tree_util.tree_leaves_with_path(plain):
+        got = grads
+        for key in path:
+            got = got[key.key]
+        atol = 2e-5 * np.abs(want).max() + 1e-5
+        np.testing.assert_allclose(got, want, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
 def near_tie(policy, rollout, row, at):

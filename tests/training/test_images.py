@@ -1,0 +1,122 @@
+"""Runs that see: from a cold start to a report, killed and resumed, alone and among others."""
+
+import json
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from sapo_jax import export, learner, model, train
+from sapo_jax.report.run import write
+from sapo_jax.sweep import cohorts, schedule
+from sapo_jax.training import checkpoint, parameters, settings
+from sapo_jax.training.workdir import read_metrics, read_samples
+from tests import tiny_config
+from tests.sweep.test_population import Bar
+from tests.test_train import digest, records, run, spawn
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_plots")]
+SHAPES = {"name": "count_shapes", "share": 0.5, "options": {"size": 16, "cells": 2, "colours": 2}}
+TEXT = {"name": "chain_sum", "share": 0.5, "options": {"terms": 2}}
+FIELDS = {
+    "tasks": {"shapes": SHAPES, "text": TEXT},
+    "model.preset": "tiny_vl", "model.num_hidden_layers": 2, "data.max_image_tokens": 4,
+}  # fmt: skip
+COLD = {"source": "demonstrations", "iterations": 2, "eval.every": 0, "model.train_vision": True}
+
+
+@pytest.fixture(scope="module")
+def cold(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("cold") / "run"
+    run(workdir, **FIELDS | COLD)
+    return workdir
+
+
+def state_of(workdir, checked):
+    found = checkpoint.restore_params(
+        workdir / "checkpoints", learner.abstract(checked.hp).params, which="latest"
+    )
+    return jax.device_get(found)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_killed_run_that_sees_ends_like_an_uninterrupted_one(cold, trained, tmp_path):
+    """Bit for bit: state, metrics, samples; and a frozen tower is that of the cold start."""
+    fields = FIELDS | {"init_from": str(cold), "model.train_vision": trained}
+    assert spawn(tmp_path / "whole", **fields).wait() == 0
+    assert spawn(tmp_path / "run", "minibatch 5", **fields).wait() == -signal.SIGKILL
+    checked = run(tmp_path / "run", **fields)
+    assert records(tmp_path / "run") == records(tmp_path / "whole")
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+    found, wanted = (state_of(tmp_path / name, checked) for name in ("run", "whole"))
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert ("vision" in found) == trained
+    whole = parameters.learnt(checked, tmp_path / "run", 6)
+    before = parameters.learnt(settings.of_run(cold), cold, 2)
+    same = jax.tree.map(np.array_equal, whole["vision"], before["vision"])
+    assert all(jax.tree.leaves(same)) != trained
+    gaps = [r["sampler/logp_gap_max"] for r in read_metrics(tmp_path / "run")[1:]]
+    assert max(gaps) <= 1e-5
+
+
+def test_a_run_of_a_map_is_bitwise_the_run_alone(cold, tmp_path):
+    """They share the frozen tower; each has images of its own."""
+    config = tiny_config.get_config()
+    config.update_from_flattened_dict(FIELDS | {"init_from": str(cold), "iterations": 3})
+    changes = [{"seed": 0}, {"seed": 1, "learner.learning_rate": 3e-3}]
+    (cohort,) = cohorts.make(config, changes)
+    schedule.run_cohort(cohort, tmp_path / "both", Bar())
+    train.run(cohort.runs[1], tmp_path / "alone")
+    among = tmp_path / "both" / cohort.names[1]
+    assert records(among) == records(tmp_path / "alone")
+    assert digest(among) == digest(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("method", ["vmap"])
+def test_runs_at_once_see(cold, method, tmp_path):
+    """Under vmap each has its own images, and the sampler's gap is as small."""
+    config = tiny_config.get_config()
+    own = {"init_from": str(cold), "iterations": 2, "population.method": method}
+    config.update_from_flattened_dict(FIELDS | own)
+    (cohort,) = cohorts.make(config, [{"seed": 0}, {"seed": 1}])
+    schedule.run_cohort(cohort, tmp_path / "both", Bar())
+    for name in cohort.names:
+        found = read_metrics(tmp_path / "both" / name)
+        assert max(r["sampler/logp_gap_max"] for r in found[1:]) <= 2e-5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"staleness": 1, "learner.old_logp": "recompute"},
+        {"sampler.budget": 96, "batch.oversample": 1},
+        {"batch.oversample": 2, "lora.rank": 2, "objective.kl_coef": 0.1},
+        {"model.train_vision": True, "objective.kl_coef": 0.1, "staleness": 1},
+        {"data.swap_images": True},
+    ],
+)  # fmt: skip
+def test_what_else_runs_do(cold, fields, tmp_path):
+    """Batches that wait, budgets, prompts to spare, adapters, reference policies, the control."""
+    checked = run(tmp_path / "run", **FIELDS | {"init_from": str(cold), "iterations": 3} | fields)
+    found = read_metrics(tmp_path / "run")
+    assert found[-1]["iteration"] == 3
+    assert all(r["grad/norm"] >= 0 for r in found[1:])
+    assert np.isfinite(jax.tree.leaves(state_of(tmp_path / "run", checked))[0]).all()
+
+
+def test_report_and_export(cold, tmp_path):
+    """The page shows pictures beside completions; the exported directory has the tower."""
+    checked = run(tmp_path / "run", **FIELDS | {"init_from": str(cold), "iterations": 1})
+    rows = read_samples(tmp_path / "run")
+    with_images = [row for row in rows if "images" in row]
+    assert with_images
+    assert len(with_images) < len(rows)
+    text = write(tmp_path / "run").read_text()
+    assert with_images[0]["images"][0] in text
+    export.export(tmp_path / "run", tmp_path / "out")
+    config, weights = model.hf.load(tmp_path / "out")
+    whole = parameters.learnt(checked, tmp_path / "run", 1)
+    jax.tree.map(np.testing.assert_array_equal, weights["vision"], whole["vision"])
+    tokens = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]
+    assert tokens["<|image_token_id|>"] == config.vision.image_token_id
