@@ -127,6 +127,7 @@ def test_another_base_is_refused(alone, base, tmp_path):
         export.export(place, tmp_path / "policy")
 
 
+@pytest.mark.slow
 def test_policies_leave_a_run(alone, base, tmp_path):
     """Merged, as a directory and as what another run starts from; and evaluated as they are."""
     checked, workdir = alone

@@ -140,7 +140,10 @@ def test_the_first_policy_is_the_base(nano):
 MIXED = {"mlp_only_layers": (0,), "num_hidden_layers": 3}  # a dense layer and two sparse ones
 
 
-@pytest.mark.parametrize(("preset", "fields"), [("nano", {}), ("nano_moe", MIXED)])
+@pytest.mark.parametrize(
+    ("preset", "fields"),
+    [("nano", {}), pytest.param("nano_moe", MIXED, marks=pytest.mark.slow)],
+)
 def test_gradients_are_those_through_the_merged_parameters(preset, fields, batch):
     """By the chain rule, of two micro-batches; of adapters, and of nothing else."""
     shape = model.make(preset, vocab_size=fakes.VOCAB, **fields)

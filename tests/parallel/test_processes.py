@@ -86,6 +86,7 @@ def fails(workdir, what):
     return [process.returncode for process in processes], message
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_resumes_where_one_was_killed(whole, tmp_path):
     """Bit for bit: parameters, optimizer, data position, samples, every metric but times."""
     statuses, message = fails(tmp_path, "dies")
@@ -133,7 +134,8 @@ def test_all_processes_stop_where_one_is_asked_to(whole, tmp_path):
     assert stored(tmp_path)[0] == stored(whole)[0][:4]
 
 
-@pytest.mark.parametrize("what", [pytest.param("stops", marks=pytest.mark.slow), "hangs"])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["stops", "hangs"])
 def test_a_process_that_fails_ends_the_other(tmp_path, what):
     """Of one that is suspended, or whose verifier never returns, the other hears (above: killed).
 

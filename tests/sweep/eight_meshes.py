@@ -76,6 +76,7 @@ def check_alone(cohort, directory, fields):
         )
 
 
+@pytest.mark.slow
 def test_runs_side_by_side_are_each_alone(tmp_path, monkeypatch):
     """By one executable of all, none of it compiled after the start.
 
