@@ -130,7 +130,10 @@ def same(got, want, name=None):
 
 @pytest.mark.parametrize(
     ("replay", "group_size"),
-    [("none", G), pytest.param("R3", 1, marks=pytest.mark.slow), ("R3", G)],
+    [
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("none", G), ("R3", 1))),
+        ("R3", G),
+    ],
 )
 def test_experts_are_replayed_and_balanced_as_in_plain_rows(
     rng, batch, lengths, replay, group_size

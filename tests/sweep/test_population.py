@@ -491,6 +491,7 @@ ASKED = [
 ]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_asked_to_stop_keeps_what_is_finished(swept, tmp_path):
     """In the middle of updates, before which the states of all runs were copied; and at the end
     every run is as if nothing had happened."""
