@@ -19,7 +19,11 @@ def get_config() -> ConfigDict:
     c.name = "quickstart_vl_sft"
     c.tasks = ConfigDict(
         {
-            "sums": {"name": "visual_sum", "share": 0.375, "options": {"terms": 2, "dot": 1}},
+            "sums": {
+                "name": "visual_sum",
+                "share": 0.375,
+                "options": {"terms": 3, "dot": 1, "slip": 0.25},
+            },
             "shapes": {
                 "name": "count_shapes",
                 "share": 0.375,

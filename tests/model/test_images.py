@@ -147,7 +147,7 @@ def test_what_does_not_fit_the_model_is_refused():
         model.logits(weights, CONFIG, film, images=found)
     with pytest.raises(ValueError, match="token 57: videos are not supported"):
         vision.expand(film[0].tolist(), found, CONFIG)
-    with pytest.raises(ValueError, match="2 images with 8 patches: there is room for 2 with 4"):
+    with pytest.raises(ValueError, match="images: 2 with 8 patches: there is room for 2 with 4"):
         vision.process([picture] * 2, CONFIG, patches=4)
     with pytest.raises(ValueError, match="there is room for 1 with 8 patches"):
         vision.process([picture] * 2, CONFIG, count=1)
