@@ -203,6 +203,7 @@ def protocol() -> dict[str, str]:
         "Seeds": f"{SEEDS['default']}, shared",
         "Primary endpoint": "the share of sequences whose D_i, with the gate in use, is above the "
         "bound; it holds if none is",
+        "Cost": "about 25 minutes of a core, from two seeds of one kind of policy",
         "Tests": "the others: by the rules in their rows; Var_i sparse ÷ dense by seed, sign-flip "
         "test",
     }

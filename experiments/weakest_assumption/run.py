@@ -178,6 +178,7 @@ def protocol() -> dict[str, str]:
         "Staleness": f"{' and '.join(map(str, UPDATES['default']))} updates on other rows",
         "Primary endpoint": "fidelity of what SAPO's gate removed, the mean over the three points "
         "of training",
+        "Cost": "about 45 minutes of a core, from one seed at the first point",
         "Test": "sign-flip over seeds; Holm over the three claims; 95% hierarchical bootstrap, "
         "seeds and then problems",
     }
