@@ -36,4 +36,5 @@ def get_config() -> ConfigDict:
     c.model.preset = "tiny_vl"
     c.model.train_vision = True
     c.data.max_image_tokens = 9
+    c.data.max_prompt_tokens = 24
     return c.lock()

@@ -282,23 +282,13 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
         own = train.params if frozen else rest
         return weights.convert_runs.lower(own, frozen, scale, config, settings.mesh, mesh)
 
-    looks, p = {}, _drawn(settings) * count
-    if settings.images is not None:
-        patches = fed(abstract_images(settings, p, patches=True), mesh)
-        tower = {"vision": sampler_params["vision"]}
-        looks["see"] = Program(
-            lambda: decode.see.lower(tower, config, patches, mesh=mesh),
-            {"sampler's parameters": tower, "rows": patches}, runs=1, mesh=mesh,
-            model_flops=tower_flops(settings, _drawn(settings)), resident=resident,
-            result={"rows": prompts.images},
-        )  # fmt: skip
     return {
         "to_sampler": Program(
             lambda: convert(rest), {"parameters": rest},
             runs=1, mesh=mesh,
             resident=optimizer | {"parameters": shared}, result={"sampler's parameters": moved},
         ),
-        **looks,
+        **_see(settings, sampler_params, prompts, resident),
         "prefill": Program(
             lambda: decode.fill_slots.lower(
                 sampler_params, config, prompts, base, controls, state.replace(completion_kv=None),
@@ -326,6 +316,23 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
             result={"cache": state.completion_kv[0]},
         ),
     }  # fmt: skip
+
+
+def _see(
+    settings: Settings, sampler_params: SamplerParams, prompts: Prompts, resident: dict[str, Any]
+) -> dict[str, Program]:
+    """The tower's pass over the images of an iteration, if there are any."""
+    if settings.images is None:
+        return {}
+    config, mesh = settings.model, settings.sampler_mesh
+    tower = {"vision": sampler_params["vision"]}
+    images = fed(abstract_images(settings, len(prompts.id), patches=True), mesh)
+    program = Program(
+        lambda: decode.see.lower(tower, config, images, mesh=mesh),
+        {"sampler's parameters": tower, "rows": images}, runs=1, mesh=mesh, resident=resident,
+        model_flops=tower_flops(settings, _drawn(settings)), result={"rows": prompts.images},
+    )  # fmt: skip
+    return {"see": program}
 
 
 def programs(settings: Settings) -> dict[str, Program]:

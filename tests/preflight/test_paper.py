@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from configs.paper import cold_start, controlled, multitask, tau_neg
+from configs.paper import cold_start, controlled, multitask, qwen3_vl_30b_a3b, tau_neg
 from sapo_jax import preflight
 from sapo_jax.cli import flat
 from sapo_jax.sweep import cohorts
@@ -35,13 +35,22 @@ STATED = {
         "eval.samples": 16,
     },
     multitask: SETTING | {"batch.minibatches": 2},
+    qwen3_vl_30b_a3b: SETTING | {"batch.minibatches": 2} | dict.fromkeys(
+        ("model.preset", "tokenizer.directory", "init_from"), "models/Qwen3-VL-30B-A3B"
+    ),
 }  # fmt: skip
 MATHS = {"aime25": 16, "hmmt25": 16, "beyond_aime": 16}
 EVALS = {  # sets and their samples; zebra's are ours
     controlled: MATHS, tau_neg: MATHS,
     multitask: {"aime25": 32, "livecodebench_v6": 8, "zebra": 8},
+    qwen3_vl_30b_a3b: {"aime25": 32, "livecodebench_v6": 8, "zebra": 8, "mathvision": 8},
 }  # fmt: skip
-STEPS = {controlled: 1800, tau_neg: 1800, multitask: 500}  # gradient steps that are shown
+STEPS = {
+    controlled: 1800,
+    tau_neg: 1800,
+    multitask: 500,
+    qwen3_vl_30b_a3b: 500,
+}  # gradient steps that are shown
 ALGORITHMS = {  # hyperparameters, ratio, routing replay
     "sapo": ({"tau_pos": 1.0, "tau_neg": 1.05}, "token", "none"),
     "gspo": ({"eps_low": 3e-4, "eps_high": 4e-4}, "sequence", "none"),
@@ -58,7 +67,7 @@ def test_paper_configs_state_what_the_paper_does(experiment):
     assert config.iterations * config.batch.minibatches == STEPS[experiment]
     samples = {name: e.get("samples", config.eval.samples) for name, e in config.evals.items()}
     assert samples == EVALS[experiment]
-    if experiment is not multitask:
+    if experiment in (controlled, tau_neg):
         assert config.eval.every * config.batch.minibatches == 100  # gradient steps, about
     c = on_one(experiment)
     runs = [run for cohort in cohorts.make(c, experiment.get_sweep()) for run in cohort.runs]
@@ -76,11 +85,12 @@ def test_paper_configs_state_what_the_paper_does(experiment):
 
 
 def test_tasks_have_fixed_shares():
-    """Maths, coding and logic in every batch; each minibatch has some of all."""
-    config = multitask.get_config()
-    assert set(config.tasks) == {"maths", "code", "logic"}
-    for entry in config.tasks.values():
-        assert (entry["share"] * config.batch.prompts / config.batch.minibatches) % 1 == 0
+    """Maths, coding, logic, and images in every batch; each minibatch has some of all."""
+    for module, more in ((multitask, set()), (qwen3_vl_30b_a3b, {"vision"})):
+        config = module.get_config()
+        assert set(config.tasks) == {"maths", "code", "logic"} | more
+        for entry in config.tasks.values():
+            assert (entry["share"] * config.batch.prompts / config.batch.minibatches) % 1 == 0
 
 
 def test_the_cold_start_is_of_the_base_model():
@@ -93,7 +103,7 @@ def test_the_cold_start_is_of_the_base_model():
     assert settings.from_config(starts).model == settings.from_config(goes_on).model
 
 
-@pytest.mark.parametrize("module", [controlled, tau_neg, multitask, cold_start])
+@pytest.mark.parametrize("module", [controlled, tau_neg, multitask, qwen3_vl_30b_a3b, cold_start])
 def test_every_number_says_whose_it_is(module):
     """A number that no source states must not pass for the paper's."""
     source = pathlib.Path(module.__file__).read_text()

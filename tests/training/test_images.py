@@ -23,7 +23,10 @@ FIELDS = {
     "tasks": {"shapes": SHAPES, "text": TEXT},
     "model.preset": "tiny_vl", "model.num_hidden_layers": 2, "data.max_image_tokens": 4,
 }  # fmt: skip
-COLD = {"source": "demonstrations", "iterations": 2, "eval.every": 0, "model.train_vision": True}
+COLD = {
+    "source": "demonstrations", "iterations": 2, "eval.every": 0, "model.train_vision": True,
+    "objective.name": "reinforce", "objective.aggregation": "token_mean",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
