@@ -262,7 +262,7 @@ def _moe(experts: int, per_token: int, width: int) -> dict:
 TOWER = VisionConfig(27, 1152, 4304, 16, deepstack_visual_indexes=(8, 16, 24))
 TINY_TOWER = VisionConfig(
     2, 64, 192, 2, 64, (0,), patch_size=4, mrope_section=(6, 5, 5),
-    min_pixels=64, max_pixels=4096,
+    min_pixels=64, max_pixels=4096, image_token_id=1,  # the tokenizer's stands in its place
 )  # fmt: skip
 
 

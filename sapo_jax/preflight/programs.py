@@ -258,8 +258,8 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
     group, n, t = settings.config.batch.group_size, settings.width, settings.max_new_tokens
     base = jax.eval_shape(lambda: sampling.base_key(seeds, "train", np.int32(0)))
     static = {"truncate": False, "mesh": mesh}
-    slots = fed(Abstract((count * plan.refill,), jnp.int32), mesh)
-    limits = fed(Abstract((2 * sharding.parts(mesh, "slots"),), jnp.int32), mesh)
+    sizes = count * plan.refill, 2 * sharding.parts(mesh, "slots")
+    slots, limits = (fed(Abstract((size,), jnp.int32), mesh) for size in sizes)
     optimizer = {"optimizer": train.opt_state} | _reference(settings)
     resident = optimizer | {"parameters": policy}
     cache = {"cache": (state.prompt_kv, state.completion_kv)}

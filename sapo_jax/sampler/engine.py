@@ -24,7 +24,7 @@ from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
 from sapo_jax.sampler import decode, decode_state, results, sampling
 from sapo_jax.sampler.decode_state import DecodeState
-from sapo_jax.sampler.plan import Plan, make_plan
+from sapo_jax.sampler.plan import Plan, checked
 from sapo_jax.sampler.results import ROWS
 from sapo_jax.sampler.scheduler import NEVER, Moves, Slots
 from sapo_jax.sampler.weights import to_sampler
@@ -66,23 +66,6 @@ def seen(params: Any, config: ModelConfig, prompts: Prompts, mesh: Mesh | None) 
         images = vision.by_row(images, np.asarray(prompts.tokens), config)
     tower, images = {"vision": params["vision"]}, sharding.place(images, mesh, ROWS)
     return prompts.replace(images=decode.see(tower, config, images, mesh=mesh))
-
-
-def checked(
-    plan: Plan | None, prompts: int, group_size: int, max_new_tokens: int, mesh: Mesh | None
-) -> Plan:
-    """The plan, or one of its own, if prompts and plan divide among the parts of the rows."""
-    parts = sharding.parts(mesh, "slots")
-    if mesh is not None:
-        sharding.check(mesh, [sharding.Dimension("prompts", "slots", prompts)])
-    plan = plan or make_plan(prompts, max_new_tokens, group_size=group_size, parts=parts)
-    divided = all(n % parts == 0 for n in (*plan.slots, plan.refill))
-    fits = plan.refill <= plan.slots[0] <= prompts and plan.cache[-1] == max_new_tokens
-    if not (divided and fits and len(plan.rows) in (0, len(plan.slots))):
-        raise ValueError(
-            f"{plan} is not for {prompts} prompts in {parts} parts and {max_new_tokens=}"
-        )
-    return plan
 
 
 def _empty(config, shape, mesh, *, beside) -> DecodeState:

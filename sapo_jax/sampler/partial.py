@@ -19,7 +19,7 @@ from sapo_jax.parallel import sharding
 from sapo_jax.sampler import decode, engine, results, sampling
 from sapo_jax.sampler.decode_state import DecodeState
 from sapo_jax.sampler.engine import Host, OnGroups
-from sapo_jax.sampler.plan import Plan
+from sapo_jax.sampler.plan import Plan, checked
 from sapo_jax.sampler.results import Begun
 from sapo_jax.sampler.scheduler import Slots
 from sapo_jax.sampler.weights import to_sampler
@@ -102,7 +102,7 @@ def partial_rollout(
     """
     engine.check(prompts, config, group_size, max_new_tokens, domain, truncate=False)
     p, mesh = len(prompts.tokens), sharding.mesh_of(params)
-    plan = engine.checked(plan, p, group_size, max_new_tokens, mesh)
+    plan = checked(plan, p, group_size, max_new_tokens, mesh)
     first_P = np.asarray(prompts.iteration)
     params = to_sampler(params, config)
     prompts = sharding.place(engine.seen(params, config, prompts, mesh), mesh)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from jax.sharding import Mesh
+
+from sapo_jax.parallel import sharding
+
 FULL = 128  # rows that keep a device busy; more in flight waste more steps at the end
 FEWEST = 8  # rows below which a decode step costs about the same
 
@@ -87,3 +91,20 @@ def make_plan(
     refill = count if count == own else max(1, count // 16)
     counts, widths = zip(*shapes, strict=True)
     return Plan(tuple(parts * n for n in counts), cache, parts * refill, widths)
+
+
+def checked(
+    plan: Plan | None, prompts: int, group_size: int, max_new_tokens: int, mesh: Mesh | None
+) -> Plan:
+    """The plan, or one of its own, if prompts and plan divide among the parts of the rows."""
+    parts = sharding.parts(mesh, "slots")
+    if mesh is not None:
+        sharding.check(mesh, [sharding.Dimension("prompts", "slots", prompts)])
+    plan = plan or make_plan(prompts, max_new_tokens, group_size=group_size, parts=parts)
+    divided = all(n % parts == 0 for n in (*plan.slots, plan.refill))
+    fits = plan.refill <= plan.slots[0] <= prompts and plan.cache[-1] == max_new_tokens
+    if not (divided and fits and len(plan.rows) in (0, len(plan.slots))):
+        raise ValueError(
+            f"{plan} is not for {prompts} prompts in {parts} parts and {max_new_tokens=}"
+        )
+    return plan
