@@ -47,6 +47,7 @@ def state_of(workdir, checked):
 def test_a_killed_run_that_sees_ends_like_an_uninterrupted_one(cold, trained, tmp_path):
     """Bit for bit: state, metrics, samples; and a frozen tower is that of the cold start."""
     fields = FIELDS | {"init_from": str(cold), "model.train_vision": trained}
+    fields["staleness"] = int(trained)  # images wait in the checkpoint, too
     assert spawn(tmp_path / "whole", **fields).wait() == 0
     assert spawn(tmp_path / "run", "minibatch 5", **fields).wait() == -signal.SIGKILL
     checked = run(tmp_path / "run", **fields)
