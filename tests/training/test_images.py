@@ -111,7 +111,8 @@ def test_what_else_runs_do(cold, fields, tmp_path):
 
 def test_report_and_export(cold, tmp_path):
     """The page shows pictures beside completions; the exported directory has the tower."""
-    checked = run(tmp_path / "run", **FIELDS | {"init_from": str(cold), "iterations": 1})
+    fields = FIELDS | {"init_from": str(cold), "iterations": 1, "log.samples": 16}
+    checked = run(tmp_path / "run", **fields)
     rows = read_samples(tmp_path / "run")
     with_images = [row for row in rows if "images" in row]
     assert with_images
