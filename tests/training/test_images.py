@@ -61,7 +61,7 @@ def test_a_killed_run_that_sees_ends_like_an_uninterrupted_one(cold, trained, tm
     same = jax.tree.map(np.array_equal, whole["vision"], before["vision"])
     assert all(jax.tree.leaves(same)) != trained
     gaps = [r["sampler/logp_gap_max"] for r in read_metrics(tmp_path / "run")[1:]]
-    assert max(gaps) <= 1e-5
+    assert max(gaps[: 1 if trained else None]) <= 1e-5  # later ones are of a policy that moved on
 
 
 def test_a_run_of_a_map_is_bitwise_the_run_alone(cold, tmp_path):
