@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
         },
         type_safe=False,
     )
+    c.iterations = 100
     c.model.preset = "tiny_vl"
     c.model.train_vision = True
     c.data.max_image_tokens = 9

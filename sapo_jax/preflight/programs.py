@@ -278,7 +278,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
         if count == 1:
             target = None if settings.config.sampler.devices else mesh
             return weights.convert.lower(rest, config, settings.mesh, target)
-        scale = np.ones(count, np.float32) if frozen else None
+        scale = np.ones(count, np.float32) if config.lora_rank else None
         own = train.params if frozen else rest
         return weights.convert_runs.lower(own, frozen, scale, config, settings.mesh, mesh)
 

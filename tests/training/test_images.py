@@ -47,6 +47,7 @@ def state_of(workdir, checked):
 def test_a_killed_run_that_sees_ends_like_an_uninterrupted_one(cold, trained, tmp_path):
     """Bit for bit: state, metrics, samples; and a frozen tower is that of the cold start."""
     fields = FIELDS | {"init_from": str(cold), "model.train_vision": trained}
+    fields["staleness"] = int(trained)  # images wait in the checkpoint, too
     assert spawn(tmp_path / "whole", **fields).wait() == 0
     assert spawn(tmp_path / "run", "minibatch 5", **fields).wait() == -signal.SIGKILL
     checked = run(tmp_path / "run", **fields)
@@ -60,7 +61,7 @@ def test_a_killed_run_that_sees_ends_like_an_uninterrupted_one(cold, trained, tm
     same = jax.tree.map(np.array_equal, whole["vision"], before["vision"])
     assert all(jax.tree.leaves(same)) != trained
     gaps = [r["sampler/logp_gap_max"] for r in read_metrics(tmp_path / "run")[1:]]
-    assert max(gaps) <= 1e-5
+    assert max(gaps[: 1 if trained else None]) <= 1e-5  # later ones are of a policy that moved on
 
 
 def test_a_run_of_a_map_is_bitwise_the_run_alone(cold, tmp_path):
@@ -110,7 +111,8 @@ def test_what_else_runs_do(cold, fields, tmp_path):
 
 def test_report_and_export(cold, tmp_path):
     """The page shows pictures beside completions; the exported directory has the tower."""
-    checked = run(tmp_path / "run", **FIELDS | {"init_from": str(cold), "iterations": 1})
+    fields = FIELDS | {"init_from": str(cold), "iterations": 1, "log.samples": 16}
+    checked = run(tmp_path / "run", **fields)
     rows = read_samples(tmp_path / "run")
     with_images = [row for row in rows if "images" in row]
     assert with_images
