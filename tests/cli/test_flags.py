@@ -40,8 +40,8 @@ FLAGS = {
     "train": "config reward workdir coordinator processes process",
     "sweep": "config reward workdir axis most job_index job_count coordinator processes process",
     "evaluate": "hf workdir which task eval reward prompts samples temperature top_k top_p "
-    "max_prompt_tokens max_image_tokens max_new_tokens batch seed workers dtype chat system template_options out "
-    "compilation_cache",
+    "max_prompt_tokens max_image_tokens max_new_tokens batch seed workers dtype chat system "
+    "template_options out compilation_cache",
     "export": "workdir out which adapters",
     "report": "picture",
     "preflight": "config topology programs fit runs json",
