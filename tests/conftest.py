@@ -1,5 +1,6 @@
 """Shared fixtures; compiled programs are cached in .cache/tests between runs."""
 
+import gc
 import os
 import signal
 
@@ -28,6 +29,8 @@ from tests import fakes
 # A shell starts background jobs with SIGINT ignored, which the commands that tests start would
 # inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+gc.set_threshold(200_000, 50, 100)  # tracing makes many objects, which stay
 
 
 @pytest.fixture(scope="session")

@@ -93,6 +93,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(stale, tmp_path):
     same(saved(tmp_path / "run", checked), saved(workdir, checked))
 
 
+@pytest.mark.slow
 def test_a_population_is_its_runs_alone(stale, tmp_path):
     workdir, checked, _ = stale
     (cohort,) = cohorts.make(config_of(staleness=1, **PART), axes.axis("seed", 0, 3))

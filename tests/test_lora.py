@@ -183,6 +183,7 @@ def test_a_population_by_map_is_its_runs_alone(alone, base, tmp_path):
     assert records(second)[1]["policy/loss"] != records(first)[1]["policy/loss"]
 
 
+@pytest.mark.slow
 def test_a_population_by_vmap_holds_one_base(alone, base, tmp_path):
     """The first iteration of each run is that of the run alone, by programs with one base."""
     (cohort,) = population_of(base, "vmap", iterations=1, **{"eval.every": 0})

@@ -190,6 +190,7 @@ def test_a_population_by_map_is_its_runs_alone(whole, origin, tmp_path):
     same(saved(first, checked), saved(workdir, checked))
 
 
+@pytest.mark.slow
 def test_a_population_by_vmap_goes_on_where_it_stopped(tmp_path):
     """The queue of several runs is one, with an axis for them."""
     fields = {"staleness": 1, "population.method": "vmap", "checkpoint.every": 3}

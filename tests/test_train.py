@@ -73,7 +73,10 @@ def spawn(workdir, stop_at=None, **fields):
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
 
-STOPS = ["rollout 5", "minibatch 5", "checkpoint 6", "rollout 2", "sigterm 5", "hangs 5"]
+STOPS = ["minibatch 5", "checkpoint 6", "sigterm 5"]
+STOPS += [
+    pytest.param(stop, marks=pytest.mark.slow) for stop in ("rollout 2", "rollout 5", "hangs 5")
+]
 
 
 @pytest.mark.parametrize("stop", STOPS)
@@ -166,7 +169,7 @@ def test_supervised_runs_start_others(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state.params, taught.params)
 
 
-@pytest.mark.parametrize("objective", ["grpo", "gspo"])
+@pytest.mark.parametrize("objective", [pytest.param("grpo", marks=pytest.mark.slow), "gspo"])
 def test_other_objectives_run(tmp_path, objective):
     run(tmp_path / "run", **{"objective.name": objective, "iterations": 1, "eval.every": 0})
     assert read_metrics(tmp_path / "run")[0]["policy/gate_mean"] is not None

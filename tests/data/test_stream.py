@@ -156,7 +156,7 @@ def is_alive(pid):
         return False
 
 
-@pytest.mark.parametrize(("workers", "then"), [(0, 0), (2, 1)])
+@pytest.mark.parametrize(("workers", "then"), [(0, 0), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_a_killed_process_resumes_exactly(prepared, tmp_path, workers, then):
     """SIGKILL after batches that no saved position knows; what was read ahead must not be lost."""
     process = spawn(prepared, tmp_path, 10**6, workers)

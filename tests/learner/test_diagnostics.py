@@ -92,7 +92,14 @@ def by_hand(name, batch, logp):
     return found, quantiles, r[mask]
 
 
-@pytest.mark.parametrize("layout", ["rows", "micro-batches", "packed", "shared prompts"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "rows",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("micro-batches", "packed")),
+        "shared prompts",
+    ],
+)
 def test_metrics_are_those_by_hand(nano, batch, layout):
     """EUR by prompt and not by token, quadrants, ESS, Var_i, D_i, quantiles; GRPO's EUR is its
     unclipped share. A sequence that counts for what it shares a row with would show.

@@ -97,7 +97,7 @@ NAMES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("group_size", [1, G])
+@pytest.mark.parametrize("group_size", [pytest.param(1, marks=pytest.mark.slow), G])
 def test_gradients_are_those_of_plain_rows(nano, batch, lengths, group_size):
     """One program for all objectives, hence for all that they have in common."""
     config, weights = nano
@@ -128,7 +128,13 @@ def same(got, want, name=None):
             ), (name, key)
 
 
-@pytest.mark.parametrize(("replay", "group_size"), [("none", G), ("R3", 1), ("R3", G)])
+@pytest.mark.parametrize(
+    ("replay", "group_size"),
+    [
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("none", G), ("R3", 1))),
+        ("R3", G),
+    ],
+)
 def test_experts_are_replayed_and_balanced_as_in_plain_rows(
     rng, batch, lengths, replay, group_size
 ):

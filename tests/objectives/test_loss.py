@@ -192,6 +192,12 @@ def random_batch(rng, rows=6, width=9, dtype=np.float64):
 
 REQUIRED = {"dr_grpo": {"max_length": 9.0}}
 NAMES = sorted(OBJECTIVES)
+# They differ from another one by their gate or its numbers alone, which the golden tables hold.
+LIKE_OTHERS = (
+    "sapo_erf", "sapo_arctan", "sapo_softsign", "sapo_softsign_abs", "grpo_r2", "gspo_token",
+    "mhpo_unit", "dppo_kl",
+)  # fmt: skip
+SOME = [pytest.param(n, marks=[pytest.mark.slow] * (n in LIKE_OTHERS)) for n in NAMES]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -253,7 +259,7 @@ def test_on_policy_every_coefficient_is_one(name, rng):
     np.testing.assert_allclose(grad, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_invariances(name, rng):
     """Padding width, row order and packing into segments change neither loss nor gradient."""
     with jax.enable_x64(True):
@@ -287,7 +293,7 @@ def test_invariances(name, rng):
         np.testing.assert_allclose(packed_grad.reshape(2, 9), two_grad, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 def test_terms_merge_to_the_whole_batch(name, rng):
     """Mean-of-means over micro-batches of unequal lengths is the bug that this excludes."""
     with jax.enable_x64(True):
@@ -306,7 +312,7 @@ def test_terms_merge_to_the_whole_batch(name, rng):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), whole, merged)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("sign", [1.0, -1.0, 0.0])
 def test_finite_for_any_ratio_and_for_nan_under_the_mask(name, sign):
     """exp overflows in f32 from a log-ratio of 89; 0·∞ = NaN at padding poisons every weight."""

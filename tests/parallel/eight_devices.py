@@ -30,7 +30,10 @@ MESHES = {
     "expert 4, fsdp 2": {"expert": 4, "fsdp": 2},
 }
 KINDS = {"dense": ("nano", "gspo", {}), "moe": ("nano_moe", "sapo", {})}
-MORE = [("dense", "expert 4, fsdp 2"), ("moe", "data 8"), ("moe", "fsdp 8")]  # combined elsewhere
+MORE = [  # combined elsewhere
+    ("dense", "data 8"), ("dense", "expert 4, fsdp 2"),
+    ("moe", "data 8"), ("moe", "fsdp 8"), ("moe", "tensor 4, data 2"),
+]  # fmt: skip
 
 
 def case(kind, name, *rest):
@@ -458,6 +461,7 @@ def test_decoding_gathers_no_weights(policies):
     assert jax.tree.structure(partition_specs(config)) == jax.tree.structure(weights)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(tmp_path, no_plots):
     """Trained on 2×4, resumed there, on 8×1 and on one device: the next update is the same."""
     fields = {"iterations": 1, "eval.every": 0, "batch.minibatches": 1, "sampler.slots": 0}

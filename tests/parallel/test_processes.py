@@ -124,6 +124,7 @@ def test_one_update_agrees_with_one_process(whole):
         np.testing.assert_allclose(found[key], value, atol=1e-6 * scale, err_msg=key)
 
 
+@pytest.mark.slow
 def test_all_processes_stop_where_one_is_asked_to(whole, tmp_path):
     """They agree on where, or some would wait for the others for ever; iteration 3 is saved."""
     statuses, messages = both(tmp_path, "is asked")
@@ -132,7 +133,7 @@ def test_all_processes_stop_where_one_is_asked_to(whole, tmp_path):
     assert stored(tmp_path)[0] == stored(whole)[0][:4]
 
 
-@pytest.mark.parametrize("what", ["stops", "hangs"])
+@pytest.mark.parametrize("what", [pytest.param("stops", marks=pytest.mark.slow), "hangs"])
 def test_a_process_that_fails_ends_the_other(tmp_path, what):
     """Of one that is suspended, or whose verifier never returns, the other hears (above: killed).
 

@@ -1,4 +1,4 @@
-"""One of the processes of a small run, with four devices of the CPU; see `test_processes`."""
+"""One of the processes of a small run, with two devices of the CPU; see `test_processes`."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from sapo_jax.training import parameters, settings
 from sapo_jax.types import Batch
 from tests import fakes, killed_run, tiny_config
 
-DEVICES, AT = 4, 3  # devices of a process; the iteration in which things happen
+DEVICES, AT = 2, 3  # devices of a process; the iteration in which things happen
 SIGNALS = {
     "dies": (signal.SIGKILL, AT), "stops": (signal.SIGSTOP, AT), "is asked": (signal.SIGTERM, 4),
 }  # fmt: skip
@@ -29,6 +29,7 @@ def resolved(**fields):
     config = tiny_config.get_config()
     own = {
         "iterations": 4, "checkpoint.every": 2, "eval.every": 4, "sampler.slots": 0,
+        "model.num_hidden_layers": 1,
         "reward.overlong": 1.0, "reward.buffer": 6, "distributed.timeout": 600.0,
     }  # fmt: skip
     with config.unlocked():
@@ -98,7 +99,7 @@ def main_(workdir, port, index, what):
     timeout = 30.0 if what == "hangs" else 600.0
     distributed.start(f"127.0.0.1:{port}", 2, index, timeout=10)
     cli.use_cache(str(pathlib.Path(".cache/tests").resolve()))
-    checked = resolved(**{"mesh.data": 2, "mesh.fsdp": 4, "distributed.timeout": timeout})
+    checked = resolved(**{"mesh.data": 2, "mesh.fsdp": 2, "distributed.timeout": timeout})
     if index == 1 and what in SIGNALS:
         rollout = killed_run.sampler.rollout
         number, at = SIGNALS[what]

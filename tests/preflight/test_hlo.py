@@ -90,7 +90,9 @@ def counted_and_expected(remat, rows, mesh=None):
     return counted, (3 + remat) * layers - remat * 2 * sizes["down"] * tokens + 3 * head
 
 
-@pytest.mark.parametrize(("remat", "rows"), [(False, 2), (True, 4)])
+@pytest.mark.parametrize(
+    ("remat", "rows"), [pytest.param(False, 2, marks=pytest.mark.slow), (True, 4)]
+)
 def test_an_update_executes_the_flops_of_its_formula(remat, rows):
     """A model with a known count."""
     counted, expected = counted_and_expected(remat, rows)

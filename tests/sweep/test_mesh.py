@@ -66,6 +66,7 @@ def test_a_sweep_of_two_processes_resumes_where_one_was_killed(tmp_path):
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
 
 
+@pytest.mark.slow
 def test_runs_of_a_mesh_of_one_place_train_alone(tmp_path):
     """One after the other, each in its directory, where the same settings by `main` go on."""
     fields = {"iterations": 1, "eval.every": 0, "mesh.data": -1, "sampler.slots": 4}

@@ -381,6 +381,7 @@ def test_a_switch_gives_each_run_its_own_objective(rng):
         )
 
 
+@pytest.mark.slow
 def test_a_population_by_vmap_goes_on_where_it_stopped(tmp_path):
     """A cohort of two objectives, whole and in two parts: bit for bit, and nothing compiles late.
 
@@ -490,6 +491,7 @@ ASKED = [
 ]
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_asked_to_stop_keeps_what_is_finished(swept, tmp_path):
     """In the middle of updates, before which the states of all runs were copied; and at the end
     every run is as if nothing had happened."""
