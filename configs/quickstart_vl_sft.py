@@ -5,8 +5,8 @@ Claim     Supervised learning of worked answers to two kinds of pictures and one
 Command   python -m sapo_jax.main --config=configs/quickstart_vl_sft.py \
               --workdir=runs/quickstart_vl_sft
 Time      Not measured; about 2 s an iteration beside other work, on 2 CPU cores.
-Result    Not measured with seeds. One trial, with 2 kinds and 2 colours of shapes: Pass@1 of sums 0.29,
-          of shapes 0.90, of text 0.41.
+Result    Not measured with seeds. One trial, with 2 kinds and 2 colours of shapes: Pass@1 of sums
+          0.29, of shapes 0.90, of text 0.41.
 """
 
 from ml_collections import ConfigDict
