@@ -8,8 +8,10 @@ Claim     From the cold start of configs/quickstart_vl_sft.py, held-out Pass@1 o
 Command   make train-vl
           (the cold start, then python -m sapo_jax.main --config=configs/quickstart_vl.py
           --workdir=runs/quickstart_vl)
-Time      Not measured.
-Result    Not measured.
+Time      Not measured; one trial took 2.4 minutes for 60 iterations beside other work, 2 CPU cores.
+Result    Not measured with seeds. That trial, with 2 kinds and 2 colours of shapes: Pass@1 of sums
+          0.31 → 0.73, of text 0.34 → 0.61, of shapes 0.94 → 0.94; with images swapped 0.01 → 0.01,
+          0.34 → 0.49, 0.13 → 0.10. From a cold start of 100 iterations sums rose to 0.34 only.
 """
 
 from ml_collections import ConfigDict

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from sapo_jax import learner
 from sapo_jax.model import ModelConfig, lora, params
 from sapo_jax.parallel import runs, sharding
-from sapo_jax.sampler import SamplerParams, decode, decode_state, sampling, weights
+from sapo_jax.sampler import SamplerParams, decode, decode_state, images, sampling, weights
 from sapo_jax.training.queue import abstract_batch, abstract_images, placed
 from sapo_jax.training.settings import Settings
 from sapo_jax.types import Batch, Frozen, Prompts, TrainState
@@ -326,10 +326,10 @@ def _see(
         return {}
     config, mesh = settings.model, settings.sampler_mesh
     tower = {"vision": sampler_params["vision"]}
-    images = fed(abstract_images(settings, len(prompts.id), patches=True), mesh)
+    patches = fed(abstract_images(settings, len(prompts.id), patches=True), mesh)
     program = Program(
-        lambda: decode.see.lower(tower, config, images, mesh=mesh),
-        {"sampler's parameters": tower, "rows": images}, runs=1, mesh=mesh, resident=resident,
+        lambda: images.see.lower(tower, config, patches, mesh=mesh),
+        {"sampler's parameters": tower, "rows": patches}, runs=1, mesh=mesh, resident=resident,
         model_flops=tower_flops(settings, _drawn(settings)), result={"rows": prompts.images},
     )  # fmt: skip
     return {"see": program}

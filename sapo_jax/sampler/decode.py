@@ -14,10 +14,9 @@ import jax.numpy as jnp
 
 from sapo_jax.model import attention, transformer, vision
 from sapo_jax.parallel import collectives, runs, sharding
-from sapo_jax.sampler import decode_state, results, sampling, weights
+from sapo_jax.sampler import decode_state, images, results, sampling, weights
 from sapo_jax.sampler.decode_state import DecodeState
 from sapo_jax.sampler.results import ROWS, WHOLE
-from sapo_jax.types import Seen
 
 
 def _draw_rows(keys_XY, index_XY, logits_XYV, controls, truncate):
@@ -45,27 +44,6 @@ def fill_slots(
     in_specs = (own[0], ROWS, *own[1:], specs, ROWS, ROWS)
     arguments = (params, prompts, base, controls, state, slot_F, prompt_F)
     return sharding.shard_map(local, mesh, in_specs, specs)(*arguments)
-
-
-@partial(jax.jit, static_argnames=("config", "mesh"))
-def see(params, config, images, *, mesh=None) -> Seen:
-    """What the tower makes of the images of each prompt; "vision" alone of the parameters."""
-
-    def local(params, images):
-        own = runs.of_device(params)
-        return Seen(vision.features(own, config, images, gathered=True), images.grids)
-
-    specs = {"vision": weights.partition_specs(config)["vision"]}
-    in_specs = (sharding.by_run(specs, mesh), ROWS)
-    return sharding.shard_map(local, mesh, in_specs, ROWS)(params, images)
-
-
-def _sight(config, images, tokens_BN, group=1):
-    """The images as rows see them, ``group`` of each prompt; None where there are none."""
-    if images is None:
-        return None
-    prompt_B1 = jnp.repeat(jnp.arange(len(images.grids)), group)[:, None]
-    return vision.see(images, config, tokens_BN, prompt_B1, jnp.ones_like(tokens_BN))
 
 
 def _read(params, config, state, tokens_BN, sight, caches, write):
@@ -103,7 +81,7 @@ def _fill_slots(config, truncate, params, prompts, base, controls, state, slot_F
     def fill(old, new):
         return old.at[slot_F].set(new, mode="drop")
 
-    sight = _sight(config, own.images, tokens_FN)
+    sight = images.sight(config, own.images, tokens_FN)
     delta_F = jnp.zeros_like(length_F) if sight is None else sight.delta
     x, prompt_kv, routings = _read(params, config, state, tokens_FN, sight, state.prompt_kv, fill)
     last_FD = jnp.take_along_axis(x, (length_F - 1)[:, None, None], 1)[:, 0]
@@ -178,7 +156,7 @@ def _resume_slots(config, params, prompts, state, slot_F, prompt_F):
         return written.reshape(old.shape)
 
     rows_BS = tokens_FGS.reshape(f * g, n + t)
-    sight = _sight(config, own.images, rows_BS, g)
+    sight = images.sight(config, own.images, rows_BS, g)
     _, completion_kv, _ = _read(params, config, state, rows_BS, sight, state.completion_kv, write)
 
     def fill(old, new):

@@ -19,16 +19,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sapo_jax.cli import several
-from sapo_jax.model import vision
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
-from sapo_jax.sampler import decode, decode_state, results, sampling
+from sapo_jax.sampler import decode, decode_state, images, results, sampling
 from sapo_jax.sampler.decode_state import DecodeState
 from sapo_jax.sampler.plan import Plan, checked
 from sapo_jax.sampler.results import ROWS
 from sapo_jax.sampler.scheduler import NEVER, Moves, Slots
 from sapo_jax.sampler.weights import to_sampler
-from sapo_jax.types import Images, Prompts, Rollout
+from sapo_jax.types import Prompts, Rollout
 
 OnGroups = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 
@@ -50,22 +49,6 @@ def check(prompts, config, group_size, max_new_tokens, domain, truncate) -> None
             f"prompts of {width} tokens and {max_new_tokens=} exceed the model's context, "
             f"max_position_embeddings={config.max_position_embeddings}"
         )
-
-
-def seen(params: Any, config: ModelConfig, prompts: Prompts, mesh: Mesh | None) -> Prompts:
-    """The prompts with what the sampler's tower makes of their images, once for all completions.
-
-    Raises:
-      ValueError: there are not as many placeholders as tokens of images, or see `vision.check`.
-    """
-    images = prompts.images
-    if not isinstance(images, Images):
-        return prompts
-    vision.check(prompts.tokens, config, images)
-    if images.patches.ndim == 2:
-        images = vision.by_row(images, np.asarray(prompts.tokens), config)
-    tower, images = {"vision": params["vision"]}, sharding.place(images, mesh, ROWS)
-    return prompts.replace(images=decode.see(tower, config, images, mesh=mesh))
 
 
 def _empty(config, shape, mesh, *, beside) -> DecodeState:
@@ -139,7 +122,7 @@ def rollout(
     mesh = sharding.mesh_of(params)
     plan = checked(plan, p, group_size, max_new_tokens, mesh)
     params = to_sampler(params, config)
-    prompts = seen(params, config, prompts, mesh)
+    prompts = images.seen(params, config, prompts, mesh)
     prompts = sharding.place(sampling.with_occurrence(prompts, sharding.runs(mesh)), mesh, ROWS)
     controls = sampling.controls(temperature, top_k, top_p)
     base = sampling.base_key(np.asarray(seed, np.uint32), domain, np.int32(iteration))

@@ -16,7 +16,7 @@ import numpy as np
 
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
-from sapo_jax.sampler import decode, engine, results, sampling
+from sapo_jax.sampler import decode, engine, images, results, sampling
 from sapo_jax.sampler.decode_state import DecodeState
 from sapo_jax.sampler.engine import Host, OnGroups
 from sapo_jax.sampler.plan import Plan, checked
@@ -105,7 +105,7 @@ def partial_rollout(
     plan = checked(plan, p, group_size, max_new_tokens, mesh)
     first_P = np.asarray(prompts.iteration)
     params = to_sampler(params, config)
-    prompts = sharding.place(engine.seen(params, config, prompts, mesh), mesh)
+    prompts = sharding.place(images.seen(params, config, prompts, mesh), mesh)
     slots = Slots.empty(plan, p, sharding.parts(mesh), group_size, first_P)
     base, controls = sampling.base_key(np.uint32(seed), domain), sampling.controls(temperature)
     host = engine.host_of(

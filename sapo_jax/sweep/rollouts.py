@@ -13,7 +13,7 @@ from sapo_jax import rewards
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.parallel import sharding
 from sapo_jax.parallel.runs import BY_RUN
-from sapo_jax.sampler import SamplerParams, decode, decode_state, results, sampling, weights
+from sapo_jax.sampler import SamplerParams, decode, decode_state, images, results, sampling, weights
 from sapo_jax.sampler.decode_state import DecodeState
 from sapo_jax.types import Frozen, Prompts, Rollout
 
@@ -99,7 +99,7 @@ def rollout(
 
     def look(params, frozen, prompts):
         policy = weights.join(params, frozen)
-        return prompts.replace(images=decode.see(policy, config, prompts.images))
+        return prompts.replace(images=images.see(policy, config, prompts.images))
 
     shape = decode_state.Shape(p, rows, cache[0], p, width, group_size, max_new_tokens)
 

@@ -68,10 +68,9 @@ def make_model(c: Any, tokenizer: Tokenizer) -> model.ModelConfig:
 def _seeing(shape: model.ModelConfig, trains: bool, fields: Mapping[str, int]) -> model.ModelConfig:
     """The shape with fields of its tower; one of text alone has none."""
     if shape.vision is None:
-        blind = f"for the model is {shape.model_type!r}, which sees none"
-        require(not trains, "model.train_vision", trains, f"False: {blind}")
-        for name in PIXELS:
-            require(name not in fields, f"model.{name}", fields.get(name), f"None: {blind}")
+        for name, value in (*fields.items(), ("train_vision", trains)):
+            blind = f"None, or False: the model is {shape.model_type!r}, which sees nothing"
+            require(not value, f"model.{name}", value, blind)
         return shape
     with of_field("model", named=True):
         tower = dataclasses.replace(shape.vision, **fields)
@@ -82,10 +81,9 @@ def make_room(c: Any, made: Mapping[str, Task], shape: model.ModelConfig) -> Any
     """What the images of a prompt have room in; None where no task has any."""
     tokens, count = c.data.max_image_tokens, tasks.Mixture(made).max_images
     if not count:
-        require(tokens == 0, "data.max_image_tokens", tokens, "0: no task has images")
-        for field in ("model.train_vision", "data.swap_images"):
+        for field in ("data.max_image_tokens", "model.train_vision", "data.swap_images"):
             value = operator.attrgetter(field)(c)
-            require(not value, field, value, "False: no task has images")
+            require(not value, field, value, "0 or False: no task has images")
         return None
     sees = f"of Qwen3-VL, for the tasks have images, which {shape.model_type!r} does not see"
     require(shape.vision is not None, "model.preset", c.model.preset, sees)

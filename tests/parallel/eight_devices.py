@@ -337,7 +337,7 @@ def test_a_model_that_sees_agrees_with_one_device(name):
         got = grads
         for key in path:
             got = got[key.key]
-        atol = 2e-5 * np.abs(want).max() + 1e-5
+        atol = 1e-5 * np.abs(want).max()
         np.testing.assert_allclose(got, want, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 

@@ -59,10 +59,31 @@ def test_the_programs_are_those_that_train(tmp_path):
     assert differing(tmp_path) == []
 
 
+def test_the_tower_is_counted():
+    """Its pass over the images is a program; where it is learnt, updates are three of it."""
+    fields = {"task.name": "count_shapes", "task.options": {"size": 64}, "model.preset": "tiny_vl",
+              "data.max_image_tokens": 64, "init_from": "runs/cold"}  # fmt: skip
+    found = programs.programs(tiny(**fields))
+    settled = tiny(**fields | {"model.train_vision": True})
+    learnt = programs.programs(settled)
+    flops = programs.tower_flops(settled, 4)  # prompts of a minibatch
+    assert found["see"].model_flops == 2 * flops
+    assert learnt["update"].model_flops - found["update"].model_flops == pytest.approx(3 * flops)
+    kinds = programs.bytes_per_chip(found["see"].arguments["rows"]), found["see"].result["rows"]
+    assert kinds[0] == 8 * (256 * 96 * 4 + 12)
+    assert programs.bytes_per_chip(kinds[1]) == 8 * (2 * 64 * 128 * 4 + 12)
+    vision = settled.model.vision
+    blocks = vision.depth * (2 * 64 * (4 * 64 + 2 * 192) + 4 * 64 * 256)
+    mergers = 2 * 2 * (256 * 256 + 256 * 128) / 4
+    assert flops == 4 * 256 * (2 * 96 * 64 + blocks + mergers)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [
+        {"model.preset": "tiny_vl", "task.name": "count_shapes", "data.max_image_tokens": 4,
+         "task.options": {"size": 16, "cells": 2}, "model.train_vision": True, "mesh.fsdp": 4},
         {"mesh.fsdp": 2, "mesh.tensor": 2},
         {"mesh.fsdp": 4, "sampler.mesh.tensor": 2},
         {"mesh.fsdp": 2, "mesh.tensor": 2, "lora.rank": 2},

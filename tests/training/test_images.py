@@ -67,7 +67,8 @@ def test_a_killed_run_that_sees_ends_like_an_uninterrupted_one(cold, trained, tm
 def test_a_run_of_a_map_is_bitwise_the_run_alone(cold, tmp_path):
     """They share the frozen tower; each has images of its own."""
     config = tiny_config.get_config()
-    config.update_from_flattened_dict(FIELDS | {"init_from": str(cold), "iterations": 3})
+    own = {"init_from": str(cold), "iterations": 3, "sampler.slots": 0}
+    config.update_from_flattened_dict(FIELDS | own)
     changes = [{"seed": 0}, {"seed": 1, "learner.learning_rate": 3e-3}]
     (cohort,) = cohorts.make(config, changes)
     schedule.run_cohort(cohort, tmp_path / "both", Bar())
@@ -82,6 +83,7 @@ def test_runs_at_once_see(cold, method, tmp_path):
     """Under vmap each has its own images, and the sampler's gap is as small."""
     config = tiny_config.get_config()
     own = {"init_from": str(cold), "iterations": 2, "population.method": method}
+    own["sampler.slots"] = 0
     config.update_from_flattened_dict(FIELDS | own)
     (cohort,) = cohorts.make(config, [{"seed": 0}, {"seed": 1}])
     schedule.run_cohort(cohort, tmp_path / "both", Bar())
