@@ -5,17 +5,16 @@ python -m experiments.aggregation.run --jobs=2
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.evidence import policy, stats, store, sweeps
-from experiments.evidence.study import Claim, Page, Study
-from experiments.evidence.sweeps import Section, select
-from sapo_jax import cli
+from experiments.evidence.study import Claim, Page
+from experiments.evidence.sweeps import SEEDS, Section, select
 from sapo_jax.axes import axis, product
 from sapo_jax.report.sweep_stats import Run
 
-SEEDS = {"smoke": 3, "default": 8, "large": 32}
 NAMES = ("sapo", "grpo", "gspo")
 AGGREGATIONS = ("seq_mean", "token_mean", "seq_sum")
 LEARNING_RATE = 2e-4
@@ -38,17 +37,12 @@ def sections(size: str) -> dict[str, Section]:
     return {"averages": Section(config, product(settings, axis("seed", *range(SEEDS[size]))))}
 
 
-def compute(given: cli.Flags) -> Iterator[tuple[str, Any]]:
-    """Curves of all runs."""
-    yield from sweeps.train(sections(given.size), given, "experiments.aggregation.run")
-
-
 def effects(runs: list[Run]) -> dict[str, stats.Effect]:
     """Each average against seq_mean; a seed's value is the mean over the algorithms."""
 
     def of(aggregation: str, key: str = "eval/pass_at_1") -> dict[int, float]:
         some = select(runs, objective__aggregation=aggregation)
-        return sweeps.seeds(some, lambda run: sweeps.late(run, key))
+        return sweeps.seeds(some, functools.partial(sweeps.late, key=key))
 
     found = {name: stats.difference(of(name), of("seq_mean")) for name in AGGREGATIONS[1:]}
     return found | {"long": stats.difference(of("token_mean", LONG), of("seq_mean", LONG))}
@@ -73,13 +67,10 @@ def protocol() -> dict[str, str]:
         "and AdamW does not see their scale",
         "Primary endpoint": f"Pass@1 ({policy.HELD_OUT}) over the evaluations of "
         "the second half, the mean over the three algorithms",
-        "Cost": sweeps.cost(sections("default")),
-        "Test": "paired by seed, sign-flip; Holm over the three claims; 95% bootstrap intervals",
     }
 
 
-STUDY = Study("aggregation", CLAIMS, protocol, compute, report)
-FLAGS = STUDY.flags(__doc__)
+STUDY = sweeps.study("aggregation", CLAIMS, sections, protocol, report)
 
 if __name__ == "__main__":
-    cli.run(STUDY.main, FLAGS)
+    STUDY.run(__doc__)

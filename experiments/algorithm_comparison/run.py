@@ -5,17 +5,16 @@ python -m experiments.algorithm_comparison.run --jobs=2
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.evidence import paper, policy, stats, store, sweeps
-from experiments.evidence.study import Claim, Page, Study, interval, markdown
-from experiments.evidence.sweeps import Section, select
-from sapo_jax import cli
+from experiments.evidence.study import Claim, Page, interval, markdown
+from experiments.evidence.sweeps import SEEDS, Section, select
 from sapo_jax.axes import Overrides, axis, product
 from sapo_jax.report.sweep_stats import Run
 
-SEEDS = {"smoke": 3, "default": 8, "large": 32}
 OTHER_SEEDS = {"smoke": 2, "default": 4, "large": 16}
 RATES = (1e-4, 2e-4, 4e-4)
 MAIN = (
@@ -58,26 +57,14 @@ def sections(size: str) -> dict[str, Section]:
     return found
 
 
-def compute(given: cli.Flags) -> Iterator[tuple[str, Any]]:
-    """Curves of both sections."""
-    yield from sweeps.train(sections(given.size), given, "experiments.algorithm_comparison.run")
-
-
 def name_of(run: Run) -> str:
     """As the paper calls an algorithm."""
     name = run.overrides["objective.name"]
     return LABELS.get(name, name)
 
 
-def _short(runs: list[Run], rate: float | None = None) -> list[Run]:
-    """The runs at a learning rate, named by the algorithm alone."""
-    some = runs if rate is None else select(runs, learner__learning_rate=rate)
-    keep = ("seed", "learner.learning_rate") if rate is None else ("seed",)
-    return [
-        run._replace(overrides={"objective.name": name_of(run),
-                                **{key: run.overrides[key] for key in keep}})
-        for run in some
-    ]  # fmt: skip
+def _at(runs: list[Run], rate: float) -> list[Run]:
+    return sweeps.named(select(runs, learner__learning_rate=rate), name_of)
 
 
 def effects(runs: list[Run]) -> dict[str, stats.Effect]:
@@ -97,11 +84,11 @@ def _best(runs: list[Run]) -> str:
     for name in dict.fromkeys(run.overrides["objective.name"] for run in runs):
         own = select(runs, objective__name=name)
         best = stats.effect(list(sweeps.best_rate(own).values()))
-        row = [name_of(own[0]), str(best.seeds), interval(best).replace("+", "")]
-        sets = {k for k in own[0].records[0] if k.startswith("eval/") and k.count("/") == 2}
-        for key in (f"eval/{name}/pass_at_1" for name in policy.TERMS):
-            found = sweeps.best_rate(own, lambda run, key=key: sweeps.late(run, key))
-            row.append(f"{100 * sum(found.values()) / len(found):.1f}" if key in sets else "–")
+        row = [name_of(own[0]), str(best.seeds), interval(best, sign="")]
+        for held_out in policy.TERMS:
+            endpoint = functools.partial(sweeps.late, key=f"eval/{held_out}/pass_at_1")
+            found = sweeps.best_rate(own, endpoint)
+            row.append(f"{100 * sum(found.values()) / len(found):.1f}")
         rows.append(row)
     return markdown(["algorithm", "seeds", "Pass@1, %", *policy.TERMS], rows)
 
@@ -116,8 +103,8 @@ def report(stored: Mapping[str, Any]) -> Page:
               "the run, and by held-out set": _best(every)}  # fmt: skip
     for rate in rates:
         title = f"Learning rate {rate:g}: Pass@1 in the second half"
-        tables[title] = sweeps.table(_short(every, rate), "Pass@1, %")
-    here = _short(main, highest)
+        tables[title] = sweeps.table(_at(every, rate), "Pass@1, %")
+    here = _at(main, highest)
     panels = [
         paper.panel("figure_4", "training reward"),
         sweeps.panel(
@@ -146,13 +133,10 @@ def protocol() -> dict[str, str]:
         f"{c.collapse.window} iterations, for good",
         "Second endpoint": f"Pass@1 ({policy.HELD_OUT}) over the evaluations of "
         "the second half, at the learning rate that is best for the other seeds",
-        "Cost": sweeps.cost(sections("default")),
-        "Test": "paired by seed, sign-flip; Holm over the four claims; 95% bootstrap intervals",
     }
 
 
-STUDY = Study("algorithm_comparison", CLAIMS, protocol, compute, report)
-FLAGS = STUDY.flags(__doc__)
+STUDY = sweeps.study("algorithm_comparison", CLAIMS, sections, protocol, report)
 
 if __name__ == "__main__":
-    cli.run(STUDY.main, FLAGS)
+    STUDY.run(__doc__)

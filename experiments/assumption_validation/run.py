@@ -130,9 +130,9 @@ def _row(name: str, seeds: Sequence[Mapping]) -> list[str]:
     share = stats.effect(broken(seeds, "d_gate"))
     return [
         kind, n, f"{len(var):,}", f"{inside / counts.sum():.2%}",
-        interval(means, 1, 4).replace("+", ""), f"{np.median(var):.4f}",
+        interval(means, 1, 4, sign=""), f"{np.median(var):.4f}",
         f"{np.quantile(var, 0.99):.3f}", f"{np.mean(var < MOST):.1%}",
-        f"{np.mean(broken(seeds, 'd_log')):.2%}", interval(share).replace("+", "") + " %",
+        f"{np.mean(broken(seeds, 'd_log')):.2%}", interval(share, sign="") + " %",
         f"{worst(seeds, 'd_gate'):.2f}",
     ]  # fmt: skip
 
@@ -210,7 +210,6 @@ def protocol() -> dict[str, str]:
 
 
 STUDY = Study("assumption_validation", CLAIMS, protocol, compute, report)
-FLAGS = STUDY.flags(__doc__)
 
 if __name__ == "__main__":
-    cli.run(STUDY.main, FLAGS)
+    STUDY.run(__doc__)

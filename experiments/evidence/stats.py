@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from sapo_jax.report.sweep_stats import mean_of, paired
+from sapo_jax.report.sweep_stats import mean_of
 from sapo_jax.training import bootstrap
 
 EXACT = 16  # pairs up to which every assignment of signs is tried
@@ -61,11 +62,8 @@ def effect(values: Sequence[float]) -> Effect:
 
 
 def difference(values: Mapping[int, float], reference: Mapping[int, float]) -> Effect:
-    """Of the seeds that both have, value − reference; the interval is that of a sweep's report."""
-    found = effect([values[seed] - reference[seed] for seed in values if seed in reference])
-    same = paired(values, reference)
-    assert same is not None
-    return dataclasses.replace(found, low=same["low"], high=same["high"])
+    """Of the seeds that both have, value − reference."""
+    return effect([values[seed] - reference[seed] for seed in values if seed in reference])
 
 
 def hierarchical(draws: Sequence[Sequence[float]], points: Sequence[float]) -> Effect:
@@ -75,16 +73,19 @@ def hierarchical(draws: Sequence[Sequence[float]], points: Sequence[float]) -> E
       draws: resampled values of each seed's estimate.
       points: the estimates.
     """
-    rng, count = np.random.default_rng(0), len(points)
+    found, count = effect(points), len(points)
+    if found.low is None:
+        return found
+    rng = np.random.default_rng(0)  # seeds are drawn as `bootstrap.interval` draws them
     seeds_RN = rng.integers(0, count, (2000, count))
     drawn_RN = np.array([
         [draws[s][rng.integers(len(draws[s]))] for s in row] for row in seeds_RN
     ])  # fmt: skip
     low, high = bootstrap.percentiles(drawn_RN.mean(1))
-    return dataclasses.replace(effect(points), low=low, high=high)
+    return dataclasses.replace(found, low=low, high=high)
 
 
-def holm(p: Mapping[str, float]) -> dict[str, float]:
+def holm(p: Mapping[Any, float]) -> dict[Any, float]:
     """Adjusted p of a family of tests (Holm 1979): the k-th smallest times as many as remain."""
     adjusted, largest = {}, 0.0
     for k, name in enumerate(sorted(p, key=p.get)):

@@ -71,6 +71,7 @@ class Study:
       protocol: what was fixed before, in rows.
       compute: (flags) → names and data of results, as they come.
       report: results by name → Page.
+      parallel: whether it has parts to choose from, which several processes can share.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Study:
     protocol: Callable[[], Mapping[str, str]]
     compute: Callable[[cli.Flags], Iterator[tuple[str, Any]]]
     report: Callable[[Mapping[str, Any]], Page]
+    parallel: bool = False
 
     @property
     def folder(self) -> pathlib.Path:
@@ -85,15 +87,21 @@ class Study:
         return ROOT / self.name
 
     def flags(self, text: str) -> cli.Flags:
-        """Those that every experiment has."""
+        """Those that every experiment has, and those of one that is parallel."""
         found = cli.Flags(f"experiments.{self.name}.run", text)
         found.enum("size", "default", list(SIZES), "How much: seconds, one laptop, one GPU.")
         found.boolean("report_only", False, "Tables and figure from results/; nothing is computed.")
         found.string("workdir", f"runs/experiments/{self.name}", "Where its runs are.")
-        found.words("sections", [], "Which parts are computed; by default all.")
-        found.integer("jobs", 1, "Processes that share the runs.", 1)
-        found.integer("job", 0, "Which of them this one is; the others are started by job 0.", 0)
+        if self.parallel:
+            found.words("sections", [], "Which parts are computed; by default all.")
+            found.integer("jobs", 1, "Processes that share the runs.", 1)
+            text = "Which of them this one is; the others are started by job 0."
+            found.integer("job", 0, text, 0)
         return found
+
+    def run(self, text: str) -> None:
+        """The command of its module, whose docstring is the text."""
+        cli.run(self.main, self.flags(text))
 
     def results(self, size: str, workdir: str) -> pathlib.Path:
         """Where a size's results lie: those of smoke are no results."""
@@ -107,7 +115,7 @@ class Study:
             cli.use_cache(".cache/xla")
             for name, data in self.compute(given):
                 store.write(out / f"{name}.json.gz", data)
-            if given.job:
+            if self.parallel and given.job:
                 return
         print(self.write(out))
 
@@ -181,14 +189,12 @@ def verdicts(claims: Sequence[Claim], effects: Mapping[str, Effect | Exact]) -> 
     return rows
 
 
-def interval(found: Effect | Mapping[str, Any], scale: float = 100, digits: int = 1) -> str:
-    """A mean with its interval: ``+1.2 (−0.3 to +2.5)``."""
-    get = found.get if isinstance(found, Mapping) else lambda key: getattr(found, key)
-    mean, *bounds = (get(key) for key in ("mean", "low", "high"))
-    if mean is None:
-        return "–"
-    texts = [f"{scale * x:+.{digits}f}".replace("-", "−") for x in (mean, *bounds) if x is not None]
-    return texts[0] if len(texts) < 3 else f"{texts[0]} ({texts[1]} to {texts[2]})"
+def interval(found: Effect, scale: float = 100, digits: int = 1, sign: str = "+") -> str:
+    """A mean with its interval: ``+1.2 (−0.3 to +2.5)``; ``sign=""``: ``1.2 (−0.3 to 2.5)``."""
+    numbers = (x for x in (found.mean, found.low, found.high) if x is not None)
+    texts = (f"{scale * x:{sign}.{digits}f}".replace("-", "−") for x in numbers)
+    mean, *bounds = texts
+    return f"{mean} ({' to '.join(bounds)})" if bounds else mean
 
 
 def written(found: Effect, claim: Claim) -> str:

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from experiments.evidence import policy, stats, store
-from experiments.evidence.stats import Effect
-from experiments.evidence.study import interval, markdown
+from experiments.evidence.study import Claim, Page, Study, interval, markdown
 from sapo_jax import cli
 from sapo_jax.axes import Overrides
 from sapo_jax.report import sweep_plots, sweep_stats
@@ -22,6 +21,7 @@ from sapo_jax.report.sweep_stats import Run
 from sapo_jax.sweep import cohorts, schedule
 
 Runs = Sequence[Run]
+SEEDS = {"smoke": 3, "default": 8, "large": 32}
 # Runs of a cohort: on a CPU so few that the processes of a sweep end together.
 MOST = {"smoke": 8, "default": 8, "large": 64}
 # Of one core, from the pilots.
@@ -34,6 +34,35 @@ class Section(NamedTuple):
     config: ConfigDict
     sweep: Overrides
     kind: str = "moe"
+
+
+def study(
+    name: str,
+    claims: tuple[Claim, ...],
+    sections: Callable[[str], Mapping[str, Section]],
+    protocol: Callable[[], Mapping[str, str]],
+    report: Callable[[Mapping[str, Any]], Page],
+) -> Study:
+    """An experiment whose results are sweeps: its claims are tested over shared seeds.
+
+    Args:
+      name, claims, report: see `Study`.
+      sections: by size.
+      protocol: rows before those of the cost and the test.
+    """
+
+    def compute(given: cli.Flags) -> Iterator[tuple[str, Any]]:
+        yield from train(sections(given.size), given, f"experiments.{name}.run")
+
+    def rows() -> Mapping[str, str]:
+        if not claims:
+            return protocol()
+        family = {3: "three", 4: "four"}[len(claims)]
+        test = f"paired by seed, sign-flip; Holm over the {family} claims"
+        common = {"Cost": cost(sections("default")), "Test": f"{test}; 95% bootstrap intervals"}
+        return {**protocol(), **common}
+
+    return Study(name, claims, rows, compute, report, parallel=True)
 
 
 def train(
@@ -94,14 +123,14 @@ def cost(sections: Mapping[str, Section]) -> str:
     return f"{count:.0f} runs, {seconds / count:.0f} s each: {seconds / 60:.0f} minutes of a core"
 
 
-def late(run: Run, key: str = "eval/pass_at_1", share: float = 0.5) -> float:
+def late(run: Run, key: str = "eval/pass_at_1") -> float:
     """The mean of the evaluations in the second half of a run; those after it stopped are 0.
 
     What a collapse has cost counts, and so does when it came.
     """
     found, total = sweep_stats.series(run.records, key), run.config["iterations"]
     every = run.config["eval"]["every"]
-    planned = [i for i in range(every, total + 1, every) if i >= share * total]
+    planned = [i for i in range(every, total + 1, every) if 2 * i >= total]
     return sum(found.get(i, 0.0) for i in planned) / len(planned)
 
 
@@ -114,6 +143,14 @@ def select(runs: Runs, **fields: Any) -> list[Run]:
     """The runs with these values of fields; ``__`` stands for the dot, None for "has it not"."""
     wanted = {key.replace("__", "."): value for key, value in fields.items()}
     return [r for r in runs if all(r.overrides.get(k) == v for k, v in wanted.items())]
+
+
+def named(runs: Runs, name: Callable[[Run], str]) -> list[Run]:
+    """The runs with a name as their only setting."""
+    return [
+        run._replace(overrides={"objective.name": name(run), "seed": run.overrides["seed"]})
+        for run in runs
+    ]
 
 
 def seeds(runs: Runs, endpoint: Callable[[Run], float] = late) -> dict[int, float]:
@@ -144,26 +181,20 @@ def panel(plot: str, runs: Runs, title: str = "") -> Panel:
     return Panel(title or own.title, lambda figure, _: own.draw(figure, found), own.wide)
 
 
-def table(
-    runs: Runs, heading: str, endpoint: Callable[[Run], float] = late, *, reference: int = 0
-) -> str:
-    """Settings with their endpoint in per cent, against one of them seed by seed; collapses.
+def table(runs: Runs, heading: str, endpoint: Callable[[Run], float] = late) -> str:
+    """Settings with their endpoint in per cent, against the first one seed by seed; collapses.
 
     p is Holm's over the rows.
     """
     found, groups = sweep_stats.summarise(runs), list(sweep_stats.group(runs).values())
-    values = [seeds(some, endpoint) for some in groups]
-    against: dict[str, Effect] = {
-        str(k): stats.difference(own, values[reference])
-        for k, own in enumerate(values) if k != reference
-    }  # fmt: skip
-    p, rows = stats.holm({key: effect.p for key, effect in against.items()}), []
+    first, *others = values = [seeds(some, endpoint) for some in groups]
+    against = dict(enumerate((stats.difference(own, first) for own in others), 1))
+    p, rows = stats.holm({k: effect.p for k, effect in against.items()}), []
     for k, (entry, some) in enumerate(zip(found["settings"], groups, strict=True)):
-        ends, key = stats.effect(list(values[k].values())), str(k)
-        row = [sweep_plots.label(found, entry["setting"]), str(len(some))]
-        row.append(interval(ends).replace("+", ""))
-        row += [interval(against[key]), f"{p[key]:.2g}"] if key in against else ["reference", ""]
-        rows.append([*row, collapsed(some)])
+        label = sweep_plots.label(found, entry["setting"])
+        ends = interval(stats.effect(list(values[k].values())), sign="")
+        compared = [interval(against[k]), f"{p[k]:.2g}"] if k else ["reference", ""]
+        rows.append([label, str(len(some)), ends, *compared, collapsed(some)])
     columns = ["setting", "seeds", heading, "difference", "p (Holm)", "collapsed"]
     return markdown(columns, rows)
 

@@ -5,17 +5,15 @@ python -m experiments.gate_families.run --jobs=2
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.evidence import policy, stats, store, sweeps
-from experiments.evidence.study import Claim, Page, Study
-from experiments.evidence.sweeps import Section
-from sapo_jax import cli
+from experiments.evidence.study import Claim, Page
+from experiments.evidence.sweeps import SEEDS, Section
 from sapo_jax.axes import Overrides, axis, product
 from sapo_jax.report.sweep_stats import Run
 
-SEEDS = {"smoke": 3, "default": 8, "large": 32}
 TEMPERATURES = {"SAPO's": (1.0, 1.05), "the study's": (10.0, 12.0)}
 # Project τ by the τ of arXiv 2602.19345, where its gates are written otherwise; by the project's
 # own τ all gates have SAPO's half-width, |r − 1| = 1.763/τ.
@@ -51,11 +49,6 @@ def sections(size: str) -> dict[str, Section]:
     """One sweep."""
     config = policy.learning(size, **{"learner.learning_rate": LEARNING_RATE})
     return {"gates": Section(config, product(settings(size), axis("seed", *range(SEEDS[size]))))}
-
-
-def compute(given: cli.Flags) -> Iterator[tuple[str, Any]]:
-    """Curves of all runs."""
-    yield from sweeps.train(sections(given.size), given, "experiments.gate_families.run")
 
 
 def _of(runs: list[Run], wanted: Overrides) -> dict[int, float]:
@@ -99,13 +92,10 @@ def protocol() -> dict[str, str]:
         "study writes a gate otherwise, at the same τ in its notation, too",
         "Seeds": f"{SEEDS['default']}, shared; learning rate {LEARNING_RATE:g}",
         "Primary endpoint": f"Pass@1 ({policy.HELD_OUT}) over the evaluations of the second half",
-        "Cost": sweeps.cost(sections("default")),
-        "Test": "paired by seed, sign-flip; Holm over the three claims; 95% bootstrap intervals",
     }
 
 
-STUDY = Study("gate_families", CLAIMS, protocol, compute, report)
-FLAGS = STUDY.flags(__doc__)
+STUDY = sweeps.study("gate_families", CLAIMS, sections, protocol, report)
 
 if __name__ == "__main__":
-    cli.run(STUDY.main, FLAGS)
+    STUDY.run(__doc__)

@@ -142,21 +142,15 @@ def _row(name: str, entry: Mapping) -> list[str]:
         own = entry[side]
         at = "" if own["at"] is None or own["above_1"] is None else f" at {own['at']:.2f}"
         row.append(_number(own["max"]) + at)
-    return [
-        *row,
-        *(
-            f"{p:.3g}, {n:.3g}"
-            for p, n in zip(
-                entry["positive"]["at_table"], entry["negative"]["at_table"], strict=True
-            )
-        ),
-    ]
+    pairs = zip(*(entry[side]["at_table"] for side in SIDES), strict=True)
+    return [*row, *(f"{positive:.3g}, {negative:.3g}" for positive, negative in pairs)]
 
 
 def effects(found: Mapping) -> dict[str, Exact]:
     """What holds of the claims, from the curves."""
     w = {label: np.array(entry["w"]) for label, entry in found["figure_1"].items()}
-    smooth, one = [w[f"τ = {k}"] for k in (1, 2, 3)], int(np.flatnonzero(RATIOS == 1)[0])
+    smooth = [w[f"τ = {k}"] for k in (1, 2, 3)]
+    one, two = map(RATIOS.tolist().index, (1, 2))
     away = np.flatnonzero(RATIOS != 1)
     falls = all(x[one] == 1 and x.argmax() == one for x in smooth)
     faster = all(np.all(a[away] > b[away]) for a, b in itertools.pairwise(smooth))
@@ -173,8 +167,8 @@ def effects(found: Mapping) -> dict[str, Exact]:
     damped = f"w(0.5) = {own[0]:.3f} where A > 0, w(2) = {own[1]:.3f} where A < 0; PPO's are "
     damped += f"{hard[0]:.0f} and {hard[1]:.0f}"
     return {
-        "weight": Exact(falls and faster, f"w(2) = {smooth[0][200]:.3f}, {smooth[1][200]:.3f}, "
-                        f"{smooth[2][200]:.3f} for τ = 1, 2, 3"),
+        "weight": Exact(falls and faster, f"w(2) = {', '.join(f'{x[two]:.3f}' for x in smooth)} "
+                        "for τ = 1, 2, 3"),
         "attenuates": Exact(sapo["positive"]["above_1"] is None, text),
         "both signs": Exact(max(own) < 1 == min(hard), damped),
     }  # fmt: skip
@@ -207,7 +201,6 @@ def protocol() -> dict[str, str]:
 
 
 STUDY = Study("gates", CLAIMS, protocol, compute, report)
-FLAGS = STUDY.flags(__doc__)
 
 if __name__ == "__main__":
-    cli.run(STUDY.main, FLAGS)
+    STUDY.run(__doc__)

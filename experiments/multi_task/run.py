@@ -5,20 +5,19 @@ python -m experiments.multi_task.run --jobs=2
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from experiments.evidence import paper, policy, stats, store, sweeps
-from experiments.evidence.study import Claim, Page, Study
-from experiments.evidence.sweeps import Section, select
+from experiments.evidence.study import Claim, Page
+from experiments.evidence.sweeps import SEEDS, Section, select
 from experiments.multi_task.mixed import Mixed
-from sapo_jax import cli
 from sapo_jax.axes import axis, product
 from sapo_jax.report.sweep_stats import Run
 
-SEEDS = {"smoke": 3, "default": 8, "large": 32}
 LEARNING_RATE = 2e-4
 MINIBATCHES = 2
 ALGORITHMS = (
@@ -61,18 +60,8 @@ def sections(size: str) -> dict[str, Section]:
     }
 
 
-def compute(given: cli.Flags) -> Iterator[tuple[str, Any]]:
-    """Curves of both sections."""
-    yield from sweeps.train(sections(given.size), given, "experiments.multi_task.run")
-
-
-def _named(runs: list[Run], shares: str = "") -> list[Run]:
-    """With the algorithm as the only setting."""
-    return [
-        run._replace(overrides={"objective.name": run.overrides["objective.name"] + shares,
-                                "seed": run.overrides["seed"]})
-        for run in runs
-    ]  # fmt: skip
+def _name(run: Run) -> str:
+    return run.overrides["objective.name"]
 
 
 def report(stored: Mapping[str, Any]) -> Page:
@@ -82,14 +71,12 @@ def report(stored: Mapping[str, Any]) -> Page:
             for name in ("sapo", "gspo", "grpo_r2")}  # fmt: skip
     effects = {name: stats.difference(each["sapo"], each[name]) for name in ("grpo_r2", "gspo")}
     effects["fixed"] = stats.difference(each["sapo"], sweeps.seeds(random))
-    every = _named(fixed) + _named(random, ", random mixing")
+    here = sweeps.named(fixed, _name)
+    every = here + sweeps.named(random, lambda run: f"{_name(run)}, random mixing")
     tables = {"All tasks": sweeps.table(every, "Pass@1, second half, %")}
     for task in policy.SEVERAL:
-        key = f"eval/{task}/pass_at_1"
-        title = f"Task {task}"
-        own = sweeps.table(every, "Pass@1, %", lambda run, key=key: sweeps.late(run, key))
-        tables[title] = own
-    here = _named(fixed)
+        endpoint = functools.partial(sweeps.late, key=f"eval/{task}/pass_at_1")
+        tables[f"Task {task}"] = sweeps.table(every, "Pass@1, %", endpoint)
     panels = [
         paper.panel("figure_6", "aggregated validation"),
         sweeps.panel("pass", every, f"Here: Pass@1 over the tasks, {len(here) // 3} seeds"),
@@ -111,13 +98,10 @@ def protocol() -> dict[str, str]:
         f"{LEARNING_RATE:g}",
         "Primary endpoint": f"Pass@1 over the three tasks ({policy.HELD_OUT}), the mean of the "
         "evaluations in the second half",
-        "Cost": sweeps.cost(sections("default")),
-        "Test": "paired by seed, sign-flip; Holm over the three claims; 95% bootstrap intervals",
     }
 
 
-STUDY = Study("multi_task", CLAIMS, protocol, compute, report)
-FLAGS = STUDY.flags(__doc__)
+STUDY = sweeps.study("multi_task", CLAIMS, sections, protocol, report)
 
 if __name__ == "__main__":
-    cli.run(STUDY.main, FLAGS)
+    STUDY.run(__doc__)

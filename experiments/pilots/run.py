@@ -5,16 +5,15 @@ python -m experiments.pilots.run --sections=rates,minibatches
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from experiments.evidence import policy, store, sweeps
-from experiments.evidence.study import Page, Study, markdown
+from experiments.evidence.study import Page, markdown
 from experiments.evidence.sweeps import Section
 from experiments.staleness.run import many
-from sapo_jax import cli
 from sapo_jax.axes import axis, product
 from sapo_jax.report import sweep_plots, sweep_stats
 from sapo_jax.report.sweep_stats import Run
@@ -47,11 +46,6 @@ def sections(size: str) -> dict[str, Section]:
         runs = product([many(count, UPDATES)], names, axis("seed", 0))
         found[f"minibatches_{count}"] = Section(low, runs)
     return found
-
-
-def compute(given: cli.Flags) -> Iterator[tuple[str, Any]]:
-    """Curves of each section."""
-    yield from sweeps.train(sections(given.size), given, "experiments.pilots.run")
 
 
 def _row(label: str, run: Run) -> list[str]:
@@ -90,8 +84,7 @@ def protocol() -> dict[str, str]:
     return {"Purpose": "To choose the regime of the other experiments; no claim rests on it"}
 
 
-STUDY = Study("pilots", (), protocol, compute, report)
-FLAGS = STUDY.flags(__doc__)
+STUDY = sweeps.study("pilots", (), sections, protocol, report)
 
 if __name__ == "__main__":
-    cli.run(STUDY.main, FLAGS)
+    STUDY.run(__doc__)

@@ -5,17 +5,15 @@ python -m experiments.staleness.run --jobs=2
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.evidence import policy, stats, store, sweeps
-from experiments.evidence.study import Claim, Page, Study
-from experiments.evidence.sweeps import Section, select
-from sapo_jax import cli
+from experiments.evidence.study import Claim, Page
+from experiments.evidence.sweeps import SEEDS, Section, select
 from sapo_jax.axes import Overrides, axis, product
 from sapo_jax.report.sweep_stats import Run
 
-SEEDS = {"smoke": 3, "default": 8, "large": 32}
 MINIBATCHES = (4, 16, 64)
 ITERATIONS_BEHIND = (1, 4)  # and 0, which is that of 4 minibatches
 LEARNING_RATE = 1e-4
@@ -59,11 +57,6 @@ def sections(size: str) -> dict[str, Section]:
                          axis("staleness", *ITERATIONS_BEHIND), seeds)  # fmt: skip
         found["behind"] = Section(policy.learning(size, **config, **many(4, updates)), behind)
     return found
-
-
-def compute(given: cli.Flags) -> Iterator[tuple[str, Any]]:
-    """Curves of each section."""
-    yield from sweeps.train(sections(given.size), given, "experiments.staleness.run")
 
 
 def _minus(a: Mapping[int, float], b: Mapping[int, float]) -> dict[int, float]:
@@ -123,13 +116,10 @@ def protocol() -> dict[str, str]:
         "Learning rate": f"{LEARNING_RATE:g}",
         "Primary endpoint": f"Pass@1 ({policy.HELD_OUT}), the mean of the "
         "evaluations in the second half of the run; what stopped counts 0",
-        "Cost": sweeps.cost(sections("default")),
-        "Test": "paired by seed, sign-flip; Holm over the three claims; 95% bootstrap intervals",
     }
 
 
-STUDY = Study("staleness", CLAIMS, protocol, compute, report)
-FLAGS = STUDY.flags(__doc__)
+STUDY = sweeps.study("staleness", CLAIMS, sections, protocol, report)
 
 if __name__ == "__main__":
-    cli.run(STUDY.main, FLAGS)
+    STUDY.run(__doc__)

@@ -5,13 +5,12 @@ python -m experiments.temperature_ablation.run --jobs=2
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from experiments.evidence import paper, policy, stats, store, sweeps
-from experiments.evidence.study import Claim, Page, Study
+from experiments.evidence.study import Claim, Page
 from experiments.evidence.sweeps import Section, select
-from sapo_jax import cli
 from sapo_jax.axes import axis, product
 from sapo_jax.report.sweep_stats import Run
 
@@ -59,11 +58,6 @@ def sections(size: str) -> dict[str, Section]:
         some = axis("seed", *range(SCHEDULE_SEEDS[size]))
         found["schedules"] = Section(config, product(settings, some))
     return found
-
-
-def compute(given: cli.Flags) -> Iterator[tuple[str, Any]]:
-    """Curves of each section."""
-    yield from sweeps.train(sections(given.size), given, "experiments.temperature_ablation.run")
 
 
 def _of(runs: list[Run], tau_neg: float) -> list[Run]:
@@ -115,13 +109,10 @@ def protocol() -> dict[str, str]:
         "Primary endpoint": "the share of the iterations before a collapse, by seed: below half of "
         f"the best mean accuracy of {c.collapse.window} iterations, for good",
         "Second endpoint": f"Pass@1 ({policy.HELD_OUT}) over the evaluations of the second half",
-        "Cost": sweeps.cost(sections("default")),
-        "Test": "paired by seed, sign-flip; Holm over the four claims; 95% bootstrap intervals",
     }
 
 
-STUDY = Study("temperature_ablation", CLAIMS, protocol, compute, report)
-FLAGS = STUDY.flags(__doc__)
+STUDY = sweeps.study("temperature_ablation", CLAIMS, sections, protocol, report)
 
 if __name__ == "__main__":
-    cli.run(STUDY.main, FLAGS)
+    STUDY.run(__doc__)

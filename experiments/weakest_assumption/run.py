@@ -103,7 +103,7 @@ def pooled(
 def _table(found: list[Mapping], points: list[int], updates: list[int]) -> str:
     cells = {(name, u, p): pooled(found, name, REMOVED, u, [p])
              for name in NAMES for u in updates for p in points}  # fmt: skip
-    p_of = stats.holm({str(key): cell.p for key, cell in cells.items() if cell})
+    p_of = stats.holm({key: cell.p for key, cell in cells.items() if cell})
     rows = []
     for (name, u, point), cell in cells.items():
         if cell is None:
@@ -113,7 +113,7 @@ def _table(found: list[Mapping], points: list[int], updates: list[int]) -> str:
         helps = pooled(found, name, HELPS, u, [point])
         rows.append([
             name, str(u), str(point), str(cell.seeds), f"{sum(mass) / len(mass):.2%}",
-            interval(cell, 1, 2), f"{p_of[str((name, u, point))]:.2g}",
+            interval(cell, 1, 2), f"{p_of[name, u, point]:.2g}",
             interval(helps, 1, 2) if helps else "–",
         ])  # fmt: skip
     columns = ["algorithm", "updates since sampling", "iterations of training", "seeds",
@@ -185,7 +185,6 @@ def protocol() -> dict[str, str]:
 
 
 STUDY = Study("weakest_assumption", CLAIMS, protocol, compute, report)
-FLAGS = STUDY.flags(__doc__)
 
 if __name__ == "__main__":
-    cli.run(STUDY.main, FLAGS)
+    STUDY.run(__doc__)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,18 +96,14 @@ def fidelities(
     draws_RF = bootstrap.counts(prompts, RESAMPLES)
     whole = _resampled(products, np.ones((1, prompts)))[0]
     shift_RKT = _resampled(products, draws_RF.astype(float)) - whole
-    rows = np.arange(len(own))
+    rows, interval = np.arange(len(own)), partial(_interval, draws=draws)
     result = {}
     for key, column in (("reward", np.zeros(len(own), int)), ("own", np.asarray(own))):
         point_K, shift_RK = point_KT[rows, column], shift_RKT[:, rows, column]
         base_K, moved_RK = point_KT[reference, column], shift_RKT[:, reference, column]
         result[key] = [
-            _interval(point_K[k], shift_RK[:, k], draws)
-            | {
-                "difference": _interval(
-                    point_K[k] - base_K[k], shift_RK[:, k] - moved_RK[:, k], draws
-                )
-            }
+            interval(point_K[k], shift_RK[:, k])
+            | {"difference": interval(point_K[k] - base_K[k], shift_RK[:, k] - moved_RK[:, k])}
             for k in rows
         ]
     return result

@@ -82,11 +82,9 @@ def text(report: dict[str, Any]) -> str:
     parts = [head(report), *map(_grid, tables if results else [])]
     parts += [f"{name} DOES NOT FIT: {why}" for name, why in report["refused"].items()]
     if not report["refused"]:
-        text, runs = (
-            f"An iteration takes at least {report['iteration_seconds']:.1f} s",
-            report.get("runs", 1),
-        )
-        parts.append(f"{text}, of {runs} runs side by side." if runs > 1 else f"{text}.")
+        runs = report.get("runs", 1)
+        beside = f", of {runs} runs side by side" if runs > 1 else ""
+        parts.append(f"An iteration takes at least {report['iteration_seconds']:.1f} s{beside}.")
     return "\n\n".join(parts)
 
 

@@ -7,6 +7,7 @@ noise, so that settings are compared seed by seed.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -40,7 +41,13 @@ class Run(NamedTuple):
 
     def section(self, name: str) -> dict[str, Any]:
         """A section of its config, with the defaults of fields that are newer than the run."""
-        return from_config("base")[name].to_dict() | self.config.get(name, {})
+        return _defaults()[name] | self.config.get(name, {})
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """Of all fields; read once, where a report asks for them run by run."""
+    return from_config("base").to_dict()
 
 
 def replicate_fields(runs: Sequence[Overrides]) -> set[str]:
@@ -144,7 +151,7 @@ def collapse(
     in ``rule``, the others being the defaults; ``finite``: the loss or the gradient's norm is not
     finite for the first time.
     """
-    found = Collapse(from_config("base").collapse.to_dict() | dict(rule), records)
+    found = Collapse(_defaults()["collapse"] | dict(rule), records)
     # A number that is not finite is null in a record; a metric that a run lacks is no key of it.
     # Null, too, is what an iteration does not measure whose groups all lack a signal.
     trained = (r for r in records if r["iteration"] > 0)
