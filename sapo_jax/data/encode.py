@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from sapo_jax.data.tokenizer import Tokenizer
@@ -101,8 +102,7 @@ def _prompts(examples, tokenizer, room) -> tuple[list[list[int]], Images | None]
     rows, images = zip(*(_prompt(e, tokenizer, room) for e in examples), strict=True)
     if room is None:
         return list(rows), None
-    columns = ([getattr(x, name) for x in images] for name in ("patches", "grids"))
-    return list(rows), Images(*map(np.stack, columns))
+    return list(rows), jax.tree.map(lambda *x: np.stack(x), *images)
 
 
 def encode_prompts(

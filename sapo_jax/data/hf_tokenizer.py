@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -57,11 +58,9 @@ class HFTokenizer:
         if not self.chat:
             return self.encode(text.replace(IMAGE, PLACEHOLDER) if images else text)
         system = [{"role": "system", "content": self.system}] if self.system else []
-        content = text
-        if images:
-            first, *rest = ([{"type": "text", "text": x}] if x else [] for x in text.split(IMAGE))
-            content = first + [x for part in rest for x in ({"type": "image"}, *part)]
-        messages = [*system, {"role": "user", "content": content}]
+        parts = filter(None, re.split(f"({IMAGE})", text))
+        shown = [{"type": "image"} if x == IMAGE else {"type": "text", "text": x} for x in parts]
+        messages = [*system, {"role": "user", "content": shown if images else text}]
         return self.encode(self.apply_chat_template(messages, add_generation_prompt=True))
 
     def decode(self, ids: Iterable[int]) -> str:

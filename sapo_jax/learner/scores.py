@@ -39,10 +39,8 @@ def head_arguments(
             raise ValueError(f"routing_replay={static.routing_replay!r}: the batch has no routing")
         replay = batch.routing
     params = model.params.all_gather(params, model.params.table(config), config)
-    sight = None
-    if batch.images is not None:
-        layout = batch.prompt, batch.segments, batch.prefix
-        sight = vision.see(batch.images, config, batch.tokens, *layout)
+    layout = batch.prompt, batch.segments, batch.prefix
+    sight = vision.see(batch.images, config, batch.tokens, *layout)
     hidden_BSD, summary = transformer.hidden(
         params, config, batch.tokens, batch.segments, remat=static.remat, block=static.block,
         prefix_BS=batch.prefix, replay_BSLk=replay, sight=sight,

@@ -57,17 +57,20 @@ class VisionConfig:
             value = getattr(self, field.name)
             if field.type == "int" and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"model.vision.{field.name}={value!r}: must be at least 1")
-        indexes, side = self.deepstack_visual_indexes, math.isqrt(self.num_position_embeddings)
-        for name, met, wanted in (
-            ("num_heads", self.hidden_size % (4 * self.num_heads) == 0,
-             f"times a multiple of 4 must be hidden_size={self.hidden_size}"),
-            ("num_position_embeddings", side**2 == self.num_position_embeddings,
-             "must be a square"),
-            ("deepstack_visual_indexes", [*indexes] == sorted({*indexes} & {*range(self.depth)}),
-             f"must rise, in [0, depth={self.depth})"),
-        ):  # fmt: skip
-            if not met:
-                raise ValueError(f"model.vision.{name}={getattr(self, name)}: {wanted}")
+        indexes, width = self.deepstack_visual_indexes, self.hidden_size
+        times = f"times a multiple of 4 must be hidden_size={width}"
+        self.check("num_heads", width % (4 * self.num_heads) == 0, times)
+        side = math.isqrt(self.num_position_embeddings)
+        square = side**2 == self.num_position_embeddings
+        self.check("num_position_embeddings", square, "must be a square")
+        rising = [*indexes] == sorted({*indexes} & {*range(self.depth)})
+        depth = f"must rise, in [0, depth={self.depth})"
+        self.check("deepstack_visual_indexes", rising, depth)
+
+    def check(self, name: str, met: bool, wanted: str) -> None:
+        """Refuse the value of a field that does not meet what is wanted."""
+        if not met:
+            raise ValueError(f"model.vision.{name}={getattr(self, name)}: {wanted}")
 
     @property
     def patch_dim(self) -> int:
@@ -204,14 +207,13 @@ class ModelConfig:
             )
         if self.vision is None:
             return
-        pairs, layers = self.head_dim // 2, self.num_hidden_layers
-        for name, met, wanted in (
-            ("mrope_section", lambda x: (len(x), sum(x)) == (3, pairs), f"3 with the sum {pairs}"),
-            ("deepstack_visual_indexes", lambda x: len(x) <= layers, f"at most {layers}"),
-            ("image_token_id", lambda x: x < self.vocab_size, f"below {self.vocab_size}"),
-        ):
-            if not met(value := getattr(self.vision, name)):
-                raise ValueError(f"model.vision.{name}={value}: must be {wanted}")
+        pairs, layers, size = self.head_dim // 2, self.num_hidden_layers, self.vocab_size
+        check, sections = self.vision.check, self.vision.mrope_section
+        is_split = (len(sections), sum(sections)) == (3, pairs)
+        check("mrope_section", is_split, f"must be 3 with the sum {pairs}")
+        taps = len(self.vision.deepstack_visual_indexes)
+        check("deepstack_visual_indexes", taps <= layers, f"must be at most {layers}")
+        check("image_token_id", self.vision.image_token_id < size, f"must be below {size}")
 
     @property
     def freezes(self) -> bool:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any
 
-from sapo_jax.model.config import ModelConfig, VisionConfig
+from sapo_jax.model.config import TOWER, ModelConfig, VisionConfig
 
 KINDS = ("qwen3_vl", "qwen3_vl_moe")
 PROCESSORS = "preprocessor_config.json", "processor_config.json"  # versions 4 and 5
 PIXELS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
-SAME = (
-    "depth", "hidden_size", "intermediate_size", "num_heads", "num_position_embeddings",
-    "deepstack_visual_indexes", "patch_size", "temporal_patch_size", "in_channels",
-    "spatial_merge_size",
-)  # fmt: skip
-TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-DEFAULTS = {  # of fields that vision_config lacks, as transformers 5.23.0 has them
-    "depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16,
-    "deepstack_visual_indexes": (8, 16, 24), "out_hidden_size": 3584,
-}  # fmt: skip
+FIELDS = [field.name for field in dataclasses.fields(VisionConfig)]
+TOKENS = [name for name in FIELDS if name.endswith("_token_id")]
+SAME = [name for name in FIELDS if name not in (*TOKENS, *PIXELS, "mrope_section")]
+DEFAULTS = {name: getattr(TOWER, name) for name in SAME} | {"out_hidden_size": 3584}  # of 5.23.0
 ROPE = {"rope_type": "axial", "rope_theta": 10_000.0}
 HALF = [0.5] * 3
 
@@ -64,11 +59,10 @@ def read(
 def to_json(config: ModelConfig, text: dict[str, Any]) -> dict[str, Any]:
     """The content of config.json, given that of a text model."""
     vision, kind = config.vision, config.model_type
-    sections = {"mrope_section": list(vision.mrope_section), "mrope_interleaved": True}
+    sections = {"mrope_section": vision.mrope_section, "mrope_interleaved": True}
     # Version 4 looks for the sections in rope_scaling, which version 5 reads before the other.
     text["rope_scaling"] = text["rope_parameters"] = text["rope_parameters"] | sections
     own = {name: getattr(vision, name) for name in SAME}
-    own["deepstack_visual_indexes"] = list(vision.deepstack_visual_indexes)
     own |= {"hidden_act": "gelu_pytorch_tanh", "out_hidden_size": config.hidden_size}
     return {
         "architectures": text.pop("architectures"),

@@ -92,15 +92,15 @@ def smart_resize(height: int, width: int, vision: VisionConfig) -> tuple[int, in
     return near
 
 
-def _patches(image: Any, vision: VisionConfig) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """Patches f32[n, patch_dim], blocks of m × m adjacent, and their grid."""
+def _patches(image: Any, vision: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Patches f32[n, patch_dim], blocks of m × m adjacent, and their grid i32[1, 3]."""
     height, width = smart_resize(image.height, image.width, vision)
     pixels = np.asarray(image.resize((width, height), resample=BICUBIC))
     p, m, t = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
     rows, columns = height // p, width // p
     blocks = pixels.reshape(rows // m, m, p, columns // m, m, p, 3).transpose(0, 3, 1, 4, 6, 2, 5)
     frames = np.repeat(blocks[:, :, :, :, :, None], t, 5)
-    return LEVELS[frames.reshape(rows * columns, -1)], (1, rows, columns)
+    return LEVELS[frames.reshape(rows * columns, -1)], np.array([[1, rows, columns]], np.int32)
 
 
 def bucket(count: int, unit: int = 1) -> int:
@@ -137,16 +137,18 @@ def process(
     if size > patches or len(parts) > count:
         room = f"there is room for {count} with {patches} patches"
         raise ValueError(f"{name}: {len(parts)} with {size} patches: {room}")
-    return _padded(parts, patches, count, vision)
+    none = np.zeros((0, vision.patch_dim), np.float32), np.zeros((0, 3), np.int32)
+    found = map(np.concatenate, zip(none, *parts, strict=True))
+    return _padded(*found, patches, count)
 
 
-def _padded(parts: Sequence[tuple], patches: int, count: int, vision: VisionConfig) -> Images:
-    """Patches and grids of images, one after the other, in arrays of these sizes."""
-    found = Images(np.zeros((patches, vision.patch_dim), np.float32), np.zeros((count, 3), int))
-    if parts:
-        own, grids = zip(*parts, strict=True)
-        found.patches[: sum(map(len, own))], found.grids[: len(grids)] = np.concatenate(own), grids
-    return found.replace(grids=found.grids.astype(np.int32))
+def _padded(patches: np.ndarray, grids: np.ndarray, size: int, count: int) -> Images:
+    """Patches and grids in arrays of these sizes."""
+
+    def padded(x, rows):
+        return np.pad(x, ((0, rows - len(x)), (0, 0)))
+
+    return Images(padded(patches, size), padded(grids, count))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,21 +193,19 @@ def by_row(images: Images, tokens_BS: np.ndarray, config: ModelConfig) -> Images
       ValueError: see `check`, or a row has a part of an image.
     """
     check(tokens_BS, config, images)
-    merged, rows = config.vision.merged, []
-    sizes = [n * merged for n in token_counts(images, config)]
-    parts = np.split(np.asarray(images.patches)[: sum(sizes)], np.cumsum(sizes)[:-1])
-    left = list(zip(parts, np.asarray(images.grids), strict=False))[::-1]
-    held_B = (tokens_BS == config.vision.image_token_id).sum(-1) * merged
-    for row, held in enumerate(held_B):
-        rows.append([])
-        while (size := sum(len(part) for part, _ in rows[-1])) < held:
-            rows[-1].append(left.pop())
-        if size > held:
-            counts = f"{held // merged} placeholders for {size // merged} tokens of its images"
-            raise ValueError(f"row {row} has {counts}: must be equal")
-    most = bucket(held_B.max(), merged), bucket(max(map(len, rows)))
-    padded = [_padded(own, *most, config.vision) for own in rows]
-    return Images(*(np.stack([getattr(x, name) for x in padded]) for name in ("patches", "grids")))
+    merged, held_B = config.vision.merged, (tokens_BS == config.vision.image_token_id).sum(-1)
+    stop_B = np.cumsum(held_B)  # where the tokens of each row end, and those of each image
+    ends = np.append(0, np.cumsum(token_counts(images, config)))
+    count_B = np.searchsorted(ends[1:], stop_B, side="right")
+    for row in np.flatnonzero(ends[count_B] != stop_B):
+        size = ends[count_B[row] + 1] - (stop_B - held_B)[row]
+        counts = f"{held_B[row]} placeholders for {size} tokens of its images"
+        raise ValueError(f"row {row} has {counts}: must be equal")
+    patches = np.split(np.asarray(images.patches), stop_B * merged)[:-1]
+    grids = np.split(np.asarray(images.grids), count_B)[:-1]
+    sizes = bucket(held_B.max() * merged, merged), bucket(max(map(len, grids)))
+    rows = [_padded(*own, *sizes) for own in zip(patches, grids, strict=True)]
+    return jax.tree.map(lambda *x: np.stack(x), *rows)
 
 
 def token_counts(images: Images, config: ModelConfig) -> list[int]:

@@ -9,25 +9,23 @@ prompt.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sapo_jax.model import attention, segments
+from sapo_jax.model import attention, rope, segments
 from sapo_jax.model.attention import dense
 from sapo_jax.model.config import ModelConfig, VisionConfig
-from sapo_jax.model.images import Room, by_row, check, expand, process
+from sapo_jax.model.images import Room, check, expand, process
 from sapo_jax.model.params import UNCAST, all_gather
 from sapo_jax.model.vision_table import vision_table
 from sapo_jax.parallel import collectives
 from sapo_jax.types import Images, Seen
 
-__all__ = [
-    "Images", "Room", "Seen", "Sight", "by_row", "check", "expand", "features", "look",
-    "positions", "process", "see",
-]  # fmt: skip
+__all__ = ["Room", "Sight", "expand", "features", "look", "positions", "process", "see"]
 
 
 class Sight(NamedTuple):
@@ -37,18 +35,13 @@ class Sight(NamedTuple):
       features: f[1 + J, P·T, D]: what stands for tokens, and what is added after layer j.
       slots: i32[B, S], which of the P·T a token of a row is; P·T for text.
       positions: i32[3, B, S], see `positions`.
-      moves: i32[B, S], how far a token moves those after it.
+      delta: i32[B], of left-aligned rows likewise.
     """
 
     features: jax.Array
     slots: jax.Array
     positions: jax.Array
-    moves: jax.Array
-
-    @property
-    def delta(self) -> jax.Array:
-        """i32[B], by how much what follows a left-aligned row is before its index."""
-        return jnp.sum(self.moves - 1, -1)
+    delta: jax.Array
 
     def embed(self, x_BSD: jax.Array) -> jax.Array:
         """Embeddings, with features in place of placeholders."""
@@ -111,7 +104,7 @@ def _slots(tokens_BS, config, grids_PI3, size, prompt_BS, segments_BS, prefix_BS
 
 
 def _positions(slots_BS, config, grids_PI3, size, segments_BS, prefix_BS=None) -> tuple:
-    """(positions i32[3, B, S], how far each token moves those after it)."""
+    """See `positions`, of rows that may be packed."""
     places = _places(grids_PI3, size, config.vision)
     last = (places.row == places.height - 1) & (places.column == places.width - 1)
     moves_PT = jnp.where(last, jnp.maximum(places.height, places.width), 0)
@@ -122,7 +115,8 @@ def _positions(slots_BS, config, grids_PI3, size, segments_BS, prefix_BS=None) -
     moves_BS = at_slots(moves_PT, 1)
     before_BS = segments.positions(segments_BS, prefix_BS, moves_BS)
     axes = jnp.zeros_like(places.row), places.row, places.column
-    return before_BS + jnp.stack([at_slots(x, 0) for x in axes]), moves_BS
+    found = before_BS + jnp.stack([at_slots(x, 0) for x in axes])
+    return found, jnp.sum(moves_BS - 1, -1)
 
 
 def _slots_in_order(tokens_BS, config: ModelConfig, images: Images) -> jax.Array:
@@ -152,9 +146,7 @@ def positions(
         index_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
         return jnp.stack([index_BS] * 3), jnp.zeros(len(tokens_BS), jnp.int32)
     slots_BS, size = _slots_in_order(tokens_BS, config, images), token_room(images, config)
-    given = images.grids[None], size, jnp.ones_like(slots_BS)
-    found, moves_BS = _positions(slots_BS, config, *given)
-    return found, jnp.sum(moves_BS - 1, -1)
+    return _positions(slots_BS, config, images.grids[None], size, jnp.ones_like(slots_BS))
 
 
 def rotary(positions_3X: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
@@ -167,24 +159,18 @@ def rotary(positions_3X: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax
 
 def _rope(row_X, column_X, vision: VisionConfig) -> tuple[jax.Array, jax.Array]:
     """(cos, sin) f32[..., d/2]: half of the pairs turn with rows, half with columns."""
-    pairs = np.float32(vision.hidden_size // vision.num_heads // 2)
-    inverse = 1 / np.float32(10_000) ** (np.arange(0, pairs, 2, dtype=np.float32) / pairs)
+    inverse, _ = rope.frequencies(vision.hidden_size // vision.num_heads // 2, 10_000.0, {})
     angle = jnp.concatenate([x[..., None] * inverse for x in (row_X, column_X)], -1)
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def _resampled(table_ND: jax.Array, axes) -> jax.Array:
     """The square table of positions at each patch, bilinear with aligned corners, f32[..., D]."""
-    table_ND, side, taps = jnp.asarray(table_ND), math.isqrt(len(table_ND)), []
-    for place, size in axes:
-        source = place.astype(jnp.float32) * (side - 1) / jnp.maximum(size - 1, 1)
-        low = jnp.floor(source).astype(jnp.int32)
-        taps.append(((low, 1 - (source - low)), (jnp.minimum(low + 1, side - 1), source - low)))
-    return sum(
-        table_ND[row * side + column].astype(jnp.float32) * (row_share * share)[..., None]
-        for row, row_share in taps[0]
-        for column, share in taps[1]
-    )
+    side = math.isqrt(len(table_ND))
+    table_RCD = jnp.asarray(table_ND, jnp.float32).reshape(side, side, -1)
+    found = [place * (side - 1) / jnp.maximum(size - 1, 1) for place, size in axes]
+    at = partial(jax.scipy.ndimage.map_coordinates, coordinates=found, order=1, mode="nearest")
+    return jax.vmap(at, -1, -1)(table_RCD)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
@@ -201,10 +187,10 @@ def _mlp(w: dict[str, jax.Array], x: jax.Array, approximate: bool) -> jax.Array:
     return collectives.reduce_from_tensor(out) + w["fc2_bias"]
 
 
-def _block(w: dict[str, jax.Array], x_PND, rope, segments_PN) -> jax.Array:
+def _block(w: dict[str, jax.Array], x_PND, turns, segments_PN) -> jax.Array:
     h = collectives.copy_to_tensor(layer_norm(x_PND, w["norm1"], w["norm1_bias"]))
     q, k, v = jnp.moveaxis(dense(h, w["qkv"]) + w["qkv_bias"], 2, 0)
-    q, k = attention.rotate(q, rope), attention.rotate(k, rope)
+    q, k = attention.rotate(q, turns), attention.rotate(k, turns)
     out = attention.whole(q, k, v, segments_PN)
     x_PND = x_PND + collectives.reduce_from_tensor(dense(out, w["proj"], 2)) + w["proj_bias"]
     return x_PND + _mlp(w, layer_norm(x_PND, w["norm2"], w["norm2_bias"]), True)
@@ -241,7 +227,7 @@ def features(
     row_PN, column_PN = places.row * m + inner // m, places.column * m + inner % m
     count = images.grids.shape[1]
     segments_PN = jnp.where(places.image < count, places.image + 1, 0)
-    rope = _rope(row_PN, column_PN, vision)
+    turns = _rope(row_PN, column_PN, vision)
 
     def used(weights, specs):
         whole = weights if gathered else all_gather(weights, specs, config)
@@ -250,7 +236,7 @@ def features(
 
     @jax.checkpoint
     def block(weights, x_PND):
-        return _block(used(weights, specs["blocks"]), x_PND, rope, segments_PN)
+        return _block(used(weights, specs["blocks"]), x_PND, turns, segments_PN)
 
     def step(carry, inputs):
         (x_PND, taps), (weights, at) = carry, inputs
@@ -274,17 +260,19 @@ def features(
 
 
 def see(
-    seen: Seen,
+    seen: Seen | None,
     config: ModelConfig,
     tokens_BS: jax.Array,
     prompt_BS: jax.Array,
     segments_BS: jax.Array,
     prefix_BS: jax.Array | None = None,
-) -> Sight:
+) -> Sight | None:
     """Images of P prompts as the decoder takes them, for rows that may be packed, see `segments`.
 
-    ``prompt_BS``, or [B, 1], says whose images a token sees.
+    ``prompt_BS``, or [B, 1], says whose images a token sees. None of text alone.
     """
+    if seen is None:
+        return None
     given = config, seen.grids, seen.features.shape[2], prompt_BS, segments_BS, prefix_BS
     return _sight(seen, config, _slots(tokens_BS, *given), segments_BS, prefix_BS)
 

@@ -17,15 +17,14 @@ from sapo_jax.model.spec import Spec
 
 def _linear(name: str, hf_name: str, shape, axes, inputs: int = 1, **own) -> dict[str, Spec]:
     """A weight, whose first axes are the inputs, and its bias."""
-    weight = Spec(shape, axes, f"{hf_name}.weight", math.prod(shape[:inputs]), **own)
+    fan_in = math.prod(shape[:inputs]) if inputs else 0
+    weight = Spec(shape, axes, f"{hf_name}.weight", fan_in, **own)
     bias = Spec(shape[inputs:], axes[inputs:], f"{hf_name}.bias", scale=0.0)
     return {name: weight, f"{name}_bias": bias}
 
 
 def _norm(name: str, hf_name: str, width: int) -> dict[str, Spec]:
-    weight = Spec((width,), ("embed",), f"{hf_name}.weight")
-    bias = dataclasses.replace(weight, hf_name=f"{hf_name}.bias", scale=0.0)
-    return {name: weight, f"{name}_bias": bias}
+    return _linear(name, hf_name, (width,), ("embed",), 0)
 
 
 def _mlp(hf_name: str, sizes: tuple[int, int, int], **own) -> dict[str, Spec]:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from sapo_jax.model import vision
 from sapo_jax.model.config import ModelConfig
+from sapo_jax.model.images import by_row, check
 from sapo_jax.parallel import runs, sharding
 from sapo_jax.sampler import weights
 from sapo_jax.sampler.results import ROWS
@@ -22,14 +23,14 @@ def seen(params: Any, config: ModelConfig, prompts: Prompts, mesh: Mesh | None) 
     """The prompts with what the sampler's tower makes of their images, once for all completions.
 
     Raises:
-      ValueError: there are not as many placeholders as tokens of images, or see `vision.check`.
+      ValueError: there are not as many placeholders as tokens of images, or see `images.check`.
     """
     images = prompts.images
     if not isinstance(images, Images):
         return prompts
-    vision.check(prompts.tokens, config, images)
+    check(prompts.tokens, config, images)
     if images.patches.ndim == 2:
-        images = vision.by_row(images, np.asarray(prompts.tokens), config)
+        images = by_row(images, np.asarray(prompts.tokens), config)
     tower, images = {"vision": params["vision"]}, sharding.place(images, mesh, ROWS)
     return prompts.replace(images=see(tower, config, images, mesh=mesh))
 
@@ -49,7 +50,5 @@ def see(params, config, images, *, mesh=None) -> Seen:
 
 def sight(config, seen, tokens_BN, group=1) -> vision.Sight | None:
     """The images as rows see them, ``group`` of each prompt; None where there are none."""
-    if seen is None:
-        return None
-    prompt_B1 = jnp.repeat(jnp.arange(len(seen.grids)), group)[:, None]
+    prompt_B1 = jnp.arange(len(tokens_BN))[:, None] // group
     return vision.see(seen, config, tokens_BN, prompt_B1, jnp.ones_like(tokens_BN))

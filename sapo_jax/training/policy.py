@@ -16,7 +16,7 @@ from sapo_jax.model import lora, params
 from sapo_jax.tasks.base import Task
 from sapo_jax.training.checks import choice, of_field, require
 
-PIXELS = ("min_pixels", "max_pixels")
+OF_TOWER = ("min_pixels", "max_pixels", "train_vision")
 
 
 def is_hf(directory: str) -> bool:
@@ -30,8 +30,8 @@ def make_model(c: Any, tokenizer: Tokenizer) -> model.ModelConfig:
     Hugging Face directory.
     """
     fields = {key: value for key, value in vars(c.model).items() if value is not None}
-    preset, trains = fields.pop("preset"), fields.pop("train_vision")
-    pixels = {name: fields.pop(name) for name in PIXELS if name in fields}
+    preset = fields.pop("preset")
+    of_tower = {name: fields.pop(name) for name in OF_TOWER if name in fields}
     chosen = {
         "attention": fields.pop("attention"),
         "param_dtype": c.dtype.params,
@@ -55,26 +55,26 @@ def make_model(c: Any, tokenizer: Tokenizer) -> model.ModelConfig:
         with of_field("model", named=True):
             vocab_size = {"vocab_size": tokenizer.vocab_size}
             shape = model.make(preset, **vocab_size | fields | chosen | stop)
-        return _seeing(shape, trains, pixels)
+        return _seeing(shape, **of_tower)
     alone = "None: the shape is that of config.model.preset, a Hugging Face directory"
     for field, value in fields.items():
         require(False, f"model.{field}", value, alone)
     with of_field("model.preset"):
         shape = model.hf.read_config(epath.Path(preset).expanduser(), c.dtype.params)
         hf_tokenizer.check_vocabulary(tokenizer, shape.vocab_size, preset)
-    return _seeing(dataclasses.replace(shape, **chosen, **stop), trains, pixels)
+    return _seeing(dataclasses.replace(shape, **chosen, **stop), **of_tower)
 
 
-def _seeing(shape: model.ModelConfig, trains: bool, fields: Mapping[str, int]) -> model.ModelConfig:
+def _seeing(shape: model.ModelConfig, train_vision: bool, **pixels: int) -> model.ModelConfig:
     """The shape with fields of its tower; one of text alone has none."""
     if shape.vision is None:
-        for name, value in (*fields.items(), ("train_vision", trains)):
+        for name, value in {"train_vision": train_vision, **pixels}.items():
             blind = f"None, or False: the model is {shape.model_type!r}, which sees nothing"
             require(not value, f"model.{name}", value, blind)
         return shape
     with of_field("model", named=True):
-        tower = dataclasses.replace(shape.vision, **fields)
-        return dataclasses.replace(shape, vision=tower, train_vision=trains)
+        tower = dataclasses.replace(shape.vision, **pixels)
+        return dataclasses.replace(shape, vision=tower, train_vision=train_vision)
 
 
 def make_room(c: Any, made: Mapping[str, Task], shape: model.ModelConfig) -> Any:

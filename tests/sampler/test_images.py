@@ -9,7 +9,7 @@ import pytest
 
 from sapo_jax import learner, model, objectives, sampler
 from sapo_jax.learner import scores
-from sapo_jax.model import lora, params, vision
+from sapo_jax.model import images, lora, params, vision
 from sapo_jax.sampler import Plan
 from sapo_jax.sampler.images import seen
 from sapo_jax.types import Batch, Images, Prompts
@@ -91,7 +91,7 @@ def batch_of(rollout, images, seed=0):
 @pytest.fixture(scope="module")
 def rolled(policy):
     prompts = shown()
-    by_row = vision.by_row(prompts.images, prompts.tokens, policy[0])
+    by_row = images.by_row(prompts.images, prompts.tokens, policy[0])
     return prompts, by_row, roll(policy, prompts)
 
 
