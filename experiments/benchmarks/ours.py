@@ -21,7 +21,7 @@ from experiments.benchmarks import contestant, workload
 from experiments.benchmarks.workload import Shape
 from sapo_jax import learner, model, objectives, sampler
 from sapo_jax.learner.packing import micro_tokens, sharing_pays
-from sapo_jax.model import blocked, head
+from sapo_jax.model import attention, blocked, head
 from sapo_jax.types import Batch, Prompts
 
 Built = tuple[Callable[[], dict[str, Any]], dict[str, Any]]
@@ -61,51 +61,120 @@ def batch_of(rows: workload.Rollouts) -> Batch:
     )  # fmt: skip
 
 
+def learnt(
+    shape: Shape, rows: workload.Rollouts, pack: bool = True, share: bool | None = None
+) -> tuple[Callable[[], Batch], int, int]:
+    """(what makes the batch of an update, micro-batches, tokens of a block of attention)."""
+    budget, batch = micro_tokens("cpu", shape.width), jax.device_put(batch_of(rows))
+    if not pack:
+        return lambda: batch, UNPACKED, blocked.BLOCK
+    if share is None:  # as configs have it
+        share = sharing_pays(shape.prompt, shape.completion, shape.group, budget)
+    sized = learner.packed_shape(
+        shape.rows, shape.prompt, shape.completion, budget=budget,
+        group_size=shape.group if share else 1,
+    )  # fmt: skip
+    prompts = np.full(shape.rows, shape.prompt)
+
+    def given() -> Batch:
+        layout = learner.plan(prompts, rows.length, width=shape.width, shape=sized)
+        return learner.pack(batch, layout)
+
+    return given, sized.micro_batches, blocked.block_size(sized.segment)
+
+
 def update(
     shape: Shape, *, pack: bool = True, share: bool | None = None, objective: str = "sapo"
 ) -> Built:
     """One optimizer step on all rows; moving the rows together is a part of it."""
     config, params = policy(shape)
     rows = workload.rollouts(shape)
-    batch, layout, micro = jax.device_put(batch_of(rows)), None, UNPACKED
-    block = blocked.BLOCK
-    if pack:
-        budget = micro_tokens("cpu", shape.width)
-        sizes = shape.prompt, shape.completion, shape.group
-        if share is None:  # as configs have it
-            share = sharing_pays(*sizes, budget)
-        sized = learner.packed_shape(
-            shape.rows, shape.prompt, shape.completion, budget=budget,
-            group_size=shape.group if share else 1,
-        )  # fmt: skip
-        layout, micro = partial(learner.plan, width=shape.width, shape=sized), sized.micro_batches
-        block = blocked.block_size(sized.segment)
-    if objective == "cross_entropy":
-        batch = batch.replace(advantages=jnp.ones(shape.rows))
-    chosen = objectives.resolve("reinforce" if objective == "cross_entropy" else objective)
+    cross_entropy = objective == "cross_entropy"
+    if cross_entropy:
+        rows = dataclasses.replace(rows, advantages=np.ones(shape.rows, np.float32))
+    given, micro, block = learnt(shape, rows, pack, share)
     hp = learner.Hyperparameters(
-        chosen, workload.LEARNING_RATE, workload.WEIGHT_DECAY, 1.0, 1.0,
+        objectives.resolve("reinforce" if cross_entropy else objective),
+        workload.LEARNING_RATE, workload.WEIGHT_DECAY, 1.0, 1.0,
         model=config, micro_batches=micro, block=block,
         b1=workload.B1, b2=workload.B2, eps=workload.EPS,
     )  # fmt: skip
     state = learner.init(params, hp)
-    prompts = np.full(shape.rows, shape.prompt)
 
     def once():
         nonlocal state
-        own = batch if layout is None else learner.pack(batch, layout(prompts, rows.length))
-        state, metrics = learner.update(state, own, hp)
+        state, metrics = learner.update(state, given(), hp)
         jax.block_until_ready(state)
         return {"loss": float(objectives.finish(metrics)[0])}
 
-    own = batch if layout is None else learner.pack(batch, layout(prompts, rows.length))
-    start = time.perf_counter()
+    own, start = given(), time.perf_counter()
     memory = learner.update.lower(state, own, hp).compile().memory_analysis()
     compile_s = round(time.perf_counter() - start, 3)
     tokens = int(shape.rows * shape.prompt + rows.length.sum())
     facts = {"objective": objective, "tokens": tokens, "compile_s": compile_s,
              "temp_bytes": memory.temp_size_in_bytes}  # fmt: skip
     return once, facts | {"flops": shape.update_flops() * tokens / (shape.rows * shape.width)}
+
+
+def products(shape: Shape) -> Built:
+    """The bare matrix products of an update's weights, forward and backward, its pads included."""
+    given, micro, _ = learnt(shape, workload.rollouts(shape))
+    rng, tokens = np.random.default_rng(0), given().tokens.size // micro
+    d, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    layer = ((d, q), (d, kv), (d, kv), (q, d), (d, shape.mlp), (d, shape.mlp), (shape.mlp, d))
+    sizes = (*layer * shape.layers, (d, shape.vocab))
+
+    def normal(*size, scale=1.0):
+        return jnp.asarray(rng.normal(0, scale, size), jnp.float32)
+
+    weights = [normal(n, m, scale=n**-0.5) for n, m in sizes]
+    # Each product has arrays of its own, so that none is computed once for several.
+    pairs = [(normal(tokens, n), normal(tokens, m)) for n, m in sizes]
+
+    def visit(d_weights, i):
+        out = []
+        for (x, d_y), w, d_w in zip(pairs, weights, d_weights, strict=True):
+            x, d_y = x + i, d_y + i  # of this micro-batch, so that none is moved out of the loop
+            out.append((d_w + x.T @ d_y, (x @ w).max(), (d_y @ w.T).max()))
+        d_weights, *others = zip(*out, strict=True)
+        return list(d_weights), others
+
+    start = [jnp.zeros_like(w) for w in weights]
+    run = jax.jit(lambda start: jax.lax.scan(visit, start, jnp.arange(micro, dtype=jnp.float32)))
+    flops = 6 * micro * tokens * sum(n * m for n, m in sizes)
+    return _once(run, (start,)), {"flops": flops}
+
+
+def attention_alone(shape: Shape) -> Built:
+    """The attention of an update's layers, forward and backward, rotary positions left out."""
+    given, _, block = learnt(shape, workload.rollouts(shape))
+    batch, rng = given(), np.random.default_rng(0)
+
+    def normal(heads):
+        size = (*batch.tokens.shape, heads, shape.head_dim)
+        return jnp.asarray(rng.normal(size=size), jnp.float32)
+
+    qkv, d_out = (normal(shape.heads), *(normal(shape.kv_heads) for _ in "kv")), normal(shape.heads)
+
+    def layer(d_out, _):
+        out, pull = jax.vjp(
+            lambda q, k, v: attention.causal(
+                q, k, v, batch.segments, prefix_BS=batch.prefix, block=block
+            ), *qkv
+        )  # fmt: skip
+        d_q, d_k, d_v = pull(d_out)
+        return d_out + 1e-6 * (out + d_q), (d_k.sum(), d_v.sum())
+
+    run = jax.jit(lambda d_out: jax.lax.scan(layer, d_out, length=shape.layers))
+    return _once(run, (d_out,)), {}
+
+
+def _once(run: Callable, arguments: tuple) -> Callable[[], dict[str, Any]]:
+    def once():
+        jax.block_until_ready(run(*arguments))
+        return {}
+
+    return once
 
 
 def generate(shape: Shape) -> Built:
@@ -182,6 +251,8 @@ CONTESTANTS: dict[str, Callable[[Shape], Built]] = {
     "update_rows": partial(update, pack=False),
     "update_grpo": partial(update, objective="grpo"),
     "update_cross_entropy": partial(update, objective="cross_entropy"),
+    "products": products,
+    "attention": attention_alone,
     "generate": generate,
     "head": lambda shape: loss_head(bare=False),
     "head_products": lambda shape: loss_head(bare=True),

@@ -59,12 +59,16 @@ GENERATES = (
     *ours("generate"),
     Entry("transformers", TORCH, "generate"), Entry("tunix", TUNIX, "generate"),
 )  # fmt: skip
+PARTS = ours("update", "products", "attention")  # where the time of an update goes
 # contest: (shape, contestants)
 CONTESTS: dict[str, tuple[str, tuple[Entry, ...]]] = {
     "update": ("small", UPDATES),
     "update_wide": ("wide", UPDATES),
     "update_long": ("long", UPDATES),
     "update_ragged": ("ragged", UPDATES),
+    "parts": ("small", PARTS),
+    "parts_wide": ("wide", PARTS),
+    "parts_long": ("long", PARTS),
     "objectives": ("small", ours("update", "update_cross_entropy")),
     "generate": ("small", GENERATES),
     "generate_wide": ("wide", GENERATES),

@@ -5,10 +5,64 @@ from __future__ import annotations
 import json
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+from experiments.evidence.study import fill
 
 HERE = pathlib.Path(__file__).parent
+README = HERE / "README.md"
 COLUMNS = ("contestant", "median s", "spread", "÷ ours", "tokens/s", "of peak", "compile s")
+
+
+class Target(NamedTuple):
+    """A ratio of two contestants of a contest: at most, or at least, what was aimed at."""
+
+    what: str
+    contest: str
+    over: str
+    under: str
+    aim: float
+    key: str = "wall_s"
+
+    def row(self, records: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+        """A line of the table; where rates are divided, more is better."""
+        of = {r["contestant"]: r[self.key] for r in records if self.key in r}
+        least = self.key == "tokens_per_s"
+        ratio = of[self.over] / of[self.under] if self.under else of[self.over]
+        met = ratio >= self.aim if least else ratio <= self.aim
+        sign = "≥" if least else "≤"
+        return self.what, f"{ratio:.2f}", f"{sign} {self.aim:g}", "yes" if met else "**no**"
+
+
+TARGETS = (
+    Target("update ÷ plain torch", "update", "update_packed", "torch", 0.90),
+    Target("the same, prompts shared", "update", "update", "torch", 0.75),
+    Target("update ÷ TRL", "update", "update", "trl", 0.62),
+    Target("update ÷ tunix", "update", "update_grpo", "tunix", 0.50),
+    Target("update of wide rows ÷ plain torch", "update_wide", "update", "torch", 0.90),
+    Target("update of long rows ÷ plain torch", "update_long", "update", "torch", 0.90),
+    Target("update of ragged rows ÷ the same unpacked", "update_ragged", "update", "update_rows",
+           0.40),
+    Target("SAPO ÷ cross-entropy", "objectives", "update", "update_cross_entropy", 1.02),
+    Target("tokens/s ÷ transformers", "generate", "generate", "transformers", 2.5, "tokens_per_s"),
+    Target("tokens/s ÷ tunix", "generate", "generate", "tunix", 2.5, "tokens_per_s"),
+    Target("the same, ragged", "generate_ragged", "generate", "tunix", 5, "tokens_per_s"),
+    Target("the same, ragged, 32 × 16", "generate_many", "generate", "tunix", 5, "tokens_per_s"),
+    Target("loss head ÷ its matrix products", "head", "head", "head_products", 1.3),
+    Target("bytes of the head ÷ those of logits", "head", "head", "", 0.10,
+           "temp_share_of_logits"),
+    Target("compiling an update, s", "update", "update", "", 5, "compile_s"),
+)  # fmt: skip
+
+
+def targets(records: Sequence[dict[str, Any]]) -> str:
+    """What was aimed at and what is reached, as Markdown."""
+    each, lines = contests(records), [("what", "here", "aim", "met"), ("---",) * 4]
+    for target in TARGETS:
+        found = each.get(target.contest, [])
+        if {target.over, target.under or target.over} <= {r["contestant"] for r in found}:
+            lines.append(target.row(found))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def _rows(records: Sequence[dict[str, Any]]) -> Iterable[tuple[str, ...]]:
@@ -68,10 +122,12 @@ def draw(records: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 def write(records: Sequence[dict[str, Any]], out: pathlib.Path) -> None:
-    """The table of all contests, and the picture."""
+    """The tables of targets and contests, and the picture; the README has the first one, too."""
     text = "\n".join(of(found) for found in contests(records).values())
-    (out / "table.md").write_text(text)
+    (out / "table.md").write_text(f"{targets(records)}\n{text}")
     draw(records, out / "contests.png")
+    if out == HERE / "results":
+        README.write_text(fill(README.read_text(), "targets", targets(records)))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from sapo_jax.parallel import collectives
 CHUNK = 1024  # tokens whose logits exist at a time, at most
 LOGITS = {"cpu": 40_000_000}  # entries of them, at most; elsewhere MANY_LOGITS
 MANY_LOGITS = 160_000_000
+PRODUCT = 8_000_000  # entries of a product that is added to the weight's gradient on CPU
 
 
 def chunk_size(vocab: int, platform: str) -> int:
@@ -74,7 +75,9 @@ def _visit(
         source_C = tokens.source.at[index_C].get(mode="fill", fill_value=hidden_XD.shape[0])
         h_CD = hidden_XD.at[source_C].get(mode="clip")
         y_C = tokens.targets.at[index_C].get(mode="clip")
-        z_CV = einsum("cD,VD->cV", h_CD, weight_VD, out=jnp.float32) / temperature
+        z_CV = einsum("cD,VD->cV", h_CD, weight_VD, out=jnp.float32)
+        # XLA:CPU fuses the product with what follows, which is slow, but not across a select.
+        z_CV = jnp.where((index_C < t)[:, None], z_CV / temperature, 0)
         z_CV = z_CV - vocab.max(z_CV)[:, None]
         e_CV = jnp.exp(z_CV)
         total_C = vocab.sum(e_CV)
@@ -101,9 +104,26 @@ def _backpropagate(c: _Chunk, d_logits_CV, weight_VD, temperature, grads):
     d_hidden_XD, d_weight_VD = grads
     d_logits_CV = (d_logits_CV / temperature).astype(c.hidden.dtype)
     d_h_CD = einsum("cV,VD->cD", d_logits_CV, weight_VD.astype(c.hidden.dtype))
-    d_w_VD = einsum("cV,cD->VD", d_logits_CV, c.hidden, out=jnp.float32)
     d_hidden_XD = d_hidden_XD.at[c.source].add(d_h_CD.astype(d_hidden_XD.dtype), mode="drop")
-    return d_hidden_XD, d_weight_VD + d_w_VD
+    return d_hidden_XD, _add_product(d_weight_VD, d_logits_CV, c.hidden)
+
+
+def _add_product(d_weight_VD, d_logits_CV, h_CD):
+    """``d_weight_VD + d_logits_CVᵀ · h_CD``, by parts of V where XLA would make room for all."""
+    vocab_size, d = d_weight_VD.shape
+    parts = 1
+    if collectives.platform() == "cpu":  # elsewhere a product adds to what is there
+        while vocab_size * d > parts * PRODUCT and vocab_size % (2 * parts) == 0:
+            parts *= 2
+    size = vocab_size // parts
+
+    def add(i, d_weight_VD):
+        own_CV = jax.lax.dynamic_slice_in_dim(d_logits_CV, i * size, size, 1)
+        own_VD = jax.lax.dynamic_slice_in_dim(d_weight_VD, i * size, size)
+        own_VD += einsum("cV,cD->VD", own_CV, h_CD, out=jnp.float32)
+        return jax.lax.dynamic_update_slice_in_dim(d_weight_VD, own_VD, i * size, 0)
+
+    return add(0, d_weight_VD) if parts == 1 else jax.lax.fori_loop(0, parts, add, d_weight_VD)
 
 
 def _zero_grads(hidden_XD, weight_VD):
