@@ -30,7 +30,13 @@ def _hang():
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 
 
-def _rollout(whole, place, at, *arguments, **options):
+def around_rollouts(function) -> None:
+    """Call a function in the place of each rollout, with it and what it is given."""
+    for name in ("rollout", "partial_rollout"):
+        setattr(sampler, name, partial(function, getattr(sampler, name)))
+
+
+def _rollout(whole, *arguments, place, at, **options):
     now = not options.get("warm_up") and options.get("domain", "train") == "train"
     now = now and options["policy_step"] == at
     if now and place == "endless":
@@ -47,9 +53,7 @@ def _rollout(whole, place, at, *arguments, **options):
 def _kill_at(place: str, iteration: int) -> None:
     """Patch the place so that it dies at the iteration, in the middle of its work."""
     if place in ("rollout", "sigterm", "endless"):
-        names = "rollout", "partial_rollout"
-        for name, whole in [(name, getattr(sampler, name)) for name in names]:
-            setattr(sampler, name, partial(_rollout, whole, place, iteration))
+        around_rollouts(partial(_rollout, place=place, at=iteration))
     elif place in ("minibatch", "hangs"):
         if place == "hangs":
             stopping.SHORT, stopping.PATIENCE = 0.0, 0.5  # with a copy of what it started from
