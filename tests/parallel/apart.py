@@ -82,14 +82,14 @@ def whole(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stop", "status", "every", "kept"),
+    ("stop", "status", "every", "saved_last"),
     [
         ("endless 2", 143, 5, (1,)), ("sigterm 3", 143, 5, (3,)),
         ("rollout 3", -signal.SIGKILL, 1, (1, 2)),
     ],
 )  # fmt: skip
 def test_a_run_that_is_stopped_while_a_thread_samples_ends_like_a_whole_one(
-    stop, status, every, kept, whole, tmp_path
+    stop, status, every, saved_last, whole, tmp_path
 ):
     """By SIGTERM or SIGKILL, with completions that go on. A rollout that cannot be left would keep
     the process; one that was not expected to be waited for, the iteration before."""
@@ -97,7 +97,7 @@ def test_a_run_that_is_stopped_while_a_thread_samples_ends_like_a_whole_one(
     place, fields = tmp_path / "run", PART | {"checkpoint.every": every}
     assert spawn(place, stop, **FIELDS | fields).wait(timeout=120) == status
     latest = checkpoint.Checkpoints(place / "checkpoints").latest()
-    assert latest in kept
+    assert latest in saved_last
     assert any(saved(place, checked, latest)[1]["begun"])
     run(place, **fields)
     assert timeless(place) == timeless(workdir)
