@@ -179,7 +179,7 @@ def make_plan(c: Any, room: int, options: dict[str, int], mesh: Mesh | None) -> 
     plan = sampler.make_plan(drawn, room, group_size=c.batch.group_size, **options)
     if budget == 0:
         return plan
-    step, runs = options["parts"] * plan.slots[0] * plan.rows[0], sharding.runs(mesh)
+    step, runs = plan.slots[0] * plan.rows[0], sharding.runs(mesh)
     alone = f"{whole}mesh.run={runs}: runs side by side have one rollout together"
     require(runs == 1, "sampler.budget", budget, alone)
     require(c.source == "rollout", "sampler.budget", budget, f"{whole}source={c.source!r}")

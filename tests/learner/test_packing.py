@@ -168,7 +168,10 @@ def routed(rng, batch, lengths, config):
 
 @pytest.mark.parametrize(
     ("preset", "group_size"),
-    [pytest.param("nano", 1, marks=pytest.mark.slow), ("nano", G), ("nano_moe", G)],
+    [
+        *(pytest.param("nano", size, marks=pytest.mark.slow) for size in (1, G)),
+        ("nano_moe", G),
+    ],
 )
 def test_adapters_learn_from_packed_rows_as_merged_ones_from_plain_rows(
     rng, batch, lengths, preset, group_size
