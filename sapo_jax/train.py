@@ -268,7 +268,7 @@ def _iterate(
     iteration: int,
     clock: Clock,
     scorer: rewards.Scorer,
-    hold: Callable[[], Callable[[], None] | None] = lambda: None,
+    hold: Callable[..., Callable[[], None] | None] = lambda apart: None,
     tell: Callable[[str, int], None] = lambda doing, number: None,
 ) -> tuple[list[Bundle], list[dict[str, Any]], list[list[dict]]]:
     """One iteration of all runs: the runs after it, and of each run a record and samples.
@@ -281,6 +281,8 @@ def _iterate(
     # With devices of its own, the sampler works while an update learns from what waits already.
     apart = run.config.sampler.devices > 0 and len(due) == 1 <= len(bundles[0].waiting)
     collect = partial(SOURCES[run.config.source], policy_step=iteration, apart=apart)
+    if apart:  # before the thread begins, which may be left where updates may
+        between = hold(apart=True)
     # Threads judge the rows of a bundle while the device goes on with those behind it: all of them
     # sample before the first one waits for verdicts.
     started = []
@@ -293,8 +295,8 @@ def _iterate(
         waiting = [*bundle.waiting, *(finish() for finish in finishes if not apart)]
         got = waiting.pop(0)
         clock.check()
-        if number == 0:
-            between = hold()
+        if number == 0 and not apart:
+            between = hold(apart=False)
         minibatches = _separated(got.minibatches, between) if between else got.minibatches
         with clock("update"):
             state, learnt = bundle.engine.learn(bundle.state, minibatches, bundle.frozen)

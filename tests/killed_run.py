@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import sys
+import time
+from functools import partial
 
 import jax
 
@@ -28,20 +30,30 @@ def _hang():
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
 
 
+def around_rollouts(function) -> None:
+    """Call a function in the place of each rollout, with it and what it is given."""
+    for name in ("rollout", "partial_rollout"):
+        setattr(sampler, name, partial(function, getattr(sampler, name)))
+
+
+def _rollout(whole, *arguments, place, at, **options):
+    now = not options.get("warm_up") and options.get("domain", "train") == "train"
+    now = now and options["policy_step"] == at
+    if now and place == "endless":
+        _ask_to_stop()
+        while True:  # until it is left
+            time.sleep(0.01)
+            options["on_segment"]()
+    result = whole(*arguments, **options)
+    if now:
+        (_die if place == "rollout" else _ask_to_stop)()
+    return result
+
+
 def _kill_at(place: str, iteration: int) -> None:
     """Patch the place so that it dies at the iteration, in the middle of its work."""
-    if place in ("rollout", "sigterm"):
-        whole = sampler.rollout
-
-        def rollout(*arguments, **options):
-            now = not options.get("warm_up") and options.get("domain", "train") == "train"
-            if now and options["iteration"] == iteration:
-                result = whole(*arguments, **options)
-                (_die if place == "rollout" else _ask_to_stop)()
-                return result
-            return whole(*arguments, **options)
-
-        sampler.rollout = rollout
+    if place in ("rollout", "sigterm", "endless"):
+        around_rollouts(partial(_rollout, place=place, at=iteration))
     elif place in ("minibatch", "hangs"):
         if place == "hangs":
             stopping.SHORT, stopping.PATIENCE = 0.0, 0.5  # with a copy of what it started from

@@ -10,9 +10,18 @@ import numpy as np
 from etils import epath
 
 from sapo_jax.report import page, preflight_tables, style
-from sapo_jax.report import run_plots as plots
 from sapo_jax.report.page import Tile
-from sapo_jax.report.run_plots import Config, Records
+from sapo_jax.report.run_plots import PLOTS, pair
+from sapo_jax.report.run_records import (
+    PHASES,
+    Config,
+    Records,
+    counts_of,
+    evaluations,
+    objective_of,
+    seconds,
+    series,
+)
 from sapo_jax.report.style import Panel, is_number
 from sapo_jax.training import provenance
 from sapo_jax.training.files import read_json
@@ -45,8 +54,8 @@ def summary(records: Records) -> dict[str, Any]:
         ``loss_{first,last}``, means over the first and last ``window`` iterations.
     """
     window = min(max(round(len(records) / 10), 1), 10)
-    updates, speed = (plots.series(records, k)[1] for k in ("update", "time/tokens_per_second"))
-    spent = sum(sum(plots.seconds(r).values()) for r in records)
+    updates, speed = (series(records, k)[1] for k in ("update", "time/tokens_per_second"))
+    spent = sum(sum(seconds(r).values()) for r in records)
     result: dict[str, Any] = {
         "iterations": records[-1]["iteration"] if records else 0,
         "window": window,
@@ -60,7 +69,7 @@ def summary(records: Records) -> dict[str, Any]:
             value = evaluated[index].get(f"eval/pass_at_1{bound}")
             result[f"pass_at_1_{when}{bound}"] = value if is_number(value) else None
         for name, key in (("reward", "reward/mean"), ("loss", "policy/loss")):
-            y = plots.series(records, key)[1][part]
+            y = series(records, key)[1][part]
             result[f"{name}_{when}"] = float(y.mean()) if len(y) else None
     return result
 
@@ -93,9 +102,9 @@ def _tiles(records: Records) -> list[Tile]:
 def _evaluations(records: Records) -> list[list[str]]:
     """Of each evaluation the first, the best and the last Pass@1, in per cent."""
     rows = []
-    for name in plots.evaluations(records):
+    for name in evaluations(records):
         key = f"eval/{name}/pass_at_1"
-        x, y = plots.series(records, key)
+        x, y = series(records, key)
         (*_, last) = (r for r in records if is_number(r.get(key)))
         low, high = (last.get(f"{key}_{end}") for end in ("low", "high"))
         sure = f" ({100 * low:.1f} to {100 * high:.1f})" if None not in (low, high) else ""
@@ -121,7 +130,7 @@ def _warning(records: Records) -> str:
 def _head(config: Config) -> dict[str, Any]:
     """What was trained, and how."""
     supervised = config.get("source") == "demonstrations"
-    objective = plots.objective_of(config)
+    objective = objective_of(config)
     method = str(objective.pop("name", "")).replace("_", " ").upper()
     task = config.get("task")
     task = task.get("name") if isinstance(task, Mapping) else task
@@ -133,10 +142,10 @@ def _head(config: Config) -> dict[str, Any]:
 
 def _shares(records: Records) -> list[tuple[str, str, float, float]]:
     """Phases of an iteration: name, colour, seconds in all, and their share of the total."""
-    spent = [plots.seconds(r) for r in records]
-    totals = {phase: sum(s[phase] for s in spent) for phase in plots.PHASES}
+    spent = [seconds(r) for r in records]
+    totals = {phase: sum(s[phase] for s in spent) for phase in PHASES}
     whole = sum(totals.values())
-    return [(p, plots.PHASES[p], total, total / whole) for p, total in totals.items() if total]
+    return [(p, PHASES[p], total, total / whole) for p, total in totals.items() if total]
 
 
 def _is_right(sample: Mapping[str, Any]) -> bool:
@@ -230,7 +239,7 @@ def write(workdir: epath.PathLike) -> epath.Path:
         tiles=_tiles(records),
         warning=_warning(records),
         starts=provenance.read(workdir),
-        plots=page.plots(plots.PLOTS, records, config),
+        plots=page.plots(PLOTS, records, config),
         evaluations=_evaluations(records),
         shares=_shares(records),
         preflight=preflight(workdir),
@@ -248,13 +257,13 @@ def picture(workdir: epath.PathLike, path: epath.PathLike) -> None:
     records, config = _read(workdir)
     length = ("length/mean", "orange", "length (tokens)")
     entropy = ("policy/entropy", "green", "entropy (nats per token)")
-    sampled = len(plots.series(records, "length/mean")[0])
+    sampled = len(series(records, "length/mean")[0])
     title = "Response length and entropy" if sampled else "Entropy"
-    both = plots.pair(title, length, entropy, percent=False)
-    last = [r for r in records if plots.counts_of(r, "histogram/gate_pos")][-1:]
+    both = pair(title, length, entropy, percent=False)
+    last = [r for r in records if counts_of(r, "histogram/gate_pos")][-1:]
     gate = Panel(
         "Gate weight of tokens, by sign of the advantage",
-        lambda figure, _, config: plots.PLOTS["gate-weight"].draw(figure, last, config),
+        lambda figure, _, config: PLOTS["gate-weight"].draw(figure, last, config),
     )
-    whole, reward, loss, gradient = map(plots.PLOTS.get, ("pass", "reward", "loss", "gradient"))
+    whole, reward, loss, gradient = map(PLOTS.get, ("pass", "reward", "loss", "gradient"))
     style.picture(path, [whole, reward, both, gate, loss, gradient], records, config)

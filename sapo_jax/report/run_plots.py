@@ -4,78 +4,31 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import FigureBase
 from matplotlib.ticker import MaxNLocator
 
-from sapo_jax import objectives
 from sapo_jax.report import style
+from sapo_jax.report.run_records import (
+    PHASES,
+    Config,
+    Records,
+    counts_of,
+    evaluations,
+    objective_of,
+    seconds,
+    series,
+)
 from sapo_jax.report.style import COLOURS, FLOOR, Panel, is_number
 
-Records = Sequence[Mapping[str, Any]]
-Config = Mapping[str, Any]
 Curve = tuple[str, str, str]  # metric key, colour, label
 
 POINTS = 800  # longer curves are binned: the eye sees no difference and the page stays small
 SMOOTHED = 40  # curves this long are drawn with their running mean
-PHASES = {  # of a run, in their order
-    "startup": "ink",
-    "rollout": "blue",
-    "score": "amber",
-    "logp": "soft",
-    "update": "orange",
-    "eval": "green",
-    "checkpoint": "purple",
-    "other": "grey",
-}
-
-
-def series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Iterations at which ``key`` is a finite number, and those numbers."""
-    points = [(r["iteration"], r[key]) for r in records if is_number(r.get(key))]
-    x, y = np.array(points, float).reshape(-1, 2).T
-    return x, y
-
-
-def counts_of(record: Mapping[str, Any], key: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Counts and edges of a histogram that holds something."""
-    value = record.get(key) or {}
-    edges, counts = value.get("edges") or [], value.get("counts") or []
-    whole = len(edges) == len(counts) + 1 and all(map(is_number, [*edges, *counts]))
-    return (np.array(counts, float), np.array(edges, float)) if whole and any(counts) else None
-
-
-def evaluations(records: Records) -> list[str]:
-    """The names of evaluations, and of tasks, with a Pass@1 of their own."""
-    keys = dict.fromkeys(key for record in records for key in record)
-    found = [re.fullmatch(r"eval/(.+)/pass_at_1", key) for key in keys]
-    return [match[1] for match in found if match and len(series(records, match[0])[0])]
-
-
-def seconds(record: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds of each phase; ``other`` is what is left of what lies in an iteration."""
-    spent = {phase: record.get(f"time/{phase}") for phase in PHASES}
-    spent = {phase: float(s) if is_number(s) else 0.0 for phase, s in spent.items()}
-    if is_number(exposed := record.get("time/score_exposed")):
-        spent["score"] = float(exposed)  # the rest of it overlapped with other phases
-    loop = record.get("time/iteration")  # without evaluation and checkpoint
-    inside = sum(spent[phase] for phase in ("rollout", "score", "logp", "update"))
-    return spent | {"other": max(loop - inside, 0.0) if is_number(loop) else 0.0}
-
-
-def objective_of(config: Config) -> dict[str, Any]:
-    """The objective's name and hyperparameters, those of its preset where the config has None."""
-    given = config.get("objective") or {}
-    given = given if isinstance(given, Mapping) else {"name": given}
-    preset = objectives.OBJECTIVES.get(str(given.get("name")))
-    whole = {"aggregation": preset.aggregation, **preset.hyperparameters} if preset else {}
-    unset = (None, {}, "constant")  # a schedule without an end
-    whole |= {key: value for key, value in given.items() if value not in unset}
-    return whole if whole.get("kl_coef") else {k: v for k, v in whole.items() if k[:2] != "kl"}
 
 
 def _binned(x: np.ndarray, y: np.ndarray, reduce=np.mean) -> tuple[np.ndarray, np.ndarray]:
@@ -253,21 +206,44 @@ def _draw_gate(figure: FigureBase, records: Records, config: Config) -> None:
     style.legend(ax)
 
 
-def _draw_phases(figure: FigureBase, records: Records, config: Config) -> None:
-    spent = [seconds(r) | {"startup": 0.0} for r in records]  # as long as many iterations
-    if not any(sum(s.values()) for s in spent):
-        return
-    ax = _axes(figure, records, "seconds per iteration")
+def _stacked(
+    figure: FigureBase, records: Records, ylabel: str, layers: Mapping[str, tuple[str, np.ndarray]]
+) -> Axes:
+    """Parts of a whole over iterations: colour and values, one a record, by their labels."""
+    ax = _axes(figure, records, ylabel)
     parts = np.array_split(np.arange(len(records)), min(len(records), POINTS))
     edges = [records[p[0]]["iteration"] - 0.5 for p in parts] + [records[-1]["iteration"] + 0.5]
     base = np.zeros(len(parts))
-    for phase, colour in PHASES.items():
-        y = np.array([np.mean([spent[i][phase] for i in p]) for p in parts])
+    for label, (colour, y) in layers.items():
+        top = base + np.array([y[p].mean() for p in parts])
         if y.any():
-            ax.stairs(base + y, edges, baseline=base, fill=True, color=COLOURS[colour], label=phase)
-            base = base + y
+            ax.stairs(top, edges, baseline=base, fill=True, color=colour, label=label)
+        base = top
     ax.set(xlim=(edges[0], edges[-1]), ylim=(0, 1.05 * base.max()))
     style.legend(ax)
+    return ax
+
+
+def _draw_phases(figure: FigureBase, records: Records, config: Config) -> None:
+    spent = [seconds(r) | {"startup": 0.0} for r in records]  # as long as many iterations
+    if any(sum(s.values()) for s in spent):
+        parts = {p: (COLOURS[c], np.array([s[p] for s in spent])) for p, c in PHASES.items()}
+        _stacked(figure, records, "seconds per iteration", parts)
+
+
+def _draw_ages(figure: FigureBase, records: Records, config: Config) -> None:
+    """Nothing where all tokens are of the present policy."""
+    found = [(r, h[0] / h[0].sum()) for r in records if (h := counts_of(r, "histogram/age"))]
+    shares_kN = np.array([share for _, share in found]).T
+    oldest = max(np.flatnonzero(shares_kN.any(-1)), default=0)
+    if not oldest:
+        return
+    fade = LinearSegmentedColormap.from_list("age", [COLOURS["blue"], COLOURS["amber"]])
+    layers = {
+        f"{k} older" if k else "of the policy": (to_hex(fade(k / oldest)), shares_kN[k])
+        for k in range(oldest + 1)
+    }
+    style.percent(_stacked(figure, [r for r, _ in found], "share of tokens", layers))
 
 
 PLOTS = {
@@ -312,6 +288,7 @@ PLOTS = {
         ("policy/clipped", "orange", "silenced tokens (share)"),
         percent=True,
     ),
+    "ages": Panel("Age of the tokens", _draw_ages),
     "effective": _curves(
         "Effective updates",
         "share",

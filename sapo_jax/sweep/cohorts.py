@@ -118,10 +118,6 @@ def _check(run: Settings) -> None:
     else:
         only = "'auto' with a config.mesh, whose axis `run` says how many runs are computed at once"
         require(method == "auto", "population.method", method, only)
-    whole = "0 with several runs side by side (config.mesh.run): their rollouts are one"
-    require(
-        sharding.runs(run.mesh) == 1 or not sampler.budget, "sampler.budget", sampler.budget, whole
-    )
 
 
 def _is_traced(field: str) -> bool:

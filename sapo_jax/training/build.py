@@ -172,14 +172,16 @@ def _sampled(c: Any) -> dict[str, int]:
     return {"batch.prompts": drawn, "sampler.slots": c.sampler.slots}
 
 
-def make_plan(c: Any, room: int, options: dict[str, int]) -> sampler.Plan:
+def make_plan(c: Any, room: int, options: dict[str, int], mesh: Mesh | None) -> sampler.Plan:
     """The sampler's shapes in training, also of rollouts that a budget ends."""
     budget, whole = c.sampler.budget, "0, whole rollouts, with "
     drawn, options = c.batch.prompts * c.batch.oversample, options | {"whole": budget > 0}
     plan = sampler.make_plan(drawn, room, group_size=c.batch.group_size, **options)
     if budget == 0:
         return plan
-    step = plan.slots[0] * plan.rows[0]
+    step, runs = plan.slots[0] * plan.rows[0], sharding.runs(mesh)
+    alone = f"{whole}mesh.run={runs}: runs side by side have one rollout together"
+    require(runs == 1, "sampler.budget", budget, alone)
     require(c.source == "rollout", "sampler.budget", budget, f"{whole}source={c.source!r}")
     least = f"0, or at least {step}, the rows of one decode step"
     require(budget >= step, "sampler.budget", budget, least)

@@ -79,10 +79,9 @@ def first(engine: Any, stored: Any = None, places: Sequence[Mapping] | None = No
     run = engine.runs[0]
     if not run.config.sampler.budget:
         return None
-    if stored is None:
-        begun = sharding.place(engine.place([_none(run)]), run.sampler_mesh)
-        return Carry(begun, [None] * len(begun.tokens))
-    return Carry(sampler.Begun(**stored), list(places))
+    begun = sampler.Begun(**stored) if stored else engine.place([_none(run)])
+    places = places or [None] * len(begun.tokens)
+    return Carry(sharding.place(begun, run.sampler_mesh), list(places))
 
 
 def abstract(run: Settings) -> sampler.Begun:

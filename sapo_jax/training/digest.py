@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from etils import epath
 
 _name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
-WAITING = re.compile(r"(queue/\d+/\d+/)?(.*)")  # a minibatch that waits, see `queue.pack`
+# A minibatch that waits or completions that go on, on the sampler's own devices; see `queue.pack`
+WAITING = re.compile(r"(queue/\d+/\d+/|begun/)?(.*)")
 
 
 class Digest(NamedTuple):
@@ -59,14 +60,14 @@ def _digest_all(leaves: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.
 def digests(tree: Any) -> dict[str, Digest]:
     """Of each leaf of a tree, by its path; computed where the leaf lies.
 
-    What waits in a queue passes as finite: updates skip what is not.
+    What waits passes as finite: updates skip what is not.
     """
     groups: dict[str, dict[str, jax.Array]] = {"": {}}
     for name, x in named(tree).items():
         prefix, rest = WAITING.match(name).groups(default="")
         groups.setdefault(prefix, {})[rest] = x
     found = {}
-    for prefix, leaves in groups.items():  # however many wait, there are two programs
+    for prefix, leaves in groups.items():  # however many batches wait, they have one program
         for name, (checksum, ok) in jax.device_get(_digest_all(leaves)).items():
             found[prefix + name] = Digest(int(checksum), bool(ok or prefix))
     return found

@@ -199,9 +199,8 @@ def from_rollout(
     def sampled():
         prompts, groups = ([getattr(q, name) for q in queries] for name in ("prompts", "groups"))
         controls = {"warm_up": warm_up, "carry": bundle.carry, **when}
-        check = None if apart else clock.check  # a thread has nothing to leave
         with clock("rollout"):
-            return engine.rollout(weights, prompts, groups, on_segment=check, **controls)
+            return engine.rollout(weights, prompts, groups, on_segment=clock.check, **controls)
 
     def finish(rollout, ends):
         with clock("logp"):  # needs no rewards: the device works while rows are judged

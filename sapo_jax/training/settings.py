@@ -337,7 +337,7 @@ def from_config(
         max_new_tokens=room,
         bounds=build.make_bounds(c),
         packing=packing,
-        plan=build.make_plan(c, room, options),
+        plan=build.make_plan(c, room, options, mesh),
         evals=sets,
         mesh=mesh,
         sampler_mesh=sampler_mesh,

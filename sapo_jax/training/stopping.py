@@ -7,7 +7,6 @@ long, a copy on the host is taken before; where it is short, it is waited for.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -88,8 +87,8 @@ class Stop:
         self._number = 0  # of the signal
         self._lock = threading.RLock()  # held while there is nothing to save, or it is saved
         self._held = self._saving = False
-        self._seconds = {True: math.inf, False: math.inf}  # see SHORT; with an evaluation, without
-        self._evaluates, self._saved_at = False, time.monotonic()
+        self._seconds: dict[tuple[bool, ...], float] = {}  # see SHORT; by kind of iteration
+        self._saved_at = time.monotonic()
         self._calls, self._stride, self._begun = 0, 1, time.monotonic()  # of `pause`
         self._saved = 0
         self._finished: Finished | None = None
@@ -113,15 +112,17 @@ class Stop:
         if jax.process_count() == 1 or self._calls % self._stride == 0:
             self.check()
 
-    def hold(self, *, evaluates: bool) -> Callable[[], None] | None:
+    def hold(self, *, evaluates: bool, apart: bool = False) -> Callable[[], None] | None:
         """Updates are to come, which take the buffers of what is finished.
+
+        Iterations that evaluate, and those that sample meanwhile, take their own time.
 
         Returns:
           What to call between them, which may raise; None where they are short.
         """
-        self._since, self._evaluates = time.monotonic(), evaluates
+        self._since, self._kind = time.monotonic(), (evaluates, apart)
         each = (self._since - self._begun) / max(1, self._calls)
-        times = [min(self._seconds[evaluates], 1e9), each]
+        times = [self._seconds.get(self._kind, 1e9), each]
         expected, each = distributed.all_gather(np.array(times, np.float32)).max(0)
         self._calls, self._stride = 0, max(1, int(OFTEN / max(each, 1e-3)))
         if expected > SHORT:
@@ -136,7 +137,7 @@ class Stop:
         """An iteration is done and recorded."""
         with self._lock:
             self._finished = finished
-            self._seconds[self._evaluates] = time.monotonic() - self._since
+            self._seconds[self._kind] = time.monotonic() - self._since
 
     def wants_saving(self) -> bool:
         """Whether a signal, or the time, asks for a checkpoint."""

@@ -8,9 +8,12 @@ import pytest
 from sapo_jax import learner, model, objectives
 from sapo_jax.learner import packing
 from sapo_jax.masked import finish
-from sapo_jax.types import Batch
+from sapo_jax.model import lora
+from sapo_jax.types import Batch, Frozen
 from tests import fakes
 from tests.fakes import VOCAB
+from tests.learner.test_step import settings
+from tests.model.test_lora import SCALE, adapted
 
 gradient = jax.jit(learner.gradient)  # of plain rows, tests share the programs
 GROUPS, G, N, T = 4, 4, 5, 9
@@ -140,6 +143,18 @@ def test_experts_are_replayed_and_balanced_as_in_plain_rows(
 ):
     config = model.make("nano_moe", vocab_size=VOCAB, max_position_embeddings=64)
     weights, sized = fakes.weights(config, 0.2), shape(group_size)
+    batch = routed(rng, batch, lengths, config)
+    hp = learner.Hyperparameters(
+        objectives.resolve("sapo"), 1e-3, 0.0, 1e9, 1.0, model=config, head_chunk=16,
+        routing_replay=replay, router_aux_coef=0.1,
+    )  # fmt: skip
+    packed = learner.pack(batch, packing.plan(*lengths, S, sized))
+    got = gradient(weights, packed, hp.replace(micro_batches=sized.micro_batches))
+    same(got, gradient(weights, batch, hp))
+
+
+def routed(rng, batch, lengths, config):
+    """The batch with experts, as a sampler records them."""
     experts = rng.permuted(
         np.broadcast_to(np.arange(config.num_experts), (B, S, 2, config.num_experts)), axis=-1
     )[..., : config.num_experts_per_tok]
@@ -148,14 +163,34 @@ def test_experts_are_replayed_and_balanced_as_in_plain_rows(
     prompt = (np.arange(S) < lengths[0][:, None])[..., None, None]
     exists = np.asarray(batch.segments > 0)[..., None, None]
     routing = np.where(exists, np.where(prompt, shared, experts), -1).astype(np.int8)
-    batch = batch.replace(routing=routing)
-    hp = learner.Hyperparameters(
-        objectives.resolve("sapo"), 1e-3, 0.0, 1e9, 1.0, model=config, head_chunk=16,
-        routing_replay=replay, router_aux_coef=0.1,
-    )  # fmt: skip
+    return batch.replace(routing=routing)
+
+
+@pytest.mark.parametrize(
+    ("preset", "group_size"),
+    [
+        *(pytest.param("nano", size, marks=pytest.mark.slow) for size in (1, G)),
+        ("nano_moe", G),
+    ],
+)
+def test_adapters_learn_from_packed_rows_as_merged_ones_from_plain_rows(
+    rng, batch, lengths, preset, group_size
+):
+    """By the chain rule; experts are replayed."""
+    config = model.make(preset, vocab_size=VOCAB, max_position_embeddings=64)
+    own, adapters = adapted(config)
+    base, sized, replay = fakes.weights(config, 0.2), shape(group_size), "none"
+    if config.num_experts:
+        batch, replay = routed(rng, batch, lengths, config), "R3"
+
+    def merged(own):
+        return lora.merge(lora.join(own, Frozen(base), SCALE))
+
+    policy, pull = jax.vjp(merged, adapters)
+    grads, terms = gradient(policy, batch, settings(config, routing_replay=replay))
     packed = learner.pack(batch, packing.plan(*lengths, S, sized))
-    got = gradient(weights, packed, hp.replace(micro_batches=sized.micro_batches))
-    same(got, gradient(weights, batch, hp))
+    hp = settings(own, routing_replay=replay, micro_batches=sized.micro_batches, lora_scale=SCALE)
+    same(gradient(adapters, packed, hp, Frozen(base)), (*pull(grads), terms))
 
 
 @pytest.mark.parametrize("group_size", [1, G])

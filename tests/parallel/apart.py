@@ -1,5 +1,7 @@
 """A sampler with devices of its own; run by `test_sharding` in a process that has eight."""
 
+import signal
+
 import jax
 import numpy as np
 import pytest
@@ -7,12 +9,14 @@ import pytest
 from sapo_jax import sampler, train
 from sapo_jax.model import params
 from sapo_jax.parallel import sharding
-from sapo_jax.training import settings
+from sapo_jax.training import checkpoint, settings
 from sapo_jax.training.workdir import read_metrics
 from tests import fakes, tiny_config
 from tests.sampler import test_partial
 from tests.sampler.test_engine import G, N, P, T, peaked
-from tests.test_train import SHAPED
+from tests.test_staleness import same, saved
+from tests.test_train import SHAPED, digest, spawn
+from tests.test_train import records as timeless
 from tests.training.test_metrics import check
 
 __all__ = ["peaked"]  # a fixture
@@ -23,11 +27,17 @@ FIELDS = SHAPED | {
 OWN = {"sampler.devices": 4}
 
 
-def records(workdir, **fields):
+def run(workdir, **fields):
     config = tiny_config.get_config()
     with config.unlocked():
         config.update_from_flattened_dict(FIELDS | fields)
-    train.run(settings.from_config(config), workdir)
+    checked = settings.from_config(config)
+    train.run(checked, workdir)
+    return checked
+
+
+def records(workdir, **fields):
+    run(workdir, **fields)
     return read_metrics(workdir)
 
 
@@ -59,6 +69,40 @@ def test_a_run_is_that_of_one_device(name, alone, tmp_path):
             assert record[key] == pytest.approx(expected[key], rel=1e-6)
         for key in ("policy/loss", "policy/entropy", "grad/norm"):
             assert record[key] == pytest.approx(expected[key], rel=2e-3, abs=1e-5), key
+
+
+PART = {"sampler.devices": 1, "sampler.budget": 32 * 5, "learner.learning_rate": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    return workdir, run(workdir, **PART)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stop", "status", "every", "saved_last"),
+    [
+        ("endless 2", 143, 5, (1,)), ("sigterm 3", 143, 5, (3,)),
+        ("rollout 3", -signal.SIGKILL, 1, (1, 2)),
+    ],
+)  # fmt: skip
+def test_a_run_that_is_stopped_while_a_thread_samples_ends_like_a_whole_one(
+    stop, status, every, saved_last, whole, tmp_path
+):
+    """By SIGTERM or SIGKILL, with completions that go on. A rollout that cannot be left would keep
+    the process; one that was not expected to be waited for, the iteration before."""
+    workdir, checked = whole
+    place, fields = tmp_path / "run", PART | {"checkpoint.every": every}
+    assert spawn(place, stop, **FIELDS | fields).wait(timeout=120) == status
+    latest = checkpoint.Checkpoints(place / "checkpoints").latest()
+    assert latest in saved_last
+    assert any(saved(place, checked, latest)[1]["begun"])
+    run(place, **fields)
+    assert timeless(place) == timeless(workdir)
+    assert digest(place) == digest(workdir)
+    same(saved(place, checked), saved(workdir, checked))
 
 
 @pytest.mark.slow

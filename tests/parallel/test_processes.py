@@ -18,6 +18,7 @@ from sapo_jax.parallel import distributed
 from sapo_jax.training import checkpoint
 from sapo_jax.training.workdir import read_metrics, read_samples
 from tests.parallel import two_processes
+from tests.test_staleness import same, saved
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -123,6 +124,41 @@ def test_one_update_agrees_with_one_process(whole):
     scale = max(np.abs(g).max() for g in gradient.values())
     for key, value in gradient.items():
         np.testing.assert_allclose(found[key], value, atol=1e-6 * scale, err_msg=key)
+
+
+def given(monkeypatch, **fields):
+    monkeypatch.setenv("SAPO_JAX_TEST_FIELDS", json.dumps(fields))
+
+
+@pytest.mark.slow
+def test_a_huge_budget_of_two_processes_changes_nothing(whole, tmp_path, monkeypatch):
+    given(monkeypatch, **{"sampler.budget": 2**30})
+    statuses, messages = both(tmp_path, "")
+    assert statuses == [0, 0], messages
+    found, samples = stored(tmp_path)
+    assert {record.pop("sampler/goes_on", 0) for record in found} == {0}
+    assert (found, samples) == stored(whole)
+
+
+@pytest.mark.slow
+def test_partial_rollouts_of_two_processes_go_on_where_one_was_killed(tmp_path, monkeypatch):
+    """Each process has the completions that go on of its own prompts, and what waits."""
+    fields = {"sampler.budget": 32 * 4, "staleness": 1, "checkpoint.every": 1, "iterations": 5}
+    given(monkeypatch, **fields)
+    statuses, messages = both(tmp_path / "whole", "")
+    assert statuses == [0, 0], messages
+    fails(tmp_path / "run", "dies")
+    statuses, messages = both(tmp_path / "run", "")
+    assert statuses == [0, 0], messages
+    assert stored(tmp_path / "run") == stored(tmp_path / "whole")
+    checked = two_processes.resolved(**fields)
+    same(saved(tmp_path / "run", checked), saved(tmp_path / "whole", checked))
+    found = read_metrics(tmp_path / "run")[1:]
+    assert sum(record["sampler/goes_on"] > 0 for record in found) > 2
+    learnt = sum(round(8 * (1 - record["sampler/goes_on"])) for record in found)
+    under_way = [place for place in saved(tmp_path / "run", checked)[1]["begun"] if place]
+    (position,) = saved(tmp_path / "run", checked)[1]["position"].values()
+    assert position["read"] == learnt + len(under_way)
 
 
 @pytest.mark.slow

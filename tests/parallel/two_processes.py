@@ -99,17 +99,18 @@ def main_(workdir, port, index, what):
     timeout = 30.0 if what == "hangs" else 600.0
     distributed.start(f"127.0.0.1:{port}", 2, index, timeout=10)
     cli.use_cache(str(pathlib.Path(".cache/tests").resolve()))
-    checked = resolved(**{"mesh.data": 2, "mesh.fsdp": 2, "distributed.timeout": timeout})
+    fields = json.loads(os.environ.get("SAPO_JAX_TEST_FIELDS", "{}"))
+    fields |= {"mesh.data": 2, "mesh.fsdp": 2, "distributed.timeout": timeout}
+    checked = resolved(**fields)
     if index == 1 and what in SIGNALS:
-        rollout = killed_run.sampler.rollout
         number, at = SIGNALS[what]
 
-        def fatal(*arguments, **options):
-            if options["iteration"] == at:
+        def fatal(rollout, *arguments, **options):
+            if options["policy_step"] == at:
                 os.kill(os.getpid(), number)
             return rollout(*arguments, **options)
 
-        killed_run.sampler.rollout = fatal
+        killed_run.around_rollouts(fatal)
     elif index == 1 and what == "hangs":
         _hang()
     elif what == "whole":

@@ -85,6 +85,7 @@ def _record(rng, iteration, iterations, supervised):
             "length/mean": 22 + 30 * grown + rng.normal(0, 2),
             "length/truncated": max(0.0, 0.12 - 0.1 * grown + rng.normal(0, 0.01)),
             "advantage/zero_groups": 0.6 - 0.5 * 4 * grown * (1 - grown) + rng.normal(0, 0.04),
+            "histogram/age": {"edges": [-0.5, 0.5, 1.5, 2.5], "counts": [60, 40 * iteration, 0]},
             "policy/eur_pos": 0.95,
             "policy/eur_neg": 0.9,
             "ratio/ess": 0.98,
@@ -424,6 +425,20 @@ def test_closed_form_gate_is_drawn_for_sapo_only():
     for name, drawn in (("sapo", True), ("grpo", False), ("p3o", False)):
         config = {"objective": {"name": name}}
         assert (style.figure_of(run_plots.PLOTS["gate"], records, config) is not None) == drawn
+
+
+def test_ages_of_tokens_are_shares_and_shown_where_some_are_old():
+    def record(*counts):
+        edges = [i - 0.5 for i in range(len(counts) + 1)]
+        return {"iteration": sum(counts), "histogram/age": {"edges": edges, "counts": counts}}
+
+    whole = [record(1, 0, 0), {"iteration": 2}, record(1, 0, 2), record(0, 0, 0), record(1, 3, 0)]
+    ax = _drawn_axes("ages", whole)
+    tops = [patch.get_data().values.tolist() for patch in ax.patches]
+    assert tops == [[1, 1 / 3, 1 / 4], [1, 1 / 3, 1], [1, 1, 1]]
+    assert ax.get_legend_handles_labels()[1] == ["of the policy", "1 older", "2 older"]
+    assert style.figure_of(run_plots.PLOTS["ages"], [record(5, 0, 0)], {}) is None
+    assert style.figure_of(run_plots.PLOTS["ages"], [{"iteration": 1}], {}) is None
 
 
 def _drawn_axes(slug, records):

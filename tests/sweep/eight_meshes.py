@@ -100,6 +100,18 @@ def test_runs_side_by_side_are_each_alone(tmp_path, monkeypatch):
     check_alone(cohort, tmp_path, {})
 
 
+def test_a_budget_of_runs_side_by_side_is_refused():
+    """Before any compile, in preflight and in a sweep alike."""
+    fields = {"sampler.budget": 4096, "staleness": 1}
+    message = r"config.sampler.budget=4096: must be 0, whole rollouts, with mesh.run=2: runs side"
+    with fakes.Compilations() as compiled:
+        with pytest.raises(ValueError, match=message):
+            settings.from_config(tiny_sweep.get_config(**FIELDS, **fields, **{"mesh.run": 2}))
+        with pytest.raises(ValueError, match=rf"the run .*: {message}"):
+            cohorts_of(**fields)
+    assert compiled.count == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("staleness", [0, 1])
 def test_runs_side_by_side_go_on_where_they_stopped(staleness, tmp_path):

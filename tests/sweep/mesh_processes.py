@@ -31,14 +31,13 @@ def main(workdir, port, index, what):
     cli.use_cache(str(pathlib.Path(".cache/tests").resolve()))
     base = tiny_sweep.get_config(**FIELDS, **{"mesh.run": 2, "mesh.fsdp": 2, "mesh.tensor": 2})
     if index == 1 and what == "dies":
-        rollout = killed_run.sampler.rollout
 
-        def fatal(*arguments, **options):
-            if options["iteration"] == AT:
+        def fatal(rollout, *arguments, **options):
+            if options["policy_step"] == AT:
                 os.kill(os.getpid(), signal.SIGKILL)
             return rollout(*arguments, **options)
 
-        killed_run.sampler.rollout = fatal
+        killed_run.around_rollouts(fatal)
     try:
         assert schedule.run(cohorts.make(base, RUNS), workdir)
     except Exception as error:

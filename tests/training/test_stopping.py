@@ -72,14 +72,15 @@ def iteration_of(stop, number):
     stop.release()
 
 
-def test_a_long_iteration_leaves_a_copy_behind(saved):
+@pytest.mark.parametrize("kind", [{"evaluates": True}, {"evaluates": False, "apart": True}])
+def test_a_long_iteration_leaves_a_copy_behind(kind, saved):
     """Guards against an update that has taken the buffers of the state that is to be saved, and
     against positions of streams that have gone on."""
     stop = started()
     iteration_of(stop, 1)
     bundles = stop._finished.bundles
     # For the first time: how long it will take is not known.
-    assert stop.hold(evaluates=True) == stop.check
+    assert stop.hold(**kind) == stop.check
     jax.block_until_ready(update(bundles[0].state))
     assert bundles[0].state["w"].is_deleted()
     bundles[0].streams[0].position = 7
