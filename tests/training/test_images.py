@@ -1,6 +1,7 @@
 """Runs that see: from a cold start to a report, killed and resumed, alone and among others."""
 
 import json
+import shlex
 import signal
 
 import jax
@@ -14,6 +15,7 @@ from sapo_jax.training import checkpoint, parameters, settings
 from sapo_jax.training.workdir import read_metrics, read_samples
 from tests import tiny_config
 from tests.sweep.test_population import Bar
+from tests.test_export import evaluated
 from tests.test_train import digest, records, run, spawn
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_plots")]
@@ -111,8 +113,9 @@ def test_what_else_runs_do(cold, fields, tmp_path):
     assert np.isfinite(jax.tree.leaves(state_of(tmp_path / "run", checked))[0]).all()
 
 
-def test_report_and_export(cold, tmp_path):
-    """The page shows pictures beside completions; the exported directory has the tower."""
+def test_report_export_and_evaluation(cold, tmp_path):
+    """The page shows pictures beside completions; the exported directory has the tower, and gets
+    on the same pictures what the run gets."""
     fields = FIELDS | {"init_from": str(cold), "iterations": 1, "log.samples": 16}
     checked = run(tmp_path / "run", **fields)
     rows = read_samples(tmp_path / "run")
@@ -126,4 +129,14 @@ def test_report_and_export(cold, tmp_path):
     whole = parameters.learnt(checked, tmp_path / "run", 1)
     jax.tree.map(np.testing.assert_array_equal, weights["vision"], whole["vision"])
     tokens = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]
-    assert tokens["<|image_token_id|>"] == config.vision.image_token_id
+    assert tokens["<|image_pad|>"] == config.vision.image_token_id
+    command = shlex.split(export.evaluation(tmp_path / "run", tmp_path / "out"))
+    assert "--max_image_tokens=4" in command
+    common = ["--prompts=4", "--samples=3"]
+    own = evaluated(tmp_path / "own.json", f"--workdir={tmp_path / 'run'}", *common)
+    other = evaluated(tmp_path / "other.json", *command[3:], *common)
+    shapes, text = other["sets"].values()
+    assert own["sets"] == {"shapes": shapes, "text": text}
+    with pytest.raises(ValueError, match=r"no prompt fits .* and --max_image_tokens=3"):
+        evaluated(tmp_path / "own.json", f"--hf={tmp_path / 'out'}", "--chat=False",
+                  "--task=count_shapes,size=16", "--max_image_tokens=3")  # fmt: skip
