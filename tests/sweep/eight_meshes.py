@@ -12,6 +12,7 @@ from sapo_jax.sweep import cohorts, schedule
 from sapo_jax.training import checkpoint, settings, startup
 from sapo_jax.training.workdir import read_samples
 from tests import fakes, tiny_sweep
+from tests.parallel.two_processes import SEES
 from tests.sweep.test_population import Bar
 from tests.test_train import digest, records
 
@@ -133,6 +134,8 @@ OTHERS = {
         axes.zip_(axes.axis("seed", 3, 4), axes.axis("lora.alpha", 16.0, 64.0)),
     ),
     "batches that wait": ({"staleness": 1}, RUNS),
+    "pictures, a frozen tower": (SEES | {"model.train_vision": False}, RUNS),
+    "pictures, a tower that learns": (SEES, RUNS),
     "a place that is free, objectives of two kinds": (
         {"mesh.run": 4, "mesh.tensor": 1},
         axes.zip_(axes.axis("objective.name", "sapo", "grpo", "gspo"), axes.axis("seed", 1, 2, 3)),
