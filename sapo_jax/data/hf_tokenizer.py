@@ -222,7 +222,7 @@ def load(
         pad_id=stop_ids[0] if pad_id is None else pad_id,
         stop_ids=stop_ids,
         vocab_size=1 + max(backend.get_vocab().values()),
-        chat_template=find_template(directory, config),
+        chat_template=find_template(directory, _json(directory, "chat_template.json") | config),
         special_tokens=special,
         chat=chat,
         system=system,

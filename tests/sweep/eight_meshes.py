@@ -152,13 +152,13 @@ def test_others_side_by_side_are_each_alone(case, tmp_path):
     check_alone(cohort, tmp_path, {k: v for k, v in fields.items() if k != "mesh.run"})
 
 
-def test_preflight_knows_the_programs_of_runs_side_by_side():
+@pytest.mark.parametrize("fields", [{}, pytest.param(SEES, marks=pytest.mark.slow)])
+def test_preflight_knows_the_programs_of_runs_side_by_side(fields):
     """A chip holds what it would hold for a run alone on as many; the programs can be traced."""
-    (cohort,) = cohorts_of()
+    (cohort,) = cohorts_of(**fields)
     override = cohort.overrides[0]
-    checked = settings.from_config(
-        tiny_sweep.get_config(**{**FIELDS, **override}), devices=jax.devices()[:4]
-    )
+    config = tiny_sweep.get_config(**{**FIELDS, **fields, **override})
+    checked = settings.from_config(config, devices=jax.devices()[:4])
     found, expected = (programs.programs(run) for run in (cohort.lead, checked))
     assert list(found) == list(expected)
     for name, program in found.items():
