@@ -242,14 +242,12 @@ def _evaluate_set(given: cli.Flags, policy: Policy, text: str) -> dict:
     prompts, samples = own.pop("prompts"), own.pop("samples")
     width, room = given.max_prompt_tokens, given.max_new_tokens
     sees = getattr(task, "max_images", 0)
-    images, fit = None, f"--max_prompt_tokens={width}"
-    if sees:
-        images = model.vision.Room(policy.config, given.max_image_tokens, sees)
-        fit += f" and --max_image_tokens={images.tokens}"
+    images = model.vision.Room(policy.config, given.max_image_tokens, sees) if sees else None
     fits = stream.Fits(tokenizer, width, images=images)
     examples = list(encode.distinct(task.examples("test"), prompts, keep=fits))
     if not examples:
-        raise ValueError(f"--task={text}: no prompt fits {fit}")
+        shown = f" and --max_image_tokens={given.max_image_tokens}" * bool(sees)
+        raise ValueError(f"--task={text}: no prompt fits --max_prompt_tokens={width}{shown}")
     batch = min(given.batch, len(examples))
     most = LARGEST // (batch * (width + room))
     if samples > most:
