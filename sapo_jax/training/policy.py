@@ -32,9 +32,8 @@ def make_model(c: Any, tokenizer: Tokenizer) -> model.ModelConfig:
     fields = {key: value for key, value in vars(c.model).items() if value is not None}
     preset = fields.pop("preset")
     of_tower = {name: fields.pop(name) for name in OF_TOWER if name in fields}
-    dtypes = {"param_dtype": c.dtype.params, "compute_dtype": c.dtype.compute}
-    dtypes["cache_dtype"] = c.dtype.cache
-    chosen = dtypes | {"attention": fields.pop("attention")}
+    chosen = {f"{field.removesuffix('s')}_dtype": value for field, value in vars(c.dtype).items()}
+    chosen["attention"] = fields.pop("attention")
     for field, value in vars(c.dtype).items():
         choice(f"dtype.{field}", value, model.config.DTYPES)
     choice("model.attention", chosen["attention"], model.config.ATTENTION)

@@ -18,7 +18,7 @@ from tests import tiny_config
 from tests.data.test_images import chat_directory, picture
 from tests.sweep.test_population import Bar
 from tests.test_export import evaluated
-from tests.test_train import SHAPED, digest, records, run, spawn
+from tests.test_train import digest, records, run, spawn
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_plots")]
 SHAPES = {"name": "count_shapes", "share": 0.5, "options": {"size": 16, "cells": 2, "colours": 2}}
@@ -138,8 +138,9 @@ def test_a_run_from_a_directory_with_a_chat_template(tmp_path):
     told = [{"problem": f"{i}Text", "answer": 3} for i in range(12)]
     given = {"init_from": str(policy), "model.preset": str(policy), "iterations": 2}
     given |= {"tokenizer.directory": str(policy), "tokenizer.chat": True, "eval.every": 0}
-    given |= {"data.max_prompt_tokens": 36, "sampler.max_new_tokens": 24} | SHAPED
-    given |= {"model.train_vision": True, "data.max_image_tokens": 12}
+    given |= {"data.max_prompt_tokens": 36, "sampler.max_new_tokens": 24}
+    given |= {"reward.overlong": 1.0, "reward.buffer": 24, "reward.max_length": 24}
+    given |= {"model.train_vision": True, "data.max_image_tokens": 12, "log.samples": 32}
     given["tasks"] = {
         name: {"name": task, "share": 0.5, "options": lines(tmp_path / f"{name}.jsonl", rows)}
         for name, task, rows in (("seen", "mathvision", seen), ("told", "math_answer", told))
