@@ -220,6 +220,15 @@ def _of_run(given: cli.Flags) -> Policy:
     return Policy(run.model, params, run.tokenizer, recipe, sets)
 
 
+def _check_sight(policy: Policy) -> None:
+    """Refuse sets with images for a policy of text."""
+    kind = policy.config.model_type
+    for text, (task, _) in policy.sets.items():
+        if getattr(task, "max_images", 0) and policy.config.vision is None:
+            allowed = "must be of text alone, for the policy's model_type"
+            raise ValueError(f"--task={text}: has images: {allowed}={kind!r} sees none")
+
+
 def _numbers(given: cli.Flags, held: Held) -> dict[str, Any]:
     """How a set is sampled."""
     flags = {name: given[name].value for name in EVALUATED if given[name].present}
@@ -237,7 +246,8 @@ def _evaluate_set(given: cli.Flags, policy: Policy, text: str) -> dict:
     fits = stream.Fits(tokenizer, width, images=images)
     examples = list(encode.distinct(task.examples("test"), prompts, keep=fits))
     if not examples:
-        raise ValueError(f"--task={text}: no prompt fits --max_prompt_tokens={width}")
+        shown = f" and --max_image_tokens={given.max_image_tokens}" * bool(sees)
+        raise ValueError(f"--task={text}: no prompt fits --max_prompt_tokens={width}{shown}")
     batch = min(given.batch, len(examples))
     most = LARGEST // (batch * (width + room))
     if samples > most:
@@ -260,7 +270,7 @@ def _evaluate_set(given: cli.Flags, policy: Policy, text: str) -> dict:
         Progress(len(examples), text, "prompt") as bar,
         rewards.Scorer(task, policy.recipe, workers=given.workers) as scorer,
     ):
-        first = encode.encode_prompts(examples[:batch], tokenizer, width)
+        first = encode.encode_prompts(examples[:batch], tokenizer, width, images)
         rollout(first, warm_up=lambda what: bar.note(f"compiling: {what}"))
         bar.note("sampling")
         controls = {"samples": samples, "width": width, "batch": batch, "images": images}
@@ -295,6 +305,7 @@ def main(given: cli.Flags) -> None:
     sampler.sampling.controls(given.temperature, given.top_k, given.top_p)
     cli.use_cache(given.compilation_cache, "--compilation_cache")
     policy = _of_run(given) if given.workdir else _of_directory(given)
+    _check_sight(policy)
     policy = policy._replace(params=sampler.to_sampler(policy.params, policy.config))
     found, numbers = {}, {}
     for text in policy.sets:

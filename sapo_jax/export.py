@@ -73,6 +73,7 @@ def evaluation(workdir: epath.PathLike, out: epath.PathLike) -> str:
     run, command = settings.of_run(workdir), ["python", "-m", "sapo_jax.evaluate"]
     chat = {} if isinstance(run.tokenizer, CharTokenizer) else vars(run.config.tokenizer)
     flags = {"max_prompt_tokens": run.width, "max_new_tokens": run.max_new_tokens}
+    flags |= {"max_image_tokens": run.images.tokens} if run.images else {}
     if not chat.get("chat"):
         flags["chat"] = False
     elif chat["system"]:

@@ -178,6 +178,10 @@ def test_what_says_a_policy_twice_or_never_is_refused(first, tmp_path):
         ([f"--workdir={root / 'run'}", f"--hf={root}"], "--hf must not stand beside --workdir"),
         ([f"--workdir={root / 'run'}", "--nochat"], "--chat must not stand beside --workdir"),
         ([f"--workdir={tmp_path}"], "has no config.json: name the --workdir of a run"),
+        (
+            [f"--workdir={root / 'run'}", "--task=chain_sum", "--task=maze,cells=3"],
+            "--task=maze,cells=3: has images: must be of text alone, .*model_type='qwen3' sees",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             evaluated(tmp_path / "out.json", *arguments)

@@ -23,6 +23,7 @@ from sapo_jax import cli, gradlab, learner, objectives, report, rewards, sampler
 from sapo_jax.data import encode
 from sapo_jax.parallel import sharding
 from sapo_jax.training import checkpoint, experience, provenance, settings, startup
+from sapo_jax.training.checks import require
 from sapo_jax.training.engine import Streamed
 from sapo_jax.training.files import write_json
 from sapo_jax.training.progress import Clock, Progress
@@ -53,6 +54,8 @@ def load(workdir: str, learning_rate: float | None = None) -> settings.Settings:
     if learning_rate is not None:
         changes["learner.learning_rate"] = learning_rate
     run = settings.of_run(workdir, changes)
+    room = run.config.data.max_image_tokens
+    require(not room, "data.max_image_tokens", room, "0: the lab is of text alone")
     if run.model.lora_rank:
         raise ValueError(
             f"{workdir} has adapters, and the lab compares gradients of all parameters: export it, "

@@ -19,6 +19,7 @@ from etils import epath
 from sapo_jax import cli, learner, model, sampler
 from sapo_jax.data import encode
 from sapo_jax.training import checkpoint, provenance, settings, startup
+from sapo_jax.training.checks import require
 from sapo_jax.training.engine import Streamed
 from sapo_jax.training.experience import batch_of, open_stream
 from sapo_jax.training.settings import Settings
@@ -101,6 +102,8 @@ def main(given: cli.Flags) -> None:
     """Measure, and print or store it."""
     given.config.batch.pack = False  # gaps are looked at by row
     run = settings.from_config(given.config)
+    room = run.config.data.max_image_tokens
+    require(not room, "data.max_image_tokens", room, "0: gaps are measured of text alone")
     cli.use_cache(given.config.compilation_cache)
     text = json.dumps(measure(run, given.rollouts), indent=1)
     if given.out:

@@ -13,7 +13,7 @@ TODAY = (2024, 7, 26)  # to a template: prompts never change by day
 
 
 def find_template(directory: epath.Path, config: Mapping[str, Any]) -> str:
-    """The default template: of its own file, else of tokenizer_config.json."""
+    """The default template: of its own file, else of the files' content, ``config``."""
     for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
         if (directory / name).exists():
             return (directory / name).read_bytes().decode("utf-8-sig")

@@ -59,14 +59,11 @@ def held_out(
 
 def swapped(examples: Sequence[Example]) -> list[Example]:
     """Each example with the images of the next one of its task: a control that sees nothing."""
-    found, groups = list(examples), {}
-    for i, example in enumerate(examples):
-        if example.images:
-            groups.setdefault((example.task, len(example.images)), []).append(i)
-    for own in groups.values():
-        for i, j in zip(own, [*own[1:], own[0]], strict=True):
-            found[i] = dataclasses.replace(examples[i], images=examples[j].images)
-    return found
+    alike: dict[tuple[int, int], list] = {}  # images of prompts of a task that have as many
+    for e in examples:
+        alike.setdefault((e.task, len(e.images)), []).append(e.images)
+    following = {key: iter([*every[1:], every[0]]) for key, every in alike.items()}
+    return [dataclasses.replace(e, images=next(following[e.task, len(e.images)])) for e in examples]
 
 
 def _left_aligned(rows: Sequence[Sequence[int]], width: int, pad: int) -> np.ndarray:
@@ -90,18 +87,12 @@ def _prompt(example: Example, tokenizer: Tokenizer, room: Any) -> tuple[list[int
     tokens = tokenizer.encode_prompt(example.prompt, count)
     if room is None:
         return tokens, None
-    images = room.process(example.images, f"{name}: images")
-    try:
-        return room.expand(tokens, images), images
-    except ValueError as error:
-        raise ValueError(f"{name}: prompt: {error}") from None
+    return room.expand(tokens, example.images, name)
 
 
 def _prompts(examples, tokenizer, room) -> tuple[list[list[int]], Images | None]:
     """Tokens of each prompt, and the images of each, if prompts may have some."""
     rows, images = zip(*(_prompt(e, tokenizer, room) for e in examples), strict=True)
-    if room is None:
-        return list(rows), None
     return list(rows), jax.tree.map(lambda *x: np.stack(x), *images)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from sapo_jax.data.chat_template import find_template, render
-from sapo_jax.data.tokenizer import CharTokenizer
+from sapo_jax.data.tokenizer import SHOWN, VISION, CharTokenizer
 from sapo_jax.tasks.base import IMAGE
 
 ENDS = (  # stop a completion wherever they are special tokens
@@ -19,7 +19,7 @@ ENDS = (  # stop a completion wherever they are special tokens
     "<|end|>", "<|EOT|>", "<|end_of_turn|>", "<end_of_turn>", "<end_of_utterance>", "<eos>", "</s>",
     "<｜end▁of▁sentence｜>",
 )  # fmt: skip
-PLACEHOLDER = "<|vision_start|><|image_pad|><|vision_end|>"  # of Qwen's vocabulary
+PLACEHOLDER = "".join(VISION[name] for name in SHOWN)
 TOKEN_FLAGS = ("special", "normalized", "lstrip", "rstrip", "single_word")
 
 
@@ -222,7 +222,7 @@ def load(
         pad_id=stop_ids[0] if pad_id is None else pad_id,
         stop_ids=stop_ids,
         vocab_size=1 + max(backend.get_vocab().values()),
-        chat_template=find_template(directory, config),
+        chat_template=find_template(directory, _json(directory, "chat_template.json") | config),
         special_tokens=special,
         chat=chat,
         system=system,
@@ -238,8 +238,8 @@ def save_characters(directory: epath.PathLike, tokenizer: CharTokenizer) -> None
     """Write a tokenizer of single characters as `load` and ``transformers`` read it."""
     import tokenizers
 
-    shown = list(tokenizer.vision_ids)
-    words = ["<pad>", "<stop>", *tokenizer.alphabet, *(f"<|{name}|>" for name in shown)]
+    shown = [VISION[name] for name in tokenizer.vision_ids]
+    words = ["<pad>", "<stop>", *tokenizer.alphabet, *shown]
     backend = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({word: i for i, word in enumerate(words)})
     )

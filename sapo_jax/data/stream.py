@@ -54,11 +54,10 @@ class Fits:
 
     def __call__(self, example: Example) -> bool:
         """True where it has room."""
-        count, expanded = len(example.images), 0
-        if count and self.images:
-            expanded = self.images.tokens_of(example.images, f"example {example.id}: images")
-            if expanded > self.images.tokens or count > self.images.count:
-                return False
+        count, room, name = len(example.images), self.images, f"example {example.id}: images"
+        expanded = room.tokens_of(example.images, name) if room else 0
+        if room and (expanded > room.tokens or count > room.count):
+            return False
         prompt = len(self.tokenizer.encode_prompt(example.prompt, count))
         if prompt + expanded - count > self.width:
             return False

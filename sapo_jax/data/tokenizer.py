@@ -8,8 +8,11 @@ from typing import ClassVar, Protocol
 
 from sapo_jax.tasks.base import IMAGE
 
-VISION = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-SHOWN = (VISION[2], VISION[0], VISION[3])
+VISION = {  # in Qwen's vocabulary, by field of `VisionConfig`
+    "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+}  # fmt: skip
+SHOWN = ("vision_start_token_id", "image_token_id", "vision_end_token_id")  # for an image
 
 
 class Tokenizer(Protocol):

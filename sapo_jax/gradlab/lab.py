@@ -50,6 +50,9 @@ class Lab:
       hp: the run's; its objective does not matter.
       tile: gradients that exist at a time (and as many of a second tile).
       max_rows: fresh rows of a forward pass; frozen ones pass with their group.
+
+    Raises:
+      ValueError: rows with images.
     """
 
     params: Any
@@ -61,6 +64,12 @@ class Lab:
     hp: learner.Hyperparameters
     tile: int = 16
     max_rows: int = 64
+
+    def __post_init__(self):
+        for field in ("frozen", "fresh"):
+            if (images := getattr(self, field).images) is not None:
+                kind = type(images).__name__
+                raise ValueError(f"{field}.images={kind}: must be None: the lab is of text alone")
 
     def targets(self) -> Halves:
         """Three targets as loss gradients, from either half of each prompt's fresh samples.

@@ -268,6 +268,7 @@ TINY_TOWER = VisionConfig(
 )  # fmt: skip
 
 
+_30B_A3B = _qwen3(2048, 6144, 48, 32, 4, 128, tied=False) | _moe(128, 8, 768)
 PRESETS: dict[str, dict] = {
     # Rows of tens of tokens: with θ = 1e6 most rotary frequencies would hardly turn.
     "nano": _qwen3(64, 192, 2, 4, 2, 16) | {"rope_theta": 100.0},
@@ -281,11 +282,8 @@ PRESETS: dict[str, dict] = {
     "qwen3_1_7b": _qwen3(2048, 6144, 28, 16, 8, 128) | {"vocab_size": 151936},
     "qwen3_4b": _qwen3(2560, 9728, 36, 32, 8, 128) | {"vocab_size": 151936},
     "qwen3_8b": _qwen3(4096, 12288, 36, 32, 8, 128, tied=False) | {"vocab_size": 151936},
-    "qwen3_30b_a3b": _qwen3(2048, 6144, 48, 32, 4, 128, tied=False)
-    | _moe(128, 8, 768)
-    | {"vocab_size": 151936},
-    "qwen3_vl_30b_a3b": _qwen3(2048, 6144, 48, 32, 4, 128, tied=False)
-    | _moe(128, 8, 768)
+    "qwen3_30b_a3b": _30B_A3B | {"vocab_size": 151936},
+    "qwen3_vl_30b_a3b": _30B_A3B
     | {"model_type": "qwen3_vl_moe", "rope_theta": 5e6, "max_position_embeddings": 262144}
     | {"vocab_size": 151936, "vision": TOWER},
 }

@@ -139,16 +139,11 @@ def process(
         raise ValueError(f"{name}: {len(parts)} with {size} patches: {room}")
     none = np.zeros((0, vision.patch_dim), np.float32), np.zeros((0, 3), np.int32)
     found = map(np.concatenate, zip(none, *parts, strict=True))
-    return _padded(*found, patches, count)
+    return Images(*map(_padded, found, (patches, count)))
 
 
-def _padded(patches: np.ndarray, grids: np.ndarray, size: int, count: int) -> Images:
-    """Patches and grids in arrays of these sizes."""
-
-    def padded(x, rows):
-        return np.pad(x, ((0, rows - len(x)), (0, 0)))
-
-    return Images(padded(patches, size), padded(grids, count))
+def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+    return np.pad(rows, ((0, size - len(rows)), (0, 0)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,14 +171,17 @@ class Room:
         areas = (math.prod(smart_resize(x.height, x.width, vision)) for x in pictures)
         return sum(area // (vision.patch_size**2 * vision.merged) for area in areas)
 
-    def process(self, images: Sequence[Any], name: str = "images") -> Images:
-        """As `process`, in arrays of this size."""
-        patches = self.tokens * _vision(self.config).merged
-        return process(images, self.config, patches=patches, count=self.count, name=name)
+    def expand(
+        self, tokens: Sequence[int], images: Sequence[Any], name: str
+    ) -> tuple[list[int], Images]:
+        """A prompt as `expand`, and its images as `process`, in arrays of this size.
 
-    def expand(self, tokens: Sequence[int], images: Images) -> list[int]:
-        """As `expand`."""
-        return expand(tokens, images, self.config)
+        Raises:
+          ValueError: with the prompt's name, see there.
+        """
+        room = {"patches": self.tokens * _vision(self.config).merged, "count": self.count}
+        found = process(images, self.config, name=f"{name}: images", **room)
+        return expand(tokens, found, self.config, f"{name}: prompt: "), found
 
 
 def by_row(images: Images, tokens_BS: np.ndarray, config: ModelConfig) -> Images:
@@ -201,11 +199,14 @@ def by_row(images: Images, tokens_BS: np.ndarray, config: ModelConfig) -> Images
         size = ends[count_B[row] + 1] - (stop_B - held_B)[row]
         counts = f"{held_B[row]} placeholders for {size} tokens of its images"
         raise ValueError(f"row {row} has {counts}: must be equal")
-    patches = np.split(np.asarray(images.patches), stop_B * merged)[:-1]
-    grids = np.split(np.asarray(images.grids), count_B)[:-1]
-    sizes = bucket(held_B.max() * merged, merged), bucket(max(map(len, grids)))
-    rows = [_padded(*own, *sizes) for own in zip(patches, grids, strict=True)]
-    return jax.tree.map(lambda *x: np.stack(x), *rows)
+
+    def stacked(x, stops, unit=1):
+        rows = np.split(np.asarray(x), stops)[:-1]
+        size = bucket(max(map(len, rows)), unit)
+        return np.stack([_padded(own, size) for own in rows])
+
+    patches = stacked(images.patches, stop_B * merged, merged)
+    return Images(patches, stacked(images.grids, count_B))
 
 
 def token_counts(images: Images, config: ModelConfig) -> list[int]:
@@ -214,14 +215,16 @@ def token_counts(images: Images, config: ModelConfig) -> list[int]:
     return [n for n in counts.ravel().tolist() if n]
 
 
-def expand(tokens: Sequence[int], images: Images, config: ModelConfig) -> list[int]:
+def expand(tokens: Sequence[int], images: Images, config: ModelConfig, name: str = "") -> list[int]:
     """A prompt with each placeholder repeated once for each token of its image.
+
+    Refusals begin with ``name``.
 
     Raises:
       ValueError: more placeholders than images, or fewer; or one of a video.
     """
     counts, image = token_counts(images, config), config.vision.image_token_id
-    _check(np.array(tokens), config, len(counts), "images")
+    _check(np.array(tokens), config, len(counts), "images", name)
     own = iter(counts)
     return [t for one in tokens for t in [one] * (next(own) if one == image else 1)]
 
@@ -238,9 +241,10 @@ def check(tokens_BS: jax.Array, config: ModelConfig, images: Images) -> None:
         _check(np.asarray(tokens_BS), config, sum(counts), f"tokens of {len(counts)} images")
 
 
-def _check(tokens: np.ndarray, config: ModelConfig, wanted: int, what: str) -> None:
+def _check(tokens: np.ndarray, config: ModelConfig, wanted: int, what: str, name="") -> None:
     image, video = config.vision.image_token_id, config.vision.video_token_id
     if (found := int(np.sum(tokens == image))) != wanted:
-        raise ValueError(f"{found} placeholders (token {image}) for {wanted} {what}: must be equal")
+        counts = f"{found} placeholders (token {image}) for {wanted} {what}"
+        raise ValueError(f"{name}{counts}: must be equal")
     if np.any(tokens == video):
-        raise ValueError(f"token {video}: videos are not supported: must be images")
+        raise ValueError(f"{name}token {video}: videos are not supported: must be images")

@@ -86,26 +86,23 @@ def _places(grids_PI3: jax.Array, size: int, vision: VisionConfig) -> Places:
     return jax.vmap(of_prompt)(jnp.asarray(grids_PI3))
 
 
-def token_room(images: Images, config: ModelConfig) -> int:
-    """T, the tokens that the arrays have room for."""
-    return images.patches.shape[-2] // config.vision.merged
-
-
-def _slots(tokens_BS, config, grids_PI3, size, prompt_BS, segments_BS, prefix_BS=None) -> jax.Array:
+def _slots(tokens_BS, config, seen, prompt_BS, segments_BS, prefix_BS=None) -> jax.Array:
     """Which of P·T tokens of images each placeholder is, i32[B, S]; P·T for text.
 
     So are placeholders behind those of all images of the prompt: a policy may write them.
     """
     holds_BS = jnp.asarray(tokens_BS) == config.vision.image_token_id
     before_BS = segments.positions(segments_BS, prefix_BS, holds_BS.astype(jnp.int32))
-    total_P = jnp.sum(jnp.prod(grids_PI3, -1), -1) // config.vision.merged
+    total_P = jnp.sum(jnp.prod(seen.grids, -1), -1) // config.vision.merged
     shows_BS = holds_BS & (before_BS < total_P[prompt_BS])
-    return jnp.where(shows_BS, prompt_BS * size + before_BS, len(grids_PI3) * size)
+    p, _, size, _ = seen.features.shape
+    return jnp.where(shows_BS, prompt_BS * size + before_BS, p * size)
 
 
-def _positions(slots_BS, config, grids_PI3, size, segments_BS, prefix_BS=None) -> tuple:
-    """See `positions`, of rows that may be packed."""
-    places = _places(grids_PI3, size, config.vision)
+def _sight(seen: Seen, config: ModelConfig, slots_BS, segments_BS, prefix_BS=None) -> Sight:
+    """With the positions of rows that may be packed, see `positions`."""
+    p, levels, size, width = seen.features.shape
+    places = _places(seen.grids, size, config.vision)
     last = (places.row == places.height - 1) & (places.column == places.width - 1)
     moves_PT = jnp.where(last, jnp.maximum(places.height, places.width), 0)
 
@@ -116,14 +113,16 @@ def _positions(slots_BS, config, grids_PI3, size, segments_BS, prefix_BS=None) -
     before_BS = segments.positions(segments_BS, prefix_BS, moves_BS)
     axes = jnp.zeros_like(places.row), places.row, places.column
     found = before_BS + jnp.stack([at_slots(x, 0) for x in axes])
-    return found, jnp.sum(moves_BS - 1, -1)
+    flat = jnp.moveaxis(seen.features, 0, 1).reshape(levels, p * size, width)
+    return Sight(flat, slots_BS, found, jnp.sum(moves_BS - 1, -1))
 
 
-def _slots_in_order(tokens_BS, config: ModelConfig, images: Images) -> jax.Array:
-    """`_slots` of images of all rows, row by row: as if these were one."""
-    row = jnp.reshape(tokens_BS, (1, -1))
-    arguments = images.grids[None], token_room(images, config), jnp.zeros((1, 1), jnp.int32)
-    return _slots(row, config, *arguments, jnp.ones_like(row)).reshape(tokens_BS.shape)
+def _in_order(tokens_BS, config: ModelConfig, features_LTD, grids_I3) -> Sight:
+    """The images of all rows, row by row: their slots are as if these were one."""
+    seen, row = Seen(features_LTD[None], grids_I3[None]), jnp.reshape(tokens_BS, (1, -1))
+    slots = _slots(row, config, seen, jnp.zeros_like(row), jnp.ones_like(row))
+    slots_BS = slots.reshape(tokens_BS.shape)
+    return _sight(seen, config, slots_BS, jnp.ones_like(slots_BS))
 
 
 def positions(
@@ -145,8 +144,9 @@ def positions(
     if images is None:
         index_BS = jnp.broadcast_to(jnp.arange(tokens_BS.shape[1]), tokens_BS.shape)
         return jnp.stack([index_BS] * 3), jnp.zeros(len(tokens_BS), jnp.int32)
-    slots_BS, size = _slots_in_order(tokens_BS, config, images), token_room(images, config)
-    return _positions(slots_BS, config, images.grids[None], size, jnp.ones_like(slots_BS))
+    nothing = jnp.zeros((1, len(images.patches) // config.vision.merged, 0))
+    sight = _in_order(tokens_BS, config, nothing, images.grids)
+    return sight.positions, sight.delta
 
 
 def rotary(positions_3X: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
@@ -221,7 +221,7 @@ def features(
         return features(params, config, jax.tree.map(lambda x: x[None], images))[0]
     vision, dtype = config.vision, jnp.dtype(config.compute_dtype)
     specs, own, m = vision_table(config), params["vision"], config.vision.spatial_merge_size
-    places = _places(images.grids, token_room(images, config), vision)
+    places = _places(images.grids, images.patches.shape[1] // vision.merged, vision)
     places = jax.tree.map(lambda x: jnp.repeat(x, m * m, -1), places)
     inner = jnp.arange(images.patches.shape[1]) % (m * m)
     row_PN, column_PN = places.row * m + inner // m, places.column * m + inner % m
@@ -273,15 +273,8 @@ def see(
     """
     if seen is None:
         return None
-    given = config, seen.grids, seen.features.shape[2], prompt_BS, segments_BS, prefix_BS
-    return _sight(seen, config, _slots(tokens_BS, *given), segments_BS, prefix_BS)
-
-
-def _sight(seen: Seen, config: ModelConfig, slots_BS, segments_BS, prefix_BS=None) -> Sight:
-    p, levels, size, width = seen.features.shape
-    found = _positions(slots_BS, config, seen.grids, size, segments_BS, prefix_BS)
-    flat = jnp.moveaxis(seen.features, 0, 1).reshape(levels, p * size, width)
-    return Sight(flat, slots_BS, *found)
+    slots_BS = _slots(tokens_BS, config, seen, prompt_BS, segments_BS, prefix_BS)
+    return _sight(seen, config, slots_BS, segments_BS, prefix_BS)
 
 
 def look(params: Any, config: ModelConfig, tokens_BS: jax.Array, images: Images) -> Sight:
@@ -291,6 +284,4 @@ def look(params: Any, config: ModelConfig, tokens_BS: jax.Array, images: Images)
       ValueError: see `check`.
     """
     check(tokens_BS, config, images)
-    slots_BS = _slots_in_order(tokens_BS, config, images)
-    seen = Seen(features(params, config, images)[None], images.grids[None])
-    return _sight(seen, config, slots_BS, jnp.ones_like(slots_BS))
+    return _in_order(tokens_BS, config, features(params, config, images), images.grids)

@@ -168,13 +168,11 @@ def tower_flops(settings: Settings, prompts: int) -> float:
     if room is None:
         return 0.0
     vision, patches = config.vision, room.tokens * config.vision.merged
-    per_patch = 0.0
-    for spec in jax.tree.leaves(params.table(config)["vision"]):
-        if spec.fan_in and "positions" not in spec.axes:
-            merges = "merger" in spec.hf_name  # a token at a time
-            per_patch += 2 * math.prod(spec.shape) / (vision.merged if merges else 1)
+    matmuls = [s for s in jax.tree.leaves(params.table(config)["vision"]) if s.transposed]
+    shares = [vision.merged if "merger" in s.hf_name else 1 for s in matmuls]  # of a token
+    met = sum(math.prod(s.shape) / n for s, n in zip(matmuls, shares, strict=True))
     attention = 4 * vision.depth * vision.hidden_size * patches
-    return prompts * patches * (per_patch + attention)
+    return prompts * patches * (2 * met + attention)
 
 
 def _abstract_state(settings: Settings) -> TrainState:

@@ -125,6 +125,14 @@ def draw(key: str, bounds: Sequence[int]) -> list[int]:
     return values
 
 
+class Generated:
+    """A task whose examples are made, each by ``_generate`` from a key; see GeneratedExamples."""
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """The examples of ``"train"`` or ``"test"``; see ``Task.examples``."""
+        return GeneratedExamples(split, self._generate)
+
+
 @dataclass(frozen=True)
 class GeneratedExamples(Sequence[Example]):
     """The examples of one split, each generated when it is asked for.

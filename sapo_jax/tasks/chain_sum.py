@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sapo_jax.tasks.base import Example, GeneratedExamples, check_option, draw, make_example
+from sapo_jax.tasks.base import Example, Generated, check_option, draw, make_example
 
 SLIP_UNITS = 10**6
 LETTERS = string.ascii_lowercase
 
 
 @dataclass(frozen=True)
-class ChainSum:
+class ChainSum(Generated):
     """``7+5-3+8=`` is answered by ``7+5=12;12-3=9;9+8=17``.
 
     The result of every step is taken modulo ``modulus``, which keeps it non-negative: with the
@@ -81,10 +81,6 @@ class ChainSum:
         running = self.digits + (steps - 1) * result
         once = running + steps * (self.digits + result + 3)
         return once * (1 + (self.notice > 0)) - 1 + self.labels
-
-    def examples(self, split: str) -> Sequence[Example]:
-        """The examples of ``"train"`` or ``"test"``; see ``Task.examples``."""
-        return GeneratedExamples(split, self._generate)
 
     def verify(self, example: Example, completion: str) -> float:
         """1.0 iff the text after the last '=' is the answer, character for character."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import ClassVar
 
-from sapo_jax.tasks.base import Example, GeneratedExamples, check_option, draw, make_example
+from sapo_jax.tasks.base import Example, Generated, check_option, draw, make_example
 
 MAX_EXPRESSION_CHARS = 256
 MAX_DEPTH = 32  # nested parentheses
@@ -19,7 +19,7 @@ _APPLY = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator
 
 
 @dataclass(frozen=True)
-class Countdown:
+class Countdown(Generated):
     """``3,5,12>45:`` is answered by an expression of value 45, such as ``(12-3)*5``.
 
     Numbers are uniform in [1, max_number] and written in ascending order, so that a problem has
@@ -58,10 +58,6 @@ class Countdown:
         return (
             self.numbers * len(str(self.max_number)) + (self.numbers - 1) + 2 * (self.numbers - 2)
         )
-
-    def examples(self, split: str) -> Sequence[Example]:
-        """The examples of ``"train"`` or ``"test"``; see ``Task.examples``."""
-        return GeneratedExamples(split, self._generate)
 
     def verify(self, example: Example, completion: str) -> float:
         """1.0 iff the completion is an expression of the prompt's numbers that hits its target."""

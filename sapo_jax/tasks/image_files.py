@@ -137,10 +137,6 @@ def _is_box(box: Any) -> bool:
 
 def iou(one: list[float], other: list[float]) -> float:
     """The intersection of two boxes, divided by their union."""
-
-    def area(left, top, right, bottom):
-        return max(0.0, right - left) * max(0.0, bottom - top)
-
-    low, high = map(max, one[:2], other[:2]), map(min, one[2:], other[2:])
-    both = area(*low, *high)
-    return both / (area(*one) + area(*other) - both)
+    common = [*map(max, one[:2], other[:2]), *map(min, one[2:], other[2:])]
+    areas = [max(0, right - x) * max(0, bottom - y) for x, y, right, bottom in (one, other, common)]
+    return areas[2] / (areas[0] + areas[1] - areas[2])

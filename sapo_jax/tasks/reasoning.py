@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from sapo_jax.tasks.base import (
     PRINTABLE,
     Example,
+    Generated,
     GeneratedExamples,
     check_option,
     make_example,
@@ -113,7 +114,7 @@ READERS: dict[str, Callable[[str], str | None]] = {
 
 
 @dataclass(frozen=True)
-class ReasoningGym:
+class ReasoningGym(Generated):
     """Problems of one data set of ``reasoning_gym``, at a level of its curriculum.
 
     Args:
@@ -213,10 +214,6 @@ class ReasoningGym:
         """As configured, or four thirds of the longest answer of a sample."""
         longest = max(len(e.demonstration) for e in self._sample)
         return self.completion_chars or 4 * longest // 3
-
-    def examples(self, split: str) -> Sequence[Example]:
-        """The examples of ``"train"`` or ``"test"``; see ``Task.examples``."""
-        return GeneratedExamples(split, self._generate)
 
     def verify(self, example: Example, completion: str) -> float:
         """1.0 iff the answer, read strictly as the data set's kind, is the reference's."""

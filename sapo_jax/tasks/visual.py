@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,12 +11,12 @@ from sapo_jax.tasks.base import IMAGE, Example, draw, make_example
 from sapo_jax.tasks.chain_sum import ChainSum
 
 Bounds = dict[str, tuple[int, int]]
-MOVES = {"D": (1, 0), "L": (0, -1), "R": (0, 1), "U": (-1, 0)}
+MOVES = "DLRU"
 KINDS = ("circle", "square", "triangle")
 
 
 @dataclass(frozen=True)
-class Visual:
+class Visual(base.Generated):
     """What such tasks share: an answer that is the whole completion.
 
     Args:
@@ -38,17 +37,14 @@ class Visual:
         for field, (low, high) in {"size": (16, 4096), **self.bounds}.items():
             base.check_option(field, getattr(self, field), low, high)
 
-    def examples(self, split: str) -> Sequence[Example]:
-        """The examples of ``"train"`` or ``"test"``; see ``Task.examples``."""
-        return base.GeneratedExamples(split, self._generate)
-
     def verify(self, example: Example, completion: str) -> float:
         """1.0 iff it is the answer, character for character."""
         return float(completion == example.answer)
 
-    def _example(self, picture, prompt: str, answer: str, shows: str, way: str = "") -> Example:
-        shown = {"images": [drawing.png(picture)], "shows": shows}
-        return make_example(IMAGE + prompt, answer, way or answer, **shown)
+
+def _example(picture, prompt: str, answer: str, way: str, shows: str) -> Example:
+    images = [drawing.png(picture)]
+    return make_example(IMAGE + prompt, answer, way, images=images, shows=shows)
 
 
 @dataclass(frozen=True)
@@ -76,8 +72,7 @@ class VisualSum(ChainSum):
         widest = self.terms * (self.digits + 1) - 1
         picture, pen = drawing.canvas(4 * dot * (widest + widest % 2), 8 * dot)
         drawing.write(pen, (0, dot), text, dot)
-        shown = {"images": [drawing.png(picture)], "shows": text}
-        return make_example(IMAGE, example.answer, example.demonstration, **shown)
+        return _example(picture, "", example.answer, example.demonstration, text)
 
 
 @dataclass(frozen=True)
@@ -118,7 +113,8 @@ class CountShapes(Visual):
                 box = [x + side / 8, y + side / 8, x + 7 * side / 8, y + 7 * side / 8]
                 drawing.shape(pen, thing[0], box, drawing.COLOURS[thing[1]])
         kind, colour = things[wanted]
-        return self._example(picture, f"{colour} {kind}=", str(most), f"{held}{self.cells}")
+        answer = str(most)
+        return _example(picture, f"{colour} {kind}=", answer, answer, f"{held}{self.cells}")
 
 
 @dataclass(frozen=True)
@@ -157,7 +153,7 @@ class ReadClock(Visual):
         hand((hour + minute / 60) / 12, 0, 0.45, 3 + width)
         hand(minute / 60, 0, 0.8, 1 + width)
         time = f"{hour or 12}:{minute:02}"
-        return self._example(picture, "=", time, f"{time}/{width}/{shade}")
+        return _example(picture, "=", time, time, f"{time}/{width}/{shade}")
 
 
 @dataclass(frozen=True)
@@ -190,8 +186,8 @@ class ChartValue(Visual):
             fill = list(drawing.COLOURS.values())[colour]
             pen.rectangle([x + wide / 5, top, x + wide * 4 / 5, foot], fill=fill)
             drawing.write(pen, (x + wide / 2 - 1.5 * dot, foot + dot), "ABCDEFGH"[n], dot)
-        answer = str(values[asked] + 1)
-        return self._example(picture, f"{'ABCDEFGH'[asked]}=", answer, f"{values}{colour}")
+        prompt, answer = f"{'ABCDEFGH'[asked]}=", str(values[asked] + 1)
+        return _example(picture, prompt, answer, answer, f"{values}{colour}")
 
 
 @dataclass(frozen=True)
@@ -222,8 +218,8 @@ class Maze(Visual):
         goal += goal >= start
         cells = ["#" if n < self.walls else "." for n in luck]
         cells[start], cells[goal] = "S", "G"
-        grid = ["".join(cells[i : i + self.cells]) for i in range(0, count, self.cells)]
-        way = self._shortest(grid)
+        rows = ("".join(cells[i : i + self.cells]) for i in range(0, count, self.cells))
+        way = self._shortest(grid := "/".join(rows))
         if way is None:
             return None
         picture, pen = drawing.canvas(self.size, self.size)
@@ -232,25 +228,22 @@ class Maze(Visual):
         for n, cell in enumerate(cells):
             x, y = n % self.cells * side, n // self.cells * side
             pen.rectangle([x, y, x + side - 1, y + side - 1], fill=fills[cell])
-        text = "/".join(grid)
-        return self._example(picture, "=", text, text, way)
+        return _example(picture, "=", grid, way, grid)
 
-    @staticmethod
-    def _walk(grid: list[str], way: str) -> tuple[int, int] | None:
-        """Where a way ends; None if it leaves the grid, or is in a black cell."""
-        (place,) = [(r, row.index("S")) for r, row in enumerate(grid) if "S" in row]
+    def _walk(self, grid: str, way: str) -> int | None:
+        """Where in the text a way ends; None if it leaves the grid, or is in a black cell."""
+        place, row = grid.index("S"), self.cells + 1
         for move in way:
-            place = tuple(map(sum, zip(place, MOVES[move], strict=True)))
-            inside = all(0 <= x < len(grid) for x in place)
-            if not inside or grid[place[0]][place[1]] == "#":
+            place += {"D": row, "L": -1, "R": 1, "U": -row}[move]
+            if not 0 <= place < len(grid) or grid[place] in "#/":
                 return None
         return place
 
-    def _shortest(self, grid: list[str]) -> str | None:
+    def _shortest(self, grid: str) -> str | None:
         ways, seen = [""], {None}
         for way in ways:  # grows meanwhile
             if (place := self._walk(grid, way)) not in seen:
-                if grid[place[0]][place[1]] == "G":
+                if grid[place] == "G":
                     return way
                 seen.add(place)
                 ways += [way + move for move in MOVES]
@@ -260,6 +253,5 @@ class Maze(Visual):
         """1.0 iff the way ends in the green cell, and is never outside or in a black one."""
         if set(completion) - set(MOVES) or len(completion) > self.cells**2:
             return 0.0
-        grid = example.answer.split("/")
-        place = self._walk(grid, completion)
-        return float(place is not None and grid[place[0]][place[1]] == "G")
+        place = self._walk(example.answer, completion)
+        return float(place is not None and example.answer[place] == "G")

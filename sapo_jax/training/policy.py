@@ -32,12 +32,8 @@ def make_model(c: Any, tokenizer: Tokenizer) -> model.ModelConfig:
     fields = {key: value for key, value in vars(c.model).items() if value is not None}
     preset = fields.pop("preset")
     of_tower = {name: fields.pop(name) for name in OF_TOWER if name in fields}
-    chosen = {
-        "attention": fields.pop("attention"),
-        "param_dtype": c.dtype.params,
-        "compute_dtype": c.dtype.compute,
-        "cache_dtype": c.dtype.cache,
-    }
+    chosen = {f"{field.removesuffix('s')}_dtype": value for field, value in vars(c.dtype).items()}
+    chosen["attention"] = fields.pop("attention")
     for field, value in vars(c.dtype).items():
         choice(f"dtype.{field}", value, model.config.DTYPES)
     choice("model.attention", chosen["attention"], model.config.ATTENTION)

@@ -1,15 +1,16 @@
 """Examples with images as prompts: placeholders expanded, and what is refused by id and field."""
 
 import io
+import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from sapo_jax import model
-from sapo_jax.data import encode
+from sapo_jax.data import encode, hf_tokenizer
 from sapo_jax.data.stream import Fits
-from sapo_jax.data.tokenizer import CharTokenizer
+from sapo_jax.data.tokenizer import VISION, CharTokenizer
 from sapo_jax.tasks import make
 from sapo_jax.tasks.base import IMAGE, make_example
 from sapo_jax.training import settings
@@ -59,6 +60,76 @@ def test_prompts_with_images():
     np.testing.assert_array_equal(batch.images.grids, prompts.images.grids)
     assert batch.mask.sum() == 6
     assert encode.encode_prompts(examples[1:2], TOKENIZER, 20).images is None
+
+
+TEMPLATE = """{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.content is string %}
+        {{- message.content }}
+    {%- else %}
+        {%- for content in message.content %}
+            {%- if content.type == 'image' or 'image' in content or 'image_url' in content %}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+            {%- elif content.type == 'video' or 'video' in content %}
+                {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
+            {%- elif 'text' in content %}
+                {{- content.text }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""  # as that of Qwen3-VL, without tools
+
+
+def chat_directory(directory, words=()):
+    """Qwen3-VL's template, and a tokenizer of words and characters; where images' ids are."""
+    tokenizers = pytest.importorskip("tokenizers")
+    known = ["user", "assistant", *words, *"abcdefgh0123456789+-=.,\\{}() \n"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(known)})
+    )
+    special = ["<|im_start|>", "<|im_end|>", *VISION.values()]
+    backend.add_special_tokens(special)
+    whole = tokenizers.Regex("|".join([*known[: 2 + len(words)], r"[\s\S]"]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(whole, "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    (directory / "tokenizer.json").write_text(backend.to_str())
+    described = {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(described))
+    (directory / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    return {field: backend.token_to_id(token) for field, token in VISION.items()}
+
+
+def test_prompts_with_images_by_a_chat_template(tmp_path):
+    """Where they stand in the text; placeholders are as many as tokens."""
+    ids = chat_directory(tmp_path, ["Text"])
+    config = model.make(
+        "tiny_vl", vocab_size=64,
+        vision=model.config.dataclasses.replace(model.config.TINY_TOWER, **ids),
+    )  # fmt: skip
+    tokenizer = hf_tokenizer.load(tmp_path, vocab_size=64, chat=True)
+    examples = [
+        example(f"{IMAGE}Text", picture(16, 8)),
+        example(f"a{IMAGE}b {IMAGE}c", picture(16, 16), picture(8, 8)),
+        example("Text"),
+    ]
+    room = model.vision.Room(config, 12, 2)
+    prompts = encode.encode_prompts(examples, tokenizer, 40, room)
+    shown = "<|vision_start|>{}<|vision_end|>"
+    one, two, four = (shown.format("<|image_pad|>" * n) for n in (1, 2, 4))
+    texts = f"{two}Text", f"a{four}b {one}c", "Text"
+    for row, length, text in zip(prompts.tokens, prompts.length, texts, strict=True):
+        whole = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+        assert tokenizer.backend.decode(row[:length], skip_special_tokens=False) == whole
+    grids = prompts.images.grids
+    assert grids[:2].tolist() == [[[1, 2, 4], [0] * 3], [[1, 4, 4], [1, 2, 2]]]
+    assert not grids[2].any()
+    plain = hf_tokenizer.load(tmp_path, vocab_size=64)
+    assert plain.encode_prompt(f"a{IMAGE}Text", 1) == plain.encode(f"a{one}Text")
 
 
 def test_what_has_no_room_is_passed_over():

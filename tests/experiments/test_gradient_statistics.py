@@ -6,6 +6,7 @@ import types
 import pytest
 
 from experiments.gradient_statistics import run
+from experiments.sampler_gap import run as sampler_gap
 from sapo_jax.report import gradlab
 from sapo_jax.training import workdir
 from tests import tiny_config
@@ -30,6 +31,18 @@ REFUSED = [
     ({"workdir": "none"}, "none has no config.json: name the --workdir of a run"),
     ({"workdir": ""}, "--workdir is missing"),
 ]
+
+
+def test_images_are_refused_at_once(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "examine", pytest.fail)
+    config = tiny_config.get_config()
+    fields = {"task.name": "maze", "model.preset": "tiny_vl", "data.max_image_tokens": 64}
+    config.update_from_flattened_dict(fields | {"task.options": {}})
+    workdir.write_config(tmp_path / "seen", json.loads(config.to_json_best_effort()))
+    with pytest.raises(ValueError, match=r"data.max_image_tokens=64: must be 0: the lab is of"):
+        run.main(flags(workdir=str(tmp_path / "seen")))
+    with pytest.raises(ValueError, match=r"data.max_image_tokens=64: must be 0: gaps are"):
+        sampler_gap.main(types.SimpleNamespace(config=config))
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED)

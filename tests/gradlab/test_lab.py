@@ -14,7 +14,7 @@ from sapo_jax.gradlab import pull, tokens
 from sapo_jax.gradlab.fidelity import Products, fidelities, noise_scale
 from sapo_jax.model import transformer
 from sapo_jax.objectives import OBJECTIVES
-from sapo_jax.types import Batch
+from sapo_jax.types import Batch, Seen
 from tests import fakes
 
 PROMPTS, G, N, S = 4, 2, 4, 8
@@ -57,6 +57,15 @@ def lab(nano):
         OBJECTIVES["sapo"], 0.0, 0.0, 1.0, 0.9, model=config, head_chunk=16
     )
     return made(weights, hp, tile=4)
+
+
+def test_rows_with_images_are_refused(lab):
+    grids = np.zeros((PROMPTS, 1, 3), np.int32)
+    images = Seen(np.zeros((PROMPTS, 1, 1, 8)), grids)
+    for field in ("frozen", "fresh"):
+        rows = getattr(lab, field).replace(images=images)
+        with pytest.raises(ValueError, match=f"{field}.images=Seen: must be None"):
+            dataclasses.replace(lab, **{field: rows})
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def _run(weights, config, tokens_BS, images, segments_BS, prefix_BS):
             *vision.positions(tokens_BS, config, None),
         )
     features = vision.features(weights, config, images)
-    slots = vision._slots_in_order(tokens_BS, config, images)
+    slots = vision._in_order(tokens_BS, config, features, images.grids).slots
     seen = Seen(features[None], images.grids[None])
     sight = vision._sight(seen, config, slots, segments_BS, prefix_BS)
     hidden, _ = transformer.hidden(

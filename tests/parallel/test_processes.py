@@ -8,16 +8,18 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
-from sapo_jax import learner
+from sapo_jax import learner, train
 from sapo_jax.parallel import distributed
 from sapo_jax.training import checkpoint
 from sapo_jax.training.workdir import read_metrics, read_samples
 from tests.parallel import two_processes
+from tests.sweep.eight_meshes import comparable
 from tests.test_staleness import same, saved
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -159,6 +161,25 @@ def test_partial_rollouts_of_two_processes_go_on_where_one_was_killed(tmp_path, 
     under_way = [place for place in saved(tmp_path / "run", checked)[1]["begun"] if place]
     (position,) = saved(tmp_path / "run", checked)[1]["position"].values()
     assert position["read"] == learnt + len(under_way)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_plots")
+def test_a_run_that_sees_is_that_of_one_process(tmp_path, monkeypatch):
+    """Pictures beside text: each process draws and shows its own, and the tower learns from all."""
+    given(monkeypatch, **two_processes.SEES)
+    statuses, messages = both(tmp_path / "two", "")
+    assert statuses == [0, 0], messages
+    train.run(two_processes.resolved(**two_processes.SEES), tmp_path / "one")
+    (found, shown), (expected, wanted) = (stored(tmp_path / name) for name in ("two", "one"))
+    assert shown == wanted
+    assert any(row.get("images") for rows in shown for row in rows)
+    for record in (*found, *expected):  # how rows and weights lie
+        for key in ("sampler/rows_per_token", "sampler/weights_moved_bytes"):
+            record.pop(key, None)
+    assert found[-1]["grad/norm"] > 0
+    found, expected = (list(map(comparable, each)) for each in (found, expected))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, expected)
 
 
 @pytest.mark.slow

@@ -23,6 +23,15 @@ SIGNALS = {
     "dies": (signal.SIGKILL, AT), "stops": (signal.SIGSTOP, AT), "is asked": (signal.SIGTERM, 4),
 }  # fmt: skip
 
+SEES = {  # "sees": a run with pictures, which changes its tower
+    "tasks": {
+        "shapes": {"name": "count_shapes", "share": 0.5, "options": {"size": 16, "cells": 2}},
+        "text": {"name": "chain_sum", "share": 0.5, "options": {"terms": 2}},
+    },
+    "model.preset": "tiny_vl", "model.train_vision": True, "data.max_image_tokens": 4,
+    "learner.eps": 1e-5,
+}  # fmt: skip
+
 
 def resolved(**fields):
     """Rewards by length, so that rows differ and there is something to learn."""

@@ -12,7 +12,7 @@ from sapo_jax.learner import scores
 from sapo_jax.model import images, lora, params, vision
 from sapo_jax.sampler import Plan
 from sapo_jax.sampler.images import seen
-from sapo_jax.types import Batch, Images, Prompts
+from sapo_jax.types import Batch, Images, Prompts, Seen
 from tests import fakes
 
 VOCAB, IMAGE, G, T, N = 40, 30, 3, 8, 16
@@ -232,7 +232,8 @@ def test_a_sampled_placeholder_is_text(policy):
     config, _ = policy
     tokens = np.array([[5, 32, *[IMAGE] * 4, 33, 6, IMAGE, IMAGE, 7, 0]], np.int32)
     grids, ones = np.array([[[1, 4, 4]]], np.int32), np.ones_like(tokens)
-    slots = vision._slots(tokens, config, grids, 4, np.zeros((1, 1), np.int32), ones)
+    shown = Seen(np.zeros((1, 1, 4, 8)), grids)
+    slots = vision._slots(tokens, config, shown, np.zeros((1, 1), np.int32), ones)
     np.testing.assert_array_equal(slots[0], [4, 4, 0, 1, 2, 3, 4, 4, 4, 4, 4, 4])
 
 

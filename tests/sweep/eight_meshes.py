@@ -12,6 +12,7 @@ from sapo_jax.sweep import cohorts, schedule
 from sapo_jax.training import checkpoint, settings, startup
 from sapo_jax.training.workdir import read_samples
 from tests import fakes, tiny_sweep
+from tests.parallel.two_processes import SEES
 from tests.sweep.test_population import Bar
 from tests.test_train import digest, records
 
@@ -145,6 +146,8 @@ OTHERS = {
         axes.zip_(axes.axis("seed", 3, 4), axes.axis("lora.alpha", 16.0, 64.0)),
     ),
     "batches that wait": ({"staleness": 1}, RUNS),
+    "pictures, a frozen tower": (SEES | {"model.train_vision": False}, RUNS),
+    "pictures, a tower that learns": (SEES, RUNS),
     "a place that is free, objectives of two kinds": (
         {"mesh.run": 4, "mesh.tensor": 1},
         axes.zip_(axes.axis("objective.name", "sapo", "grpo", "gspo"), axes.axis("seed", 1, 2, 3)),
@@ -161,13 +164,13 @@ def test_others_side_by_side_are_each_alone(case, tmp_path):
     check_alone(cohort, tmp_path, {k: v for k, v in fields.items() if k != "mesh.run"})
 
 
-def test_preflight_knows_the_programs_of_runs_side_by_side():
+@pytest.mark.parametrize("fields", [{}, pytest.param(SEES, marks=pytest.mark.slow)])
+def test_preflight_knows_the_programs_of_runs_side_by_side(fields):
     """A chip holds what it would hold for a run alone on as many; the programs can be traced."""
-    (cohort,) = cohorts_of()
+    (cohort,) = cohorts_of(**fields)
     override = cohort.overrides[0]
-    checked = settings.from_config(
-        tiny_sweep.get_config(**{**FIELDS, **override}), devices=jax.devices()[:4]
-    )
+    config = tiny_sweep.get_config(**{**FIELDS, **fields, **override})
+    checked = settings.from_config(config, devices=jax.devices()[:4])
     found, expected = (programs.programs(run) for run in (cohort.lead, checked))
     assert list(found) == list(expected)
     for name, program in found.items():

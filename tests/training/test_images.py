@@ -1,6 +1,8 @@
 """Runs that see: from a cold start to a report, killed and resumed, alone and among others."""
 
+import dataclasses
 import json
+import shlex
 import signal
 
 import jax
@@ -13,7 +15,9 @@ from sapo_jax.sweep import cohorts, schedule
 from sapo_jax.training import checkpoint, parameters, settings
 from sapo_jax.training.workdir import read_metrics, read_samples
 from tests import tiny_config
+from tests.data.test_images import chat_directory, picture
 from tests.sweep.test_population import Bar
+from tests.test_export import evaluated
 from tests.test_train import digest, records, run, spawn
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_plots")]
@@ -111,8 +115,55 @@ def test_what_else_runs_do(cold, fields, tmp_path):
     assert np.isfinite(jax.tree.leaves(state_of(tmp_path / "run", checked))[0]).all()
 
 
-def test_report_and_export(cold, tmp_path):
-    """The page shows pictures beside completions; the exported directory has the tower."""
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"train": str(path), "test": str(path), "template": "{problem}"}
+
+
+def test_a_run_from_a_directory_with_a_chat_template(tmp_path):
+    """Pictures of files before and within the text, two of them, none; the tower learns, too."""
+    policy = tmp_path / "policy"
+    policy.mkdir()
+    ids = chat_directory(policy, ["Text"])
+    tower = dataclasses.replace(model.config.TINY_TOWER, **ids)
+    shape = model.make("tiny_vl", vocab_size=64, num_hidden_layers=2, vision=tower)
+    model.hf.save(policy, shape, model.params.init(shape, 0))
+    for i in range(4):
+        picture(8 + 8 * (i % 2), 8 + i).save(tmp_path / f"{i}.png")
+    seen = [
+        {"question": text.format(i), "answer": 3, "image": [f"{i}.png", f"{3 - i}.png"][:count]}
+        for i in range(4)
+        for text, count in (("Text{}", 1), ("{}<image1>Text", 1), ("<image1>{}<image2>Text", 2))
+    ]
+    told = [{"problem": f"{i}Text", "answer": 3} for i in range(12)]
+    given = {"init_from": str(policy), "model.preset": str(policy), "iterations": 2}
+    given |= {"tokenizer.directory": str(policy), "tokenizer.chat": True, "eval.every": 0}
+    given |= {"data.max_prompt_tokens": 36, "sampler.max_new_tokens": 24}
+    given |= {"reward.overlong": 1.0, "reward.buffer": 24, "reward.max_length": 24}
+    given |= {"model.train_vision": True, "data.max_image_tokens": 12, "log.samples": 32}
+    given["tasks"] = {
+        name: {"name": task, "share": 0.5, "options": lines(tmp_path / f"{name}.jsonl", rows)}
+        for name, task, rows in (("seen", "mathvision", seen), ("told", "math_answer", told))
+    }
+    run(tmp_path / "run", **given)
+    first, last = read_metrics(tmp_path / "run")[-2:]
+    assert first["sampler/logp_gap_max"] <= 1e-5
+    assert min(first["grad/norm"], last["grad/norm"]) > 0
+    rows = [row for i in (1, 2) for row in read_samples(tmp_path / "run", i)]
+    assert {len(row.get("images", [])) for row in rows} == {0, 1, 2}
+    export.export(tmp_path / "run", tmp_path / "out")
+    _, weights = model.hf.load(tmp_path / "out")
+    before = model.hf.load(policy)[1]
+    moved = jax.tree.map(lambda x, y: not np.array_equal(x, y), weights, before)
+    assert all(jax.tree.leaves(moved["vision"]))
+    command = shlex.split(export.evaluation(tmp_path / "run", tmp_path / "out"))
+    found = evaluated(tmp_path / "found.json", *command[3:], "--samples=2")
+    assert [own["eval/prompts"] for own in found["sets"].values()] == [12, 12]
+
+
+def test_report_export_and_evaluation(cold, tmp_path):
+    """The page shows pictures beside completions; the exported directory has the tower, and gets
+    on the same pictures what the run gets."""
     fields = FIELDS | {"init_from": str(cold), "iterations": 1, "log.samples": 16}
     checked = run(tmp_path / "run", **fields)
     rows = read_samples(tmp_path / "run")
@@ -126,4 +177,14 @@ def test_report_and_export(cold, tmp_path):
     whole = parameters.learnt(checked, tmp_path / "run", 1)
     jax.tree.map(np.testing.assert_array_equal, weights["vision"], whole["vision"])
     tokens = json.loads((tmp_path / "out" / "tokenizer.json").read_text())["model"]["vocab"]
-    assert tokens["<|image_token_id|>"] == config.vision.image_token_id
+    assert tokens["<|image_pad|>"] == config.vision.image_token_id
+    command = shlex.split(export.evaluation(tmp_path / "run", tmp_path / "out"))
+    assert "--max_image_tokens=4" in command
+    common = ["--prompts=4", "--samples=3"]
+    own = evaluated(tmp_path / "own.json", f"--workdir={tmp_path / 'run'}", *common)
+    other = evaluated(tmp_path / "other.json", *command[3:], *common)
+    shapes, text = other["sets"].values()
+    assert own["sets"] == {"shapes": shapes, "text": text}
+    with pytest.raises(ValueError, match=r"no prompt fits .* and --max_image_tokens=3"):
+        evaluated(tmp_path / "own.json", f"--hf={tmp_path / 'out'}", "--chat=False",
+                  "--task=count_shapes,size=16", "--max_image_tokens=3")  # fmt: skip
