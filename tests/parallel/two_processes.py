@@ -23,7 +23,7 @@ SIGNALS = {
     "dies": (signal.SIGKILL, AT), "stops": (signal.SIGSTOP, AT), "is asked": (signal.SIGTERM, 4),
 }  # fmt: skip
 
-SEES = {  # "sees": a run with pictures, which changes its tower
+SEES = {  # a run with pictures, which changes its tower
     "tasks": {
         "shapes": {"name": "count_shapes", "share": 0.5, "options": {"size": 16, "cells": 2}},
         "text": {"name": "chain_sum", "share": 0.5, "options": {"terms": 2}},
