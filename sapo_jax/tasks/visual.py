@@ -205,7 +205,7 @@ class Maze(Visual):
 
     name: ClassVar[str] = "maze"
     alphabet: ClassVar[str] = "=DLRU"
-    bounds: ClassVar[Bounds] = {"cells": (2, 20), "walls": (0, 60)}
+    bounds: ClassVar[Bounds] = {"cells": (3, 20), "walls": (0, 40)}  # with more, no way leads far
 
     @property
     def max_completion_chars(self) -> int:

@@ -143,6 +143,8 @@ def _split(c: Any, devices: Sequence[Any] | None) -> tuple[list[Any], list[Any]]
     most = f"at most {len(every) - 1}: the learner has the others of {len(every)}, in one process"
     fits = count < len(every) and jax.process_count() == 1
     require(fits, "sampler.devices", count, most)
+    alone = f"1 with sampler.devices={count}, which a run by itself has"
+    require(c.mesh["run"] == 1, "mesh.run", c.mesh["run"], alone)
     stale = f"at least 1 with sampler.devices={count}, which sample while others learn"
     require(c.staleness > 0, "staleness", c.staleness, stale)
     return every[:-count], every[-count:]

@@ -125,6 +125,7 @@ def test_completions_go_on_on_a_mesh(peaked):
 
 REFUSED = [
     ({"sampler.devices": 8}, r"sampler.devices=8: must be at most 7"),
+    ({"sampler.devices": 4, "mesh.run": 2}, r"mesh.run=2: must be 1 with sampler.devices=4"),
     ({"sampler.devices": 4, "staleness": 0}, r"staleness=0: must be at least 1 with sampler.dev"),
     ({"sampler.devices": 4, "mesh.data": 8}, r"mesh: .*does not match the number of devices, 4"),
 ]

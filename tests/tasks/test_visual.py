@@ -22,7 +22,7 @@ VARIANTS = [
     ("count_shapes", {"size": 24, "cells": 3, "kinds": 2, "colours": 1}),
     ("read_clock", {}), ("read_clock", {"step": 1, "size": 64}), ("read_clock", {"step": 60}),
     ("chart_value", {}), ("chart_value", {"bars": 8, "largest": 99, "size": 32}),
-    ("maze", {}), ("maze", {"cells": 12, "walls": 40, "size": 96}),
+    ("maze", {}), ("maze", {"cells": 20, "walls": 40, "size": 96}),
 ]  # fmt: skip
 NAMES = sorted({name for name, _ in VARIANTS})
 DIGEST = """
@@ -106,7 +106,7 @@ def test_a_maze_takes_every_way_that_arrives():
     [
         ("count_shapes", {"cells": 1}, "cells"), ("count_shapes", {"colours": 5}, "colours"),
         ("read_clock", {"step": 7}, "step"), ("chart_value", {"bars": 9}, "bars"),
-        ("maze", {"walls": 61}, "walls"), ("visual_sum", {"dot": 0}, "dot"),
+        ("maze", {"walls": 41}, "walls"), ("visual_sum", {"dot": 0}, "dot"),
         ("maze", {"size": 8}, "size"), ("grounding", {"threshold": 0.0}, "threshold"),
     ],
 )  # fmt: skip
