@@ -231,8 +231,8 @@ def features(
 
     def used(weights, specs):
         whole = weights if gathered else all_gather(weights, specs, config)
-        kept = {n for n, x in whole.items() if isinstance(x, dict) or n in UNCAST}
-        return {n: x if n in kept else x.astype(dtype) for n, x in whole.items()}
+        uncast = {n for n, x in whole.items() if isinstance(x, dict) or n in UNCAST}
+        return {n: x if n in uncast else x.astype(dtype) for n, x in whole.items()}
 
     @jax.checkpoint
     def block(weights, x_PND):
