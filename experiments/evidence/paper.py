@@ -39,4 +39,4 @@ def panel(name: str, which: str) -> Panel:
         ax.legend(fontsize=7.5)
 
     number = name.partition("_")[2]
-    return Panel(f"The paper's Figure {number}, {which}: digitised, one run each", draw)
+    return Panel(f"The paper's Figure {number}: digitised, one run each", draw)

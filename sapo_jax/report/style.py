@@ -70,7 +70,7 @@ def figure_of(panel: Panel, *data: Any, width: float | None = None) -> Figure | 
 
 
 def picture(path: epath.PathLike, panels: Sequence[Panel], *data: Any, columns: int = 2) -> None:
-    """Write one PNG of the panels that have data, at most four.
+    """Write one PNG of the panels that have data, at most four; a wide one has a row to itself.
 
     Raises:
         ValueError: none has.
@@ -78,16 +78,20 @@ def picture(path: epath.PathLike, panels: Sequence[Panel], *data: Any, columns: 
     panels = [panel for panel in panels if figure_of(panel, *data)][:4]
     if not panels:
         raise ValueError("nothing to draw: no metrics that a picture shows")
-    columns = min(columns, len(panels))
-    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    columns, rows = min(columns, len(panels)), []
+    for panel in panels:
+        if not rows or len(rows[-1]) == columns or panel.wide or rows[-1][0].wide:
+            rows.append([])
+        rows[-1].append(panel)
     heights = [max(panel.height for panel in row) + 0.5 for row in rows]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(11, sum(heights)), layout="constrained", dpi=150)
         grid = {"height_ratios": heights, "squeeze": False, "hspace": 0.05}
-        parts = figure.subfigures(len(rows), columns, **grid).flat
-        for part, panel in zip(parts, panels, strict=False):
-            panel.draw(part, *data)
-            part.suptitle(panel.title, x=0.02, ha="left", fontsize=11, fontweight="bold")
+        for part, row in zip(figure.subfigures(len(rows), 1, **grid).flat, rows, strict=True):
+            places = part.subfigures(1, 1 if row[0].wide else columns, squeeze=False).flat
+            for place, panel in zip(places, row, strict=False):
+                panel.draw(place, *data)
+                place.suptitle(panel.title, x=0.02, ha="left", fontsize=11, fontweight="bold")
         figure.savefig(path, format="png", bbox_inches="tight", pad_inches=0.15)
 
 
