@@ -41,5 +41,9 @@ def vmapped(
 
 
 def of_device(tree: Any) -> Any:
-    """Within `sharding.shard_map`: the device's own run of a tree with a leading axis R."""
-    return sharding.only(tree) if collectives.axis_size("run") > 1 else tree
+    """Within `sharding.shard_map`: the device's own run of a tree with a leading axis R.
+
+    Where `run` is the mesh's only axis, a device has several runs, and `vmap` has taken the axis.
+    """
+    alone = jax.sharding.get_abstract_mesh().axis_names == ("run",)
+    return tree if alone or collectives.axis_size("run") == 1 else sharding.only(tree)

@@ -33,7 +33,10 @@ class Compiled:
         key = tuple(sorted(static.items()))
         if key not in self.programs:
             self.programs[key] = self.function.lower(*arguments, **static).compile()
-        return self.programs[key](*(x for x in arguments if not isinstance(x, ModelConfig)))
+        given = {name: static[name] for name in ("frozen",) if name in static}
+        return self.programs[key](
+            *(x for x in arguments if not isinstance(x, ModelConfig)), **given
+        )
 
 
 def cohort_of(method, iterations):
@@ -55,7 +58,7 @@ def same_histograms(got, expected):
         assert below[0, -1] == below[1, -1] > 0
         upper = np.array(one["edges"])[1:]
         far = np.minimum(np.abs(upper), np.abs(upper - 1)) > 1.1e-5
-        assert far.sum() > 20
+        assert far.sum() > len(far) / 2
         np.testing.assert_allclose(*below[:, far], rtol=0, atol=1)
 
 
