@@ -9,20 +9,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from sapo_jax.report import page, preflight_tables, style
+from sapo_jax.report import page, preflight_tables, run_records, style
+from sapo_jax.report import run_plots as plots
 from sapo_jax.report.page import Tile
-from sapo_jax.report.run_plots import PLOTS, pair
-from sapo_jax.report.run_records import (
-    PHASES,
-    Config,
-    Records,
-    counts_of,
-    evaluations,
-    objective_of,
-    seconds,
-    series,
-)
-from sapo_jax.report.style import Panel, is_number
+from sapo_jax.report.run_records import Config, Records, is_number, series
+from sapo_jax.report.style import Panel
 from sapo_jax.training import provenance
 from sapo_jax.training.files import read_json
 from sapo_jax.training.workdir import gaps, read_config, read_metrics, read_samples
@@ -55,7 +46,7 @@ def summary(records: Records) -> dict[str, Any]:
     """
     window = min(max(round(len(records) / 10), 1), 10)
     updates, speed = (series(records, k)[1] for k in ("update", "time/tokens_per_second"))
-    spent = sum(sum(seconds(r).values()) for r in records)
+    spent = sum(sum(run_records.seconds(r).values()) for r in records)
     result: dict[str, Any] = {
         "iterations": records[-1]["iteration"] if records else 0,
         "window": window,
@@ -102,7 +93,7 @@ def _tiles(records: Records) -> list[Tile]:
 def _evaluations(records: Records) -> list[list[str]]:
     """Of each evaluation the first, the best and the last Pass@1, in per cent."""
     rows = []
-    for name in evaluations(records):
+    for name in run_records.evaluations(records):
         key = f"eval/{name}/pass_at_1"
         x, y = series(records, key)
         (*_, last) = (r for r in records if is_number(r.get(key)))
@@ -130,7 +121,7 @@ def _warning(records: Records) -> str:
 def _head(config: Config) -> dict[str, Any]:
     """What was trained, and how."""
     supervised = config.get("source") == "demonstrations"
-    objective = objective_of(config)
+    objective = run_records.objective_of(config)
     method = str(objective.pop("name", "")).replace("_", " ").upper()
     task = config.get("task")
     task = task.get("name") if isinstance(task, Mapping) else task
@@ -142,10 +133,10 @@ def _head(config: Config) -> dict[str, Any]:
 
 def _shares(records: Records) -> list[tuple[str, str, float, float]]:
     """Phases of an iteration: name, colour, seconds in all, and their share of the total."""
-    spent = [seconds(r) for r in records]
-    totals = {phase: sum(s[phase] for s in spent) for phase in PHASES}
-    whole = sum(totals.values())
-    return [(p, PHASES[p], total, total / whole) for p, total in totals.items() if total]
+    spent = [run_records.seconds(r) for r in records]
+    totals = {phase: sum(s[phase] for s in spent) for phase in run_records.PHASES}
+    whole, colours = sum(totals.values()), run_records.PHASES
+    return [(p, colours[p], total, total / whole) for p, total in totals.items() if total]
 
 
 def _is_right(sample: Mapping[str, Any]) -> bool:
@@ -239,7 +230,7 @@ def write(workdir: epath.PathLike) -> epath.Path:
         tiles=_tiles(records),
         warning=_warning(records),
         starts=provenance.read(workdir),
-        plots=page.plots(PLOTS, records, config),
+        plots=page.plots(plots.PLOTS, records, config),
         evaluations=_evaluations(records),
         shares=_shares(records),
         preflight=preflight(workdir),
@@ -259,11 +250,11 @@ def picture(workdir: epath.PathLike, path: epath.PathLike) -> None:
     entropy = ("policy/entropy", "green", "entropy (nats per token)")
     sampled = len(series(records, "length/mean")[0])
     title = "Response length and entropy" if sampled else "Entropy"
-    both = pair(title, length, entropy, percent=False)
-    last = [r for r in records if counts_of(r, "histogram/gate_pos")][-1:]
+    both = plots.pair(title, length, entropy, percent=False)
+    last = [r for r in records if run_records.counts_of(r, "histogram/gate_pos")][-1:]
     gate = Panel(
         "Gate weight of tokens, by sign of the advantage",
-        lambda figure, _, config: PLOTS["gate-weight"].draw(figure, last, config),
+        lambda figure, _, config: plots.PLOTS["gate-weight"].draw(figure, last, config),
     )
-    whole, reward, loss, gradient = map(PLOTS.get, ("pass", "reward", "loss", "gradient"))
+    whole, reward, loss, gradient = map(plots.PLOTS.get, ("pass", "reward", "loss", "gradient"))
     style.picture(path, [whole, reward, both, gate, loss, gradient], records, config)

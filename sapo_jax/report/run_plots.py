@@ -12,18 +12,9 @@ from matplotlib.colors import LinearSegmentedColormap, to_hex
 from matplotlib.figure import FigureBase
 from matplotlib.ticker import MaxNLocator
 
-from sapo_jax.report import style
-from sapo_jax.report.run_records import (
-    PHASES,
-    Config,
-    Records,
-    counts_of,
-    evaluations,
-    objective_of,
-    seconds,
-    series,
-)
-from sapo_jax.report.style import COLOURS, FLOOR, Panel, is_number
+from sapo_jax.report import run_records, style
+from sapo_jax.report.run_records import Config, Records, counts_of, is_number, series
+from sapo_jax.report.style import COLOURS, FLOOR, Panel
 
 Curve = tuple[str, str, str]  # metric key, colour, label
 
@@ -125,7 +116,7 @@ def _with_band(ax: Axes, records: Records, key: str, colour: str, label: str) ->
 def _draw_evaluations(figure: FigureBase, records: Records, config: Config) -> None:
     ax = _axes(figure, records, "Pass@1")
     colours = itertools.cycle(("blue", "orange", "green", "purple", "amber", "ink", "grey"))
-    for name, colour in zip(evaluations(records), colours, strict=False):
+    for name, colour in zip(run_records.evaluations(records), colours, strict=False):
         _with_band(ax, records, f"eval/{name}/pass_at_1", COLOURS[colour], name)
     style.percent(ax)
     style.legend(ax, columns=3)
@@ -189,7 +180,7 @@ def _histograms(title: str, kind: str, xlabel: str) -> Panel:
 
 def _draw_gate(figure: FigureBase, records: Records, config: Config) -> None:
     """SAPO's gate weight in closed form, over the ratios that the run has seen."""
-    objective = objective_of(config)
+    objective = run_records.objective_of(config)
     taus = [objective.get("tau_pos"), objective.get("tau_neg")]
     low, high = series(records, "policy/ratio_min")[1], series(records, "policy/ratio_max")[1]
     known = all(map(is_number, taus)) and len(low) and len(high)
@@ -225,9 +216,11 @@ def _stacked(
 
 
 def _draw_phases(figure: FigureBase, records: Records, config: Config) -> None:
-    spent = [seconds(r) | {"startup": 0.0} for r in records]  # as long as many iterations
+    # The start, which takes as long as many iterations, is left out.
+    spent = [run_records.seconds(r) | {"startup": 0.0} for r in records]
     if any(sum(s.values()) for s in spent):
-        parts = {p: (COLOURS[c], np.array([s[p] for s in spent])) for p, c in PHASES.items()}
+        phases = run_records.PHASES.items()
+        parts = {p: (COLOURS[c], np.array([s[p] for s in spent])) for p, c in phases}
         _stacked(figure, records, "seconds per iteration", parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from sapo_jax import objectives
-from sapo_jax.report.style import is_number
 
 Records = Sequence[Mapping[str, Any]]
 Config = Mapping[str, Any]
@@ -24,6 +24,11 @@ PHASES = {  # of a run, in their order
     "checkpoint": "purple",
     "other": "grey",
 }
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number, not null, text or a list."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:

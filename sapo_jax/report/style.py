@@ -118,11 +118,6 @@ def share(value: float | None) -> str:
     return "–" if value is None else f"{value:.2%}"
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number, not null, text or a list."""
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def numbers(entries: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
     """The values under a key, NaN for null."""
     return np.array([entry[key] for entry in entries], float)

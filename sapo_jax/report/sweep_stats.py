@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sapo_jax.cli import from_config
-from sapo_jax.report import survival
+from sapo_jax.report import run_records, survival
+from sapo_jax.report.run_records import Records
 from sapo_jax.training.bootstrap import interval
 from sapo_jax.training.collapse import Collapse
 from sapo_jax.training.progress import WALL, Skips
@@ -26,7 +26,6 @@ FEWEST = 3  # seeds of an interval: resampling two tells of nothing between them
 COLLAPSES = ("reward", "entropy", "finite")
 CURVES = ("eval/pass_at_1", "reward/mean", "policy/entropy", "length/mean")
 
-Records = Sequence[Mapping[str, Any]]
 Overrides = Mapping[str, Any]
 
 
@@ -92,15 +91,7 @@ def curve(runs: Sequence[Run], key: str) -> dict[str, list]:
 
 def evaluations(runs: Sequence[Run]) -> list[str]:
     """The names of evaluations, and of tasks, that all runs have a Pass@1 of."""
-    each = [
-        dict.fromkeys(
-            match[1]
-            for record in run.records
-            for key in record
-            if (match := re.fullmatch(r"eval/(.+)/pass_at_1", key))
-        )
-        for run in runs
-    ]
+    each = [run_records.evaluations(run.records) for run in runs]
     return [name for name in each[0] if all(name in own for own in each)] if each else []
 
 
