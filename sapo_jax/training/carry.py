@@ -16,7 +16,7 @@ from sapo_jax.parallel import sharding
 from sapo_jax.training.settings import Settings
 from sapo_jax.types import GOES_ON, Prompts, Rollout
 
-MOST = 16  # iterations that ages are told apart to
+OLDEST = 16  # iterations; what is older counts as of this age
 
 
 @dataclasses.dataclass
@@ -34,11 +34,9 @@ class Carry:
     places: list[dict[str, Any] | None]
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Tokens that completions have, i[P, G] or, where none has any, [P, 1]."""
-        found = [place["tokens"] if place else [0] for place in self.places]
-        width = max(map(len, found))
-        return np.array([own if len(own) == width else [0] * width for own in found])
+    def tokens(self) -> np.ndarray:
+        """How many each group has, i[P]."""
+        return np.array([sum(place["tokens"]) if place else 0 for place in self.places])
 
     def drawn(self, prompts: Prompts, numbers: Sequence[int], iteration: int) -> Prompts:
         """The prompts of a batch with what their noise goes by; remembers it for new ones."""
@@ -55,11 +53,10 @@ class Carry:
         """Behind a rollout: the groups with completions that go on."""
         self.begun = begun
         groups = (x.reshape(len(self.places), -1) for x in (length_B, finished_B))
-        for p, (length_G, finished_G) in enumerate(zip(*groups, strict=True)):
-            goes_on = (finished_G == GOES_ON).any()
-            self.places[p] = (
-                self.places[p] | {"tokens": length_G.tolist()} if goes_on else None
-            )  # fmt: skip
+        self.places = [
+            place | {"tokens": length_G.tolist()} if (finished_G == GOES_ON).any() else None
+            for place, length_G, finished_G in zip(self.places, *groups, strict=True)
+        ]
 
     def copy(self) -> Carry:
         """The same, whatever becomes of this one."""
@@ -99,7 +96,7 @@ def done(run: Settings, finished_B: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def lags_of(rollout: Rollout, policy_step: jax.Array) -> jax.Array:
-    """Tokens of each row by how many iterations older than the policy they are, i32[B, MOST]."""
-    lag_BS = jnp.where(rollout.mask, policy_step - rollout.token_step, -1)
-    clipped_BS = jnp.minimum(lag_BS, MOST - 1)
-    return jnp.stack([jnp.sum(clipped_BS == lag, -1) for lag in range(MOST)], -1)
+    """Tokens of each row by how many iterations older their policies are, i32[B, OLDEST + 1]."""
+    lag_BS = jnp.minimum(policy_step - rollout.token_step, OLDEST)
+    lag_BS = jnp.where(rollout.mask, lag_BS, -1)
+    return jnp.stack([jnp.sum(lag_BS == lag, -1) for lag in range(OLDEST + 1)], -1)

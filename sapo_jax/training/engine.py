@@ -132,8 +132,7 @@ class Streamed:
         if carry is None:
             rollout = sampler.rollout(*given, iteration=iteration, **options)
             return self._moved(rollout), [Ends(*sampler.ends(rollout), computed[-1])]
-        budget, begun_P = run.config.sampler.budget, carry.lengths.any(-1)
-        own = {"begun_P": begun_P, "budget": budget}
+        own = {"begun_P": carry.tokens > 0, "budget": run.config.sampler.budget}
         rollout, begun = sampler.partial_rollout(*given, carry.begun, **own, **options)
         ends = Ends(*sampler.ends(rollout), computed[-1])
         carry.leave(begun, ends.length, ends.finished)

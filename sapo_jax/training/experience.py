@@ -64,7 +64,7 @@ def next_query(
     groups = rewards.Groups(scorer, examples, run.tokenizer)
     if carry is None:
         return Query(examples, prompts, groups, stream.dropped)
-    begun = int(carry.lengths.sum())
+    begun = int(carry.tokens.sum())
     prompts = carry.drawn(prompts, numbers, iteration)
     return Query(examples, prompts, groups, stream.dropped, begun)
 

@@ -25,7 +25,7 @@ from sapo_jax.types import Batch, Images, Seen, TrainState
 
 Abstract = jax.ShapeDtypeStruct
 Steps = list[tuple[int, int]]  # iterations, and how many tokens their policies sampled
-AGE_EDGES = np.arange(-0.5, 17).tolist()  # iterations; the last bin has older ones
+AGE_EDGES = np.arange(-0.5, carry.OLDEST + 1).tolist()
 
 
 class Experience(NamedTuple):
@@ -57,7 +57,7 @@ def ages(steps: Steps | None, iteration: int) -> dict[str, Any]:
     pairs = [(iteration - step, count) for step, count in steps]
     age, counts = np.array(pairs or [(0, 0)]).T
     tokens = counts.sum() or math.nan
-    per_bin, _ = np.histogram(np.minimum(age, 16), AGE_EDGES, weights=counts)
+    per_bin, _ = np.histogram(np.minimum(age, carry.OLDEST), AGE_EDGES, weights=counts)
     return {
         "policy/age_mean": float(age @ counts / tokens),
         "policy/stale": float(counts[age > 0].sum() / tokens),
