@@ -194,18 +194,19 @@ def save(
 
 def _metas(bundles: Sequence[Bundle], positions: Sequence[dict]) -> list[dict]:
     """What is saved of each run besides its state."""
-    origins = [o for b in bundles for o in b.origins or [None] * len(b.streams)]
-    waiting = [queue.meta(b.waiting, r) for b in bundles for r in range(len(b.streams))]
-    carries = [b.carry for b in bundles for _ in b.streams]  # with one, a bundle is of one run
-    stale = any(run.config.staleness for b in bundles for run in b.engine.runs)
-    metas = []
-    for position, origin, own in zip(positions, origins, waiting, strict=True):
-        given = {"reference": origin} if origin else {}
-        metas.append({"position": position} | given | ({"queue": own} if stale else {}))
-    for own, carried in zip(metas, carries, strict=True):
-        if carried is not None:
-            own["begun"] = list(carried.places)
-    return metas
+
+    def meta(bundle, r, position):
+        found = {"position": position}
+        if bundle.origins and bundle.origins[r]:
+            found["reference"] = bundle.origins[r]
+        if bundle.engine.runs[r].config.staleness:
+            found["queue"] = queue.meta(bundle.waiting, r)
+        if bundle.carry is not None:  # then the bundle is of one run
+            found["begun"] = list(bundle.carry.places)
+        return found
+
+    each = [(bundle, r) for bundle in bundles for r in range(len(bundle.streams))]
+    return [meta(*own, position) for own, position in zip(each, positions, strict=True)]
 
 
 def each_saved(bundles: Sequence[Bundle]) -> Iterator[Any]:
