@@ -131,12 +131,7 @@ def rollout(
         params, config, prompts, base, controls, slots, max_new_tokens,
         on_groups=on_groups, truncate=truncate,
     )  # fmt: skip
-    if warm_up:
-        host.compile_all(warm_up)
-    else:
-        host.run(on_segment or (lambda: None))
-        if on_end:
-            on_end(slots.computed)
+    host.run(warm_up, on_segment, on_end)
     step = np.int32(iteration if policy_step is None else policy_step)
     return results.to_rollout(config, host.state.results, prompts, step, mesh)
 
@@ -152,7 +147,7 @@ def host_of(
     *,
     on_groups: OnGroups | None = None,
     truncate: bool = False,
-    kind: type | None = None,
+    kind: Callable[..., Host] | None = None,
 ) -> Host:
     """A rollout before its beginning; the parameters are the sampler's."""
     mesh, plan, (p, width) = sharding.mesh_of(params), slots.plan, prompts.tokens.shape
@@ -192,16 +187,27 @@ class Host:
     mesh: Mesh | None
     fresh: tuple[np.ndarray, Any] | None = None
 
-    def run(self, on_segment: Callable[[], None]) -> None:
-        """Sample until all prompts are done, or the budget is."""
+    def run(
+        self,
+        warm_up: Callable[[str], None] | None,
+        on_segment: Callable[[], None] | None,
+        on_end: Callable[[int], None] | None,
+    ) -> None:
+        """Sample until all prompts are done, or the budget is; or compile, see `rollout`."""
+        if warm_up:
+            self.compile_all(warm_up)
+            return
         self.refill()
         while not self.slots.idle.all() and self.steps > 0:
             self.shrink()
             self.grow()
             self.decode()
-            on_segment()
+            if on_segment:
+                on_segment()
             self.refill()
         self.report()
+        if on_end:
+            on_end(self.slots.computed)
 
     @property
     def steps(self) -> int:

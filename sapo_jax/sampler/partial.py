@@ -26,7 +26,7 @@ from sapo_jax.sampler.weights import to_sampler
 from sapo_jax.types import Prompts, Rollout
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(kw_only=True)
 class _Host(Host):
     """A rollout within a budget.
 
@@ -37,10 +37,10 @@ class _Host(Host):
       least: calls of it behind a prefill, at least.
     """
 
-    begun: np.ndarray | None = None
-    budget: int = 0
-    resume_program: Callable[..., DecodeState] | None = None
-    least: int = 0
+    begun: np.ndarray
+    budget: int
+    resume_program: Callable[..., DecodeState]
+    least: int
 
     @property
     def steps(self) -> int:
@@ -108,18 +108,13 @@ def partial_rollout(
     prompts = sharding.place(images.seen(params, config, prompts, mesh), mesh)
     slots = Slots.empty(plan, p, sharding.parts(mesh), group_size, first_P)
     base, controls = sampling.base_key(np.uint32(seed), domain), sampling.controls(temperature)
+    resume = partial(decode.resume_slots, params, config, prompts, mesh=mesh)
+    least = int(warm_up is not None)
     host = engine.host_of(
-        params, config, prompts, base, controls, slots, max_new_tokens,
-        on_groups=on_groups, kind=_Host,
+        params, config, prompts, base, controls, slots, max_new_tokens, on_groups=on_groups,
+        kind=partial(_Host, begun=begun_P, budget=budget, resume_program=resume, least=least),
     )  # fmt: skip
-    host.begun, host.budget, host.least = begun_P, budget, int(warm_up is not None)
-    host.resume_program = partial(decode.resume_slots, params, config, prompts, mesh=mesh)
     host.state = host.state.replace(results=results.go_on(host.state.results, begun, mesh))
-    if warm_up:
-        host.compile_all(warm_up)
-    else:
-        host.run(on_segment or (lambda: None))
-        if on_end:
-            on_end(slots.computed)
+    host.run(warm_up, on_segment, on_end)
     step = np.int32(policy_step)
     return results.leave_off(config, host.state.results, prompts, begun, step, mesh)
