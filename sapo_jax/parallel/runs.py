@@ -1,4 +1,4 @@
-"""A program of one run as one of R: their trees have a leading axis R."""
+"""What is of one run as of R: programs, and abstract values, with a leading axis R."""
 
 from __future__ import annotations
 
@@ -38,6 +38,19 @@ def vmapped(
 
     program.__name__ = function.__name__  # as profiles and logs of compilations show it
     return jax.jit(program, donate_argnums=donate)
+
+
+def abstract(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays of one run, or abstract values, as the abstract ones of the runs of a mesh."""
+    count = sharding.runs(mesh)
+    if count == 1:
+        return tree
+
+    def one(x):
+        place = sharding.named(mesh, PartitionSpec("run", *x.sharding.spec))
+        return jax.ShapeDtypeStruct((count, *x.shape), x.dtype, sharding=place)
+
+    return jax.tree.map(one, tree)
 
 
 def of_device(tree: Any) -> Any:

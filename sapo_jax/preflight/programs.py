@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from sapo_jax import learner
 from sapo_jax.model import ModelConfig, lora, params
@@ -63,22 +63,10 @@ def fed(tree: Any, mesh: Mesh | None) -> Any:
     return tree if mesh is None else placed(tree, mesh, SLOTS)
 
 
-def of_runs(tree: Any, mesh: Mesh | None) -> Any:
-    """Abstract values of one run as those of the runs of a mesh."""
-    if sharding.runs(mesh) == 1:
-        return tree
-
-    def one(x):
-        place = sharding.named(mesh, PartitionSpec("run", *x.sharding.spec))
-        return Abstract((sharding.runs(mesh), *x.shape), x.dtype, sharding=place)
-
-    return jax.tree.map(one, tree)
-
-
 def _lower(
     settings: Settings, function: Callable, *trees: Any, donate: tuple[int, ...] = ()
 ) -> jax.stages.Lowered:
-    """A learner's program: of one run as it is; trees are what `of_runs` gives, and hp."""
+    """A learner's program: of one run as it is; trees are what `runs.abstract` gives, and hp."""
     count = sharding.runs(settings.mesh)
     if count == 1:
         return function.lower(*trees)
@@ -102,7 +90,7 @@ def bytes_per_chip(tree: Any) -> int:
 
 
 def _batch(settings: Settings, *, scored: bool) -> Batch:
-    return of_runs(abstract_batch(settings, scored=scored), settings.mesh)
+    return runs.abstract(abstract_batch(settings, scored=scored), settings.mesh)
 
 
 def _drawn(settings: Settings) -> int:
@@ -139,7 +127,7 @@ def abstract_sampler(settings: Settings) -> SamplerParams:
     config = settings.model
     shapes = jax.eval_shape(lambda x: weights.convert(x, config), params.abstract(config))
     mesh = settings.sampler_mesh
-    return of_runs(placed(shapes, mesh, weights.partition_specs(config)), mesh)
+    return runs.abstract(placed(shapes, mesh, weights.partition_specs(config)), mesh)
 
 
 def matmul_flops(config: ModelConfig, tokens: int, logits: int) -> float:
@@ -178,7 +166,7 @@ def tower_flops(settings: Settings, prompts: int) -> float:
 def _abstract_state(settings: Settings) -> TrainState:
     """The learner's state, and on one device its place."""
     hp, mesh = settings.hp, settings.mesh
-    return of_runs(placed(learner.abstract(hp), mesh, learner.partition_specs(hp)), mesh)
+    return runs.abstract(placed(learner.abstract(hp), mesh, learner.partition_specs(hp)), mesh)
 
 
 def _abstract_frozen(settings: Settings) -> Frozen | None:

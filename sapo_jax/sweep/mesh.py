@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from sapo_jax import sampler
-from sapo_jax.parallel import sharding
+from sapo_jax.parallel import runs, sharding
 from sapo_jax.sampler import weights
 from sapo_jax.sweep.population import Population, hyperparameters
 from sapo_jax.training.engine import Ends, pick, stack
@@ -26,9 +26,9 @@ ROWS = PartitionSpec("run", sharding.ROWS)
 class MeshPopulation(Population):
     """At most as many runs as the mesh's axis `run` has places, on several hosts too.
 
-    A rollout is one of the prompts of all runs, streamed
-    as a run's alone is: the slots of a part of the mesh are of its run. Where there are fewer runs
-    than places, those left repeat the first run, and nobody looks at them.
+    A rollout is one of the prompts of all runs, streamed as a run's alone is: the slots of a part
+    of the mesh are of its run. Where there are fewer runs than places, those left repeat the first
+    run, and nobody looks at them.
 
     Args:
       runs: settings that differ in traced values, with one mesh.
@@ -54,12 +54,6 @@ class MeshPopulation(Population):
         whole = sharding.to_host(tree)
         return [pick(whole, r) for r in range(len(self.runs))]
 
-    def _by_run(self, tree: Any) -> Any:
-        """Where the runs' arrays lie, from where those of one run do."""
-        return jax.tree.map(
-            lambda x: sharding.named(self.mesh, PartitionSpec("run", *x.sharding.spec)), tree
-        )
-
     def place(self, trees: Iterable[Any]) -> Any:
         """Trees of the runs that lie on the mesh, one after the other: each is there but once."""
 
@@ -74,7 +68,7 @@ class MeshPopulation(Population):
 
         trees = iter(trees)
         tree = next(trees)
-        where = self._by_run(tree)
+        where = jax.tree.map(lambda x: x.sharding, self.abstract(tree))
         insert = jax.jit(insert, donate_argnums=0, out_shardings=where)
         whole = jax.jit(first, out_shardings=where)(tree)
         for run, tree in enumerate(trees, 1):
@@ -91,10 +85,7 @@ class MeshPopulation(Population):
 
     def abstract(self, tree: Any) -> Any:
         """Shapes of the arrays of all places, from those of one, and where they lie."""
-        return jax.tree.map(
-            lambda x, place: jax.ShapeDtypeStruct((self.places, *x.shape), x.dtype, sharding=place),
-            tree, self._by_run(tree),
-        )  # fmt: skip
+        return runs.abstract(tree, self.mesh)
 
     def each(self, tree: Any) -> Iterator[Any]:
         """The arrays of each run, as one alone has them on this mesh."""
@@ -162,6 +153,6 @@ class MeshPopulation(Population):
 @partial(jax.jit, static_argnames="mesh")
 def _split(rollout: Rollout, mesh: Mesh) -> Rollout:
     """The rows of each run."""
-    runs = sharding.runs(mesh)
-    split = jax.tree.map(lambda x: x.reshape(runs, -1, *x.shape[1:]), rollout)
+    count = sharding.runs(mesh)
+    split = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), rollout)
     return sharding.constrain(split, mesh, ROWS)

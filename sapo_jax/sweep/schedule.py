@@ -127,8 +127,8 @@ def run_cohort(cohort: Cohort, workdir: epath.Path, bar: Progress) -> None:
     exported, or be what another run starts from. See `train.run_all`.
     """
     if cohort.method == "mesh" and sharding.runs(cohort.lead.mesh) == 1:
-        (place,) = (workdir / name for name in cohort.names)
-        return train.run_all([Streamed(cohort.lead)], place, [place], bar)
+        _alone(cohort.lead, workdir / cohort.names[0], bar)
+        return
     if cohort.method == "map":
         engines = [Streamed(run) for run in cohort.runs]
     elif cohort.method == "mesh":
