@@ -59,4 +59,6 @@ def of_device(tree: Any) -> Any:
     Where `run` is the mesh's only axis, a device has several runs, and `vmap` has taken the axis.
     """
     alone = jax.sharding.get_abstract_mesh().axis_names == ("run",)
-    return tree if alone or collectives.axis_size("run") == 1 else sharding.only(tree)
+    if alone or collectives.axis_size("run") == 1:
+        return tree
+    return jax.tree.map(lambda x: x[0], tree)

@@ -291,11 +291,6 @@ def shard_map(function: Callable, mesh: Mesh | None, in_specs: Any, out_specs: A
     return mapped
 
 
-def only(tree: Any) -> Any:
-    """The run of a part that has one."""
-    return jax.tree.map(lambda x: x[0], tree)
-
-
 def place(tree: Any, mesh: Mesh | None, partition: PartitionSpec | None = None) -> Any:
     """Place arrays of the host on a mesh, split by rows or by another spec; no mesh: as they are.
 
