@@ -26,7 +26,7 @@ from sapo_jax.training.settings import Settings
 from sapo_jax.types import Batch, Frozen, Prompts, TrainState
 
 Abstract = jax.ShapeDtypeStruct
-ROWS, SLOTS = sharding.spec("rows"), sharding.spec("slots")
+SLOTS = sharding.spec("slots")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 GIB = 2**30
@@ -88,24 +88,41 @@ def text(report: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def runs_text(tried: Sequence[dict[str, Any]], hbm: float, chips: int, iterations: int) -> str:
-    """The search for the most runs that fit side by side, in words, and what one of them costs."""
-    table = [["runs", "chips each", "GiB a chip", f"of {hbm / GIB:.2f}"]]
+def _search(
+    tried: Sequence[dict[str, Any]], hbm: float, head: Sequence[str], cells: Callable
+) -> tuple[str, list[dict[str, Any]]]:
+    """A search as a table, with the first cells of each row by a function; and what fits."""
+    table = [[*head, f"of {hbm / GIB:.2f}"]]
     for t in tried:
         size = "more" if t["total"] is None else f"{t['total'] / GIB:.2f}"
-        fits = "fits" if t["fits"] else "does not fit"
-        table.append([str(t["runs"]), str(chips // t["runs"]), size, fits])
-    best = [t for t in tried if t["fits"]]
+        table.append([*map(str, cells(t)), size, "fits" if t["fits"] else "does not fit"])
+    return _grid(table), [t for t in tried if t["fits"]]
+
+
+def runs_text(tried: Sequence[dict[str, Any]], hbm: float, chips: int, iterations: int) -> str:
+    """The search for the most runs that fit side by side, in words, and what one of them costs."""
+    head = ("runs", "chips each", "GiB a chip")
+    table, best = _search(tried, hbm, head, lambda t: (t["runs"], chips // t["runs"]))
     if not best:
-        return f"{_grid(table)}\n\nNo run fits."
+        return f"{table}\n\nNo run fits."
     (t,) = best
     own, hours = chips // t["runs"], t["seconds"] * iterations / 3600
     flags = " ".join(f"--config.{field}={value}" for field, value in t["fields"].items())
     return (
-        f"{_grid(table)}\n\nMost that fit: {t['runs']}, by {flags}\n"
+        f"{table}\n\nMost that fit: {t['runs']}, by {flags}\n"
         f"A run of {iterations} iterations takes {own} chips for at least {hours:.1f} hours, "
         f"{own * hours:,.0f} chip-hours; an iteration at least {t['seconds']:.1f} s."
     )
+
+
+def fit_text(tried: Sequence[dict[str, Any]], hbm: float) -> str:
+    """The search for the largest micro-batch, in words."""
+    head = ("rows a chip", "config.batch.micro_batches", "GiB")
+    table, best = _search(tried, hbm, head, lambda t: (t["rows"], t["micro_batches"]))
+    found = "No micro-batch fits."
+    if best:
+        found = f"Largest that fits: --config.batch.micro_batches={best[-1]['micro_batches']}"
+    return f"{table}\n\n{found}"
 
 
 def rows(report: dict[str, Any]) -> list[list[str]]:
@@ -136,17 +153,3 @@ def markdown_table(lines: Sequence[Sequence[str]]) -> str:
     """Lines of cells, the first of them the head."""
     head, *body = lines
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, ["---"] * len(head), *body))
-
-
-def fit_text(tried: Sequence[dict[str, Any]], hbm: float) -> str:
-    """The search for the largest micro-batch, in words."""
-    table = [["rows a chip", "config.batch.micro_batches", "GiB", f"of {hbm / GIB:.2f}"]]
-    for t in tried:
-        size = "more" if t["total"] is None else f"{t['total'] / GIB:.2f}"
-        fits = "fits" if t["fits"] else "does not fit"
-        table.append([str(t["rows"]), str(t["micro_batches"]), size, fits])
-    best = [t for t in tried if t["fits"]]
-    found = "No micro-batch fits."
-    if best:
-        found = f"Largest that fits: --config.batch.micro_batches={best[-1]['micro_batches']}"
-    return f"{_grid(table)}\n\n{found}"

@@ -75,7 +75,7 @@ def counted_and_expected(remat, rows, mesh=None):
         *(jax.ShapeDtypeStruct(shape, x) for x in (jnp.int32, bool, jnp.int32, "f4", "f4")),
         jax.ShapeDtypeStruct(shape[:1], jnp.float32),
     )
-    batch = programs.placed(batch, mesh, programs.ROWS)
+    batch = programs.placed(batch, mesh, sharding.spec("rows"))
     compiled = hlo.compiled(learner.update.lower(learner.abstract(hp), batch, hp))
     chunks = 3  # of each micro-batch: how many there are is known at run time
     counted = costs.flops(hlo.parse(compiled.as_text()), unknown={"head_chunks": chunks})
