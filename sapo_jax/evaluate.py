@@ -222,11 +222,12 @@ def _of_run(given: cli.Flags) -> Policy:
 
 def _check_sight(policy: Policy) -> None:
     """Refuse sets with images for a policy of text."""
-    kind = policy.config.model_type
+    if policy.config.vision is not None:
+        return
+    blind = f"the policy's model_type={policy.config.model_type!r} sees none"
     for text, (task, _) in policy.sets.items():
-        if getattr(task, "max_images", 0) and policy.config.vision is None:
-            allowed = "must be of text alone, for the policy's model_type"
-            raise ValueError(f"--task={text}: has images: {allowed}={kind!r} sees none")
+        if getattr(task, "max_images", 0):
+            raise ValueError(f"--task={text}: has images: must be of text alone, for {blind}")
 
 
 def _numbers(given: cli.Flags, held: Held) -> dict[str, Any]:
