@@ -93,14 +93,9 @@ def _batch(settings: Settings, *, scored: bool) -> Batch:
     return runs.abstract(abstract_batch(settings, scored=scored), settings.mesh)
 
 
-def _drawn(settings: Settings) -> int:
-    """Prompts that an iteration samples from."""
-    return settings.config.batch.prompts * settings.config.batch.oversample
-
-
 def abstract_prompts(settings: Settings) -> Prompts:
     """The prompts of an iteration."""
-    p, integers = _drawn(settings) * sharding.runs(settings.mesh), jnp.int32
+    p, integers = settings.drawn * sharding.runs(settings.mesh), jnp.int32
     made = Prompts(
         tokens=Abstract((p, settings.width), integers), length=Abstract((p,), integers),
         id=Abstract((p,), jnp.uint32), task=Abstract((p,), integers),
@@ -114,7 +109,7 @@ def abstract_decoding(settings: Settings, cache: int = -1) -> decode_state.Decod
     plan, mesh = settings.plan, settings.sampler_mesh
     count = sharding.runs(mesh)
     shape = decode_state.Shape(
-        count * plan.slots[0], plan.rows[0], plan.cache[cache], count * _drawn(settings),
+        count * plan.slots[0], plan.rows[0], plan.cache[cache], count * settings.drawn,
         settings.width,
         settings.config.batch.group_size, settings.max_new_tokens,
     )  # fmt: skip
@@ -281,7 +276,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
                 slots, slots, **static,
             ),
             sampler | {"cache": state.prompt_kv, "rows": (prompts, results)},
-            runs=_drawn(settings) / plan.refill, mesh=mesh, tokens=plan.refill * n,
+            runs=settings.drawn / plan.refill, mesh=mesh, tokens=plan.refill * n,
             model_flops=forward_flops(config, plan.refill * n, n / 2, plan.refill),
             resident=resident | {"cache": state.completion_kv},
         ),
@@ -289,7 +284,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
             lambda: decode.decode.lower(
                 sampler_params, config, controls, state, np.int32(0), limits, np.int32(1), **static
             ),
-            sampler | cache | {"rows": results}, runs=t * _drawn(settings) * group / rows,
+            sampler | cache | {"rows": results}, runs=t * settings.drawn * group / rows,
             tokens=rows, model_flops=forward_flops(config, rows, n + t, rows), one_turn=True,
             mesh=mesh, resident=resident,
         ),
@@ -316,7 +311,7 @@ def _see(
     program = Program(
         lambda: images.see.lower(tower, config, patches, mesh=mesh),
         {"sampler's parameters": tower, "rows": patches}, runs=1, mesh=mesh, resident=resident,
-        model_flops=tower_flops(settings, _drawn(settings)), result={"rows": prompts.images},
+        model_flops=tower_flops(settings, settings.drawn), result={"rows": prompts.images},
     )  # fmt: skip
     return {"see": program}
 

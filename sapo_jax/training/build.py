@@ -177,7 +177,7 @@ def _sampled(c: Any) -> dict[str, int]:
 def make_plan(c: Any, room: int, options: dict[str, int], mesh: Mesh | None) -> sampler.Plan:
     """The sampler's shapes in training, also of rollouts that a budget ends."""
     budget, whole = c.sampler.budget, "0, whole rollouts, with "
-    drawn, options = c.batch.prompts * c.batch.oversample, options | {"whole": budget > 0}
+    drawn, options = _sampled(c)["batch.prompts"], options | {"whole": budget > 0}
     plan = sampler.make_plan(drawn, room, group_size=c.batch.group_size, **options)
     if budget == 0:
         return plan

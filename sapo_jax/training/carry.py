@@ -64,8 +64,8 @@ class Carry:
 
 
 def _none(run: Settings) -> sampler.Begun:
-    p, g = run.config.batch.prompts * run.config.batch.oversample, run.config.batch.group_size
-    return sampler.none_begun(run.model, p, g, run.max_new_tokens)
+    group_size = run.config.batch.group_size
+    return sampler.none_begun(run.model, run.drawn, group_size, run.max_new_tokens)
 
 
 def first(engine: Any, stored: Any = None, places: Sequence[Mapping] | None = None) -> Carry | None:

@@ -56,9 +56,8 @@ def next_query(
     carry: Carry | None = None,
 ) -> Query:
     """The next prompts, more than P where some are drawn to spare; first those that go on."""
-    none = [None] * run.config.batch.prompts * run.config.batch.oversample
-    places = [place and place["read"] for place in carry.places] if carry else none
-    examples, numbers = stream.fill(places)
+    places = carry.places if carry else [None] * run.drawn
+    examples, numbers = stream.fill([place and place["read"] for place in places])
     examples = encode.swapped(examples) if run.config.data.swap_images else examples
     prompts = encode.encode_prompts(examples, run.tokenizer, run.width, run.images)
     groups = rewards.Groups(scorer, examples, run.tokenizer)

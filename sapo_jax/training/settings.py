@@ -138,9 +138,14 @@ class Settings:
         return self.config.batch.prompts * self.config.batch.group_size
 
     @property
+    def drawn(self) -> int:
+        """Prompts that an iteration samples for: more than it learns from where some are spare."""
+        return self.config.batch.prompts * self.config.batch.oversample
+
+    @property
     def sampled(self) -> int:
         """Rows that an iteration samples: more than B where prompts are drawn to spare."""
-        return self.rows * self.config.batch.oversample
+        return self.drawn * self.config.batch.group_size
 
 
 def frozen(values: Mapping[str, Any], name: str = "Config") -> Any:
