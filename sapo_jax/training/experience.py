@@ -55,7 +55,7 @@ def next_query(
     iteration: int = 0,
     carry: Carry | None = None,
 ) -> Query:
-    """The next prompts, more than P where some are drawn to spare; first those that go on."""
+    """The next prompts, more than P where some are spare; those that go on keep their places."""
     places = carry.places if carry else [None] * run.drawn
     examples, numbers = stream.fill([place and place["read"] for place in places])
     examples = encode.swapped(examples) if run.config.data.swap_images else examples
