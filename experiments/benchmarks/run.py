@@ -158,6 +158,7 @@ def main(given: cli.Flags) -> None:
     for name in given.only or CONTESTS:
         found = contest(name, given.rounds, given.peers)
         kept = [r for r in kept if r["contest"] != name] + found
+        kept.sort(key=lambda r: [*CONTESTS].index(r["contest"]))
         path.write_text("".join(json.dumps(record) + "\n" for record in kept))
         print(table.of(found))
     table.write(kept, out)
