@@ -110,8 +110,8 @@ def draw(records: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
         labels, walls = [r["contestant"] for r in own], [r["wall_s"] for r in own]
         spread = [[w - min(r["walls_s"]) for r, w in zip(own, walls, strict=True)],
                   [max(r["walls_s"]) - w for r, w in zip(own, walls, strict=True)]]  # fmt: skip
-        ours = [r["module"] if "module" in r else r["contestant"] for r in own]
-        colours = ["tab:blue" if o.startswith(found[0]["contestant"]) else "0.7" for o in ours]
+        first = found[0]["contestant"]
+        colours = ["tab:blue" if label.startswith(first) else "0.7" for label in labels]
         axis.barh(labels, walls, xerr=spread, color=colours, error_kw={"lw": 1})
         axis.set_title(f"{name}: seconds", fontsize=10, loc="left")
         axis.tick_params(labelsize=8)
