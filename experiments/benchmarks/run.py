@@ -158,6 +158,7 @@ def main(given: cli.Flags) -> None:
     for name in given.only or CONTESTS:
         found = contest(name, given.rounds, given.peers)
         records = [r for r in records if r["contest"] != name] + found
+        records.sort(key=lambda r: [*CONTESTS].index(r["contest"]))
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
         print(table.of(found))
     table.write(records, out)

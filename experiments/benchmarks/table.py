@@ -11,6 +11,7 @@ from experiments.evidence.study import fill, markdown
 
 HERE = pathlib.Path(__file__).parent
 README = HERE / "README.md"
+PEERS = ("torch", "trl", "tunix", "transformers")
 COLUMNS = ("contestant", "median s", "spread", "÷ ours", "tokens/s", "of peak", "compile s")
 
 
@@ -97,26 +98,27 @@ def contests(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]
 
 
 def draw(records: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """Each contest's times as bars, relative to ours."""
+    """Each contest's times as bars; those of peers are grey."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    each = {k: v for k, v in contests(records).items() if len(v) > 2}
-    figure, axes = pyplot.subplots(len(each), 1, figsize=(6, 1 + 1.3 * len(each)), squeeze=False)
-    for axis, (name, found) in zip(axes[:, 0], each.items(), strict=True):
-        own = found[:-1][::-1]
+    each = {k: v[-2::-1] for k, v in contests(records).items() if len(v) > 2}  # without the machine
+    bars = [len(own) for own in each.values()]
+    figure, axes = pyplot.subplots(
+        len(each), 1, figsize=(7, sum(bars) / 4 + len(bars)), squeeze=False,
+        height_ratios=[count + 1 for count in bars], layout="constrained",
+    )  # fmt: skip
+    for axis, (name, own) in zip(axes[:, 0], each.items(), strict=True):
         labels, walls = [r["contestant"] for r in own], [r["wall_s"] for r in own]
         spread = [[w - min(r["walls_s"]) for r, w in zip(own, walls, strict=True)],
                   [max(r["walls_s"]) - w for r, w in zip(own, walls, strict=True)]]  # fmt: skip
-        first = found[0]["contestant"]
-        colours = ["tab:blue" if label.startswith(first) else "0.7" for label in labels]
+        colours = ["0.7" if label in PEERS else "tab:blue" for label in labels]
         axis.barh(labels, walls, xerr=spread, color=colours, error_kw={"lw": 1})
-        axis.set_title(f"{name}: seconds", fontsize=10, loc="left")
+        axis.set_title(f"{name} ({own[0]['shape']}): seconds", fontsize=10, loc="left")
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
