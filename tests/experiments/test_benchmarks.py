@@ -73,6 +73,7 @@ def test_contestants_exist():
             path = run.HERE / (entry.module.replace(".", "/") + ".py")
             known = contestants(path) if entry.peer else ours.CONTESTANTS
             assert entry.name in known
+            assert (entry.label in table.PEERS) == bool(entry.peer)
             assert not entry.peer or f".cache/peers/{entry.peer}/ready" in makefile
 
 
