@@ -41,8 +41,8 @@ class Entry(NamedTuple):
     @property
     def peer(self) -> str | None:
         """The peer's environment, None for this project's own."""
-        own = self.module.startswith("peers.")
-        return self.module.removeprefix("peers.").replace("plain_", "") if own else None
+        folder, _, module = self.module.rpartition(".")
+        return module.removeprefix("plain_") if folder else None
 
 
 def ours(*names: str) -> tuple[Entry, ...]:
@@ -154,14 +154,14 @@ def main(given: cli.Flags) -> None:
     out = pathlib.Path(given.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.jsonl"
-    kept = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
+    records = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
     for name in given.only or CONTESTS:
         found = contest(name, given.rounds, given.peers)
-        kept = [r for r in kept if r["contest"] != name] + found
-        kept.sort(key=lambda r: [*CONTESTS].index(r["contest"]))
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        records = [r for r in records if r["contest"] != name] + found
+        records.sort(key=lambda r: [*CONTESTS].index(r["contest"]))
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
         print(table.of(found))
-    table.write(kept, out)
+    table.write(records, out)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from experiments.evidence.study import fill
+from experiments.evidence.study import fill, markdown
 
 HERE = pathlib.Path(__file__).parent
 README = HERE / "README.md"
@@ -58,12 +58,12 @@ TARGETS = (
 
 def targets(records: Sequence[dict[str, Any]]) -> str:
     """What was aimed at and what is reached, as Markdown."""
-    each, lines = contests(records), [("what", "here", "aim", "met"), ("---",) * 4]
+    each, rows = contests(records), []
     for target in TARGETS:
         found = each.get(target.contest, [])
         if {target.over, target.under or target.over} <= {r["contestant"] for r in found}:
-            lines.append(target.row(found))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+            rows.append(target.row(found))
+    return markdown(["what", "here", "aim", "met"], rows)
 
 
 def _rows(records: Sequence[dict[str, Any]]) -> Iterable[tuple[str, ...]]:

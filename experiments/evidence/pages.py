@@ -5,13 +5,14 @@ python -m experiments.evidence.pages
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from experiments.evidence import stats
-from experiments.evidence.study import NOT_RUN, ROOT, Study, fill, markdown, verdicts
+from experiments.evidence.study import NOT_RUN, ROOT, Page, Study, fill, markdown, verdicts
 
 STUDIES = (
     "gates", "assumption_validation", "algorithm_comparison", "staleness", "temperature_ablation",
@@ -26,12 +27,18 @@ def study(name: str) -> Study:
     return importlib.import_module(f"experiments.{name}.run").STUDY
 
 
+@functools.cache
+def page(name: str) -> Page:
+    """What the results of an experiment say."""
+    own = study(name)
+    return own.page(own.folder / "results")
+
+
 def claims(most: int | None = None) -> list[Mapping[str, Any]]:
     """Claims with their verdicts, of each experiment the first ones; what did not hold leads."""
     rows = []
     for name in STUDIES:
-        own = study(name)
-        found = verdicts(own.claims, own.page(own.folder / "results").effects)
+        found = verdicts(study(name).claims, page(name).effects)
         rows += [{"experiment": name, **row} for row in found[:most]]
     return sorted(rows, key=lambda row: FIRST.index(row["verdict"]))
 
@@ -49,9 +56,8 @@ def table(folder: str, most: int | None = None) -> str:
 def files() -> Iterator[tuple[pathlib.Path, str]]:
     """Paths of pages, and what is to be in them."""
     for name in (*STUDIES, PILOTS):
-        own = study(name)
-        page, path = own.page(own.folder / "results"), own.folder / "README.md"
-        yield path, own.filled(path.read_text(), page)
+        own, path = study(name), ROOT / name / "README.md"
+        yield path, own.filled(path.read_text(), page(name))
     for path, part in (
         (ROOT / "README.md", table("")), (ROOT.parent / "README.md", table("experiments/", 1)),
     ):  # fmt: skip

@@ -16,13 +16,8 @@ from configs import base
 from sapo_jax import train
 from sapo_jax.training import settings
 
-SUM = {
-    "below": 4,
-    "modulus": 10,
-    "slip": 0.15,
-    "notice": 0.4,
-    "labels": True,
-}  # options of chain_sum
+# Options of chain_sum.
+SUM = {"below": 4, "modulus": 10, "slip": 0.15, "notice": 0.4, "labels": True}
 TERMS = {"short": 8, "middle": 12, "long": 18}
 SMOKE = {"short": 4, "middle": 5, "long": 6}
 SEVERAL = {  # tasks, by name

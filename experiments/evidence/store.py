@@ -46,7 +46,7 @@ def read(path: pathlib.Path) -> Any:
     return json.loads(gzip.decompress(path.read_bytes()))
 
 
-def _kept(key: str) -> bool:
+def _stored(key: str) -> bool:
     return key in KEYS or (key.startswith("eval/") and key.endswith("/pass_at_1"))
 
 
@@ -63,7 +63,7 @@ def collect(workdir: epath.PathLike) -> dict[str, Any]:
     for run in listed:
         place = workdir / run["directory"]
         records, config = read_metrics(place), read_config(place) or {}
-        keys = sorted({key for record in records for key in record if _kept(key)})
+        keys = sorted({key for record in records for key in record if _stored(key)})
         runs.append({
             "name": run["name"],
             "overrides": run["overrides"],

@@ -73,9 +73,9 @@ def _of(gradients: Mapping[str, Any]) -> dict[str, Any]:
     out = {}
     for k, name in enumerate(gradients["names"]):
         if name not in UNGATED.values():
-            fidelity, removed = gradients["fidelity"]["reward"][k], gradients["removed"]
+            removed = gradients["removed"]
             out[name] = {
-                "fidelity": fidelity["value"], HELPS: fidelity["difference"],
+                HELPS: gradients["fidelity"]["reward"][k]["difference"],
                 REMOVED: removed["reward"][k], "mass": removed["mass"][k],
             }  # fmt: skip
     return out

@@ -1,5 +1,6 @@
 """Examples with images as prompts: placeholders expanded, and what is refused by id and field."""
 
+import dataclasses
 import io
 import json
 
@@ -19,7 +20,7 @@ from tests import tiny_config
 TOKENIZER = CharTokenizer("0123456789+-;= abcdeghilnoqrstuw", images=True)
 CONFIG = model.make(
     "tiny_vl", vocab_size=TOKENIZER.vocab_size,
-    vision=model.config.dataclasses.replace(model.config.TINY_TOWER, **TOKENIZER.vision_ids),
+    vision=dataclasses.replace(model.config.TINY_TOWER, **TOKENIZER.vision_ids),
 )  # fmt: skip
 ROOM = model.vision.Room(CONFIG, 12, 2)
 
@@ -109,7 +110,7 @@ def test_prompts_with_images_by_a_chat_template(tmp_path):
     ids = chat_directory(tmp_path, ["Text"])
     config = model.make(
         "tiny_vl", vocab_size=64,
-        vision=model.config.dataclasses.replace(model.config.TINY_TOWER, **ids),
+        vision=dataclasses.replace(model.config.TINY_TOWER, **ids),
     )  # fmt: skip
     tokenizer = hf_tokenizer.load(tmp_path, vocab_size=64, chat=True)
     examples = [

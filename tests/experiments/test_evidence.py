@@ -12,6 +12,8 @@ import pytest
 from experiments.evidence import pages, paper, policy, stats, store, study, sweeps
 from experiments.evidence.study import Claim, Exact
 from experiments.gates import run as gates
+from experiments.weakest_assumption import run as weakest
+from sapo_jax.gradlab import UNGATED
 from sapo_jax.report.sweep_stats import Run
 from sapo_jax.training import bootstrap
 
@@ -111,6 +113,10 @@ def test_a_run_that_stopped_counts_as_nothing_after():
 def test_how_long_a_run_lasts():
     assert sweeps.lasted(run_of(0, 1.0, [0.1] * 5, accuracy=[0.5, 0.5, 0.1, 0.1])) == 0.75
     assert sweeps.lasted(run_of(0, 1.0, [0.1] * 5, accuracy=[0.5, 0.1, 0.5, 0.5])) == 1
+    lives = [0.5, 0.1, 0.1, 0.1], [0.5] * 4, [0.5, 0.5, 0.5, 0.1], [0.5, 0.5, 0.1, 0.1]
+    runs = [run_of(0, 1.0, [0.1] * 5, accuracy=accuracy) for accuracy in lives]
+    assert sweeps.collapsed(runs) == "3 of 4, iteration 3"
+    assert sweeps.collapsed(runs[1:2]) == "0 of 1"
 
 
 def test_a_seed_has_no_say_in_its_learning_rate():
@@ -151,62 +157,141 @@ def test_the_papers_curves_are_those_of_its_table():
                 assert all(0 < value < 1 for value in values)
 
 
+def by_minibatches(section, run):
+    """SAPO is better than GRPO with 4 minibatches alone, and R3 is worse there."""
+    name, replayed = run["objective.name"], run.get("learner.routing_replay") == "R3"
+    if section == "minibatches_4":
+        return (name == "sapo") - 3 * replayed
+    return (name == "vespo") + replayed
+
+
+def by_temperature(_, run):
+    """The constant (10, 12) is better than the others, and schedules are worse."""
+    constant = {1.05: 1, 12.0: 2}.get(run["objective.tau_neg"], 0)
+    return -3 if "objective.schedule" in run else constant
+
+
+def by_gate(_, run):
+    """Sharp gates are better at SAPO's width, and worse at the same τ in the study's notation."""
+    tau = run["objective.tau_pos"]
+    width = {1.0: 0, 10.0: 1}.get(tau, -2 if tau > 9 else 4)
+    return width + (run["objective.name"] in ("sapo_erf", "sapo_arctan"))
+
+
 BETTER = {  # by the claims of each experiment: what raises the Pass@1 of a run, and that it lasts
     "algorithm_comparison": lambda section, run: run["objective.name"] == "sapo",
-    "staleness": lambda section, run: section in ("minibatches_16", "minibatches_64")
-    and (run.get("learner.routing_replay") == "R3") - (run["objective.name"] == "sapo"),
-    "temperature_ablation": lambda section, run: run.get("objective.tau_neg") == 1.05
-    or 2 * (run["objective.tau_neg"] == 12.0),
+    "staleness": by_minibatches,
+    "temperature_ablation": by_temperature,
     "multi_task": lambda section, run: (section, run["objective.name"]) == ("fixed", "sapo"),
-    "gate_families": lambda section, run: (run["objective.tau_pos"] > 9)
-    + (run["objective.name"] in ("sapo_erf", "sapo_arctan")),
+    "gate_families": by_gate,
     "aggregation": lambda section, run: run["objective.aggregation"] != "seq_mean",
-}  # fmt: skip
+}
+LONG = "eval/long/pass_at_1"
+TASKS = (*policy.TERMS, *policy.SEVERAL)
+KEYS = ["eval/pass_at_1", *(f"eval/{task}/pass_at_1" for task in TASKS)]
 
 
-def made(section, better):
-    """Results of a section whose runs are as one of BETTER says."""
-    runs, rng = [], np.random.default_rng(0)
+def made(section, better, differ):
+    """Results of a section whose runs are as one of BETTER says, in the keys that differ."""
+    runs, config = [], section.config.to_dict()
+    last, stored = config["iterations"], {field: config[field] for field in store.FIELDS}
+    evaluated = list(range(0, last + 1, config["eval"]["every"]))
     for overrides in section.sweep:
-        config = section.config.copy_and_resolve_references()
-        config.unlock()
-        config.update_from_flattened_dict({
-            key: overrides[key] for key in ("iterations", "eval.every") if key in overrides
-        })  # fmt: skip
-        last, more = config.iterations, better(overrides)
-        passes = 0.5 + 0.1 * more + rng.normal(0, 0.001)
-        until = last if more > 0 else last // 2 - overrides["seed"] % 3
-        evaluated = list(range(0, last + 1, config.eval.every))
-        keys = ["eval/pass_at_1"]
-        keys += [f"eval/{task}/pass_at_1" for task in (*policy.TERMS, *policy.SEVERAL)]
+        more, seed = better(overrides), overrides["seed"]
+        until = last if more > 0 else last // 2 - seed % 3
         accuracy = [0.5 * (i <= until) for i in range(1, last + 1)]
-        curves = {key: [evaluated, [passes] * len(evaluated)] for key in keys}
+        passes = {key: 0.5 + 0.1 * more * (key in differ) + 0.001 * seed for key in KEYS}
+        curves = {key: [evaluated, [value] * len(evaluated)] for key, value in passes.items()}
         curves["reward/accuracy"] = [list(range(1, last + 1)), accuracy]
         curves["time/iteration"] = [[1], [1.0]]
-        stored = {field: config.to_dict()[field] for field in store.FIELDS}
         runs.append({"name": "", "overrides": overrides, "config": stored, "curves": curves})
     return {"runs": runs, "provenance": []}
+
+
+def supported(name, results):
+    """The claims of an experiment that are, by its report; others must be undecided."""
+    own = pages.study(name)
+    found = study.verdicts(own.claims, own.report(results).effects)
+    verdicts = {row["name"]: row["verdict"] for row in found}
+    assert set(verdicts.values()) <= {stats.SUPPORTED, stats.UNDECIDED}
+    return {claim for claim, verdict in verdicts.items() if verdict == stats.SUPPORTED}
 
 
 @pytest.mark.parametrize("name", BETTER)
 def test_claims_hold_in_runs_that_are_as_they_say(name):
     """An effect of the opposite sign, or of other runs, would contradict its claim or be none."""
-    module = importlib.import_module(f"experiments.{name}.run")
-    sections = module.sections("default").items()
-    page = module.report({
-        key: made(section, functools.partial(BETTER[name], key)) for key, section in sections
-    })  # fmt: skip
-    found = study.verdicts(module.CLAIMS, page.effects)
-    assert {row["name"]: row["verdict"] for row in found} == {
-        claim.name: stats.SUPPORTED for claim in module.CLAIMS
-    }
+    module, better = importlib.import_module(f"experiments.{name}.run"), BETTER[name]
+
+    def results(differ):
+        sections = module.sections("default").items()
+        return {k: made(s, functools.partial(better, k), differ) for k, s in sections}
+
+    claims = {claim.name for claim in module.CLAIMS}
+    assert supported(name, results(KEYS)) == claims
+    for endpoint, differ in (("last", []), ("long", [LONG])):  # by its own endpoint alone
+        own = {claim for claim in claims if claim.startswith(endpoint)}
+        assert not own or supported(name, results(differ)) == own
+
+
+def test_what_gates_remove_counts_by_the_updates_since_sampling():
+    """Points of training without a value are left out, as are gates that removed nothing."""
+
+    def entry(value):
+        draws = (value + rng.normal(0, 0.01, 20)).tolist() if value is not None else None
+        return {"value": value} if value is None else {"value": value, "draws": draws}
+
+    def stage(updates, removed, helps):
+        """As the lab says it, with the bare ratio's gradients before the others."""
+        names = [*UNGATED.values(), "sapo", "grpo", "gspo"]
+        helped = [{"value": 0.7, "difference": entry(x)} for x in (0.0, 0.0, helps, None, None)]
+        gone = [entry(x) for x in (None, None, removed, None, None)]
+        mass = [0.0, 0.0, 0.1, 0.0, 0.0]
+        gradients = {"names": names, "fidelity": {"reward": helped},
+                     "removed": {"reward": gone, "mass": mass}}  # fmt: skip
+        return {"updates": updates, "reward": 0.5, **weakest._of(gradients)}
+
+    rng = np.random.default_rng(0)
+    stages = [
+        {"seed": s, "point": p, "stages": [stage(3, r, -0.1), stage(15, -0.2, 0.1)]}
+        for s in range(8) for p, r in ((4, -0.1), (24, None), (48, -0.2 - 0.01 * s))
+    ]  # fmt: skip
+    page = weakest.report({"stages": stages})
+    found = {name: round(effect.mean, 6) for name, effect in page.effects.items()}
+    assert found == {"removed first": -0.1675, "removed last": -0.2, "helps last": 0.1}
+    assert supported("weakest_assumption", {"stages": stages}) == set(found)
+    (table,) = page.tables.values()
+    assert "| sapo | 3 | 4 | 8 | 10.00% | −0.10 (" in table
+    assert "| sapo | 3 | 24 |" not in table
+
+
+def test_bounds_are_of_each_sequence():
+    """With τ²/4: one in four of the dense ones is above by a fifth, for the gate in use."""
+
+    def seed(var, above):
+        tau, var = np.array([1.0, 1.05] * 4), np.array([var] * 8)
+        d = tau**2 / 4 * var
+        gate = d * np.where(np.arange(8) < above, 1.2, 0.9)
+        found = {"tau": tau, "var": var, "d_log": d + 5e-7, "d_gate": gate}  # by rounding
+        return {k: v.tolist() for k, v in found.items()} | {"ratios": [0, *[1] * 100, 0]}
+
+    cells = {
+        f"{kind}/{n}": [seed(*of) for _ in range(8)]
+        for kind, of in (("mixture of experts", (0.01, 0)), ("the same, R3", (0.03, 0)),
+                         ("dense", (0.001, 2)))
+        for n in (4, 16)
+    }  # fmt: skip
+    effects = pages.study("assumption_validation").report({"sequences": cells}).effects
+    share = "{:.2%} of 384 sequences above".format
+    assert effects["theorem"] == Exact(True, share(0))
+    assert effects["gate"] == Exact(False, f"{share(1 / 12)}, by a factor of up to 1.20")
+    assert effects["small"] == Exact(True, "100.0% of 64 sequences")
+    assert effects["sparse"].mean == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name", WITH_RESULTS)
 def test_tables_and_verdicts_follow_from_the_results(name):
     """Byte for byte; the sizes of what is stored are bounded."""
-    own, out = pages.study(name), study.ROOT / name / "results"
-    page = own.page(out)
+    own, page, out = pages.study(name), pages.page(name), study.ROOT / name / "results"
     assert own.tables(page) == (out / "table.md").read_text()
     assert sum(p.stat().st_size for p in out.rglob("*")) < 5 * 2**20
     measured = study.verdicts(own.claims, page.effects)
@@ -214,9 +299,12 @@ def test_tables_and_verdicts_follow_from_the_results(name):
 
 
 def test_what_the_pages_say_was_measured():
-    """Otherwise: python -m experiments.evidence.pages."""
+    """Otherwise: python -m experiments.evidence.pages. A page without marks would never change."""
     for path, text in pages.files():
         assert path.read_text() == text, path
+        if path != study.ROOT.parent / "README.md":  # which has no table yet
+            marks = ["protocol", "result"] if path.parent.name in NAMES else ["claims"]
+            assert all(f"<!-- {mark} -->" in text for mark in marks), path
 
 
 def test_gates_are_figure_1_and_the_two_facts_that_it_leaves_out():

@@ -11,9 +11,10 @@ import pytest
 
 from sapo_jax import gradlab, learner, objectives
 from sapo_jax.gradlab import pull, tokens
-from sapo_jax.gradlab.fidelity import Products, fidelities, noise_scale
+from sapo_jax.gradlab.fidelity import RESAMPLES, Products, fidelities, noise_scale
 from sapo_jax.model import transformer
 from sapo_jax.objectives import OBJECTIVES
+from sapo_jax.training import bootstrap
 from sapo_jax.types import Batch, Seen
 from tests import fakes
 
@@ -273,10 +274,11 @@ def test_fidelity_divides_out_the_noise_of_the_target():
         assert found[2]["value"] is None
         assert found[0]["low"] < found[0]["value"] < found[0]["high"]
         points.append(found[0]["value"])
-    draws = fidelities(products, [0, 0, 0], [0, 0, 0], 100)["reward"][0]["draws"]
-    assert np.quantile(draws, [0.1, 0.9]) == pytest.approx(
-        [found[0]["low"], found[0]["high"]], abs=0.1
-    )
+    drawn = fidelities(products, [0, 0, 0], [0, 0, 0], RESAMPLES)["reward"]
+    for entry in (drawn[0], drawn[1]["difference"]):
+        assert bootstrap.percentiles(np.array(entry["draws"])) == (entry["low"], entry["high"])
+    fewer = fidelities(products, [0, 0, 0], [0, 0, 0], 100)["reward"][0]["draws"]
+    assert fewer == drawn[0]["draws"][:100]
     # The gradient's own noise stays in: ‖noise‖² = 0.49 of a signal of 1.
     assert np.mean(points) == pytest.approx(1 / np.sqrt(1.49), abs=0.04)
 
