@@ -126,9 +126,8 @@ def get_config() -> ConfigDict:
     c.sampler.max_new_tokens = 0  # 0: the task's own bound
     c.sampler.temperature = 1.0  # of the learner's log π, too
     c.sampler.slots = 0  # groups' worth of rows in flight; 0: as many as sampler.make_plan takes
-    c.sampler.budget = (
-        0  # rows of decode steps an iteration, the rest goes on in the next; 0: no end
-    )
+    # Rows of decode steps an iteration; the rest goes on in the next. 0: no end.
+    c.sampler.budget = 0
     c.sampler.devices = 0  # of its own, beside the learner's mesh; 0: those of the mesh
     # A shape of its own for the mesh's devices. 0: where all are, that of c.mesh; else the rest for
     # data, 1 for the others.

@@ -41,7 +41,7 @@ FLAGS = cli.Flags("experiments.storm.run", __doc__)
 FLAGS.integer("kills", 60, "SIGKILLs in all.", 1)
 FLAGS.integer("seed", 0, "Of the moments.", 0)
 FLAGS.string("workdir", "runs/storm", "Of everything; must be new, or a storm's.")
-SHARES = {"one process": 10, "two processes": 2, "a sweep": 3}  # of the kills
+SHARES = {"one process": 7, "two processes": 2, "a sweep": 3}  # of the kills
 CONFIG = {  # rewards that differ, so that there is something to learn
     "iterations": 30, "checkpoint.every": 2, "eval.every": 5, "reward.overlong": 1.0,
     "reward.buffer": 6,
