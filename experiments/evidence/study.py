@@ -200,7 +200,8 @@ def interval(found: Effect, scale: float = 100, digits: int = 1, sign: str = "+"
 def written(found: Effect, claim: Claim) -> str:
     """An effect in words."""
     size = "" if found.size is None else f", d = {found.size:+.2f}".replace("-", "−")
-    return f"{interval(found, claim.scale)} {claim.unit}, {found.seeds} seeds{size}"
+    value = f"{interval(found, claim.scale, 1 if claim.scale == 100 else 2)} {claim.unit}"
+    return f"{value.rstrip()}, {found.seeds} seeds{size}"
 
 
 def claims_table(rows: Sequence[Mapping[str, Any]]) -> str:

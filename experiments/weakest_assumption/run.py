@@ -140,8 +140,7 @@ def _draw(figure: FigureBase, page: Page, *, found: list[Mapping], what: str, la
         ax.set_xticks(range(len(points)), points)
         ax.set(title=f"{u} updates since sampling", xlabel="iterations of training")
     axes[0].set_ylabel(label)
-    if axes[0].has_data():
-        axes[0].legend(fontsize=7.5)
+    style.legend(axes[-1])
 
 
 def report(stored: Mapping[str, Any]) -> Page:
