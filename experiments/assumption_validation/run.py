@@ -134,7 +134,7 @@ def _row(name: str, seeds: Sequence[Mapping]) -> list[str]:
         interval(means, 1, 4, sign=""), f"{np.median(var):.4f}",
         f"{np.quantile(var, 0.99):.3f}", f"{np.mean(var < MOST):.1%}",
         f"{np.concatenate(above(seeds, 'd_log')).mean():.2%}", interval(share, sign="") + " %",
-        f"{near.mean():.1%}", f"{worst(seeds, 'd_gate'):.2f}",
+        f"{near.mean():.1%}" if near.size else "–", f"{worst(seeds, 'd_gate'):.2f}",
     ]  # fmt: skip
 
 
