@@ -34,12 +34,17 @@ def page(name: str) -> Page:
     return own.page(own.folder / "results")
 
 
-def claims(most: int | None = None) -> list[Mapping[str, Any]]:
-    """Claims with their verdicts, of each experiment the first ones; what did not hold leads."""
+def claims(most: int | None) -> list[Mapping[str, Any]]:
+    """Claims with their verdicts, what did not hold first.
+
+    With ``most``, so many of each experiment that has run.
+    """
     rows = []
     for name in STUDIES:
         found = verdicts(study(name).claims, page(name).effects)
-        rows += [{"experiment": name, **row} for row in found[:most]]
+        if most:
+            found = [row for row in found if row["verdict"] != NOT_RUN][:most]
+        rows += [{"experiment": name, **row} for row in found]
     return sorted(rows, key=lambda row: FIRST.index(row["verdict"]))
 
 

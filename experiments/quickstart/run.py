@@ -73,7 +73,7 @@ def draw(results: dict, path: pathlib.Path) -> None:
     from matplotlib.figure import Figure
 
     panels = {"eval/pass_at_1": "held-out Pass@1", "policy/entropy": "entropy, nats per token"}
-    colours = dict(zip(results, ("#777777", "#0072B2", "#D55E00", "#009E73"), strict=False))
+    colours = dict(zip(results, ("#777777", "#0072B2", "#009E73", "#D55E00"), strict=False))
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     for ax, (key, label) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         for name, runs in results.items():

@@ -127,7 +127,7 @@ def _draw(figure: FigureBase, page: Page, *, found: list[Mapping], what: str, la
     updates = [stage["updates"] for stage in found[0]["stages"]]
     axes = style.row(figure, len(updates))
     for ax, u in zip(axes, updates, strict=True):
-        for k, (name, colour) in enumerate(zip(NAMES, ("blue", "orange", "green"), strict=True)):
+        for k, (name, colour) in enumerate(zip(NAMES, ("blue", "green", "orange"), strict=True)):
             each = [(i + 0.2 * (k - 1), pooled(found, name, what, u, [p]))
                     for i, p in enumerate(points)]  # fmt: skip
             for x, cell in each:
