@@ -66,8 +66,12 @@ class Compilations:
 
 def on_eight_devices(file, *options):
     """Run a file of tests in a process whose CPU counts as eight devices."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    # Devices that share a busy core wait long for one another: XLA would give up after 40 s.
+    flags = (
+        os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    )  # fmt: skip
+    environment = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", file, *options]
     root = pathlib.Path(__file__).parents[1]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)

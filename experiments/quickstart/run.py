@@ -1,27 +1,30 @@
 """Run the quickstart for several seeds and objectives, and draw their learning curves.
 
-    python -m experiments.quickstart.run --seeds=3 --objectives=sapo,grpo,gspo
+    python -m experiments.quickstart.run --seeds=5 --objectives=sapo,grpo,gspo
 
 Each seed has its own cold start, which its objectives share. Complete runs are not repeated;
-`results/` gets their metrics, a table and a figure.
+`results/` gets their metrics, a table and a figure, the main README its picture of a run.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 
 from sapo_jax import cli
+from sapo_jax.report import run as report
 from sapo_jax.training.workdir import read_metrics
 
 HERE = pathlib.Path(__file__).parent
 RUNS = pathlib.Path("runs/experiments/quickstart")
+ONE, PICTURE = "sapo-0", HERE.parents[1] / "docs" / "quickstart.png"
 FLAGS = cli.Flags("experiments.quickstart.run", __doc__)
-FLAGS.integer("seeds", 3, "Number of seeds.")
+FLAGS.integer("seeds", 5, "Number of seeds.")
 FLAGS.words("objectives", ["sapo", "grpo", "gspo"], "Presets to compare.")
 FLAGS.boolean("plot_only", False, "Draw from results/metrics.json, run nothing.")
 SHOWN = ("iteration", "eval/pass_at_1", "reward/mean", "policy/entropy", "policy/kl_old")
@@ -99,8 +102,13 @@ def main(given: cli.Flags) -> None:
     else:
         results = collect(given.seeds, given.objectives)
         stored.write_text(json.dumps(results))
+        if (RUNS / ONE).exists():
+            shutil.rmtree(out / ONE, ignore_errors=True)
+            shutil.copytree(RUNS / ONE / "metrics", out / ONE / "metrics")
+            shutil.copy(RUNS / ONE / "config.json", out / ONE)
     (out / "table.md").write_text(table(results))
     draw(results, out / "curves.png")
+    report.picture(out / ONE, PICTURE)
     print(table(results))
 
 

@@ -192,7 +192,8 @@ def from_rollout(
     queries = [next_query(*pair, scorer, iteration, bundle.carry) for pair in pairs]
     with clock("to_sampler"):
         weights = jax.block_until_ready(engine.to_sampler(params, bundle.frozen))
-    moved = float(sampler.moved_bytes((params, bundle.frozen), weights) / len(queries))
+    places = max(len(queries), sharding.runs(engine.runs[0].mesh))  # some may have no run
+    moved = sampler.moved_bytes((params, bundle.frozen), weights) / places
     when = {"iteration": iteration, "policy_step": policy_step or iteration}
 
     def sampled():
@@ -217,7 +218,7 @@ def from_rollout(
     if not apart:
         return finish(*sampled())
     if engine.runs[0].config.learner.old_logp == "recompute":  # updates take the buffers meanwhile
-        copy = jax.tree.map(jnp.copy, params)
+        copy = sharding.copy(params)
         bundle = bundle._replace(state=bundle.state.replace(params=copy))
     thread = futures.ThreadPoolExecutor(1)
     under_way = thread.submit(sampled)

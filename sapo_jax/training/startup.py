@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
 
 from sapo_jax import learner, rewards
 from sapo_jax.model import lora
-from sapo_jax.parallel import distributed
+from sapo_jax.parallel import distributed, sharding
 from sapo_jax.training import carry, evaluation, parameters, queue
 from sapo_jax.training.checkpoint import Checkpoints, DamagedError, meta_of
 from sapo_jax.training.digest import digests
@@ -66,7 +65,7 @@ def start(
         if run.model.lora_rank or not run.config.init_from:  # what is frozen is drawn apart
             return learner.init(parameters.random(run), run.hp)
         begin = lora.trained(weights(run, None), run.model)
-        return learner.init(jax.tree.map(jnp.copy, begin), run.hp)  # the reference stays
+        return learner.init(sharding.copy(begin), run.hp)  # the reference stays
 
     if found is None:
         saved = [engine.place(map(first, engine.runs)) for engine in engines]
@@ -280,7 +279,7 @@ def warm_up(
 
         got = SOURCES[config.source](fresh, 0, Clock(), scorer, say)()
         say("update")
-        copy = jax.tree.map(jnp.copy, bundle.state)
+        copy = sharding.copy(bundle.state)
         state, _ = engine.learn(copy, got.minibatches, bundle.frozen)
         waiting = (got,) if config.staleness else ()
         if alone:
