@@ -61,6 +61,17 @@ def test_the_tree_of_the_readme_is_that_of_the_package():
     assert sorted(name for name in listed if name.startswith("sapo_jax/")) == sorted(files)
 
 
+def test_the_quickstart_of_the_readme_is_that_of_its_results():
+    """Otherwise: python -m experiments.quickstart.run --plot_only, and the sentence again."""
+    root, found = generate.OUT.parent, {}
+    for line in (root / "experiments/quickstart/results/table.md").read_text().splitlines()[2:]:
+        name, seeds, _, end = (cell.strip() for cell in line.strip("|").split("|"))
+        found[name] = end.split()[0]
+    sentence = f"it ends at {found['sapo']}, GRPO at {found['grpo']}, GSPO at {found['gspo']} ("
+    assert sentence in " ".join((root / "README.md").read_text().split())
+    assert seeds == "5"
+
+
 def test_every_preset_says_how_implementations_differ():
     assert set(DIFFERENCES) == set(OBJECTIVES)
 

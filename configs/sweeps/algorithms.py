@@ -6,7 +6,7 @@ Command   python -m sapo_jax.sweep --config=configs/sweeps/algorithms.py \
           (after `make train`, whose cold start all runs share)
 Time      56 runs; on a CPU each objective compiles an update of its own. About 2 hours on 2 CPU
           cores, from what a run of configs/sweeps/temperature.py takes.
-Result    Not run yet. The quickstart alone, 3 seeds: SAPO 0.940, GRPO 0.963, GSPO 0.939
+Result    Not run yet. The quickstart alone, 5 seeds: SAPO 0.946, GRPO 0.952, GSPO 0.948
           (experiments/quickstart).
 """
 

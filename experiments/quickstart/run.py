@@ -3,7 +3,7 @@
     python -m experiments.quickstart.run --seeds=5 --objectives=sapo,grpo,gspo
 
 Each seed has its own cold start, which its objectives share. Complete runs are not repeated;
-`results/` gets their metrics, a table and a figure, the main README its picture of a run.
+`results/` gets their metrics, a table and a figure, the README the table, docs/ a picture.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 
 import numpy as np
 
+from experiments.evidence.study import fill, markdown
 from sapo_jax import cli
 from sapo_jax.report import run as report
 from sapo_jax.training.workdir import read_metrics
@@ -57,18 +58,16 @@ def curve(runs: list[list[dict]], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 def table(results: dict) -> str:
     """Pass@1 before and after, as Markdown."""
-    lines = [
-        "| objective | seeds | Pass@1 at the start | Pass@1 at the end: mean (range) |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for name in results:
         _, values = curve(results[name], "eval/pass_at_1")
         start, end = values[:, 0], values[:, -1]
-        lines.append(
-            f"| {name} | {len(end)} | {start.min():.2f} to {start.max():.2f} "
-            f"| {end.mean():.3f} ({end.min():.3f} to {end.max():.3f}) |"
-        )
-    return "\n".join(lines) + "\n"
+        rows.append([
+            name, str(len(end)), f"{start.min():.2f} to {start.max():.2f}",
+            f"{end.mean():.3f} ({end.min():.3f} to {end.max():.3f})",
+        ])  # fmt: skip
+    columns = ["objective", "seeds", "Pass@1 at the start", "Pass@1 at the end: mean (range)"]
+    return markdown(columns, rows)
 
 
 def draw(results: dict, path: pathlib.Path) -> None:
@@ -106,10 +105,13 @@ def main(given: cli.Flags) -> None:
             shutil.rmtree(out / ONE, ignore_errors=True)
             shutil.copytree(RUNS / ONE / "metrics", out / ONE / "metrics")
             shutil.copy(RUNS / ONE / "config.json", out / ONE)
-    (out / "table.md").write_text(table(results))
+    found = table(results)
+    (out / "table.md").write_text(found)
+    readme = HERE / "README.md"
+    readme.write_text(fill(readme.read_text(), "result", found))
     draw(results, out / "curves.png")
     report.picture(out / ONE, PICTURE)
-    print(table(results))
+    print(found)
 
 
 if __name__ == "__main__":
