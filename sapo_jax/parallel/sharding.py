@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -308,16 +307,6 @@ def place(tree: Any, mesh: Mesh | None, partition: PartitionSpec | None = None) 
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(placed, tree)
-
-
-@jax.jit
-def copy(tree: Any) -> Any:
-    """Copies of arrays, where they lie.
-
-    By one program: as many as there are arrays would queue behind a collective that is under way,
-    and XLA's CPU client, whose queues are short, then waits for ever.
-    """
-    return jax.tree.map(jnp.copy, tree)
 
 
 @partial(jax.jit, static_argnames="mesh")

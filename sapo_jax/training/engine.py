@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sapo_jax import learner, sampler
@@ -163,3 +164,13 @@ def stack(trees: Iterable[Any]) -> Any:
 def pick(tree: Any, run: int) -> Any:
     """One run of a tree with a leading axis R."""
     return jax.tree.map(lambda x: x[run, ...], tree)
+
+
+@jax.jit
+def copied(tree: Any) -> Any:
+    """Copies of arrays, where they lie.
+
+    By one program: as many as there are arrays would queue behind a collective that is under way,
+    and XLA's CPU client, whose queues are short, then waits for ever.
+    """
+    return jax.tree.map(jnp.copy, tree)

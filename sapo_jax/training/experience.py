@@ -24,7 +24,7 @@ from sapo_jax.model import images
 from sapo_jax.parallel import sharding
 from sapo_jax.tasks.base import Example
 from sapo_jax.training.carry import Carry, done, lags_of
-from sapo_jax.training.engine import Bundle, Ends
+from sapo_jax.training.engine import Bundle, Ends, copied
 from sapo_jax.training.progress import Clock
 from sapo_jax.training.queue import Experience
 from sapo_jax.training.scoring import Lengths, layouts_of, packed, scored
@@ -218,7 +218,7 @@ def from_rollout(
     if not apart:
         return finish(*sampled())
     if engine.runs[0].config.learner.old_logp == "recompute":  # updates take the buffers meanwhile
-        copy = sharding.copy(params)
+        copy = copied(params)
         bundle = bundle._replace(state=bundle.state.replace(params=copy))
     thread = futures.ThreadPoolExecutor(1)
     under_way = thread.submit(sampled)

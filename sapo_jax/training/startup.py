@@ -19,11 +19,11 @@ from etils import epath
 
 from sapo_jax import learner, rewards
 from sapo_jax.model import lora
-from sapo_jax.parallel import distributed, sharding
+from sapo_jax.parallel import distributed
 from sapo_jax.training import carry, evaluation, parameters, queue
 from sapo_jax.training.checkpoint import Checkpoints, DamagedError, meta_of
 from sapo_jax.training.digest import digests
-from sapo_jax.training.engine import Bundle, Streamed, pick, stack
+from sapo_jax.training.engine import Bundle, Streamed, copied, pick, stack
 from sapo_jax.training.experience import SOURCES, open_stream
 from sapo_jax.training.progress import Clock
 from sapo_jax.training.settings import Settings
@@ -65,7 +65,7 @@ def start(
         if run.model.lora_rank or not run.config.init_from:  # what is frozen is drawn apart
             return learner.init(parameters.random(run), run.hp)
         begin = lora.trained(weights(run, None), run.model)
-        return learner.init(sharding.copy(begin), run.hp)  # the reference stays
+        return learner.init(copied(begin), run.hp)  # the reference stays
 
     if found is None:
         saved = [engine.place(map(first, engine.runs)) for engine in engines]
@@ -279,7 +279,7 @@ def warm_up(
 
         got = SOURCES[config.source](fresh, 0, Clock(), scorer, say)()
         say("update")
-        copy = sharding.copy(bundle.state)
+        copy = copied(bundle.state)
         state, _ = engine.learn(copy, got.minibatches, bundle.frozen)
         waiting = (got,) if config.staleness else ()
         if alone:
