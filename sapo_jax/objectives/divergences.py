@@ -35,7 +35,7 @@ def kl(x: TokenInputs) -> jax.Array:
     return (1 - old_rest) * (old_logp - logp) + others
 
 
-def _kept(x: TokenInputs, within: jax.Array) -> jax.Array:
+def _ratio_within(x: TokenInputs, within: jax.Array) -> jax.Array:
     """r·A where the update moves r towards 1, or D is within its bound."""
     inward = x.advantages * sg(x.log_ratio) <= 0
     return jnp.where(inward | within, x.ratio, 0) * x.advantages
@@ -51,7 +51,7 @@ def dppo_tv(x: TokenInputs, hp: dict) -> jax.Array:
 
     Source: arXiv 2602.04879, and its authors' code (sail-sg/Stable-RL).
     """
-    return _kept(x, total_variation(x) <= _bound(x, hp))
+    return _ratio_within(x, total_variation(x) <= _bound(x, hp))
 
 
 def dppo_kl(x: TokenInputs, hp: dict) -> jax.Array:
@@ -60,7 +60,7 @@ def dppo_kl(x: TokenInputs, hp: dict) -> jax.Array:
 
     Source: arXiv 2602.04879, and its authors' code (sail-sg/Stable-RL).
     """
-    return _kept(x, kl(x) <= _bound(x, hp))
+    return _ratio_within(x, kl(x) <= _bound(x, hp))
 
 
 def cppo(x: TokenInputs, hp: dict) -> jax.Array:
@@ -77,4 +77,4 @@ def cppo(x: TokenInputs, hp: dict) -> jax.Array:
     moved = weight * total_variation(x)
     before, budget = (masked.sequence_cumsum(y, x.mask, x.segments) - y for y in (moved, weight))
     slack = jnp.minimum(0, hp["delta_prefix"] * budget - before)
-    return _kept(x, moved <= hp["delta"] + slack)
+    return _ratio_within(x, moved <= hp["delta"] + slack)

@@ -150,9 +150,9 @@ def _resume_slots(config, params, prompts, state, slot_F, prompt_F):
     place_FGC = jnp.clip(own.length[:, None, None] + token_FGC, 0, n + t - 1)
 
     def write(old, new_BKSd):
-        kept = jnp.take_along_axis(new_BKSd, place_FGC.reshape(f * g, 1, size, 1), 2)
+        moved = jnp.take_along_axis(new_BKSd, place_FGC.reshape(f * g, 1, size, 1), 2)
         by_slot = old.reshape(-1, g, *old.shape[1:])
-        written = by_slot.at[slot_F].set(kept.reshape(f, g, *old.shape[1:]), mode="drop")
+        written = by_slot.at[slot_F].set(moved.reshape(f, g, *old.shape[1:]), mode="drop")
         return written.reshape(old.shape)
 
     rows_BS = tokens_FGS.reshape(f * g, n + t)

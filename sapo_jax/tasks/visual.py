@@ -174,7 +174,7 @@ class ChartValue(Visual):
     bounds: ClassVar[Bounds] = {"bars": (1, 8), "largest": (2, 99)}
 
     def _generate(self, key: str) -> Example:
-        asked, colour, *values = draw(key, [self.bars, 4] + [self.largest] * self.bars)
+        bar, colour, *values = draw(key, [self.bars, 4] + [self.largest] * self.bars)
         picture, pen = drawing.canvas(self.size, self.size)
         dot = max(1, self.size // 64)
         foot, wide = self.size - 8 * dot, self.size / self.bars
@@ -186,7 +186,7 @@ class ChartValue(Visual):
             fill = list(drawing.COLOURS.values())[colour]
             pen.rectangle([x + wide / 5, top, x + wide * 4 / 5, foot], fill=fill)
             drawing.write(pen, (x + wide / 2 - 1.5 * dot, foot + dot), "ABCDEFGH"[n], dot)
-        prompt, answer = f"{'ABCDEFGH'[asked]}=", str(values[asked] + 1)
+        prompt, answer = f"{'ABCDEFGH'[bar]}=", str(values[bar] + 1)
         return _example(picture, prompt, answer, answer, f"{values}{colour}")
 
 
