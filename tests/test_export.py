@@ -86,11 +86,8 @@ def test_the_command_that_is_printed_works(first, tmp_path):
     rooms = ["--max_prompt_tokens=4", "--max_new_tokens=6", "--chat=False"]
     task = "chain_sum,modulus=10,terms=2"
     assert command[3:] == [f"--hf={tmp_path}/a policy", f"--task={task}", *rooms]
-    given = evaluate.FLAGS(["evaluate", *command[3:]], known_only=True)
-    assert given == ["evaluate"]
-    assert evaluate.FLAGS.chat is False
+    assert evaluate.FLAGS.parse(["evaluate", *command[3:]]).chat is False
     assert evaluate.parse_task(task) == ("chain_sum", {"terms": 2, "modulus": 10})
-    evaluate.FLAGS.unparse_flags()
 
 
 def test_a_run_goes_on_from_the_directory(first, tmp_path):
@@ -146,8 +143,6 @@ def test_a_directory_is_evaluated_from_the_command_line(first, tmp_path):
 
 def evaluated(out, *arguments):
     """What the command writes, in this process."""
-    for name in evaluate.FLAGS.own:
-        evaluate.FLAGS[name].unparse()
     common = [f"--out={out}", "--compilation_cache="]
     evaluate.main(evaluate.FLAGS.parse(["evaluate", *arguments, *common]))
     return json.loads(out.read_text())

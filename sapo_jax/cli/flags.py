@@ -96,8 +96,11 @@ class Flags(flags.FlagValues):
     def parse(self, argv: Sequence[str]) -> Flags:
         """Take the values of the command line, ``sys.argv``; what is wrong there ends the process.
 
-        Flags of absl (--verbosity) and of other libraries are taken, too.
+        Flags of absl (--verbosity) and of other libraries are taken, too. Nothing is left of an
+        earlier command line of the same process.
         """
+        for name in self.own:
+            self[name].unparse()
         for flag in map(flags.FLAGS.__getitem__, flags.FLAGS):
             if flag.name not in self:
                 self[flag.name] = flag

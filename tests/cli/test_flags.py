@@ -86,6 +86,13 @@ def test_help_shows_the_values_of_a_config(sapo):
         assert f"\n  --config.{text} " in out
 
 
+def test_nothing_is_left_of_an_earlier_command_line():
+    evaluate.FLAGS.parse(["evaluate", "--hf=a", "--task=maze,cells=3", "--samples=3"])
+    given = evaluate.FLAGS.parse(["evaluate", "--workdir=b"])
+    assert (given.workdir, given.hf, given.task, given.samples) == ("b", "", [], 16)
+    assert not given["samples"].present
+
+
 CONFIG = """from configs import base
 
 
