@@ -87,6 +87,8 @@ def test_help_shows_the_values_of_a_config(sapo):
 
 
 def test_nothing_is_left_of_an_earlier_command_line():
+    from sapo_jax import evaluate
+
     evaluate.FLAGS.parse(["evaluate", "--hf=a", "--task=maze,cells=3", "--samples=3"])
     given = evaluate.FLAGS.parse(["evaluate", "--workdir=b"])
     assert (given.workdir, given.hf, given.task, given.samples) == ("b", "", [], 16)
