@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
             "shapes": {
                 "name": "count_shapes",
                 "share": 0.375,
-                "options": {"size": 24, "cells": 3, "kinds": 3, "colours": 3},
+                "options": {"size": 24, "cells": 3, "kinds": 2, "colours": 2, "slip": 0.25},
             },
             "text": {"name": "chain_sum", "share": 0.25, "options": {"terms": 3, "slip": 0.25}},
         },

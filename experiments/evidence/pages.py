@@ -18,7 +18,7 @@ STUDIES = (
     "gates", "assumption_validation", "algorithm_comparison", "staleness", "temperature_ablation",
     "multi_task", "gate_families", "aggregation", "weakest_assumption",
 )  # fmt: skip
-PILOTS = "pilots"
+WITHOUT_CLAIMS = ("vision", "pilots")
 FIRST = (stats.CONTRADICTED, stats.UNDECIDED, stats.SUPPORTED, NOT_RUN)
 
 
@@ -60,7 +60,7 @@ def table(folder: str, most: int | None = None) -> str:
 
 def files() -> Iterator[tuple[pathlib.Path, str]]:
     """Paths of pages, and what is to be in them."""
-    for name in (*STUDIES, PILOTS):
+    for name in (*STUDIES, *WITHOUT_CLAIMS):
         own, path = study(name), ROOT / name / "README.md"
         yield path, own.filled(path.read_text(), page(name))
     for path, part in (

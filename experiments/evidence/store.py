@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -59,20 +60,26 @@ def collect(workdir: epath.PathLike) -> dict[str, Any]:
     """The curves of every run of a sweep, those that stopped early included."""
     workdir = epath.Path(workdir)
     listed = read_json(workdir / MANIFEST, {"runs": [dict]})["runs"]
-    runs = []
-    for run in listed:
-        place = workdir / run["directory"]
-        records, config = read_metrics(place), read_config(place) or {}
-        keys = sorted({key for record in records for key in record if _stored(key)})
-        runs.append({
-            "name": run["name"],
-            "overrides": run["overrides"],
-            "config": {name: config[name] for name in FIELDS if name in config},
-            "curves": {key: rounded(_curve(records, key)) for key in keys},
-        })  # fmt: skip
-    starts = provenance.read(workdir / listed[0]["directory"])
+    runs = [curves(workdir / run["directory"], run["name"], run["overrides"]) for run in listed]
+    return {"runs": runs, "provenance": starts(workdir / listed[0]["directory"])}
+
+
+def curves(place: epath.Path, name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of one run."""
+    records, config = read_metrics(place), read_config(place) or {}
+    keys = sorted({key for record in records for key in record if _stored(key)})
+    return {
+        "name": name,
+        "overrides": dict(overrides),
+        "config": {key: config[key] for key in FIELDS if key in config},
+        "curves": {key: rounded(_curve(records, key)) for key in keys},
+    }
+
+
+def starts(place: epath.Path) -> list[dict[str, Any]]:
+    """What a run was started with, each time."""
     facts = ("commit", "versions", "device", "started")
-    return {"runs": runs, "provenance": [{k: one[k] for k in facts} for one in starts]}
+    return [{key: one[key] for key in facts} for one in provenance.read(place)]
 
 
 def runs_of(stored: dict[str, Any]) -> list[Run]:

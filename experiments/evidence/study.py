@@ -140,8 +140,8 @@ class Study:
         return self.report(dict(sorted(stored.items()))) if stored else Page({}, [], {})
 
     def tables(self, page: Page) -> str:
-        """Verdicts, then the tables."""
-        parts = [claims_table(verdicts(self.claims, page.effects))]
+        """Verdicts, if there are claims, then the tables."""
+        parts = [claims_table(verdicts(self.claims, page.effects))] if self.claims else []
         parts += [f"**{title}**\n\n{table}" for title, table in page.tables.items()]
         return "\n".join(parts)
 

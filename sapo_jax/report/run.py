@@ -123,12 +123,18 @@ def _head(config: Config) -> dict[str, Any]:
     supervised = config.get("source") == "demonstrations"
     objective = run_records.objective_of(config)
     method = str(objective.pop("name", "")).replace("_", " ").upper()
-    task = config.get("task")
-    task = task.get("name") if isinstance(task, Mapping) else task
     chips = {} if supervised else {**objective}
-    chips |= {"task": task, "seed": config.get("seed")}
+    chips |= {"task": _task(config), "seed": config.get("seed")}
     chips = {key: value for key, value in chips.items() if value not in (None, math.inf)}
     return {"supervised": supervised, "method": "" if supervised else method, "chips": chips}
+
+
+def _task(config: Config) -> Any:
+    """The name of the run's task, the names of several."""
+    one, several = config.get("task"), config.get("tasks")
+    if several and isinstance(several, Mapping):
+        return ", ".join(several)
+    return one.get("name") if isinstance(one, Mapping) else one
 
 
 def _shares(records: Records) -> list[tuple[str, str, float, float]]:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 LENGTHS = {"train": 2**20, "test": 4096}  # examples per split of a generated task
 HELD_OUT = 8  # one problem in this many belongs to "test"
 MAX_ATTEMPTS = 100_000
+SLIP_UNITS = 10**6  # of which a teacher's luck is drawn
 IMAGE = "<image>"  # in a prompt: where an image stands
 PRINTABLE = frozenset(map(chr, range(32, 127))) | {"\n"}  # ASCII, for free completions
 
@@ -104,6 +105,16 @@ def check_option(field: str, value: int, low: int, high: int | None = None) -> N
         return
     allowed = f">= {low}" if high is None else f"in [{low}, {high}]"
     raise ValueError(f"{field} must be an integer {allowed}, got {value!r}")
+
+
+def check_probability(field: str, value: float) -> None:
+    """Refuse an option of a task that is no number of [0, 1).
+
+    Raises:
+      ValueError: naming the field, the value and what is allowed.
+    """
+    if not (isinstance(value, int | float) and 0 <= value < 1):
+        raise ValueError(f"{field} must be a number in [0, 1), got {value!r}")
 
 
 def draw(key: str, bounds: Sequence[int]) -> list[int]:

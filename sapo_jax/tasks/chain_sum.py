@@ -7,9 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from sapo_jax.tasks.base import Example, Generated, check_option, draw, make_example
+from sapo_jax.tasks.base import (
+    SLIP_UNITS,
+    Example,
+    Generated,
+    check_option,
+    check_probability,
+    draw,
+    make_example,
+)
 
-SLIP_UNITS = 10**6
 LETTERS = string.ascii_lowercase
 
 
@@ -55,8 +62,7 @@ class ChainSum(Generated):
         check_option("modulus", self.modulus, 2)
         if self.below is not None:
             check_option("below", self.below, 1, 10**self.digits)
-        if not 0 <= self.slip < 1:
-            raise ValueError(f"slip must be a number in [0, 1), got {self.slip!r}")
+        check_probability("slip", self.slip)
         if not 0 <= self.notice <= 1:
             raise ValueError(f"notice must be a number in [0, 1], got {self.notice!r}")
 

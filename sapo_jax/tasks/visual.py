@@ -84,15 +84,21 @@ class CountShapes(Visual):
       cells: along a side; more are harder.
       kinds: of shapes, up to 3: circle, square, triangle.
       colours: up to 4: red, green, blue, yellow.
+      slip: probability of another number in a demonstration, in [0, 1).
     """
 
     cells: int = 4
     kinds: int = 3
     colours: int = 3
+    slip: float = 0.0
 
     name: ClassVar[str] = "count_shapes"
     alphabet: ClassVar[str] = "".join(sorted(set("0123456789 =".join([*KINDS, *drawing.COLOURS]))))
     bounds: ClassVar[Bounds] = {"cells": (2, 10), "kinds": (1, 3), "colours": (1, 4)}
+
+    def __post_init__(self):
+        super().__post_init__()
+        base.check_probability("slip", self.slip)
 
     def _generate(self, key: str) -> Example:
         count, kinds = self.cells**2, KINDS[: self.kinds]
@@ -113,8 +119,10 @@ class CountShapes(Visual):
                 box = [x + side / 8, y + side / 8, x + 7 * side / 8, y + 7 * side / 8]
                 drawing.shape(pen, thing[0], box, drawing.COLOURS[thing[1]])
         kind, colour = things[wanted]
-        answer = str(most)
-        return _example(picture, f"{colour} {kind}=", answer, answer, f"{held}{self.cells}")
+        luck, error = draw(f"{key}/slips", [base.SLIP_UNITS, count])
+        slipped = (most + (luck < self.slip * base.SLIP_UNITS) * (1 + error)) % (count + 1)
+        shows = f"{held}{self.cells}"
+        return _example(picture, f"{colour} {kind}=", str(most), str(slipped), shows)
 
 
 @dataclass(frozen=True)

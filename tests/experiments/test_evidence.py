@@ -17,7 +17,7 @@ from sapo_jax.gradlab import UNGATED
 from sapo_jax.report.sweep_stats import Run
 from sapo_jax.training import bootstrap
 
-NAMES = (*pages.STUDIES, pages.PILOTS)
+NAMES = (*pages.STUDIES, *pages.WITHOUT_CLAIMS)
 WITH_RESULTS = [n for n in NAMES if any((study.ROOT / n / "results").glob("*.json.gz"))]
 
 

@@ -20,6 +20,7 @@ VARIANTS = [
     ("visual_sum", {"terms": 9, "digits": 3, "modulus": 1001, "slip": 0.5}),
     ("count_shapes", {}), ("count_shapes", {"cells": 10, "kinds": 3, "colours": 4}),
     ("count_shapes", {"size": 24, "cells": 3, "kinds": 2, "colours": 1}),
+    ("count_shapes", {"size": 24, "cells": 3, "slip": 0.5}),
     ("read_clock", {}), ("read_clock", {"step": 1, "size": 64}), ("read_clock", {"step": 60}),
     ("chart_value", {}), ("chart_value", {"bars": 8, "largest": 99, "size": 32}),
     ("maze", {}), ("maze", {"cells": 20, "walls": 40, "size": 96}),
@@ -57,6 +58,19 @@ def test_answers_verify_and_pictures_open(name, options):
             assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 1 or "0" in text
             for hostile in HOSTILE.values():
                 assert hostile.endswith(f"={example.answer}") or not task.verify(example, hostile)
+
+
+def test_a_teacher_who_counts_wrong():
+    """As often as asked, by a number that could be; the picture and the answer are the same."""
+    right, slips = (make("count_shapes", size=16, cells=2, slip=p).examples("train")
+                    for p in (0.0, 0.25))  # fmt: skip
+    wrong = 0
+    for i in range(400):
+        assert slips[i].images == right[i].images
+        assert slips[i].answer == right[i].answer == right[i].demonstration
+        assert 0 <= int(slips[i].demonstration) <= 4
+        wrong += slips[i].demonstration != slips[i].answer
+    assert 70 < wrong < 130
 
 
 def test_the_same_in_every_process():

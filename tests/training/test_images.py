@@ -171,7 +171,9 @@ def test_report_export_and_evaluation(cold, tmp_path):
     assert with_images
     assert len(with_images) < len(rows)
     text = write(tmp_path / "run").read_text()
-    assert with_images[0]["images"][0] in text
+    assert f'src="{with_images[0]["images"][0]}"' in text
+    assert "img-src data:" in text  # else a browser would not show them
+    assert "<b>shapes, text</b>" in text
     export.export(tmp_path / "run", tmp_path / "out")
     config, weights = model.hf.load(tmp_path / "out")
     whole = parameters.learnt(checked, tmp_path / "run", 1)

@@ -1,0 +1,1 @@
+"""Does SAPO do better on several tasks at once, in fixed shares of every batch?"""
