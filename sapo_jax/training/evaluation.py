@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -101,12 +103,15 @@ def judge(
       policies: how many.
       images: what images have room in, see `encode.encode_prompts`.
     """
-    drawn = []
+    drawn, before = [], collections.defaultdict(itertools.count)
+    occurrence_P = [next(before[example.id]) for example in examples]  # of all batches together
     for start in range(0, len(examples), batch):
         real = list(examples[start : start + batch])
         filled = (real * batch)[:batch]
         groups = [rewards.Groups(scorer, filled, tokenizer) for _ in range(policies)]
-        lengths = sample(encode.encode_prompts(filled, tokenizer, width, images), groups)
+        prompts = encode.encode_prompts(filled, tokenizer, width, images)
+        own_P = np.resize(np.int32(occurrence_P[start : start + batch]), batch)
+        lengths = sample(prompts.replace(occurrence=own_P), groups)
         drawn.append((len(real) * samples, groups, lengths))
 
     def of_policy(r):

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -20,6 +21,7 @@ EVALS = {
     "more": {"task": MORE},
 }
 
+CONTROLS = {"iteration": 0, "evaluation": "a"}
 
 # Room for both tasks, whichever are there.
 SIZES = {
@@ -57,6 +59,24 @@ def test_a_named_evaluation_is_what_it_is_alone():
         assert alone["eval/pass_at_1_low"] == alone[f"eval/{name}/pass_at_1_low"]
     one_set = found_by(settings_of({}))
     assert one_set == {key.replace("/own/", "/"): x for key, x in found.items() if "/own/" in key}
+
+
+def test_a_prompt_of_two_sets_has_samples_of_its_own_in_each():
+    """Whether both lie in one batch or in two: the mesh and batch.prompts say how large it is."""
+    for prompts in (8, 16):
+        run, sampled = settings_of({"a": {}, "b": {}}, **{"batch.prompts": prompts}), []
+
+        def sample(given, on_groups, run=run, sampled=sampled):
+            drawn = Streamed(run).rollout(state.params, [given], on_groups, **CONTROLS)
+            sampled.append(np.asarray(drawn[0].tokens))
+            return [drawn[1][0].length]
+
+        state, one = learner.init(parameters.random(run), run.hp), run.evals["a"]
+        options = {"samples": one.samples, "width": run.width, "batch": one.batch}
+        with rewards.Scorer(run.task, run.recipe) as scorer:
+            evaluation.judge(sample, scorer, one.examples * 2, run.tokenizer, **options)
+        first, second = np.split(np.concatenate(sampled), 2)
+        assert np.mean((first == second).all(-1)) < 0.5
 
 
 def test_evaluations_that_sample_alike_share_their_programs():
