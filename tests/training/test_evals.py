@@ -65,13 +65,13 @@ def test_a_prompt_of_two_sets_has_samples_of_its_own_in_each():
     """Whether both lie in one batch or in two: the mesh and batch.prompts say how large it is."""
     for prompts in (8, 16):
         run, sampled = settings_of({"a": {}, "b": {}}, **{"batch.prompts": prompts}), []
+        params, one = parameters.random(run), run.evals["a"]
 
-        def sample(given, on_groups, run=run, sampled=sampled):
-            drawn = Streamed(run).rollout(state.params, [given], on_groups, **CONTROLS)
-            sampled.append(np.asarray(drawn[0].tokens))
-            return [drawn[1][0].length]
+        def sample(given, on_groups, run=run, params=params, sampled=sampled):
+            rollout, (ends,) = Streamed(run).rollout(params, [given], on_groups, **CONTROLS)
+            sampled.append(np.asarray(rollout.tokens))
+            return [ends.length]
 
-        state, one = learner.init(parameters.random(run), run.hp), run.evals["a"]
         options = {"samples": one.samples, "width": run.width, "batch": one.batch}
         with rewards.Scorer(run.task, run.recipe) as scorer:
             evaluation.judge(sample, scorer, one.examples * 2, run.tokenizer, **options)
