@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -103,15 +101,13 @@ def judge(
       policies: how many.
       images: what images have room in, see `encode.encode_prompts`.
     """
-    drawn, before = [], collections.defaultdict(itertools.count)
-    occurrence_P = [next(before[example.id]) for example in examples]  # of all batches together
+    drawn, alone = [], np.zeros(batch, np.int32)  # noise does not go by what else is in a batch
     for start in range(0, len(examples), batch):
         real = list(examples[start : start + batch])
         filled = (real * batch)[:batch]
         groups = [rewards.Groups(scorer, filled, tokenizer) for _ in range(policies)]
         prompts = encode.encode_prompts(filled, tokenizer, width, images)
-        own_P = np.resize(np.int32(occurrence_P[start : start + batch]), batch)
-        lengths = sample(prompts.replace(occurrence=own_P), groups)
+        lengths = sample(prompts.replace(occurrence=alone), groups)
         drawn.append((len(real) * samples, groups, lengths))
 
     def of_policy(r):

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -21,7 +20,6 @@ EVALS = {
     "more": {"task": MORE},
 }
 
-CONTROLS = {"iteration": 0, "evaluation": "a"}
 
 # Room for both tasks, whichever are there.
 SIZES = {
@@ -61,22 +59,17 @@ def test_a_named_evaluation_is_what_it_is_alone():
     assert one_set == {key.replace("/own/", "/"): x for key, x in found.items() if "/own/" in key}
 
 
-def test_a_prompt_of_two_sets_has_samples_of_its_own_in_each():
-    """Whether both lie in one batch or in two: the mesh and batch.prompts say how large it is."""
-    for prompts in (8, 16):
-        run, sampled = settings_of({"a": {}, "b": {}}, **{"batch.prompts": prompts}), []
-        params, one = parameters.random(run), run.evals["a"]
-
-        def sample(given, on_groups, run=run, params=params, sampled=sampled):
-            rollout, (ends,) = Streamed(run).rollout(params, [given], on_groups, **CONTROLS)
-            sampled.append(np.asarray(rollout.tokens))
-            return [ends.length]
-
-        options = {"samples": one.samples, "width": run.width, "batch": one.batch}
-        with rewards.Scorer(run.task, run.recipe) as scorer:
-            evaluation.judge(sample, scorer, one.examples * 2, run.tokenizer, **options)
-        first, second = np.split(np.concatenate(sampled), 2)
-        assert np.mean((first == second).all(-1)) < 0.5
+def test_a_prompt_of_two_sets_has_the_same_samples_in_both():
+    """Whether they lie in one batch or in two: how large it is, the mesh and batch.prompts say,
+    and `sapo-jax evaluate` takes the sets one by one.
+    """
+    found = [
+        found_by(settings_of({"a": {}, "b": {"prompts": 5}, "c": {}}, **{"batch.prompts": prompts}))
+        for prompts in (8, 16)
+    ]
+    assert found[0] == found[1]
+    for key in ("length_mean", "pass_at_1"):
+        assert found[0][f"eval/a/{key}"] == found[0][f"eval/c/{key}"]
 
 
 def test_evaluations_that_sample_alike_share_their_programs():
