@@ -143,7 +143,13 @@ def collapse(
     time, since a number was not finite.
     """
     found = Collapse(_defaults()["collapse"] | dict(rule), records)
-    finite = min((r["iteration"] for r in records if r.get("update/skipped")), default=None)
+    # A number that is not finite is null in a record, and so is what is not measured where no group
+    # has a signal, or none has ended: what was skipped is counted, but in runs of before.
+    broken = [
+        r["iteration"] for r in records
+        if r.get("update/skipped", None in (r.get("policy/loss", 0), r.get("grad/norm", 0)))
+    ]  # fmt: skip
+    finite = min(broken, default=None)
     return {kind: found.since(kind) or None for kind in COLLAPSES[:2]} | {"finite": finite}
 
 

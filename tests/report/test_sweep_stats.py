@@ -76,6 +76,8 @@ def test_collapse_is_for_good():
     empty = records(steady)
     empty[5] |= {"policy/loss": None, "grad/norm": None}
     assert sweep_stats.collapse(empty)["finite"] is None  # no group had a signal, or none had ended
+    del empty[5]["update/skipped"]
+    assert sweep_stats.collapse(empty)["finite"] == empty[5]["iteration"]  # a run of before
     shares = sweep_stats.collapses([run_of(1.0, 0, 0.5), run_of(1.0, 1, 0.5, broken=3)])
     assert shares["finite"] == {"share": 0.5, "median": 3.0, "steps": [3]}
 
