@@ -259,7 +259,8 @@ def _add_times(records: Sequence[dict[str, Any]], spent: dict[str, float], sampl
     """A run's share of the time: added up over the runs, it is the time that passed."""
     for record in records:
         record |= {key: seconds / len(records) for key, seconds in spent.items()}
-        tokens = record["length/mean"] * sampled
+        ended = sampled * (1 - record.get("sampler/goes_on", 0.0))
+        tokens = record["length/mean"] * ended if ended else 0.0
         record["time/tokens_per_second"] = tokens / record["time/iteration"]
 
 

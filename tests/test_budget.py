@@ -66,6 +66,9 @@ def test_what_has_not_ended_goes_on(stale):
         tokens = sum(record["histogram/age"]["counts"])
         groups = 8 * (1 - record["sampler/goes_on"])
         assert tokens == pytest.approx((record["length/mean"] or 0) * 2 * groups)
+    for record in read_metrics(workdir)[-7:]:
+        tokens = record["time/tokens_per_second"] * record["time/iteration"]
+        assert tokens == pytest.approx(sum(record["histogram/age"]["counts"]))
     _, meta = saved(workdir, checked)
     learnt = sum(round(8 * (1 - r["sampler/goes_on"])) for r in found)
     under_way = sum(place is not None for place in meta["begun"])

@@ -208,6 +208,18 @@ def test_a_population_by_vmap_goes_on_where_it_stopped(tmp_path):
         assert [r["policy/age_mean"] for r in found] == [0, 1, 1, 1, 1]
 
 
+def test_a_batch_whose_advantages_are_lost_can_wait():
+    """Updates skip it; a checkpoint that could not hold it would end the run before."""
+    metrics, row = {"reward/kl": np.nan, "reward/mean": 0.5}, {"advantage": np.nan, "reward": 1.0}
+    one = queue.Experience((), [metrics], [[row]], [[(1, 7)]])
+    meta = {"queue": queue.meta([one], 0)}
+    assert json.loads(json.dumps(meta, allow_nan=False)) == meta
+    state = dict.fromkeys(("iteration", "update", "params", "opt_state"))
+    _, (again,), _ = queue.unpack(state | {"queue": [[]]}, [meta])
+    np.testing.assert_equal(again.metrics, [metrics])
+    assert again.samples == [[{"advantage": None, "reward": 1.0}]]
+
+
 def test_a_queue_of_another_staleness_is_refused(tmp_path):
     """The config of a directory cannot change; a checkpoint can be copied or edited."""
     run(tmp_path / "run", iterations=2)

@@ -20,7 +20,8 @@ KEYS = (
     "eval/pass_at_1", "reward/mean", "reward/accuracy", "policy/entropy", "length/mean",
     "policy/loss", "policy/ratio_max", "policy/clipped", "policy/eur", "policy/kl_old",
     "ratio/var_mean", "ratio/bound_broken", "ratio/ess", "router/differs", "grad/norm",
-    "advantage/kept_groups", "time/iteration", "time/eval", "time/startup", "time/checkpoint",
+    "advantage/kept_groups", "update/skipped", "time/iteration", "time/eval", "time/startup",
+    "time/checkpoint",
 )  # fmt: skip
 FIELDS = ("iterations", "collapse", "learner", "batch", "eval")  # of the config
 DIGITS = 5

@@ -38,7 +38,6 @@ QUANTILES = {  # of histogram/for/<key>
 }  # fmt: skip
 # Of minibatches behind the first, whose policy is the one that sampled.
 OFF_POLICY = ("ratio/", "coefficient/", "histogram/ratio")
-MAY_LACK = ("ratio/", "coefficient/", "policy/eur")
 
 # What has to be finite for an update to be made, in the order in which it comes about.
 STATIONS = ("reward", "old_logp", "ref_logp", "correction", "logits", "loss", "gradient")

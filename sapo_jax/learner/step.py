@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from sapo_jax import masked
-from sapo_jax.learner.diagnostics import MAY_LACK, OFF_POLICY, STATIONS, quantiles
+from sapo_jax.learner.diagnostics import OFF_POLICY, STATIONS, quantiles
 from sapo_jax.learner.gradients import divided, numerators
 from sapo_jax.learner.optimizer import Hyperparameters, learning_rate, optimizer, partition_specs
 from sapo_jax.parallel import sharding
@@ -86,21 +86,17 @@ def finish_iteration(metrics: tuple) -> tuple[dict, list[dict]]:
     The sampler's gap is that of the first minibatch: the others compare the sampler with a policy
     that has moved on. What is OFF_POLICY is of those others, if there are any.
 
-    Where no token was counted, means are NaN: 0 would read as a measurement. So are those of
-    MAY_LACK where none was of their kind.
+    Where no token was counted, or none of its kind, a mean is NaN: 0 would read as a measurement.
     """
 
+    def value(x):
+        nothing = {Weighted: "denominator", Effective: "count"}.get(type(x))
+        if nothing is None:
+            return masked.value(x)
+        return jnp.where(getattr(x, nothing) == 0, jnp.nan, masked.value(x))
+
     def values(terms):
-        empty = terms["loss"].denominator == 0
-
-        def value(key, x):
-            nothing = {Weighted: "denominator", Effective: "count"}.get(type(x))
-            if nothing is None:
-                return masked.value(x)
-            lacks = (getattr(x, nothing) == 0) & (empty | key.startswith(MAY_LACK))
-            return jnp.where(lacks, jnp.nan, masked.value(x))
-
-        found = {key: value(key, x) for key, x in quantiles(terms).items()}
+        found = {key: value(x) for key, x in quantiles(terms).items()}
         return {"policy/loss": found.pop("loss"), **found}
 
     def of(prefixes, metrics):

@@ -27,8 +27,9 @@ class TokenInputs(NamedTuple):
     old_logp: jax.Array  # log π_old, nats
     log_ratio: jax.Array  # log r at the objective's ratio level, within ±20
     advantages: jax.Array
-    mask: jax.Array | None = None  # bool[B, T], as all that follows for the ratio "prefix" alone
+    mask: jax.Array | None = None  # bool[B, T]
     segments: jax.Array | None = None  # i32[B, T], None where a row is a sequence
+    moves: jax.Array | None = None  # bool[B, T], whether log r moves with the token's own log π
 
     @property
     def ratio(self) -> jax.Array:

@@ -100,16 +100,16 @@ def token_inputs(
     advantages_BT = masked.keep(jnp.broadcast_to(advantages_BT, logp_BT.shape), mask_BT)
     logp_BT = finite_logp(logp_BT, mask_BT)
     old_logp_BT = sg(finite_logp(old_logp_BT, mask_BT))
-    log_ratio_BT = logp_BT - old_logp_BT
+    log_ratio_BT = own_BT = logp_BT - old_logp_BT
     if objective.ratio == "geo_clipped":
         hp = objective.hyperparameters
-        log_ratio_BT = clip_tokens(log_ratio_BT, advantages_BT, hp["eps_low"], hp["eps_high"])
+        log_ratio_BT = clip_tokens(own_BT, advantages_BT, hp["eps_low"], hp["eps_high"])
+    moves_BT = log_ratio_BT == own_BT
     log_ratio_BT = RATIOS[objective.ratio](log_ratio_BT, mask_BT, segments_BT)
     clipped_BT = mask_BT & (jnp.abs(log_ratio_BT) > LOG_RATIO_BOUND)
     log_ratio_BT = masked.keep(bounded(log_ratio_BT), mask_BT)
-    sequences = (mask_BT, segments_BT) if objective.ratio == "prefix" else ()
-    inputs = TokenInputs(logp_BT, old_logp_BT, log_ratio_BT, advantages_BT, *sequences)
-    return inputs, clipped_BT
+    arrays = logp_BT, old_logp_BT, log_ratio_BT, advantages_BT, mask_BT, segments_BT
+    return TokenInputs(*arrays, moves=moves_BT & ~clipped_BT), clipped_BT
 
 
 @_of_the_chosen
@@ -124,8 +124,9 @@ def coefficients(
     inputs = jax.tree.map(sg, inputs)
 
     def total(shift_BT):
+        moved_BT = masked.keep(shift_BT, inputs.moves)
         shifted = inputs._replace(
-            logp=inputs.logp + shift_BT, log_ratio=inputs.log_ratio + shift_BT
+            logp=inputs.logp + shift_BT, log_ratio=inputs.log_ratio + moved_BT
         )
         surrogate_BT = objective.gate(shifted, objective.hyperparameters)
         return jnp.sum(masked.keep(surrogate_BT, mask_BT))
@@ -238,7 +239,6 @@ def token_losses(
 
 def _gate_metrics(objective, inputs, clipped_BT, mask_BT) -> dict[str, Any]:
     c_BT, counted_BT = coefficients(objective, inputs, mask_BT)
-    c_BT = jnp.where(clipped_BT, 0, c_BT)
     r_BT = sg(inputs.ratio)
     one = jnp.ones((), r_BT.dtype)
     return {

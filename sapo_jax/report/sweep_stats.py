@@ -139,16 +139,17 @@ def collapse(
     """The iteration at which a run collapsed, in three ways; None where it did not.
 
     ``reward`` and ``entropy`` are those of `training.collapse`, by the fields of config.collapse
-    in ``rule``, the others being the defaults; ``finite``: the loss or the gradient's norm is not
-    finite for the first time.
+    in ``rule``, the others being the defaults; ``finite``: an update was skipped for the first
+    time, since a number was not finite.
     """
     found = Collapse(_defaults()["collapse"] | dict(rule), records)
-    # A number that is not finite is null in a record; a metric that a run lacks is no key of it.
-    # Null, too, is what an iteration does not measure whose groups all lack a signal.
-    trained = (r for r in records if r["iteration"] > 0)
-    updated = (r for r in trained if r.get("advantage/kept_groups") != 0)
-    broken = [r for r in updated if None in (r.get("policy/loss", 0), r.get("grad/norm", 0))]
-    finite = min((r["iteration"] for r in broken), default=None)
+    # A number that is not finite is null in a record, and so is what is not measured where no group
+    # has a signal, or none has ended: what was skipped is counted, but in runs of before.
+    broken = [
+        r["iteration"] for r in records
+        if r.get("update/skipped", None in (r.get("policy/loss", 0), r.get("grad/norm", 0)))
+    ]  # fmt: skip
+    finite = min(broken, default=None)
     return {kind: found.since(kind) or None for kind in COLLAPSES[:2]} | {"finite": finite}
 
 

@@ -187,7 +187,7 @@ def shaped(
 def alike(evals: Evals) -> list[list[str]]:
     """The names of evaluations in groups that are sampled together, as one set of prompts.
 
-    A prompt that two of a group share has samples of its own in each.
+    A prompt that two of a group share has the same samples in both, as each has alone.
     """
     groups: dict[tuple, list[str]] = {}
     for name, one in evals.items():

@@ -101,12 +101,13 @@ def judge(
       policies: how many.
       images: what images have room in, see `encode.encode_prompts`.
     """
-    drawn = []
+    drawn, alone = [], np.zeros(batch, np.int32)  # noise does not go by what else is in a batch
     for start in range(0, len(examples), batch):
         real = list(examples[start : start + batch])
         filled = (real * batch)[:batch]
         groups = [rewards.Groups(scorer, filled, tokenizer) for _ in range(policies)]
-        lengths = sample(encode.encode_prompts(filled, tokenizer, width, images), groups)
+        prompts = encode.encode_prompts(filled, tokenizer, width, images)
+        lengths = sample(prompts.replace(occurrence=alone), groups)
         drawn.append((len(real) * samples, groups, lengths))
 
     def of_policy(r):

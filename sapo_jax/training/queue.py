@@ -91,13 +91,14 @@ def unpack(saved: Any, metas: Sequence[Mapping[str, Any]]) -> tuple[TrainState, 
 def meta(waiting: Sequence[Experience], run: int) -> list[dict[str, Any]]:
     """What JSON holds of the batches that wait, of one of their runs."""
 
-    def plain(metrics):  # JSON has no NaN
-        return {key: None if math.isnan(value) else value for key, value in metrics.items()}
+    def plain(values):  # JSON has no NaN
+        lost = {k: None for k, x in values.items() if isinstance(x, float) and math.isnan(x)}
+        return values | lost
 
     return [
         {
             "metrics": plain(one.metrics[run]),
-            "samples": one.samples[run],
+            "samples": list(map(plain, one.samples[run])),
             "steps": [list(pair) for pair in one.steps[run]],
         }
         for one in waiting

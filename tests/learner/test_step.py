@@ -160,6 +160,10 @@ def test_what_was_not_measured_is_no_number(nano, batch):
     for key, value in behind.items():  # of minibatches behind the first
         assert not any(value["counts"]) if key.startswith("histogram/") else np.isnan(value)
     assert empty["update/skipped"] == 0  # that counts what is not finite
+    _, equal = learnt(batch.replace(advantages=np.zeros_like(batch.advantages)))
+    for key in ("policy/gate_mean", "policy/clipped", "policy/eur", "coefficient/pos_below"):
+        assert np.isnan([equal[key], equal["minibatch"][0][key]]).all(), key
+    assert equal["policy/entropy"] == pytest.approx(alone["policy/entropy"])
     for found in (last, *empty.pop("minibatch"), empty):
         for key, value in found.items():
             if key.startswith("histogram/"):

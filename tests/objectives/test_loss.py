@@ -224,11 +224,17 @@ def test_gradient_agrees_with_finite_differences(name, rng):
         np.testing.assert_allclose(jnp.sum(grad * direction), numeric, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if OBJECTIVES[n].ratio == "token"])
-def test_gradient_is_minus_c_a_with_named_normalisers(name, rng):
-    """∂loss/∂log π_t = −c_t·A/norm_t with c from the gate's own derivative, for token ratios."""
+@pytest.mark.parametrize(
+    ("name", "spread"),
+    [*((n, 1) for n in NAMES), *((n, 100) for n in ("sapo", "grpo", "gmpo", "topr"))],
+)
+def test_gradient_is_minus_c_a_with_named_normalisers(name, spread, rng):
+    """∂loss/∂log π_t = −c_t·A/norm_t with c from the gate's own derivative, also of tokens that
+    GMPO clips, and of ratios beyond ±20: of them no gradient is left but of what is no ratio.
+    """
     with jax.enable_x64(True):
         logp, old, advantages, mask = (jnp.asarray(x) for x in random_batch(rng))
+        logp = old + spread * (logp - old)
         hp = {**REQUIRED.get(name, {}), "kl_coef": 0.0}
         objective = objectives.resolve(name, **hp)
         inputs, _ = objectives.token_inputs(objective, logp, old, advantages, mask)
@@ -241,8 +247,12 @@ def test_gradient_is_minus_c_a_with_named_normalisers(name, rng):
             "const_len": sequences * hp.get("max_length", 0),
             "seq_sum": sequences,
         }[objective.aggregation]
-        grad = jax.grad(lambda x: policy_loss(name, x, old, advantages, mask, **hp)[0])(logp)
-        np.testing.assert_allclose(grad, -c * advantages[:, None] / norm, atol=1e-14)
+        loss = jax.grad(lambda x: policy_loss(name, x, old, advantages, mask, **hp), has_aux=True)
+        grad, metrics = loss(logp)
+        expected = -c * advantages[:, None] / norm
+        np.testing.assert_allclose(grad, expected, rtol=1e-12, atol=1e-14)
+        silenced = float(np.mean(np.asarray(c)[np.asarray(mask)] == 0))
+        assert metrics["policy/clipped"] == pytest.approx(silenced)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -146,13 +146,13 @@ def test_an_update_takes_a_switch(nano, rng):
     old = rng.normal(-3, 0.3, (4, 8)).astype(np.float32)
     mask, advantages = np.arange(8) >= [[2], [3], [2], [5]], np.float32([1, -1, 0.5, -0.2])
     batch = Batch(tokens, mask, np.ones_like(tokens), old, old, advantages)
-    two = {"sapo": OBJECTIVES["sapo"], "wide": OBJECTIVES["grpo"]}
+    every = {"cppo": OBJECTIVES["cppo"], "wide": OBJECTIVES["grpo"]}
 
     def gradient(objective):
         hp = learner.Hyperparameters(objective, 1e-3, 0.0, 1.0, 1.0, model=config, head_chunk=16)
         return jax.jit(learner.gradient)(weights, batch, hp)
 
-    found = gradient(objectives.resolve(switch(two), index=1))
+    found = gradient(objectives.resolve(switch(every), index=1))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         found,

@@ -20,6 +20,7 @@ def records(reward, *, ends=0.5, entropy=None, broken=None):
             "reward/accuracy": float(value),
             "policy/entropy": float(1.0 if entropy is None else entropy[i - 1]),
             "policy/loss": None if i == broken else 0.0,
+            "update/skipped": int(i == broken),
             "length/mean": 5.0,
             "time/iteration": 36.0,
         })  # fmt: skip
@@ -73,8 +74,10 @@ def test_collapse_is_for_good():
     found = sweep_stats.collapse(records(steady, broken=7))
     assert found == {"reward": None, "entropy": None, "finite": 7}
     empty = records(steady)
-    empty[5] |= {"advantage/kept_groups": 0.0, "policy/loss": None, "grad/norm": None}
-    assert sweep_stats.collapse(empty)["finite"] is None  # an iteration that had no update
+    empty[5] |= {"policy/loss": None, "grad/norm": None}
+    assert sweep_stats.collapse(empty)["finite"] is None  # no group had a signal, or none had ended
+    del empty[5]["update/skipped"]
+    assert sweep_stats.collapse(empty)["finite"] == empty[5]["iteration"]  # a run of before
     shares = sweep_stats.collapses([run_of(1.0, 0, 0.5), run_of(1.0, 1, 0.5, broken=3)])
     assert shares["finite"] == {"share": 0.5, "median": 3.0, "steps": [3]}
 

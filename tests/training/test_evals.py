@@ -59,6 +59,19 @@ def test_a_named_evaluation_is_what_it_is_alone():
     assert one_set == {key.replace("/own/", "/"): x for key, x in found.items() if "/own/" in key}
 
 
+def test_a_prompt_of_two_sets_has_the_same_samples_in_both():
+    """Whether they lie in one batch or in two: how large it is, the mesh and batch.prompts say,
+    and `sapo-jax evaluate` takes the sets one by one.
+    """
+    found = [
+        found_by(settings_of({"a": {}, "b": {"prompts": 5}, "c": {}}, **{"batch.prompts": prompts}))
+        for prompts in (8, 16)
+    ]
+    assert found[0] == found[1]
+    for key in ("length_mean", "pass_at_1"):
+        assert found[0][f"eval/a/{key}"] == found[0][f"eval/c/{key}"]
+
+
 def test_evaluations_that_sample_alike_share_their_programs():
     """The second and third compile nothing, whatever their prompts and temperatures are."""
     given = {"a": {}, "b": {"task": MORE, "prompts": 3}, "c": {"temperature": 0.5, "prompts": 2}}
