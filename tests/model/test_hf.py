@@ -235,7 +235,12 @@ BAD = {
     ),
     "frequencies": (
         change_config(
-            rope_scaling=dict(rope_type="llama3", factor=8, low_freq_factor=4, high_freq_factor=4)
+            rope_scaling={
+                "rope_type": "llama3",
+                "factor": 8,
+                "low_freq_factor": 4,
+                "high_freq_factor": 4,
+            }  # fmt: skip
         ),
         "high_freq_factor=4: must be above low_freq_factor=4",
     ),
