@@ -79,7 +79,9 @@ def _text(error: Exception) -> str:
     if type(error) in OF_PATHS and error.filename:
         return f"{error.filename}: {OF_PATHS[type(error)]}"
     origin = traceback.extract_tb(error.__traceback__)[-1].filename
-    return f"{error}" + " (--verbosity=0 shows where)" * (not origin.startswith(str(PACKAGE)))
+    return " ".join(f"{error}".splitlines()) + " (--verbosity=0 shows where)" * (
+        not origin.startswith(str(PACKAGE))
+    )
 
 
 def missing(error: ImportError) -> str:
