@@ -270,9 +270,9 @@ class Leaves:
 
 def test_a_verifier_that_leaves_does_not_end_the_run_in_silence():
     row = Row(make_example("0", "0", ""), "1", types.STOP, 2)
-    with Scorer(Leaves()) as scorer:
-        with pytest.raises(RuntimeError, match="'leaves': judging '1' raises SystemExit: 0"):
-            scorer.wait(scorer.submit([row]))
+    error = pytest.raises(RuntimeError, match="'leaves': judging '1' raises SystemExit: 0")
+    with Scorer(Leaves()) as scorer, error:
+        scorer.submit([row])[0].result()
 
 
 @pytest.mark.parametrize(
