@@ -15,7 +15,7 @@ from absl import app, logging
 
 from sapo_jax.cli.configs import PACKAGE
 from sapo_jax.cli.flags import Flags
-from sapo_jax.cli.signals import Signals, Stopped
+from sapo_jax.cli.signals import Signals, Stopped, end
 
 EXTRAS = {  # of the package, with the modules that they bring
     "survival": ("lifelines",),
@@ -70,7 +70,8 @@ def run(
                 failed(1)
             sys.exit(1)
 
-    app.run(guarded, flags_parser=given.parse)
+    with Signals(end):  # while flags are parsed, and a config file runs
+        app.run(guarded, flags_parser=given.parse)
 
 
 def _text(error: Exception) -> str:

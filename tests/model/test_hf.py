@@ -240,7 +240,7 @@ BAD = {
                 "factor": 8,
                 "low_freq_factor": 4,
                 "high_freq_factor": 4,
-            }  # fmt: skip
+            }
         ),
         "high_freq_factor=4: must be above low_freq_factor=4",
     ),
