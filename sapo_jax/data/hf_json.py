@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -49,7 +48,7 @@ def _either(*kinds: Kind) -> Kind:
 FLAG = Kind("true or false", lambda x: isinstance(x, bool))
 TEXT = Kind("text", lambda x: isinstance(x, str))
 OBJECT = Kind("an object", lambda x: isinstance(x, dict))
-ANY_NUMBER = Kind("a finite number", lambda x: type(x) in (int, float) and math.isfinite(x))
+ANY_NUMBER = Kind("a finite number", lambda x: type(x) in (int, float) and abs(x) < LARGEST_F32)
 TEXTS = Kind(
     "an object of texts", lambda x: isinstance(x, dict) and all(map(TEXT.holds, x.values()))
 )
