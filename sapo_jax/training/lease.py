@@ -64,7 +64,10 @@ class Lease:
         with contextlib.suppress(ValueError):  # broken, so not ours
             if self._read().get("token") == self._mine["token"]:
                 self._file.unlink()
+        gone = self._deleted()
         self._close_lock()
+        if gone and any(isinstance(one, Exception) for one in exception):
+            raise RuntimeError(f"{gone}: nothing more is written")  # whatever failed by it
 
     def check(self) -> None:
         """Raise RuntimeError if another process has taken the lease, or the directory is gone."""

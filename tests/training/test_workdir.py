@@ -188,6 +188,13 @@ def test_a_run_in_the_background_that_lost_its_lease_stops(tmp_path):
     assert "another process took" in done.stderr
 
 
+def test_what_fails_since_the_directory_is_deleted_says_so(tmp_path):
+    told = pytest.raises(RuntimeError, match="was deleted while a run worked there")
+    with told, Lease(tmp_path):
+        (tmp_path / ".lock").unlink()
+        raise ValueError("no metadata found")
+
+
 def test_a_run_whose_directory_is_deleted_stops(tmp_path, monkeypatch):
     """Guards against hours in a directory that has no config, and that another may start in."""
     monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.01)
