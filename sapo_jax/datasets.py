@@ -6,6 +6,7 @@ Only preparing downloads; a run reads what is there, or fails at once. No Tensor
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import urllib.error
 import urllib.request
@@ -56,7 +57,7 @@ def prompt_records(path: epath.PathLike, fields: Mapping[str, str]) -> list[dict
         record = dict.fromkeys(FIELDS, "")
         for field, source in fields.items():
             value = line.get(source)
-            if isinstance(value, int | float) and not isinstance(value, bool):
+            if type(value) is int or (type(value) is float and math.isfinite(value)):
                 value = str(value)
             if not _is_text(value) or (field == "prompt" and not value):
                 got = "nothing" if source not in line else repr(value)

@@ -261,6 +261,10 @@ class Scorer:
                 parts = judge(self.task, row, self.recipe, index)
                 future.set_result(Verdict(parts, time.perf_counter() - start))
             except BaseException as error:
+                if not isinstance(error, ValueError | RuntimeError | OSError):  # of a user's code
+                    what = f"{type(error).__name__}: {error}"
+                    text = f"task {self.task.name!r}: judging {row.completion!r:.300} raises {what}"
+                    error = RuntimeError(text).with_traceback(error.__traceback__)
                 self._error = self._error or error
                 future.set_exception(error)
             del self._judged[current_thread()]

@@ -101,6 +101,7 @@ BROKEN = [
     (b'{"prompt": "", "answer": "b"}', "line 1: 'prompt' must be"),
     (b'{"prompt": "a", "answer": null}', "line 1: 'answer' must be .*got None"),
     (b'{"prompt": "a", "answer": true}', "line 1: 'answer' must be .*got True"),
+    (b'{"prompt": "a", "answer": NaN}', "line 1: 'answer' must be .*got nan"),
     (b'{"prompt": "\\ud83d", "answer": "b"}', "line 1: 'prompt' must be text"),
     (GOOD + b'{"prompt": "\xff", "answer": "b"}', "line 2: no JSON.*utf-8"),
     (b"[" * 100_000, "line 1: no JSON"),

@@ -260,6 +260,21 @@ with rewards.Scorer(Stuck(), workers=2) as scorer:
 """
 
 
+@dataclasses.dataclass(frozen=True)
+class Leaves:
+    name = "leaves"
+
+    def verify(self, example, completion):
+        raise SystemExit(0)
+
+
+def test_a_verifier_that_leaves_does_not_end_the_run_in_silence():
+    row = Row(make_example("0", "0", ""), "1", types.STOP, 2)
+    error = pytest.raises(RuntimeError, match="'leaves': judging '1' raises SystemExit: 0")
+    with Scorer(Leaves()) as scorer, error:
+        scorer.submit([row])[0].result()
+
+
 @pytest.mark.parametrize(
     ("hang", "texts"), [("time.sleep(9)", "01"), ("pass", "10"), ("time.sleep(9)", "0100")]
 )

@@ -8,6 +8,7 @@ import sys
 
 import sapo_jax
 from sapo_jax.cli.flags import COMMANDS, refuse
+from sapo_jax.cli.signals import Signals, end
 from sapo_jax.cli.text import nearest, table
 
 
@@ -29,7 +30,8 @@ def main() -> None:
     else:
         del sys.argv[1]
         sys.path.insert(0, os.getcwd())  # as python -m has it, for configs that import their own
-        runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
+        with Signals(end):  # while it is imported: there is nothing to save
+            runpy.run_module(COMMANDS[command][0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

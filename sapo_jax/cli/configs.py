@@ -16,6 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from sapo_jax.cli.signals import Stopped
 from sapo_jax.cli.text import nearest
 
 PACKAGE = pathlib.Path(__file__).parents[1]
@@ -107,9 +108,12 @@ def line_of(path: pathlib.Path) -> Iterator[None]:
     """Say in which line a config file fails."""
     try:
         yield
+    except Stopped:
+        raise
     except SyntaxError as error:
-        raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
-    except Exception as error:
+        where = f", line {error.lineno}" if error.lineno else ""
+        raise ValueError(f"{error.filename or path}{where}: {error.msg}") from error
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         line = [frame.lineno for frame in frames if frame.filename == str(path)][-1:]
         where = f"{path}, line {line[0]}" if line else str(path)

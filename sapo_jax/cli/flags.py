@@ -9,7 +9,7 @@ from functools import partialmethod
 from typing import Any, NoReturn
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_dict, config_flags
 
 from sapo_jax.cli.configs import CONFIGS, OPEN, from_config, make_room
 from sapo_jax.cli.text import flat, literal, nearest, table
@@ -221,9 +221,15 @@ class _ConfigParser(flags.ArgumentParser):
 
     def parse(self, name: str) -> ConfigDict:
         self.config = from_config(name)
-        if not isinstance(self.config, ConfigDict):
-            raise ValueError(f"get_config() must return a ConfigDict, not {self.config!r}")
-        known = flat(self.config, sections=True)
+        kind = type(self.config)
+        if not issubclass(kind, ConfigDict) or issubclass(kind, FrozenConfigDict):
+            raise ValueError(f"get_config() must return a ConfigDict, not {kind.__name__}")
+        try:
+            known = flat(self.config, sections=True)
+        except (config_dict.RequiredValueError, RecursionError) as error:
+            raise ValueError(f"what get_config() returns cannot be read: {error}") from None
+        if not known:
+            raise ValueError("get_config() must return a ConfigDict with fields, not an empty one")
         for field in self.fields:
             section, _, _ = field.rpartition(".")
             if section.endswith(".options"):

@@ -15,7 +15,7 @@ from absl import app, logging
 
 from sapo_jax.cli.configs import PACKAGE
 from sapo_jax.cli.flags import Flags
-from sapo_jax.cli.signals import Signals, Stopped
+from sapo_jax.cli.signals import Signals, Stopped, end
 
 EXTRAS = {  # of the package, with the modules that they bring
     "survival": ("lifelines",),
@@ -70,7 +70,8 @@ def run(
                 failed(1)
             sys.exit(1)
 
-    app.run(guarded, flags_parser=given.parse)
+    with Signals(end):  # while flags are parsed, and a config file runs
+        app.run(guarded, flags_parser=given.parse)
 
 
 def _text(error: Exception) -> str:
@@ -79,7 +80,9 @@ def _text(error: Exception) -> str:
     if type(error) in OF_PATHS and error.filename:
         return f"{error.filename}: {OF_PATHS[type(error)]}"
     origin = traceback.extract_tb(error.__traceback__)[-1].filename
-    return f"{error}" + " (--verbosity=0 shows where)" * (not origin.startswith(str(PACKAGE)))
+    return " ".join(f"{error}".splitlines()) + " (--verbosity=0 shows where)" * (
+        not origin.startswith(str(PACKAGE))
+    )
 
 
 def missing(error: ImportError) -> str:

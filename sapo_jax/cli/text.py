@@ -29,9 +29,15 @@ def literal(text: str) -> Any:
 
 
 def flat(config: Mapping[str, Any], prefix: str = "", *, sections: bool = False) -> dict[str, Any]:
-    """The values of a config by dotted field; with ``sections``, those too."""
+    """The values of a config by dotted field; with ``sections``, those too.
+
+    Raises:
+      ValueError: a key is no text.
+    """
     fields = {}
     for key, value in config.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{prefix}{key!r}: a key must be text")
         inner = isinstance(value, Mapping | ConfigDict) and len(value) > 0
         if sections or not inner:
             fields[prefix + key] = value

@@ -13,10 +13,17 @@ TODAY = (2024, 7, 26)  # to a template: prompts never change by day
 
 
 def find_template(directory: epath.Path, config: Mapping[str, Any]) -> str:
-    """The default template: of its own file, else of the files' content, ``config``."""
+    """The default template: of its own file, else of the files' content, ``config``.
+
+    Raises:
+      ValueError: its file is no text.
+    """
     for name in ("chat_template.jinja", "additional_chat_templates/default.jinja"):
-        if (directory / name).exists():
-            return (directory / name).read_bytes().decode("utf-8-sig")
+        if (path := directory / name).exists():
+            try:
+                return path.read_bytes().decode("utf-8-sig")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"{path} is no template: {error}") from None
     template = config.get("chat_template") or ""
     if isinstance(template, list):
         template = {t["name"]: t["template"] for t in template}
@@ -29,11 +36,9 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], /, **variables:
     Raises:
       ValueError: the template is broken, or refuses the messages.
     """
-    import jinja2
-
     try:
         return _compiled(template).render({**variables, "messages": list(messages)})
-    except (jinja2.TemplateError, TypeError) as error:
+    except Exception as error:  # a template is a program: it may raise anything
         raise ValueError(f"the chat template refuses the messages: {error}") from error
 
 

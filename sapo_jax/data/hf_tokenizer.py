@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from sapo_jax.data import hf_json
 from sapo_jax.data.chat_template import find_template, render
 from sapo_jax.data.tokenizer import SHOWN, VISION, CharTokenizer
 from sapo_jax.tasks.base import IMAGE
@@ -50,8 +51,15 @@ class HFTokenizer:
     template_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, with no special ids added; the names of special ones are read."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Token ids of ``text``, with no special ids added; the names of special ones are read.
+
+        Raises:
+          ValueError: the tokenizer knows no ids for it.
+        """
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the Rust side raises bare Exceptions
+            raise ValueError(f"the tokenizer cannot encode {text!r:.100}: {error}") from None
 
     def encode_prompt(self, text: str, images: int = 0) -> list[int]:
         """Token ids of a prompt: where ``chat``, a conversation whose answer comes next."""
@@ -105,14 +113,8 @@ class HFTokenizer:
         return render(self.chat_template, messages, **variables)
 
 
-def _json(directory: epath.Path, name: str) -> dict:
-    path = directory / name
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
+def _json(directory: epath.Path, name: str, each: hf_json.Kind | None = None) -> dict:
+    return hf_json.read(directory / name, each) if (directory / name).exists() else {}
 
 
 def _content(token: str | dict) -> str:
@@ -131,12 +133,13 @@ def _special_tokens(directory: epath.Path, backend: Any, config: dict) -> dict[s
         flags = {k: token[k] for k in TOKEN_FLAGS if k in token} if isinstance(token, dict) else {}
         return tokenizers.AddedToken(_content(token), **{"special": special, **flags})
 
-    if "added_tokens_decoder" in config:
+    if config.get("added_tokens_decoder") is not None:
         source, named = "tokenizer_config.json", config
         declared = {int(number): token for number, token in config["added_tokens_decoder"].items()}
     else:
         source, named = "added_tokens.json", config | _json(directory, "special_tokens_map.json")
-        declared = {number: token for token, number in _json(directory, source).items()}
+        ids = _json(directory, source, hf_json.NATURAL)
+        declared = {number: token for token, number in ids.items()}
     extra = named.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if isinstance(extra, dict):
         named, extra = named | extra, []
@@ -202,7 +205,9 @@ def load(
         )
     try:
         backend = tokenizers.Tokenizer.from_str(path.read_bytes().decode("utf-8-sig"))
-    except Exception as error:  # the Rust side raises bare Exceptions
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the Rust side raises bare Exceptions, and panics
         raise ValueError(f"{path} is no tokenizer: {error}") from None
     backend.no_truncation()  # whatever the file was saved with
     backend.no_padding()
@@ -221,7 +226,7 @@ def load(
         backend=backend,
         pad_id=stop_ids[0] if pad_id is None else pad_id,
         stop_ids=stop_ids,
-        vocab_size=1 + max(backend.get_vocab().values()),
+        vocab_size=1 + max(backend.get_vocab().values(), default=-1),
         chat_template=find_template(directory, _json(directory, "chat_template.json") | config),
         special_tokens=special,
         chat=chat,

@@ -63,7 +63,7 @@ class VisionConfig:
         side = math.isqrt(self.num_position_embeddings)
         square = side**2 == self.num_position_embeddings
         self.check("num_position_embeddings", square, "must be a square")
-        rising = [*indexes] == sorted({*indexes} & {*range(self.depth)})
+        rising = [*indexes] == sorted({*indexes}) and all(0 <= i < self.depth for i in indexes)
         depth = f"must rise, in [0, depth={self.depth})"
         self.check("deepstack_visual_indexes", rising, depth)
 

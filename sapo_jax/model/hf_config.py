@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import warnings
 from typing import Any
 
+from sapo_jax.data import hf_json
 from sapo_jax.model import hf_vision
 from sapo_jax.model.config import MODEL_TYPES, ModelConfig, VisionConfig
 from sapo_jax.model.rope import SCALINGS
@@ -24,6 +24,7 @@ REFUSED = {  # field: the values of it that this model computes
     "quantization_config": (None,),
     "partial_rotary_factor": (1, None),
 }
+LAYERS = {"full_attention", "sliding_attention"}
 DEFAULTS = {  # of fields that config.json lacks, as transformers 5.23.0 has them
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
     "qwen3_moe": {
@@ -50,23 +51,6 @@ EXPERTS = (
 REQUIRED = SAME[:5]
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-      ValueError: no such file, or no JSON object in it.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; a Hugging Face model directory has one")
-    try:
-        content = json.loads(path.read_bytes())  # bytes may begin with a byte order mark
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds {type(content).__name__}, must be an object")
-    return content
-
-
 def _rope(path: pathlib.Path, found: dict[str, Any], context: int) -> tuple[float, dict[str, Any]]:
     """θ and scaling; ``rope_scaling`` hides ``rope_parameters``, as in ``transformers``."""
     given = found.get("rope_scaling") or found.get("rope_parameters") or {}
@@ -90,16 +74,22 @@ def _rope(path: pathlib.Path, found: dict[str, Any], context: int) -> tuple[floa
 
 
 def _check_windows(path: pathlib.Path, found: dict[str, Any], context: int) -> None:
-    """Refuse a sliding window that a row can outgrow, in a layer that has one."""
+    """Refuse layers of other kinds, and a window that a row can outgrow in one that slides."""
+    kinds, layers = found.get("layer_types"), found["num_hidden_layers"]
+    if kinds and (len(kinds) != layers or not {*kinds} <= LAYERS):
+        raise ValueError(
+            f"{path}: layer_types={kinds!r:.100} is not supported: must be num_hidden_layers="
+            f"{layers} of {', '.join(sorted(LAYERS))}"
+        )
     if found["model_type"] == "llama" or not found.get("use_sliding_window"):
         return
-    kinds = found.get("layer_types")
     if found["model_type"] == "qwen3_moe":
         slides = True
     elif kinds:
         slides = any(kind != "full_attention" for kind in kinds)
     else:
-        slides = found.get("max_window_layers", 28) < found["num_hidden_layers"]
+        first = found.get("max_window_layers")
+        slides = (28 if first is None else first) < layers
     window = found.get("sliding_window", 4096)
     if slides and window is not None and window < context:
         raise ValueError(
@@ -117,9 +107,13 @@ def _as_tuple(value: Any) -> tuple[int, ...]:
 def _tokens(directory: pathlib.Path, found: dict[str, Any], vocab: int) -> tuple[tuple, int]:
     """Stop tokens and pad token: generation_config.json decides before config.json."""
     path = directory / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
+    generation = hf_json.read(path) if path.is_file() else {}
     sources = (generation, found)
     stop = next((s for s in (_as_tuple(x.get("eos_token_id")) for x in sources) if s), ())
+    if stop and max(stop) >= vocab:
+        raise ValueError(
+            f"{directory}: eos_token_id={max(stop)}: must be in [0, vocab_size={vocab})"
+        )
     if not stop:
         warnings.warn(
             f"{directory}: no eos_token_id; token {vocab - 1} is taken to end a text", stacklevel=4
@@ -134,11 +128,15 @@ def _check_tokenizer(directory: pathlib.Path, vocab: int) -> None:
     path = directory / "tokenizer.json"
     if not path.is_file():
         return
-    content = read_json(path)
-    entries = content.get("model", {}).get("vocab", {})
-    ids = list(entries.values()) if isinstance(entries, dict) else [len(entries) - 1]
-    ids += [token["id"] for token in content.get("added_tokens", ())]
-    if ids and max(ids) >= vocab:
+    content = hf_json.read(path)
+    try:
+        entries = content.get("model", {}).get("vocab", {})
+        ids = list(entries.values()) if isinstance(entries, dict) else [len(entries) - 1]
+        ids += [token["id"] for token in content.get("added_tokens") or ()]
+        fits = max(ids, default=0) < vocab
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no tokenizer: {type(error).__name__}: {error}") from None
+    if not fits:
         raise ValueError(
             f"{path}: the tokenizer's largest id is {max(ids)}, the model's vocabulary has "
             f"{vocab} entries: they do not belong together"
@@ -153,7 +151,7 @@ def read(directory: pathlib.Path, dtype: str) -> ModelConfig:
         tokenizer that the vocabulary does not cover.
     """
     path = directory / "config.json"
-    found = read_json(path)
+    found = hf_json.read(path)
     kind = found.get("model_type")
     if kind not in MODEL_TYPES:
         names = found.get("architectures")
@@ -164,7 +162,7 @@ def read(directory: pathlib.Path, dtype: str) -> ModelConfig:
     vision = None
     if kind in hf_vision.KINDS:
         beside = [directory / name for name in hf_vision.PROCESSORS]
-        processor = next((read_json(file) for file in beside if file.is_file()), {})
+        processor = next((hf_json.read(file) for file in beside if file.is_file()), {})
         found, vision = hf_vision.read(path, found, processor.get("image_processor", processor))
     for field, allowed in REFUSED.items():
         if found.get(field) not in allowed:

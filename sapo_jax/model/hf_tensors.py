@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sapo_jax.model import hf_config
+from sapo_jax.data import hf_json
 from sapo_jax.model.config import ModelConfig
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -47,7 +47,7 @@ class Reader(contextlib.ExitStack):
         if (directory / SINGLE).is_file():
             places = [SINGLE]
         elif (directory / INDEX).is_file():
-            places = list(hf_config.read_json(directory / INDEX).get("weight_map", {}).values())
+            places = list((hf_json.read(directory / INDEX).get("weight_map") or {}).values())
         else:
             raise ValueError(f"{directory}: has neither {SINGLE} nor {INDEX}")
         found: dict[str, Entry] = {}

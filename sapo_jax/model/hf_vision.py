@@ -33,9 +33,8 @@ def read(
       ValueError: an option that is not supported.
     """
     parts = [found.get(name) or {} for name in ("text_config", "vision_config")]
-    if not all(isinstance(part, dict) for part in parts):
-        raise ValueError(f"{path}: text_config and vision_config must be objects")
-    text, own = {"rope_theta": 500_000.0} | found | parts[0], DEFAULTS | parts[1]
+    text, own = {"rope_theta": 500_000.0} | found | parts[0], dict(DEFAULTS)
+    own |= {name: value for name, value in parts[1].items() if value is not None}
     text["tie_word_embeddings"] = found.get("tie_word_embeddings", False)
     text["norm_topk_prob"] = True  # whatever the file says
     rope = text.get("rope_scaling") or text.get("rope_parameters") or {}

@@ -43,6 +43,11 @@ def check_scaling(scaling: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"model.rope_scaling: rope_type={kind!r} {what} {', '.join(sorted(names))}"
             )
+    low, high = (scaling.get(f"{end}_freq_factor", i) for i, end in enumerate(("low", "high")))
+    if low >= high:
+        raise ValueError(
+            f"model.rope_scaling: high_freq_factor={high}: must be above low_freq_factor={low}"
+        )
 
 
 def _llama3(inverse: np.ndarray, s: Mapping[str, Any]) -> np.ndarray:

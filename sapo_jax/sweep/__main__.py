@@ -32,7 +32,7 @@ def main(given: cli.Flags) -> None:
     if index >= count:
         raise ValueError(f"--job_index={index}: must be below --job_count={count}")
     overrides = cli.from_config(given["config"].config_filename, "get_sweep", _no_sweep(given))
-    overrides = cohorts.restrict(overrides, given.axis)
+    overrides = cohorts.restrict(cohorts.listed(overrides), given.axis)
     parts = cohorts.make(given.config, overrides, most=given.most)
     if count > len(parts):
         raise ValueError(

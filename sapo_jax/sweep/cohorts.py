@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -52,6 +52,24 @@ class Cohort:
     def lead(self) -> Settings:
         """The settings of the first run, for what all of them share."""
         return self.runs[0]
+
+
+def listed(sweep: Any) -> Overrides:
+    """What ``get_sweep()`` returns, as a list.
+
+    Raises:
+      ValueError: it holds something else than fields with their values.
+    """
+    whole = sweep is None or isinstance(sweep, str | Mapping) or not isinstance(sweep, Iterable)
+    runs = [sweep] if whole and sweep is not None else list(sweep or ())
+    for run in runs:
+        fields = isinstance(run, Mapping) and all(isinstance(field, str) for field in run)
+        if whole or not fields:
+            raise ValueError(
+                "get_sweep() must return a list of what each run changes, such as "
+                f"[{{'seed': 0}}, {{'seed': 1}}], not {run!r:.100}"
+            )
+    return runs
 
 
 def restrict(sweep: Overrides, axes: Sequence[str]) -> Overrides:

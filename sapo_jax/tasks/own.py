@@ -153,12 +153,13 @@ def _reward(reference: str) -> Callable[[Example, str, bool, int], float]:
         given = dict(zip(REWARDED, row, strict=True))
         value = function(**{name: given[name] for name in takes})
         try:
-            number = float(value)
-        except (TypeError, ValueError):
+            number = math.nan if isinstance(value, str | bytes) else float(value)
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not math.isfinite(number):
+        if not abs(number) < 2.0**128:
             raise ValueError(
-                f"{start} returned {value!r} for {completion!r:.300}: must be a finite number"
+                f"{start} returned {value!r:.100} for {completion!r:.300}: must be a finite number "
+                "of 32 bits"
             )
         return number
 

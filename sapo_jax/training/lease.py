@@ -28,7 +28,7 @@ class Lease:
 
     On a local disk an OS lock decides, which the kernel frees even after SIGKILL; on gs:// a
     heartbeat in lease.json, younger than 60 s, refuses. A run that finds its lease taken (it was
-    suspended for longer) gets a KeyboardInterrupt.
+    suspended for longer), or its directory deleted, gets a KeyboardInterrupt.
     """
 
     def __init__(self, workdir: epath.PathLike):
@@ -41,7 +41,7 @@ class Lease:
             "started": time.time(),
         }
         self._lock: int | None = None
-        self._lost = False
+        self._lost = ""  # why
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -64,12 +64,23 @@ class Lease:
         with contextlib.suppress(ValueError):  # broken, so not ours
             if self._read().get("token") == self._mine["token"]:
                 self._file.unlink()
+        gone = self._deleted()
         self._close_lock()
+        if gone and any(isinstance(one, Exception) for one in exception):
+            raise RuntimeError(f"{gone}: nothing more is written")  # whatever failed by it
 
     def check(self) -> None:
-        """Raise RuntimeError if another process has taken the lease."""
-        if self._lost:
-            raise RuntimeError(f"another process took {self._workdir}: nothing more is written")
+        """Raise RuntimeError if another process has taken the lease, or the directory is gone."""
+        if why := self._lost or self._deleted():
+            raise RuntimeError(f"{why}: nothing more is written")
+
+    def _deleted(self) -> str:
+        gone = self._lock is not None and os.fstat(self._lock).st_nlink == 0
+        return f"{self._workdir} was deleted while a run worked there" if gone else ""
+
+    def _taken(self) -> str:
+        other = self._read().get("token", self._mine["token"]) != self._mine["token"]
+        return f"another process took {self._workdir}" if other else ""
 
     def _take_lock(self) -> None:
         self._lock = os.open(self._workdir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -89,9 +100,9 @@ class Lease:
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             try:
-                if self._read().get("token", self._mine["token"]) != self._mine["token"]:
-                    self._lost = True
-                    logging.error("Another process took the lease of %s: stopping.", self._workdir)
+                self._lost = self._deleted() or self._taken()
+                if self._lost:
+                    logging.error("%s: stopping.", self._lost)
                     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
                         os._exit(1)  # in the background of a script, no interrupt would arrive
                     _thread.interrupt_main()

@@ -108,6 +108,16 @@ FILES = {
     "field.py": CONFIG.format("c.lerner = 3"),
     "zero.py": CONFIG.format("c.iterations = 1 // 0"),
     "without.py": "x = 1\n",
+    "ends.py": "import sys\nsys.exit()\n",
+    "dict.py": CONFIG.replace("return c", "return c.to_dict()").format(""),
+    "frozen.py": CONFIG.replace("return c", "return FrozenConfigDict(c)").format(
+        "from ml_collections import FrozenConfigDict"
+    ),
+    "bare.py": CONFIG.replace("return c", "return type(c)()").format(""),
+    "key.py": CONFIG.format("c.task.options = {3: 4}"),
+    "needs.py": CONFIG.format("c.unlock(); c.name = config_dict.required_placeholder(str)").replace(
+        "\n\n", "\nfrom ml_collections import config_dict\n", 1
+    ),
     "cut/config.json": '{"iterations": 3, "learner": {',
     "list/config.json": "[1]",
     "section/config.json": '{"iterations": 3, "learner": 3, "sampler": {}}',
@@ -224,6 +234,12 @@ WRONG = [  # command line, and what the one line says
         "math.jsonl, line 1: field 'answer' is '2', must have one '#### '",
     ),
     (f"train {TINY} --workdir=RUN/x --config.task.options.slip=x", "slip='x': must be a number"),
+    ("train --config=RUN/ends.py", "ends.py, line 2: SystemExit"),
+    ("train --config=RUN/dict.py", "get_config() must return a ConfigDict, not dict"),
+    ("train --config=RUN/frozen.py", "get_config() must return a ConfigDict, not FrozenConfigDict"),
+    ("train --config=RUN/bare.py", "must return a ConfigDict with fields, not an empty one"),
+    ("train --config=RUN/key.py", "task.options.3: a key must be text"),
+    ("train --config=RUN/needs.py", "what get_config() returns cannot be read"),
     ("list", "WHAT is missing", "presets|tasks"),
     ("list taskz", "WHAT=taskz: must be one of presets, tasks", "the nearest is 'tasks'"),
     ("list objective", "WHAT=objective: must be", "the nearest is 'objectives'"),

@@ -80,6 +80,12 @@ def text(completion):
 def nothing(completion):
     return None
 
+def huge(completion):
+    return 1e300
+
+def digit(completion):
+    return "1"
+
 def infinite(completion):
     return float("inf")
 
@@ -121,6 +127,8 @@ def mine(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(OBJECTIVES)
     (tmp_path / "broken.py").write_text("x = 1\ny = x +\n")
     (tmp_path / "fails.py").write_text("x = 1\ny = 1 // 0\n")
+    (tmp_path / "ends.py").write_text("raise SystemExit(0)\n")
+    (tmp_path / "binary.py").write_bytes(b"\xff\xfe\0")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -167,6 +175,8 @@ def test_what_a_process_finds_by_itself(mine, name, error, message):
         ("nowhere.py:Sums", "there is no file nowhere.py"),
         ("broken.py:Sums", "broken.py, line 2: invalid syntax"),
         ("fails.py:Sums", "fails.py, line 2: ZeroDivisionError"),
+        ("ends.py:Sums", "ends.py, line 1: SystemExit: 0"),
+        ("binary.py:Sums", "binary.py: source code string cannot contain null bytes"),
         ("my.py:Sums", r"no option \['term'\]; it has terms, .*; the nearest is 'terms'"),
     ],
 )
@@ -218,7 +228,12 @@ def test_a_reward_takes_the_place_of_the_verdict(mine):
     assert metrics["reward/accuracy"] == 0.5
     every = own._reward("my.py:everything")
     assert every(example, "1", True, 2) == len(example.prompt) + 4
-    for name, value in (("nothing", "None"), ("infinite", "inf")):
+    for name, value in (
+        ("nothing", "None"),
+        ("infinite", "inf"),
+        ("huge", "1e.300"),
+        ("digit", "'1'"),
+    ):
         with pytest.raises(ValueError, match=rf"returned {value} for '1'.*must be a finite number"):
             own._reward(f"my.py:{name}")(example, "1", True, 2)
     with pytest.raises(ValueError, match=r"'shorter': must be a function of a file, my.py:name"):

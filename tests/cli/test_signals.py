@@ -56,6 +56,42 @@ def test_a_command_that_computes_on_is_ended(number):
     assert (done.returncode, done.stderr) == (STATUS[number][0], f"\n{STATUS[number][1]}\n")
 
 
+SWALLOWS = """
+import os, time
+try:
+    os.kill(os.getpid(), {number})
+    time.sleep(60)
+except BaseException:  # as what a library calls back, whose exceptions Python only mentions
+    time.sleep(60)
+"""
+STARTS = {
+    "config": """
+        from sapo_jax import cli
+        given = cli.Flags("train", "")
+        given.config_file()
+        cli.run(print, given)
+    """,
+    "import": """
+        from sapo_jax.cli import __main__ as console
+        console.COMMANDS["train"] = ("own", "")
+        console.main()
+    """,
+}
+
+
+@pytest.mark.parametrize("number", STATUS)
+@pytest.mark.parametrize("start", STARTS)
+def test_a_command_that_starts_ends_in_one_line(start, number, tmp_path):
+    """Guards against a traceback from an import, and against a signal that one swallows."""
+    (tmp_path / "own.py").write_text(SWALLOWS.format(number=int(number)))
+    command = [sys.executable, "-c", textwrap.dedent(STARTS[start]), "train", "--config=own.py"]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True,
+        text=True, timeout=50, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (STATUS[number][0], f"\n{STATUS[number][1]}\n")
+
+
 def test_signals_that_are_ignored_stay_so():
     """A shell starts background jobs with SIGINT ignored: Ctrl-C is for others."""
     before, found = signal.signal(signal.SIGINT, signal.SIG_IGN), []

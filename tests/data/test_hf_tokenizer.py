@@ -105,7 +105,9 @@ def test_options_of_a_template_may_have_any_name(name):
     assert tokenizer.apply_chat_template(messages, add_generation_prompt=True) == "hi x True"
 
 
-def small(directory, *, config=(), files=(), more=(), added=("<end>",), stored=lambda _: None):
+def small(
+    directory, *, config=(), files=(), binary=(), more=(), added=("<end>",), stored=lambda _: None
+):
     """A directory with a tokenizer of a few words; what is no word becomes <unk>, 2."""
     words = {word: i for i, word in enumerate(("a", "b", "?", *more))}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
@@ -118,6 +120,8 @@ def small(directory, *, config=(), files=(), more=(), added=("<end>",), stored=l
     (directory / "tokenizer_config.json").write_text(json.dumps(whole))
     for name, text in dict(files).items():
         (directory / name).write_text(text)
+    for name, content in dict(binary).items():
+        (directory / name).write_bytes(content)
     return directory
 
 
@@ -146,9 +150,10 @@ def test_templates_come_from_either_file(tmp_path):
     assert found.encode_prompt("a") == [0, 2, 3] or found.encode_prompt("a")[-1] == 3
 
 
+PANICS = '{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}'
 REFUSED = [
     ({"files": {"tokenizer.json": "{"}}, {}, "is no tokenizer"),
-    ({"files": {"tokenizer_config.json": "{"}}, {}, "tokenizer_config.json is no JSON"),
+    ({"files": {"tokenizer_config.json": "{"}}, {}, "tokenizer_config.json: not JSON"),
     ({"config": {"eos_token": None}}, {}, "no token ends a completion"),
     ({}, {"chat": True}, "no chat template"),
     ({"config": {"chat_template": "{{ raise_exception('no') }}"}}, {"chat": True}, "refuses.*no"),
@@ -162,6 +167,23 @@ REFUSED = [
     ({"config": {"split_special_tokens": True}}, {}, "split_special_tokens"),
     ({"added": (), "files": {"added_tokens.json": '{"<end>": 9}'}}, {}, "3 by .* 9 by added_tok"),
     ({"files": {"generation_config.json": '{"eos_token_id": 77}'}}, {}, "ids reach 77"),
+    (
+        {"files": {"config.json": '{"eos_token_id": "7"}'}},
+        {},
+        "config.json: eos_token_id='7': must",
+    ),
+    ({"files": {"special_tokens_map.json": "[]"}}, {}, "map.json: holds list, must be an object"),
+    ({"files": {"added_tokens.json": '{"<q>": null}'}}, {}, "<q>=None: must be a whole number"),
+    ({"config": {"eos_token": {"special": True}}}, {}, "eos_token={'special': True}: must be text"),
+    ({"config": {"image_token": {"a": 1}}}, {}, "image_token={'a': 1}: must be text, or an obj"),
+    ({"config": {"added_tokens_decoder": {"x": "q"}}}, {}, "added_tokens_decoder=.*to each id"),
+    ({"config": {"extra_special_tokens": [3]}}, {}, "extra_special_tokens=.3.: must be"),
+    ({"config": {"chat_template": [{"name": "default"}]}}, {}, "chat_template=.*: must be text"),
+    ({"config": {"chat_template": "{{ 1 / 0 }}"}}, {"chat": True}, "refuses.*division by zero"),
+    ({"config": {"chat_template": "{{ '\\ud800' }}"}}, {"chat": True}, "cannot encode"),
+    ({"binary": {"chat_template.jinja": b"\xff"}}, {"chat": True}, "jinja is no template: 'utf-8'"),
+    ({"binary": {"tokenizer_config.json": b"\xff{}"}}, {}, "tokenizer_config.json: not JSON"),
+    ({"files": {"tokenizer.json": PANICS}}, {}, "tokenizer.json is no tokenizer: Precompiled"),
 ]
 
 

@@ -119,6 +119,18 @@ def change_tensors(edit):
     return change
 
 
+def write_json(name, content):
+    return lambda directory: (directory / name).write_text(json.dumps(content))
+
+
+def index_of(places):
+    def change(directory):
+        (directory / "model.safetensors").unlink()
+        write_json("model.safetensors.index.json", {"weight_map": places})(directory)
+
+    return change
+
+
 def remove_a_shard(directory):
     config, weights = model.hf.load(directory)
     model.hf.save(directory, config, weights, shard_bytes=20_000)
@@ -200,6 +212,42 @@ BAD = {
     "mlp_bias": (change_config(model_type="llama", mlp_bias=True), "mlp_bias=True"),
     "dtype": (change_tensors(integers), "model.norm.weight is I32, must be one of F32/BF16"),
     "tokenizer": (too_many_words, "largest id is 97, the model's vocabulary has 97"),
+    "no tokenizer": (write_json("tokenizer.json", {"model": "x"}), "tokenizer.json is no tokeniz"),
+    "a list": (write_json("config.json", []), "config.json: holds list, must be an object"),
+    "text": (change_config(hidden_size="32"), r"hidden_size='32': must be a whole number in \[1"),
+    "fraction": (change_config(num_hidden_layers=3.0), "num_hidden_layers=3.0: must be a whole"),
+    "bool": (change_config(head_dim=True), "head_dim=True: must be a whole number"),
+    "no flag": (change_config(norm_topk_prob="no"), "norm_topk_prob='no': must be true or false"),
+    "no number": (change_config(rms_norm_eps=float("nan")), "rms_norm_eps=nan: must be a number"),
+    "negative": (change_config(rms_norm_eps=-1), "rms_norm_eps=-1: must be a number above 0"),
+    "no list": (change_config(mlp_only_layers="4"), "mlp_only_layers='4': must be a list"),
+    "eos": (change_config(eos_token_id=[None]), r"eos_token_id=\[None\]: must be a whole number"),
+    "far eos": (change_config(eos_token_id=97), r"eos_token_id=97: must be in \[0, vocab_size=97"),
+    "generation": (write_json("generation_config.json", {"eos_token_id": "x"}), "eos_token_id='x'"),
+    "no scaling": (change_config(rope_scaling=2.0), "rope_scaling=2.0: must be an object"),
+    "theta": (
+        change_config(rope_parameters={"rope_theta": "1e4"}),
+        "rope_parameters.rope_theta='1e4': must be a number above 1",
+    ),
+    "factor": (
+        change_config(rope_parameters={"rope_type": "linear", "factor": [2]}),
+        r"rope_parameters.factor=\[2\]: must be a number above 0",
+    ),
+    "frequencies": (
+        change_config(
+            rope_scaling={
+                "rope_type": "llama3",
+                "factor": 8,
+                "low_freq_factor": 4,
+                "high_freq_factor": 4,
+            }
+        ),
+        "high_freq_factor=4: must be above low_freq_factor=4",
+    ),
+    "layers": (change_config(layer_types=["full_attention"]), "must be num_hidden_layers=3 of"),
+    "layer": (change_config(layer_types=["linear_attention"] * 3), "layer_types=.*linear"),
+    "index": (index_of(["a"]), r"weight_map=\['a'\]: must be an object of texts"),
+    "empty index": (index_of({}), "missing: model.embed_tokens.weight"),
 }
 
 

@@ -272,8 +272,10 @@ BAD = {
     "deep": (changed("vision_config", deepstack_visual_indexes=[9]), r"in \[0, depth=3\)"),
     "square": (changed("vision_config", num_position_embeddings=24), "must be a square"),
     "patch": (changed("vision_config", patch_size=[2, 2]), r"patch_size=\[2, 2\]: must be"),
+    "null": (changed("vision_config", depth=None), r"missing: model.visual.blocks"),
+    "huge": (changed("vision_config", depth=2**31 - 1), r"depth=2147483647: must be .*\[1, 4096"),
     "token": (changed("", image_token_id=61), "image_token_id=61: must be below 61"),
-    "part": (changed("", vision_config=3), "vision_config must be objects"),
+    "part": (changed("", vision_config=3), "vision_config=3: must be an object"),
     "plain": (
         changed("text_config", rope_parameters={"mrope_interleaved": False}),
         "mrope_interleaved=False is not supported",

@@ -147,3 +147,17 @@ REFUSED = [
 def test_mistakes_are_named_before_anything_compiles(sweep, message):
     with pytest.raises(ValueError, match=message):
         cohorts.make(base(), sweep)
+
+
+@pytest.mark.parametrize("sweep", ["seed", {"seed": 1}, 3, [3], [("seed", 1)], [{3: 1}]])
+def test_what_is_no_list_of_changes_is_refused(sweep):
+    with pytest.raises(
+        ValueError, match=r"get_sweep\(\) must return a list of what each run chang"
+    ):
+        cohorts.listed(sweep)
+
+
+def test_a_generator_of_changes_is_read_once():
+    runs = cohorts.listed({"seed": seed} for seed in (0, 1))
+    assert cohorts.restrict(runs, ["seed=1"]) == [{"seed": 1}]
+    assert cohorts.listed(None) == []

@@ -185,7 +185,37 @@ def test_a_run_in_the_background_that_lost_its_lease_stops(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 1
-    assert "Another process took the lease" in done.stderr
+    assert "another process took" in done.stderr
+
+
+def test_what_fails_since_the_directory_is_deleted_says_so(tmp_path):
+    told = pytest.raises(RuntimeError, match="was deleted while a run worked there")
+    with told, Lease(tmp_path):
+        (tmp_path / ".lock").unlink()
+        raise ValueError("no metadata found")
+
+
+def test_a_run_whose_directory_is_deleted_stops(tmp_path, monkeypatch):
+    """Guards against hours in a directory that has no config, and that another may start in."""
+    monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.01)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    held = Lease(tmp_path / "run")
+
+    def be_deleted():
+        with held:
+            held.check()
+            (tmp_path / "run" / ".lock").unlink()  # with all else; a beat would race with rmtree
+            time.sleep(10)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            be_deleted()
+        with pytest.raises(
+            RuntimeError, match="was deleted while a run worked there: nothing more"
+        ):
+            held.check()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_config_is_stored_sorted_and_whole(tmp_path, monkeypatch):
