@@ -153,6 +153,7 @@ def hostile_answers():
     yield from (r"\sqrt[10^{9}]{2}", r"\log_{10^{10^{10}}} 2", r"\zeta(10^{9})", r"\Gamma(10^{9})")
     yield from ("__import__('os').system('touch pwned')", "exec('1/0')", "eval(\"open('pwned')\")")
     yield from ("().__class__.__bases__[0].__subclasses__()", "lambda: 0", "os._exit(1)", "exit()")
+    yield from (r"\abc" * 60 + "!=113", r"\abc\cdot" * 30 + "!=113")  # a regular expression's trap
     yield from (r"\input{/etc/passwd}", r"\write18{touch pwned}", r"\def\x{\x\x}\x", r"\catcode`\{")
     yield from (
         "\x00",

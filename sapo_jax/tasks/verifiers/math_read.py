@@ -25,7 +25,7 @@ _OPEN_TERM = re.compile(  # a letter but e, or a command that may stand for one
     r"(?<![\\A-Za-z])(?:[A-Za-df-z]|e[_'])|"
     r"\\(?!pi|frac|sqrt|cdot|times|div|infty|ln|log)[A-Za-z]+"
 )
-VARIABLE = r"(?:[A-Za-z]|\\(?!l?not|neg)[A-Za-z]+)(?:_(?:\w|\{[^{}]*\}))?'*"
+VARIABLE = r"(?:[A-Za-z]|\\(?!l?not|neg|cdot)[A-Za-z]++)(?:_(?:\w|\{[^{}]*\}))?'*"
 _NESTED = r"(?:[^()]|\([^()]*\))"
 _CALL = rf"{VARIABLE}(?:\^\{{-1\}})?\({_NESTED}*\)"
 _NAME = re.compile(  # of one thing: x, f(2), E[X], \angle ABC, AB, |AB|, [ABC], \cos\theta, words
