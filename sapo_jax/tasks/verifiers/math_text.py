@@ -50,7 +50,7 @@ _TIMES = re.compile(rf"({_DECIMAL})(?:\\times|\\cdot|\*)10\^\{{?([+-]?\d{{1,3}})
 _SLASH = re.compile(rf"(?:(\d+) )?([+-]?{_DECIMAL})/([+-]?{_DECIMAL})")
 _ARGUMENT = rf"(?:\{{([+-]?{_DECIMAL})\}}|(\d))"
 _FRAC = re.compile(rf"(\d*)\\frac{_ARGUMENT}{_ARGUMENT}")
-_REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))")
+_REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))|\((\d+)\))")
 
 
 def last_boxed(text: str) -> str | None:
@@ -140,10 +140,10 @@ def number(text: str) -> Fraction | None:
 
 
 def repeating(text: str) -> str:
-    r"""The text with fractions for decimals that repeat, as ``0.\overline{3}``."""
+    r"""The text with fractions for decimals that repeat: ``0.\overline{3}``, ``0.(3)``."""
 
     def fraction(match: re.Match) -> str:
-        whole, fixed, period = match[1] or "0", match[2], match[3] or match[4]
+        whole, fixed, period = match[1] or "0", match[2], match[3] or match[4] or match[5]
         value = int(whole + fixed) + Fraction(int(period), 10 ** len(period) - 1)
         above, below = (value / 10 ** len(fixed)).as_integer_ratio()
         return rf"\frac{{{above}}}{{{below}}}"
