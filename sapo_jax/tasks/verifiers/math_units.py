@@ -15,11 +15,9 @@ _TEXT_TAIL = re.compile(rf"\s*(?:\^\\circ ?)?(?:{TEXT}{_POWER}|\s|\\cdot|[/*])+$
 _BARE_TAIL = re.compile(rf"(?<=[\d)}}])(\s*)([A-Za-z]+{_POWER}(?:\s*[ /*]\s*[A-Za-z]+{_POWER})*)$")
 _SIGN_TAIL = re.compile(r"\s*(\\?%|\\?\$|\^\\circ\s*[CF]?)\s*$")
 _DEGREES = re.compile(r"\^\\circ(?!\s*(?:[CF]|\\(?:text|mathrm)))\s*")
-_ANGULAR = re.compile(
-    r"\\(?:pi|arc|sin|cos|tan|cot|sec|csc)"
-)  # sin 20 is not sin 20°, nor π/3 π/3°
+_ANGULAR = re.compile(r"\\(?:pi|arc|sin|cos|tan|cot|sec|csc)")  # sin 20 is not sin 20°
 _CURRENCY = re.compile(r"(-?)\s*(?:\\?\$|\\text\{(euro|gbp)\})\s*")
-_QUOTIENT = re.compile(rf"\\frac\s*\{{\s*({TEXT})\s*\}}\s*\{{\s*({TEXT})\s*\}}")
+_QUOTIENT = re.compile(rf"\\frac\s*\{{\s*({TEXT})\s*\}}\s*\{{\s*({TEXT}{_POWER})\s*\}}")
 _VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
 _UNITS = {
     alias: unit
