@@ -94,7 +94,8 @@ class Expression:
     def _starts_factor(self) -> bool:
         if self._next == "|":
             return not self._in_bars
-        return self._next.isalpha() or self._next in _STARTS
+        counted = self._next[:1].isdigit() and self._tokens[self._at - 1] == "!"  # 3!7!
+        return self._next.isalpha() or self._next in _STARTS or counted
 
     def _factor(self) -> Any:
         if self._next in _FUNCTIONS:
