@@ -44,6 +44,7 @@ _CHOICE = re.compile(
     rf"(?:{_BOLD}\(([A-Z])\)\s*\}}|\({_BOLD}([A-Z])\s*\}}\)|\(([A-E])\)(?= ?[\d.\\$-]))[\s:.]*"
 )
 _NUMERAL = re.compile(r"(\d[\dA-Za-z]*)_(?:\{\s*(\d+)\s*\}|(\d+))")
+_BUILDER = re.compile(rf"({VARIABLE}) ?(?:\\in ?\\mathbb\{{R\}} ?)?[:|](.*)")  # {x : x > 1}
 _MATRIX = re.compile(r"\\begin\{([pb]?matrix)\}(.*)\\end\{\1\}")
 
 
@@ -189,6 +190,11 @@ def _enclosed(text: str) -> tuple[str, str, str] | None:
 def _brackets(opening: str, inner: str, closing: str, budget: Budget) -> Answer:
     if opening == r"\{" and not inner:
         return Answer("set")
+    if opening == r"\{" and (builder := _BUILDER.fullmatch(inner)):
+        condition = read(builder[2], budget)
+        if condition.name != builder[1] or condition.kind not in ("region", "list", "value"):
+            raise UnreadableError("the elements of a set")
+        return condition
     parts, _ = _split(inner, _COMMA, thousands=False)
     if opening == "{" or (opening + closing == "()" and len(parts) == 1):
         return read(inner, budget)
