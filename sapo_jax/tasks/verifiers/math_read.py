@@ -218,6 +218,9 @@ def _list(parts: list[str], separators: list[str], budget: Budget) -> Answer:
     items = _flat(parts, budget)
     joined = [word for word in ("and", "or") if all(word in s for s in separators)]
     names = [item.name for item in items]
+    of_words = any(i.kind == "words" or re.fullmatch("[A-Z]", i.text) for i in items)
+    if (r"\lor" in separators and not all(names)) or ("or" in "".join(separators) and of_words):
+        raise UnreadableError("a formula of logic, or a choice that is left open")
     if joined and all(item.kind == "region" for item in items) and len(set(names)) == 1:
         combine = functools.partial(_combined, joined[0])
         return Answer("region", items=functools.reduce(combine, map(region, items)), name=names[0])
