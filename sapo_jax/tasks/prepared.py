@@ -17,7 +17,11 @@ from sapo_jax.tasks.records import HOW, Records, locate
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\d.])\.\d+)"
 _NUMBER = re.compile(rf"({_DIGITS})(?:\s?/\s?({_DIGITS}))?", re.ASCII)
 _MINUS = re.compile(r"(^|.)(?:(\s*)[-−–‐‑‒])(\s?)[$€£]?\s?$", re.DOTALL)
-_MULTIPLE = re.compile(r"\s?(?:[kKM]|bn|dozen|hundred|thousand|[mb]illion)(?![A-Za-z])|\s?\^")
+_MULTIPLE = re.compile(
+    r"\s?(?:[kKM]|bn|(?:dozen|hundred|thousand|[bmtr]+illion|lakh|crore)s?)(?![A-Za-z])|"
+    r"\s?\^|[½⅓⅔¼¾⁰¹²³⁴⁵⁶⁷⁸⁹]"
+)
+_PART = re.compile(r"(?:\^\{?|_|\}\{|√|sqrt[({]|\d[eE][+-]?)$")  # before it: no number of its own
 MAX_DIGITS = 64
 
 
@@ -30,7 +34,7 @@ def last_number(completion: str, answer: str) -> float:
     """1.0 iff the last number of the completion equals the last of the answer, as ``1,000``=1000.0.
 
     Numbers of more than ``MAX_DIGITS`` characters equal nothing, nor does what is more than a
-    number: ``5k``, ``2^5``.
+    number: ``5k``, ``2^5``, ``1 1/2``.
     """
     mine, reference = _last(completion), _last(answer)
     return float(mine is not None and mine == reference)
@@ -43,7 +47,8 @@ def _last(text: str) -> Fraction | None:
         return None
     above, below = (Fraction((part or "1").replace(",", "")) for part in match.groups())
     before = text[max(0, match.start() - 8) : match.start()]
-    if before.endswith(("^", "_", "^{")) or not below:
+    mixed = "/" in match[0] and re.search(r"\d\s$", before)  # 1 1/2
+    if _PART.search(before) or mixed or not below:
         return None
     minus = _MINUS.search(before)
     if not minus:

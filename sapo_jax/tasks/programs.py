@@ -119,7 +119,12 @@ class Programs(FileTask):
 
     def passes(self, problem: Problem, program: str) -> bool:
         """Whether a program passes every test; the first failure ends it."""
-        limits = Limits(seconds=self.seconds, memory_mb=self.memory_mb)
+        longest = max(len(json.dumps(expected)) for _, expected in problem.tests)
+        limits = Limits(
+            seconds=self.seconds,
+            memory_mb=self.memory_mb,
+            output_bytes=Limits.output_bytes + 2 * longest,
+        )
         with Sandbox(
             program,
             function=problem.function,
@@ -138,8 +143,9 @@ class Programs(FileTask):
 
 
 def last_block(completion: str) -> str | None:
-    """The last fenced block of Python, or without a language; None for none, or one too long."""
-    program, block, fence = None, [], None
+    """The last fenced block of Python, else without a language; None for none, or one too long."""
+    programs: dict[bool, str] = {}
+    block, fence = [], None
     for line in re.split(r"\r\n|\r|\n", completion):
         found = FENCE.match(line)
         if fence is None:
@@ -147,11 +153,12 @@ def last_block(completion: str) -> str | None:
                 block, fence = [], found
         elif found and found[2].startswith(fence[2]) and line.strip() == found[2]:
             if PYTHON.fullmatch(fence[3]):
-                program = "".join(part + "\n" for part in block)
+                programs[bool(fence[3])] = "".join(part + "\n" for part in block)
             fence = None
         else:
             indent = len(line) - len(line.lstrip(" \t"))
             block.append(line[min(indent, len(fence[1])) :])
+    program = programs.get(True, programs.get(False))
     return program if program is None or len(program) <= MAX_PROGRAM_CHARS else None
 
 
@@ -172,7 +179,7 @@ def same_output(expected: str, found: str) -> bool:
 def _same_number(a: str, b: str) -> bool:
     if a == b:
         return True
-    if max(len(a), len(b)) > 400:
+    if max(len(a), len(b)) > 400 or not re.search(r"[.eE]", a + b):  # 0101 may be no number
         return False
     try:
         return Decimal(a) == Decimal(b)

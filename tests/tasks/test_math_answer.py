@@ -55,9 +55,9 @@ def test_labelled_answers(kind):
 
 def test_the_labels_are_many():
     verdicts = [verdict for _, verdict, *_ in judged.pairs()]
-    assert verdicts.count("right") >= 900
-    assert verdicts.count("wrong") >= 1300
-    assert verdicts.count("missed") <= 20
+    assert verdicts.count("right") >= 1400
+    assert verdicts.count("wrong") >= 2400
+    assert verdicts.count("missed") <= 30
 
 
 @pytest.mark.parametrize(
@@ -153,6 +153,7 @@ def hostile_answers():
     yield from (r"\sqrt[10^{9}]{2}", r"\log_{10^{10^{10}}} 2", r"\zeta(10^{9})", r"\Gamma(10^{9})")
     yield from ("__import__('os').system('touch pwned')", "exec('1/0')", "eval(\"open('pwned')\")")
     yield from ("().__class__.__bases__[0].__subclasses__()", "lambda: 0", "os._exit(1)", "exit()")
+    yield from (r"\abc" * 60 + "!=113", r"\abc\cdot" * 30 + "!=113")  # a regular expression's trap
     yield from (r"\input{/etc/passwd}", r"\write18{touch pwned}", r"\def\x{\x\x}\x", r"\catcode`\{")
     yield from (
         "\x00",

@@ -31,6 +31,8 @@ ADD = "```python\na, b = map(int, input().split())\nprint(a + b)\n```"
         ("so\n```py\nx\n```\nor\n```python\ny\n```\nend", "y\n"),
         ("```\nx\n```", "x\n"),
         ("```python\nx\n```\n```json\n{}\n```", "x\n"),
+        ("```python\nx\n```\nIt prints\n```\n3\n```", "x\n"),
+        ("```\nx\n```\n```\ny\n```\n", "y\n"),
         ("```python\nx", None),
         ("```json\n{}\n```", None),
         ("print(1)", None),
@@ -81,9 +83,12 @@ def test_outputs_are_compared_by_line_and_number():
         ("1 2\n3", " 1 2 \n3\n\n"),
         ("0.5", "0.50"),
         ("a 1.0", "a 1"),
+        ("1e5 -0.0", "100000 0"),
         ("", "\n"),
     ):
         assert same_output(a, b), (a, b)
+    assert not same_output("0101", "101")
+    assert not same_output("1000", "1_000")
     wrong = (("1", "2"), ("1", "1\n1"), ("1 2", "12"), ("a", "A"), ("1", "1.0000001"), ("", "x"))
     for a, b in (*wrong, ("nan", "NaN x"), ("1", "1e999999999"), ("1", "9" * 10**6)):
         assert not same_output(a, b), (a, b[:9])
@@ -150,6 +155,17 @@ def test_live_code_bench_problems(tmp_path):
     with rewards.Scorer(task, workers=3) as scorer:
         found = [future.result().parts["accuracy"] for future in scorer.submit(rows)]
     assert found == [v for _, _, v in verdicts]
+
+
+def test_a_long_output_is_compared_where_one_is_expected(tmp_path):
+    numbers = " ".join(map(str, range(10**9, 10**9 + 200_000)))
+    rows = question("long", public_test_cases=[case("", numbers)]), question("short")
+    task = make("programs", test=write(tmp_path / "t.jsonl", *rows), seconds=30.0)
+    program = "```python\nprint(*range(10**9, 10**9 + 200_000), sep=' \\n'[i])\n```"
+    long, short = task.examples("test")
+    assert task.verify(long, program.replace("[i]", "[0]")) == 1.0
+    assert task.verify(long, program.replace("[i]", "[1]")) == 0.0
+    assert task.verify(short, program.replace("[i]", "[0]")) == 0.0
 
 
 @pytest.mark.parametrize("names", [("", ""), (None, None), ("a", "a"), (1, "1"), ("2", None)])

@@ -213,7 +213,7 @@ KEPT = {  # programs, and what each prints for INPUT
         "True\n",
     ),
     "large stack": (
-        "import resource as r\nhard = r.getrlimit(r.RLIMIT_STACK)[1]\n"
+        f"import resource as r\nhard = {resource.getrlimit(resource.RLIMIT_STACK)[1]}\n"
         "r.setrlimit(r.RLIMIT_STACK, (hard, hard))\nprint(5)",
         "5\n",
     ),

@@ -186,5 +186,5 @@ def _letter(answer: Answer) -> str:
     """The letter that an answer is, or ""."""
     if answer.kind not in ("value", "words", "choice"):
         return ""
-    letter = re.fullmatch(r"\(?([A-Za-z])\)?", answer.text)
+    letter = re.fullmatch(r"(?:\\(?:mathbf|boldsymbol) ?\{)?\(?([A-Za-z]{1,2})\)?\}?", answer.text)
     return "" if not letter else letter[1].upper() if answer.kind == "words" else letter[1]

@@ -27,6 +27,8 @@ _STARTS = {*_CLOSING, *_NAMES, *_DECORATED, *_FUNCTIONS, r"\frac", r"\sqrt", r"\
 _TOKEN = re.compile(r"\s*(\d+\.?\d*|\.\d+|\\[A-Za-z]+|\\.|\S)")
 _DERIVATIVE = re.compile(r"\\frac\s*\{?\s*d(?:\^\{?\d\}?)?\s*\w?\s*\}?\s*\{?\s*d\s*[A-Za-z]")
 
+_CROSS = re.compile(r"\\times\s*\\(?:vec|hat|bar|mathbf|overline|tilde)")
+
 
 class Expression:
     """An expression that is computed while it is read.
@@ -38,8 +40,8 @@ class Expression:
     """
 
     def __init__(self, text: str, numbers: Numbers, variable: Callable[[str], Fraction]):
-        if _DERIVATIVE.search(text):
-            raise UnreadableError("a derivative")
+        if _DERIVATIVE.search(text) or _CROSS.search(text):
+            raise UnreadableError("a derivative, or a product that has an order")
         self._tokens, self._at = _TOKEN.findall(text), 0
         self._numbers, self._variable, self._in_bars = numbers, variable, False
         self.closed = True  # whether there is no variable
@@ -92,7 +94,8 @@ class Expression:
     def _starts_factor(self) -> bool:
         if self._next == "|":
             return not self._in_bars
-        return self._next.isalpha() or self._next in _STARTS
+        counted = self._next[:1].isdigit() and self._tokens[self._at - 1] == "!"  # 3!7!
+        return self._next.isalpha() or self._next in _STARTS or counted
 
     def _factor(self) -> Any:
         if self._next in _FUNCTIONS:
@@ -236,10 +239,12 @@ class Expression:
 
     def _bare_argument(self) -> Any:
         """Of sin 2x: the factors up to an operator, a bracket or another function."""
-        inner = self._next in _FUNCTIONS
+        inner, start = self._next in _FUNCTIONS, self._at
         value = self._factor()
         while not inner and self._starts_factor() and self._next not in ("(", "[", *_FUNCTIONS):
             value = self._numbers.multiply(value, self._factor())
         if self._next in ("/", r"\div"):
             raise UnreadableError("a slash behind an argument without brackets")
+        if self._next == "(" and "".join(self._tokens[start : self._at]).isdigit():
+            raise UnreadableError("a bracket behind a number without one")  # log2(3)
         return value

@@ -82,7 +82,7 @@ class Numbers:
         return self.multiply(x, 1 / y)
 
     def power(self, x: Any, y: Any) -> Any:
-        """x to the power of y, the principal one."""
+        """x to the power of y: real for odd roots of negative numbers, else the principal one."""
         exact = isinstance(y, Fraction)
         if not x:
             if not exact or y <= 0:
@@ -90,17 +90,18 @@ class Numbers:
             return Fraction(0)
         if exact and isinstance(x, Fraction) and (value := self._exact_power(x, y)) is not None:
             return value
+        if exact and y.denominator in range(3, 37, 2) and self.sign(x) < 0:  # x^{1/3}, not (-1)^n
+            power = self.power(-x, y)
+            return -power if y.numerator % 2 else power
         if exact and y.denominator == 1 and abs(y) < 1 << 64:
             self._budget.spend(self._cost)
             return self._checked(self._inexact(x) ** int(y))
         return self.apply("power", x, y)
 
     def root(self, x: Any, degree: Any) -> Any:
-        """The real root of a real number where there is one, else the principal one."""
+        """A root, as ``power`` has it."""
         if not isinstance(degree, Fraction) or degree.denominator != 1 or degree < 2:
             raise UnreadableError("the degree of a root")
-        if degree % 2 and self.sign(x) < 0:
-            return -self.power(-x, 1 / degree)
         return self.power(x, 1 / degree)
 
     def apply(self, function: str, *arguments: Any) -> Any:

@@ -23,11 +23,12 @@ INFINITE = {r"\infty", r"+\infty", r"-\infty"}
 _FLIPPED = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le", r"\ne": r"\ne"}
 _OPEN_TERM = re.compile(  # a letter but e, or a command that may stand for one
     r"(?<![\\A-Za-z])(?:[A-Za-df-z]|e[_'])|"
-    r"\\(?!pi|frac|sqrt|cdot|times|div|infty|ln|log)[A-Za-z]+"
+    r"\\(?!pi|frac|sqrt|cdot|times|div|infty|ln|log|circ)[A-Za-z]+"
 )
-VARIABLE = r"(?:[A-Za-z]|\\(?!l?not|neg)[A-Za-z]+)(?:_(?:\w|\{[^{}]*\}))?'*"
+VARIABLE = r"(?:[A-Za-z]|\\(?!l?not|neg|cdot)[A-Za-z]++)(?:_(?:\w|\{[^{}]*\}))?'*"
 _NESTED = r"(?:[^()]|\([^()]*\))"
-_CALL = rf"{VARIABLE}(?:\^\{{-1\}})?\({_NESTED}*\)"
+_SOLVED_FOR = r"\\(?:ln|lg|log|exp|sqrt|arc|(?:sin|cos|tan)\^)"  # ln(x)=7 names no value of x
+_CALL = rf"(?!{_SOLVED_FOR}){VARIABLE}(?:\^\{{-1\}})?\({_NESTED}*\)"
 _NAME = re.compile(  # of one thing: x, f(2), E[X], \angle ABC, AB, |AB|, [ABC], \cos\theta, words
     rf"{VARIABLE}|{_CALL}|(?:P|E|Var|\\mathbb\{{E\}})\[{_NESTED}*\]|"
     r"m?\\(?:angle|triangle) ?\{?[A-Z]{1,3}\}?|[A-Z]{2,4}|\|[A-Z]{1,2}\||\[[A-Z]{3,5}\]|"
@@ -43,6 +44,7 @@ _CHOICE = re.compile(
     rf"(?:{_BOLD}\(([A-Z])\)\s*\}}|\({_BOLD}([A-Z])\s*\}}\)|\(([A-E])\)(?= ?[\d.\\$-]))[\s:.]*"
 )
 _NUMERAL = re.compile(r"(\d[\dA-Za-z]*)_(?:\{\s*(\d+)\s*\}|(\d+))")
+_BUILDER = re.compile(rf"({VARIABLE}) ?(?:\\in ?\\mathbb\{{R\}} ?)?[:|](.*)")  # {x : x > 1}
 _MATRIX = re.compile(r"\\begin\{([pb]?matrix)\}(.*)\\end\{\1\}")
 
 
@@ -135,6 +137,9 @@ def region(answer: Answer) -> Region | None:
 
 
 def _interval(low: str, with_low: bool, high: str, with_high: bool) -> Region:
+    if (with_low and low in INFINITE) or (with_high and high in INFINITE):
+        raise UnreadableError("an infinite end that is in the interval")
+
     def contains(at: float, rank: Mapping[str, float]) -> bool:
         start, end = rank[low], rank[high]
         return start < at < end or (at == start and with_low) or (at == end and with_high)
@@ -185,6 +190,11 @@ def _enclosed(text: str) -> tuple[str, str, str] | None:
 def _brackets(opening: str, inner: str, closing: str, budget: Budget) -> Answer:
     if opening == r"\{" and not inner:
         return Answer("set")
+    if opening == r"\{" and (builder := _BUILDER.fullmatch(inner)):
+        condition = read(builder[2], budget)
+        if condition.name != builder[1] or condition.kind not in ("region", "list", "value"):
+            raise UnreadableError("the elements of a set")
+        return condition
     parts, _ = _split(inner, _COMMA, thousands=False)
     if opening == "{" or (opening + closing == "()" and len(parts) == 1):
         return read(inner, budget)
@@ -208,6 +218,9 @@ def _list(parts: list[str], separators: list[str], budget: Budget) -> Answer:
     items = _flat(parts, budget)
     joined = [word for word in ("and", "or") if all(word in s for s in separators)]
     names = [item.name for item in items]
+    of_words = any(i.kind == "words" or re.fullmatch("[A-Z]", i.text) for i in items)
+    if (r"\lor" in separators and not all(names)) or ("or" in "".join(separators) and of_words):
+        raise UnreadableError("a formula of logic, or a choice that is left open")
     if joined and all(item.kind == "region" for item in items) and len(set(names)) == 1:
         combine = functools.partial(_combined, joined[0])
         return Answer("region", items=functools.reduce(combine, map(region, items)), name=names[0])
@@ -215,7 +228,7 @@ def _list(parts: list[str], separators: list[str], budget: Budget) -> Answer:
         names = names[:1] * len(names)
     if len(set(names)) == 1:
         return Answer("list", items=tuple(replace(i, name="") for i in items), name=names[0])
-    if len(set(names)) < len(names) or not all(names):
+    if len(set(names)) < len(names) or not all(names) or "or" in "".join(separators):
         raise UnreadableError("names that do not tell values apart")
     return Answer("named", items=items)
 
@@ -257,12 +270,12 @@ def _element(parts: list[str], separators: list[str], budget: Budget) -> Answer:
 def _relation(parts: list[str], signs: list[str], budget: Budget) -> Answer:
     if signs[0] in (">", r"\ge"):
         parts, signs = parts[::-1], [_FLIPPED[sign] for sign in signs[::-1]]
-    places = [i for i, p in enumerate(parts) if re.fullmatch(rf"{VARIABLE}|{_CALL}", squeezed(p))]
-    if len(places) != 1 or sum(not _OPEN_TERM.search(part) for part in parts) < len(parts) - 1:
+    parts = [squeezed(part) for part in parts]
+    places = [i for i, p in enumerate(parts) if _OPEN_TERM.search(p)]
+    if len(places) != 1 or not re.fullmatch(rf"{VARIABLE}|{_CALL}", parts[places[0]]):
         if len(parts) > 2:
             raise UnreadableError("inequalities")
         return Answer("inequality", signs[0], items=tuple(parts))
-    parts = [squeezed(part) for part in parts]
     at, name = places[0], parts[places[0]]
     if signs == [r"\ne"]:
         point = Region((end := parts[1 - at],), lambda place, rank: place != rank[end])

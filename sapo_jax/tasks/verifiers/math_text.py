@@ -28,7 +28,8 @@ _LINE = str.maketrans(_RAISED + _LOWERED, 2 * "0123456789+-n")
 _COMMANDS = {
     command: latex
     for latex, commands in {
-        "": "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits",
+        "": "left right big Big bigg Bigg bigl bigr Bigl Bigr displaystyle textstyle limits "
+        "large Large bf rm", r"\{": "lbrace", r"\}": "rbrace",
         r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", r"\le ": "leq leqslant leqq",
         r"\ge ": "geq geqslant geqq", r"\ne ": "neq", "<": "lt", ">": "gt", "'": "prime",
         "|": "lvert rvert vert mid", r"\emptyset ": "varnothing", r"\setminus ": "backslash",
@@ -37,20 +38,24 @@ _COMMANDS = {
     }.items()
     for command in commands.split()
 }  # fmt: skip
-_WORDS = re.compile(r"(?<![A-Za-z\\{])(sqrt|pi|ln|log|sin|cos|tan)(?![A-Za-z])")  # 2sqrt(3)
 _PROGRAMMED = ("**", "^"), ("<=", r"\le "), (">=", r"\ge "), (r"\not=", r"\ne "), (r"\!", "")
 _SPACING = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad\b|~|\s+")
-TEXT = r"\\(?:text(?:bf|it|rm|sf|normal)?|mathrm|operatorname|mbox)\s*\{((?:[^{}\\]|\^\{-?\d\})*)\}"
+_UPRIGHT = r"\\(?:text(?:bf|it|rm|sf|normal)?|mathrm|operatorname|mbox)\s*"
+TEXT = rf"{_UPRIGHT}\{{((?:[^{{}}\\]|\\cdot|\^\{{-?\d\}})*)\}}"
+_PUNCTUATION = r"\\text ?\{ ?([,;.]?) ?\}"
+_CALLED = r"ln|log|(?:arc)?(?:sin|cos|tan)|exp"
+_FUNCTION = re.compile(rf"{_UPRIGHT}\{{({_CALLED})\}}")
+_WORDS = re.compile(rf"(?<![A-Za-z\\{{])(sqrt|pi|{_CALLED})(?![A-Za-z])")  # 2sqrt(3)
 _ARRAY = re.compile(r"[\[(]\\begin\{array\}\{[lcr]+\}(.*)\\end\{array\}[\])]")
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 _DECIMAL = rf"(?:{_DIGITS}(?:\.\d*)?|\.\d+)"
-_GROUPS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\{,\}| )\d{3})+(?![\d.])")
+_GROUPS = re.compile(r"(?<![\d.])\d{1,3}(?:(?:\{,\}| )\d{3})+(?!\d)")
 _PLAIN = re.compile(rf"({_DECIMAL})(?:[eE]([+-]?\d{{1,3}}))?")
-_TIMES = re.compile(rf"({_DECIMAL})(?:\\times|\\cdot|\*)10\^\{{?([+-]?\d{{1,3}})\}}?")
+_TIMES = re.compile(rf"({_DECIMAL})(?:\\times|\\cdot|\*)\{{?10\}}?\^[{{(]?([+-]?\d{{1,3}})[}})]?")
 _SLASH = re.compile(rf"(?:(\d+) )?([+-]?{_DECIMAL})/([+-]?{_DECIMAL})")
 _ARGUMENT = rf"(?:\{{([+-]?{_DECIMAL})\}}|(\d))"
 _FRAC = re.compile(rf"(\d*)\\frac{_ARGUMENT}{_ARGUMENT}")
-_REPEATING = re.compile(r"(\d*)\.(\d*)\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))")
+_REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))|\((\d+)\))")
 
 
 def last_boxed(text: str) -> str | None:
@@ -97,8 +102,11 @@ def clean(text: str) -> str | None:
     if len(re.findall(r"(?<!\\)\$", text)) % 2 == 0:  # mathematics, no currency
         text = re.sub(r"(?<!\\)\$", "", text)
     text = re.sub(r"\\(?:mathrm|operatorname)\{([ei])\}", r"\1", _SPACING.sub(" ", text))
+    text = re.sub(r"\\mathbb ?([A-Z])", r"\\mathbb{\1}", re.sub(_PUNCTUATION, r"\1 ", text))
+    text = re.sub(rf"{_UPRIGHT}\{{ ?({TEXT}) ?\}}", r"\1", _FUNCTION.sub(r"\\\1", text))
     text = _ARRAY.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", _WORDS.sub(r"\\\1 ", text))
-    text = re.sub(" +", " ", text).strip().rstrip(".,;").strip()
+    text = re.sub(" +", " ", text).strip()
+    text = re.sub(r" ?(?:(?<![.,;])[.,;]|\\\\)$", "", text)
     wrapped = re.fullmatch(rf"{TEXT}|\\(?:mathbf|boldsymbol|bm)\{{([^{{}}]*)\}}", text)
     if wrapped and re.search(r"[\d,]", inner := wrapped[1] or wrapped[2] or ""):
         text = inner.strip()
@@ -140,10 +148,10 @@ def number(text: str) -> Fraction | None:
 
 
 def repeating(text: str) -> str:
-    r"""The text with fractions for decimals that repeat, as ``0.\overline{3}``."""
+    r"""The text with fractions for decimals that repeat: ``0.\overline{3}``, ``0.(3)``."""
 
     def fraction(match: re.Match) -> str:
-        whole, fixed, period = match[1] or "0", match[2], match[3] or match[4]
+        whole, fixed, period = match[1] or "0", match[2], match[3] or match[4] or match[5]
         value = int(whole + fixed) + Fraction(int(period), 10 ** len(period) - 1)
         above, below = (value / 10 ** len(fixed)).as_integer_ratio()
         return rf"\frac{{{above}}}{{{below}}}"

@@ -14,8 +14,10 @@ _POWER = r"(?:\s*\^\s*(?:\{\s*-?\d\s*\}|\d))?"
 _TEXT_TAIL = re.compile(rf"\s*(?:\^\\circ ?)?(?:{TEXT}{_POWER}|\s|\\cdot|[/*])+$")
 _BARE_TAIL = re.compile(rf"(?<=[\d)}}])(\s*)([A-Za-z]+{_POWER}(?:\s*[ /*]\s*[A-Za-z]+{_POWER})*)$")
 _SIGN_TAIL = re.compile(r"\s*(\\?%|\\?\$|\^\\circ\s*[CF]?)\s*$")
+_DEGREES = re.compile(r"\^\\circ(?!\s*(?:[CF]|\\(?:text|mathrm)))\s*")
+_ANGULAR = re.compile(r"\\(?:pi|arc|sin|cos|tan|cot|sec|csc)")  # sin 20 is not sin 20°
 _CURRENCY = re.compile(r"(-?)\s*(?:\\?\$|\\text\{(euro|gbp)\})\s*")
-_QUOTIENT = re.compile(rf"\\frac\s*\{{\s*({TEXT})\s*\}}\s*\{{\s*({TEXT})\s*\}}")
+_QUOTIENT = re.compile(rf"\\frac\s*\{{\s*({TEXT})\s*\}}\s*\{{\s*({TEXT}{_POWER})\s*\}}")
 _VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]")
 _UNITS = {
     alias: unit
@@ -35,8 +37,10 @@ _UNITS = {
 }  # fmt: skip
 _NO_PRODUCTS = {"cm", "mm", "km", "kg", "ft", "yd", "mi", "lb", "oz", "ml", "hr", "hz"}
 _NO_NOUNS = re.compile(  # numerals, and words that end like a plural
-    "(?:ten|hundred|thousand|[bmtr]+illion|dozen|score|lakh|crore|half|halve|third|quarter|time|one|zero)s|"
-    ".*(?:ss|us|is|as|ths)"
+    "(?:zero|one|two|three|four|five|sixe?|seven|eight|nine|ten|eleven|twelve)s|"
+    "(?:twen|thir|four?|fif|six|seven|eigh|nine)(?:teen|tie)s|"
+    "(?:hundred|thousand|myriad|.*illion|dozen|grosse|score|googol|lakh|crore)s|"
+    "(?:half|halve|third|quarter|time|percentage|permille)s|.*(?:ss|us|is|as|ths)"
 )
 
 
@@ -54,12 +58,15 @@ def split_unit(text: str, *, spaced: bool = False, expected: Unit = ()) -> tuple
     text = _QUOTIENT.sub(r"\1/\3", text)
     if match := _CURRENCY.match(text):
         return match[1] + text[match.end() :], ((match[2] or "$", 1),)
+    if match := _DEGREES.search(text):
+        return (text, ()) if _ANGULAR.search(text) else (_DEGREES.sub("", text), _parse(match[0]))
     if match := _SIGN_TAIL.search(text):
         return text[: match.start()], _parse(match[1])
     match = _TEXT_TAIL.search(text)
     if match and match.start() and "{" in match[0]:
         unit = _parse(re.sub(TEXT, r"\1", match[0]).replace(r"\cdot", "*"))
-        return (text[: match.start()], unit) if unit else (text, ())
+        computed = unit == (("deg", 1),) and _ANGULAR.search(text)
+        return (text[: match.start()], unit) if unit and not computed else (text, ())
     match = _BARE_TAIL.search(text)
     if not match or _VARIABLE.search(text[: match.start()]):
         return text, ()
