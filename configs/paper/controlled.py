@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     c.seed = 0  # ours
     c.task.name = "math_answer"  # paper: maths queries
     c.task.options = ConfigDict(
-        {"train": "data/math/train.jsonl", "test": "data/math/test.jsonl", "workers": 8},
+        {"train": "data/math/train.jsonl", "test": "data/math/test.jsonl"},
         type_safe=False,
     )  # ours
     c.objective.name = "sapo"  # paper

@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     c.iterations = 500
     c.task.name = "math_answer"
     c.task.options = ConfigDict(
-        {"train": "data/math/train.jsonl", "test": "data/math/test.jsonl", "workers": 8},
+        {"train": "data/math/train.jsonl", "test": "data/math/test.jsonl"},
         type_safe=False,
     )
     c.data.max_prompt_tokens = 1024
