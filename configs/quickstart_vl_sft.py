@@ -4,9 +4,10 @@ Claim     Supervised learning of worked answers to two kinds of pictures and one
           policy that reads pictures a little: something to reinforce.
 Command   python -m sapo_jax.main --config=configs/quickstart_vl_sft.py \
               --workdir=runs/quickstart_vl_sft
-Time      Not measured; about 2 s an iteration beside other work, on 2 CPU cores.
-Result    Not measured with seeds. One trial, with 2 kinds and 2 colours of shapes: Pass@1 of sums
-          0.29, of shapes 0.90, of text 0.41.
+Time      6 minutes, compiling included, on 2 CPU cores.
+Result    Pass@1, mean of three seeds: sums 0.37, shapes 0.47, text 0.39 (experiments/vision). A
+          teacher who slips in one step of four would be right in 0.56 of the sums (two steps each),
+          and in 0.75 of the shapes.
 """
 
 from ml_collections import ConfigDict

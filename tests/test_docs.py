@@ -72,6 +72,21 @@ def test_the_quickstart_of_the_readme_is_that_of_its_results():
     assert seeds == "5"
 
 
+def test_the_pictures_of_the_readme_are_those_of_their_results():
+    """Otherwise: python -m experiments.vision.run --report_only, and the sentence again."""
+    root, found = generate.OUT.parent, {}
+    for line in (root / "experiments/vision/results/table.md").read_text().splitlines()[4:]:
+        name, _, *tasks = (cell.strip() for cell in line.strip("|").split("|"))
+        found[name] = [task.partition(" (")[0] for task in tasks]
+    sums, shapes, text = found["sapo"]
+    blind = [task.rpartition(" ")[2] for task in found["sapo, images swapped"]]
+    sentence = (
+        f"sums in pictures {sums}, shapes {shapes}, sums in text {text}; "
+        f"with the images swapped {blind[0]}, {blind[1]} and {blind[2]}."
+    )
+    assert sentence in " ".join((root / "README.md").read_text().split())
+
+
 def test_every_preset_says_how_implementations_differ():
     assert set(DIFFERENCES) == set(OBJECTIVES)
 
