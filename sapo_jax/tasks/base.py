@@ -113,7 +113,7 @@ def check_probability(field: str, value: float) -> None:
     Raises:
       ValueError: naming the field, the value and what is allowed.
     """
-    if not (isinstance(value, int | float) and 0 <= value < 1):
+    if not 0 <= value < 1:
         raise ValueError(f"{field} must be a number in [0, 1), got {value!r}")
 
 

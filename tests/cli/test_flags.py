@@ -8,6 +8,7 @@ from absl import flags
 
 from sapo_jax import cli, model, report, tasks
 from sapo_jax.cli import __main__ as console
+from sapo_jax.data import hf_json
 from sapo_jax.objectives import OBJECTIVES
 from sapo_jax.training.metrics import METRICS
 from tests import tiny_config
@@ -307,7 +308,7 @@ def test_what_the_system_refuses_names_the_file(error, sapo, tmp_path, monkeypat
     def read(path):
         raise error(0, "what the system says", str(path))
 
-    monkeypatch.setattr(model.hf_config, "read_json", read)
+    monkeypatch.setattr(hf_json, "read", read)
     status, _, err = sapo("evaluate", f"--hf={tmp_path}", "--task=chain_sum")
     assert (status, err.count("\n")) == (1, 1)
     assert re.fullmatch(rf"error: {tmp_path}/config.json: (is|may) .*[a-z]\n", err)
