@@ -34,7 +34,6 @@ def get_config() -> ConfigDict:
     c.mesh.expert = 8  # fsdp takes the rest: 16 on 128 chips
     c.batch.prompts = 128
     c.batch.micro_batches = 4  # 1 row of 8192 tokens on a chip
-    c.sampler.mesh.tensor = 0  # as the learner's
     c.sampler.slots = 128  # all groups at once: 16 rows on a chip
     c.eval.prompts = 128
     return c.lock()

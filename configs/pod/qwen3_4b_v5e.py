@@ -44,8 +44,7 @@ def get_config() -> ConfigDict:
     c.batch.group_size = 16
     c.batch.minibatches = 4
     c.batch.micro_batches = 32  # 1 row of 4096 tokens on a chip
-    c.sampler.mesh.tensor = 8  # and data 2: a step reads an eighth of the weights, not a half
-    c.sampler.slots = 8  # groups in flight: 64 rows on 8 chips
+    c.sampler.slots = 8  # groups in flight: 16 rows on a chip
 
     c.learner.learning_rate = 1e-6
     c.learner.weight_decay = 0.01
