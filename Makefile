@@ -3,7 +3,7 @@
 # make smollm2  a Hugging Face directory of SmolLM2-135M-Instruct, models/smollm2
 # make preflight  the pod configs compiled for their TPU pods, docs/preflight.md
 # make fuzz    600 odd configs, accepted or refused by name; 5 minutes at most
-# make storm   60 SIGKILLs at random moments; 15 minutes at most
+# make storm   60 SIGKILLs at random moments; about 15 minutes
 # make docs    a static site of the documentation, site/index.html
 # make bench   how fast it is; make bench-peers, and its peers on the same (their environments first)
 # make gpu     parity and speed on this machine's GPU; 9 minutes at most
