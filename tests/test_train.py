@@ -24,6 +24,8 @@ from tests import fakes, tiny_config
 from tests.training.test_metrics import check
 
 pytestmark = pytest.mark.usefixtures("no_plots")
+# Rewards that differ: the tiny policy is never right, and where all are wrong nothing is learnt.
+SHAPED = {"reward.overlong": 1.0, "reward.buffer": 6, "reward.max_length": 6}
 
 
 def run(workdir, **fields):
@@ -60,7 +62,8 @@ def digest(workdir):
 def whole(tmp_path_factory):
     """An uninterrupted run in a process of its own, like those that are killed."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    assert spawn(workdir).wait() == 0
+    assert spawn(workdir, **SHAPED).wait() == 0
+    assert sum(record["grad/norm"] > 0 for record in records(workdir)[1:]) >= 3
     assert "<svg" in (workdir / "report.html").read_text()
     return workdir
 
@@ -89,12 +92,13 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(whole, stop, tmp_path):
     """
     workdir = tmp_path / "run"
     asked = stop.startswith(("sigterm", "hangs"))
-    assert spawn(workdir, stop).wait() == (143 if asked else -signal.SIGKILL)
+    assert spawn(workdir, stop, **SHAPED).wait() == (143 if asked else -signal.SIGKILL)
     if asked:  # of iteration 4 it kept nothing otherwise
         assert (workdir / "checkpoints" / "4").exists()
         assert not (workdir / "report.html").exists()
     assert not (workdir / "checkpoints" / "6").exists()
-    checked = run(workdir)  # a third process; the programs that it has compiled serve all stops
+    # A third process; the programs that it has compiled serve all stops.
+    checked = run(workdir, **SHAPED)
     assert records(workdir) == records(whole)
     assert digest(workdir) == digest(whole)
     (state, meta), (expected, expected_meta) = (final_state(w, checked) for w in (workdir, whole))
@@ -114,7 +118,8 @@ def test_the_run_directory_holds_what_a_person_needs(whole):
     }  # fmt: skip
     lines = read_metrics(whole)
     assert [r["iteration"] for r in lines] == list(range(7))
-    check(lines, "", "source=rollout", "an evaluation", "eval.every", "checkpoint.every")
+    conditions = ("source=rollout", "an evaluation", "eval.every", "checkpoint.every")
+    check(lines, "", *conditions, "reward.overlong")
     for record in lines[1:]:
         assert required <= set(record)
         assert record["sampler/logp_gap_max"] <= 1e-5
@@ -171,8 +176,9 @@ def test_supervised_runs_start_others(tmp_path):
 
 @pytest.mark.parametrize("objective", [pytest.param("grpo", marks=pytest.mark.slow), "gspo"])
 def test_other_objectives_run(tmp_path, objective):
-    run(tmp_path / "run", **{"objective.name": objective, "iterations": 1, "eval.every": 0})
-    assert read_metrics(tmp_path / "run")[0]["policy/entropy"] is not None
+    fields = SHAPED | {"objective.name": objective, "iterations": 1, "eval.every": 0}
+    run(tmp_path / "run", **fields)
+    assert read_metrics(tmp_path / "run")[0]["policy/gate_mean"] > 0
 
 
 def test_recomputed_old_logp_and_reference_kl(tmp_path):
@@ -187,15 +193,11 @@ def test_recomputed_old_logp_and_reference_kl(tmp_path):
     assert record["policy/ratio_max"] == pytest.approx(1, abs=1e-6)
     assert record["policy/kl_ref"] == pytest.approx(0, abs=1e-9)
     # The reference trains on: it is another policy then.
-    learnt = {"reward.overlong": 1.0, "reward.buffer": 6, "reward.max_length": 6}
     shutil.rmtree(tmp_path / "start")
-    run(tmp_path / "start", iterations=2, **{"eval.every": 0}, **learnt)
+    run(tmp_path / "start", iterations=2, **{"eval.every": 0}, **SHAPED)
     moved = r"init_from=.*start' is not the reference .* \w+ of iteration 1, now \w+ of iteration 2"
     with pytest.raises(ValueError, match=moved):
         run(tmp_path / "run", **fields | {"iterations": 2})
-
-
-SHAPED = {"reward.overlong": 1.0, "reward.buffer": 6, "reward.max_length": 6}
 
 
 def test_a_run_whose_numbers_are_not_finite_stops(tmp_path):
@@ -300,7 +302,7 @@ REFUSED = [
 @pytest.mark.parametrize(("fields", "message"), REFUSED)
 def test_a_directory_of_another_config_is_refused(whole, fields, message):
     with pytest.raises(ValueError, match=message), fakes.Compilations() as compilations:
-        run(whole, **fields)
+        run(whole, **SHAPED | fields)
     assert compilations.count == 0
 
 
@@ -309,7 +311,7 @@ def test_fewer_iterations_than_are_done_are_refused(whole):
     stored = (whole / "config.json").read_bytes()
     done = r"config.iterations=3: must be at least 6: .* has done these; with a larger"
     with pytest.raises(ValueError, match=done):
-        run(whole, iterations=3)
+        run(whole, iterations=3, **SHAPED)
     assert (whole / "config.json").read_bytes() == stored
 
 
@@ -343,5 +345,5 @@ def test_a_finished_run_is_left_as_it_is(whole):
     """The same command again writes the report and nothing else."""
     before = {p: p.stat().st_mtime_ns for p in pathlib.Path(whole, "metrics").iterdir()}
     time.sleep(0.01)
-    run(whole)
+    run(whole, **SHAPED)
     assert {p: p.stat().st_mtime_ns for p in pathlib.Path(whole, "metrics").iterdir()} == before

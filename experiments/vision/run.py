@@ -20,7 +20,7 @@ from experiments.evidence.study import Page, Study, markdown
 from experiments.evidence.sweeps import select
 from sapo_jax import cli, train
 from sapo_jax.report import sweep_stats
-from sapo_jax.report.style import Panel
+from sapo_jax.report.style import COLOURS, Panel
 from sapo_jax.report.sweep_stats import Run
 from sapo_jax.training import settings
 
@@ -77,9 +77,9 @@ def _draw(task: str, runs: list[Run], figure: Any, _: Any) -> None:
         found = [sweep_stats.series(run.records, f"eval/{task}/pass_at_1")
                  for run in select(runs, objective__name=name)]  # fmt: skip
         for own in found:
-            ax.plot(*zip(*own.items(), strict=True), color=paper.COLOURS[colour], alpha=0.35, lw=1)
+            ax.plot(*zip(*own.items(), strict=True), color=COLOURS[colour], alpha=0.35, lw=1)
         mean = {i: sum(own[i] for own in found) / len(found) for i in found[0]}
-        ax.plot(*zip(*mean.items(), strict=True), color=paper.COLOURS[colour], lw=2, label=name)
+        ax.plot(*zip(*mean.items(), strict=True), color=COLOURS[colour], lw=2, label=name)
     ax.set(xlabel="iteration", ylabel="held-out Pass@1", ylim=(0, 1))
     ax.legend(fontsize=7.5)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 LARGEST = 2**31 - 1  # counts and ids are i32 on the device
-LAYERS = 4096  # each is named
+MOST_LAYERS = 4096  # each has parameters of its own names
 LARGEST_F32 = 3.4e38
 
 
@@ -88,7 +88,7 @@ FIELDS: dict[str, Kind] = {  # of any of the files, in a section or outside of o
         temporal_patch_size in_channels spatial_merge_size out_hidden_size min_pixels max_pixels
         shortest_edge longest_edge image_token_id video_token_id vision_start_token_id
         vision_end_token_id num_local_experts"""),
-    **_of(_whole(1, LAYERS), "num_hidden_layers depth"),
+    **_of(_whole(1, MOST_LAYERS), "num_hidden_layers depth"),
     **_of(NATURAL, "num_experts sliding_window max_window_layers"),
     **_of(ID, "pad_token_id"),
     **_of(_either(ID, _list_of(ID)), "bos_token_id"),

@@ -24,7 +24,7 @@ REFUSED = {  # field: the values of it that this model computes
     "quantization_config": (None,),
     "partial_rotary_factor": (1, None),
 }
-LAYERS = {"full_attention", "sliding_attention"}
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 DEFAULTS = {  # of fields that config.json lacks, as transformers 5.23.0 has them
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
     "qwen3_moe": {
@@ -76,10 +76,10 @@ def _rope(path: pathlib.Path, found: dict[str, Any], context: int) -> tuple[floa
 def _check_windows(path: pathlib.Path, found: dict[str, Any], context: int) -> None:
     """Refuse layers of other kinds, and a window that a row can outgrow in one that slides."""
     kinds, layers = found.get("layer_types"), found["num_hidden_layers"]
-    if kinds and (len(kinds) != layers or not {*kinds} <= LAYERS):
+    if kinds and (len(kinds) != layers or not {*kinds} <= LAYER_TYPES):
         raise ValueError(
             f"{path}: layer_types={kinds!r:.100} is not supported: must be num_hidden_layers="
-            f"{layers} of {', '.join(sorted(LAYERS))}"
+            f"{layers} of {', '.join(sorted(LAYER_TYPES))}"
         )
     if found["model_type"] == "llama" or not found.get("use_sliding_window"):
         return

@@ -18,12 +18,12 @@ from tests import tiny_config
 from tests.data.test_images import chat_directory, picture
 from tests.sweep.test_population import Bar
 from tests.test_export import evaluated
-from tests.test_train import digest, records, run, spawn
+from tests.test_train import SHAPED, digest, records, run, spawn
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_plots")]
 SHAPES = {"name": "count_shapes", "share": 0.5, "options": {"size": 16, "cells": 2, "colours": 2}}
 TEXT = {"name": "chain_sum", "share": 0.5, "options": {"terms": 2}}
-FIELDS = {
+FIELDS = SHAPED | {
     "tasks": {"shapes": SHAPES, "text": TEXT},
     "model.preset": "tiny_vl", "model.num_hidden_layers": 2, "data.max_image_tokens": 4,
 }  # fmt: skip
