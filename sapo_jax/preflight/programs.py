@@ -117,12 +117,13 @@ def abstract_decoding(settings: Settings, cache: int = -1) -> decode_state.Decod
     return placed(empty, mesh, decode_state.partition_specs())
 
 
-def abstract_sampler(settings: Settings) -> SamplerParams:
-    """The sampler's parameters."""
+def abstract_sampler(
+    settings: Settings, mesh: Mesh | None, column: int = sharding.SAMPLER
+) -> SamplerParams:
+    """The sampler's parameters, on a mesh as a column of the table says."""
     config = settings.model
     shapes = jax.eval_shape(lambda x: weights.convert(x, config), params.abstract(config))
-    mesh = settings.sampler_mesh
-    return runs.abstract(placed(shapes, mesh, weights.partition_specs(config)), mesh)
+    return runs.abstract(placed(shapes, mesh, weights.partition_specs(config, column)), mesh)
 
 
 def matmul_flops(config: ModelConfig, tokens: int, logits: int) -> float:
@@ -206,7 +207,7 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
     # The rollout and its minibatches are there while one is scored; in an update, minibatches are.
     # The first update of a run is on a copy of the state, so that nothing changes.
     rollout = {"rows": [unscored] * (2 * scored - 1)}
-    sampler = {"sampler's parameters": abstract_sampler(settings)}
+    sampler = {"sampler's parameters": abstract_sampler(settings, settings.sampler_mesh)}
     others = {"rows": [batch] * (options.minibatches - 1), "copy at the start": state}
     return {
         "score": Program(
@@ -230,7 +231,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
     config, mesh, plan = settings.model, settings.sampler_mesh, settings.plan
     train, frozen = _abstract_state(settings), _abstract_frozen(settings)
     policy, count = lora.join(train.params, frozen, None), sharding.runs(mesh)
-    sampler_params, state = abstract_sampler(settings), abstract_decoding(settings)
+    sampler_params, state = abstract_sampler(settings, mesh), abstract_decoding(settings)
     smaller = abstract_decoding(settings, -min(2, len(plan.cache)))
     prompts = abstract_prompts(settings)
     seeds, controls = np.uint32(0), sampling.controls(1.0)
@@ -246,29 +247,10 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
     cache = {"cache": (state.prompt_kv, state.completion_kv)}
     results = state.replace(prompt_kv=None, completion_kv=None)
     sampler = {"sampler's parameters": sampler_params}
-    together = count > 1 and frozen is not None
-    same = set() if together else weights.unchanged(policy, config, mesh)
-    shared = {name: policy[name] for name in same}
-    rest, moved = (
-        {name: x for name, x in tree.items() if name not in same}
-        for tree in (policy, sampler_params)
-    )
     rows = plan.slots[0] * plan.rows[0]
 
-    def convert(rest):
-        if count == 1:
-            target = None if settings.config.sampler.devices else mesh
-            return weights.convert.lower(rest, config, settings.mesh, target)
-        scale = np.ones(count, np.float32) if config.lora_rank else None
-        own = train.params if frozen else rest
-        return weights.convert_runs.lower(own, frozen, scale, config, settings.mesh, mesh)
-
     return {
-        "to_sampler": Program(
-            lambda: convert(rest), {"parameters": rest},
-            runs=1, mesh=mesh,
-            resident=optimizer | {"parameters": shared}, result={"sampler's parameters": moved},
-        ),
+        **_to_sampler(settings, policy, sampler_params, optimizer),
         **_see(settings, sampler_params, prompts, resident),
         "prefill": Program(
             lambda: decode.fill_slots.lower(
@@ -295,6 +277,58 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
             resident=resident | sampler | {"rows": results}
             | {"cache": (state.prompt_kv, state.completion_kv[1:])},
             result={"cache": state.completion_kv[0]},
+        ),
+    }  # fmt: skip
+
+
+def _to_sampler(
+    settings: Settings, policy: dict[str, Any], moved: SamplerParams, optimizer: dict[str, Any]
+) -> dict[str, Program]:
+    """See `sampler.to_sampler`: parameters are cast, and move where meshes are not the same."""
+    config, own, mesh = settings.model, settings.mesh, settings.sampler_mesh
+    count, moves = sharding.runs(own), own != mesh
+    frozen = _abstract_frozen(settings) if count > 1 else None
+    alike = frozen is None and not moves
+    same = weights.unchanged(policy, config) if alike else set()
+    rest = {name: x for name, x in policy.items() if name not in same}
+    column = sharding.TRAINING if moves else sharding.SAMPLER
+    cast = abstract_sampler(settings, own, column)
+
+    def convert():
+        if count == 1:
+            return weights.convert.lower(rest, config, own, column)
+        static = {"config": config, "mesh": own, "column": column}
+        many = runs.vmapped(weights.convert_joined, own, **static)
+        if frozen is None:
+            return many.lower(rest, None, None)
+        return many.lower(_abstract_state(settings).params, frozen, np.ones(count, np.float32))
+
+    kind, kept = "sampler's parameters", {"parameters": {name: policy[name] for name in same}}
+    found = Program(
+        convert, {"parameters": rest}, runs=1, mesh=own, resident=optimizer | kept,
+        result={kind: {name: cast[name] for name in rest}},
+    )  # fmt: skip
+    if not moves or settings.config.sampler.devices:
+        return {"to_sampler": found}
+    layer, rest_of = weights.moves(config, mesh)
+    i = max(range(len(layer)), key=lambda i: bytes_per_chip(moved["layers"][i]))
+
+    def split(tree):
+        """The largest layer, the other ones, and the parameters beside them."""
+        beside = {name: x for name, x in tree.items() if name != "layers"}
+        return tree["layers"][i], tree["layers"][:i] + tree["layers"][i + 1 :], beside
+
+    (one, others, top), (own_one, own_others, own_top) = split(cast), split(moved)
+    there = optimizer | {"parameters": policy}
+    return {
+        "to_sampler": found,
+        "move_layer": Program(
+            lambda: layer[i].lower(one), {kind: one}, runs=len(layer), mesh=mesh,
+            resident=there | {kind: (others, own_others, top)}, result={kind: own_one},
+        ),
+        "move_rest": Program(
+            lambda: rest_of.lower(top), {kind: top}, runs=1, mesh=mesh,
+            resident=there | {kind: (cast["layers"], moved["layers"])}, result={kind: own_top},
         ),
     }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -33,12 +34,15 @@ class SamplerParams(dict):
         return cls(zip(names, values, strict=True))
 
 
-def partition_specs(config: ModelConfig) -> SamplerParams:
-    """Where the sampler's parameters lie: no device keeps parts for others (no `fsdp`)."""
-    top = params.partition_specs(config, sharding.SAMPLER)
+def partition_specs(config: ModelConfig, column: int = sharding.SAMPLER) -> SamplerParams:
+    """Where the sampler's parameters lie: no device keeps parts for others (no `fsdp`).
+
+    Or where those of the learner would if they were its, by the other column.
+    """
+    top = params.partition_specs(config, column)
     layers = [
         {
-            name: sharding.spec(*spec.axes, column=sharding.SAMPLER)
+            name: sharding.spec(*spec.axes, column=column)
             for name, spec in params.layer_table(config).items()
             if i in spec.layers
         }
@@ -56,14 +60,14 @@ def join(own: SamplerParams, frozen: Frozen | None) -> SamplerParams:
     return SamplerParams(frozen.params | own | {"layers": layers})
 
 
-@partial(jax.jit, static_argnames=("config", "mesh", "target"))
+@partial(jax.jit, static_argnames=("config", "mesh", "column"))
 def convert(
     learner_params: dict[str, Any],
     config: ModelConfig,
     mesh: Mesh | None = None,
-    target: Mesh | None = None,
+    column: int = sharding.SAMPLER,
 ) -> SamplerParams:
-    """Some of the parameters from a mesh to the sampler's, ``target``."""
+    """Some of the parameters in the sampler's dtype, placed as a column of the table says."""
 
     def cast(path, x):  # a router decides in f32, in the sampler as in the learner
         is_router = getattr(path[-1], "key", None) == "router"
@@ -77,35 +81,44 @@ def convert(
     converted = sharding.constrain(converted, mesh, present(params.partition_specs(config)))
     if "layers" in converted:
         converted |= {"layers": params.unstack(converted["layers"], config)}
-    return SamplerParams(sharding.constrain(converted, target, present(partition_specs(config))))
+    specs = partition_specs(config, column)
+    return SamplerParams(sharding.constrain(converted, mesh, present(specs)))
 
 
-@partial(jax.jit, static_argnames=("config", "mesh", "target"))
-def convert_runs(
-    learner_params: Any,
+def convert_joined(
+    own: Any,
     frozen: Frozen | None,
-    scale_R: jax.Array | None,
+    scale: jax.Array | None,
     config: ModelConfig,
-    mesh: Mesh,
-    target: Mesh,
+    mesh: Mesh | None,
+    column: int,
 ) -> SamplerParams:
-    """`convert` of the runs of a mesh; of adapters, each with the base beside them."""
-
-    def one(own, frozen, scale):
-        return convert(lora.join(own, frozen, scale), config, mesh, target)
-
-    # Not `runs.vmapped`: there are two meshes.
-    each = jax.vmap(one, (0, None, 0), spmd_axis_name="run")(learner_params, frozen, scale_R)
-    specs = {name: partition_specs(config)[name] for name in each}
-    return sharding.constrain(each, target, SamplerParams(sharding.by_run(specs, target)))
+    """`convert` of a policy; of adapters, with the base beside them."""
+    return convert(lora.join(own, frozen, scale), config, mesh, column)
 
 
-def unchanged(learner_params: dict[str, Any], config: ModelConfig, target: Mesh | None) -> set[str]:
+def moves(config: ModelConfig, target: Mesh) -> tuple[list[Callable], Callable]:
+    """Programs from `convert`'s mesh to another: of each layer, and of the parameters beside them.
+
+    In one for all the compiler would gather all layers before it splits the first.
+    """
+    specs = dict(sharding.by_run(partition_specs(config), target))
+    layers = [sharding.resharding(target, layer) for layer in specs.pop("layers")]
+    return layers, sharding.resharding(target, specs)
+
+
+def move(converted: SamplerParams, config: ModelConfig, target: Mesh) -> SamplerParams:
+    """All parameters from `convert`'s mesh to another one of the same devices."""
+    (layers, beside), top = moves(config, target), dict(converted)
+    stacks = top.pop("layers")
+    moved = [layer(own) for layer, own in zip(layers, stacks, strict=True)]
+    return SamplerParams(beside(top) | {"layers": moved})
+
+
+def unchanged(learner_params: dict[str, Any], config: ModelConfig) -> set[str]:
     """Names of parameters, abstract ones too, that have the sampler's dtype and layout already."""
     dtype, mesh = jnp.dtype(config.compute_dtype), sharding.mesh_of(learner_params)
     specs = partition_specs(config)
-    if target is not None and target.size > 1 and target != mesh:
-        return set()
 
     def stays(name, value):
         if isinstance(value, dict) or value.dtype != dtype:
@@ -138,12 +151,13 @@ def to_sampler(params: Any, config: ModelConfig, mesh: Mesh | None = None) -> Sa
         return params
     own = sharding.mesh_of(params)
     if mesh is not None and not set(mesh.devices.flat) & devices_of(params):
-        cast = convert(params, config, own)
+        cast = convert(params, config, own, sharding.TRAINING)
         return jax.device_put(cast, sharding.shardings(mesh, partition_specs(config)))
-    mesh = own if mesh is None or mesh.size == 1 else mesh
-    same = {name: jnp.asarray(params[name]) for name in unchanged(params, config, mesh)}
+    if mesh not in (None, own) and mesh.size > 1:
+        return move(convert(params, config, own, sharding.TRAINING), config, mesh)
+    same = {name: jnp.asarray(params[name]) for name in unchanged(params, config)}
     rest = {name: value for name, value in params.items() if name not in same}
-    return SamplerParams(convert(rest, config, own, mesh) | same)
+    return SamplerParams(convert(rest, config, own) | same)
 
 
 def moved_bytes(before: Any, after: SamplerParams) -> int:

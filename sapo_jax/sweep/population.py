@@ -78,7 +78,7 @@ def hyperparameters(runs: Sequence[Settings]) -> Hyperparameters:
 
 def to_sampler(params: Any, config: ModelConfig, mesh: Mesh | None = None) -> SamplerParams:
     """`sampler.to_sampler` of R runs."""
-    names = unchanged(jax.eval_shape(partial(pick, run=0), params), config, None)
+    names = unchanged(jax.eval_shape(partial(pick, run=0), params), config)
     rest = {name: value for name, value in params.items() if name not in names}
     converted = vmapped(convert, mesh, config=config)(rest)
     return SamplerParams(converted | {name: params[name] for name in names})

@@ -444,6 +444,21 @@ def test_to_sampler_moves_what_changes_place(policies):
         assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(fast))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_to_sampler_of_another_mesh_places_as_the_table_says(policies, kind):
+    """As on one device, to the bit; no parameter that the mesh splits lies whole on a device."""
+    config, _ = policies[kind]
+    mesh = sharding.make_mesh(**MESHES["expert 4, fsdp 2"])
+    own = sharding.reshape(mesh, data=4, tensor=2)
+    fast = sampler.to_sampler(placed(policies[kind], mesh), config, own)
+    alone = sampler.to_sampler(policies[kind][1], config)
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, (fast, alone)))
+    expected = sharding.shardings(own, partition_specs(config))
+    same = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), fast, expected)
+    assert jax.tree.all(same), same
+    assert not fast["layers"][0]["q"].sharding.is_fully_replicated
+
+
 def test_decoding_gathers_no_weights(policies):
     """Of all that travels between devices while decoding, nothing is larger than the rows."""
     config, _ = policies["moe"]

@@ -99,7 +99,7 @@ def test_runs_side_by_side_are_each_alone(tmp_path, monkeypatch):
     with fakes.Compilations() as compiled:
         schedule.run_cohort(cohort, tmp_path, Bar())
         late.__exit__()
-    for program in ("fill_slots", "convert_runs", "select_rows", "make_minibatches", "update"):
+    for program in ("fill_slots", "convert_joined", "select_rows", "make_minibatches", "update"):
         assert compiled.names[program] == 1, compiled.names
     # Orbax slices what lies on several devices; at the end each run is taken out of them all.
     assert {n for n in late.names if late.names[n]} <= {"slice", "<lambda>"}, late.names
