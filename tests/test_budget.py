@@ -39,6 +39,7 @@ def stale(tmp_path_factory):
     return workdir, checked, late
 
 
+@pytest.mark.slow
 def test_a_huge_budget_changes_nothing(tmp_path):
     """Token by token: every metric and sample is that of whole rollouts."""
     fields = LONG | {"iterations": 3}

@@ -113,6 +113,7 @@ def test_a_run_goes_on_from_the_directory(first, tmp_path):
     assert hf_tokenizer.load(tmp_path / "policy").stop_ids == (1,)
 
 
+@pytest.mark.slow
 def test_a_directory_is_evaluated_from_the_command_line(first, tmp_path):
     _, root = first
     out, policy = tmp_path / "found.json", tmp_path / "policy"

@@ -76,10 +76,8 @@ def spawn(workdir, stop_at=None, **fields):
     return subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
 
 
-STOPS = ["minibatch 5", "checkpoint 6", "sigterm 5"]
-STOPS += [
-    pytest.param(stop, marks=pytest.mark.slow) for stop in ("rollout 2", "rollout 5", "hangs 5")
-]
+MORE = "checkpoint 6", "sigterm 5", "rollout 2", "rollout 5", "hangs 5"
+STOPS = ["minibatch 5", *(pytest.param(stop, marks=pytest.mark.slow) for stop in MORE)]
 
 
 @pytest.mark.parametrize("stop", STOPS)
@@ -181,6 +179,7 @@ def test_other_objectives_run(tmp_path, objective):
     assert read_metrics(tmp_path / "run")[0]["policy/gate_mean"] > 0
 
 
+@pytest.mark.slow
 def test_recomputed_old_logp_and_reference_kl(tmp_path):
     """The options that need another scoring pass: ratios start at 1, the KL penalty at 0."""
     run(tmp_path / "start", iterations=1, **{"eval.every": 0})
@@ -259,6 +258,7 @@ def test_damage_falls_back_to_the_checkpoint_before(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_what_is_rejected_moves_nothing(tmp_path):
     """Dynamic sampling, KL in the reward and a correction that rejects everything, in one run.
 

@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     c.tokenizer.directory = directory
     c.mesh.run = 4
     c.mesh.tensor = 1  # fsdp takes the rest: 4 on 16 chips
+    c.sampler.mesh.tensor = 0  # as the learner
     c.batch.micro_batches = 32  # 2 rows of 4096 tokens on a chip
     c.sampler.slots = 4  # groups in flight of each run: 16 rows on a chip
     return c.lock()

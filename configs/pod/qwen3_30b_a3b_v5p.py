@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     c.tokenizer.directory = directory
     c.sampler.max_new_tokens = 7168
     c.mesh.tensor = 1
+    c.sampler.mesh.tensor = 0  # as the learner
     c.mesh.expert = 8  # fsdp takes the rest: 16 on 128 chips
     c.batch.prompts = 128
     c.batch.micro_batches = 4  # 1 row of 8192 tokens on a chip

@@ -28,5 +28,5 @@ def get_config() -> ConfigDict:
     c.sampler.max_new_tokens = 7168
     c.mesh.tensor = 4  # fsdp takes the rest: 4 on 16 chips
     c.batch.micro_batches = 64  # 1 row of 8192 tokens on a chip
-    c.sampler.slots = 8  # groups in flight: 32 rows on 4 chips
+    c.sampler.slots = 16  # groups in flight: 128 rows on 8 chips
     return c.lock()

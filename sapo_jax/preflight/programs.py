@@ -18,8 +18,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from sapo_jax import learner
-from sapo_jax.model import ModelConfig, lora, params
+from sapo_jax.model import lora, params
 from sapo_jax.parallel import runs, sharding
+from sapo_jax.preflight import model_flops
 from sapo_jax.sampler import SamplerParams, decode, decode_state, images, sampling, weights
 from sapo_jax.training.queue import abstract_batch, abstract_images, placed
 from sapo_jax.training.settings import Settings
@@ -126,39 +127,6 @@ def abstract_sampler(
     return runs.abstract(placed(shapes, mesh, weights.partition_specs(config, column)), mesh)
 
 
-def matmul_flops(config: ModelConfig, tokens: int, logits: int) -> float:
-    """Of tokens through the layers and rows of logits, without attention.
-
-    2 for each parameter that a token meets, experts by their share.
-    """
-    share = config.num_experts_per_tok / max(1, config.num_experts)
-    layers = 2 * sum(
-        int(math.prod(spec.shape) * len(spec.layers) * (share if "experts" in spec.axes else 1))
-        for spec in params.layer_table(config).values()
-        if spec.fan_in
-    )
-    return tokens * layers + logits * 2 * config.vocab_size * config.hidden_size
-
-
-def forward_flops(config: ModelConfig, tokens: int, keys: float, logits: int) -> float:
-    """`matmul_flops`, and of each token's attention to so many keys."""
-    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * keys
-    return matmul_flops(config, tokens, logits) + tokens * attention
-
-
-def tower_flops(settings: Settings, prompts: int) -> float:
-    """Of the tower, once over as many images as prompts have room for, each prompt's as one."""
-    config, room = settings.model, settings.images
-    if room is None:
-        return 0.0
-    vision, patches = config.vision, room.tokens * config.vision.merged
-    matmuls = [s for s in jax.tree.leaves(params.table(config)["vision"]) if s.transposed]
-    shares = [vision.merged if "merger" in s.hf_name else 1 for s in matmuls]  # of a token
-    met = sum(math.prod(s.shape) / n for s, n in zip(matmuls, shares, strict=True))
-    attention = 4 * vision.depth * vision.hidden_size * patches
-    return prompts * patches * (2 * met + attention)
-
-
 def _abstract_state(settings: Settings) -> TrainState:
     """The learner's state, and on one device its place."""
     hp, mesh = settings.hp, settings.mesh
@@ -189,10 +157,12 @@ def _learner_programs(settings: Settings) -> dict[str, Program]:
     rows, shared = settings.rows // options.minibatches, settings.packing
     prompts = rows // shared.group_size if shared else rows
     config, size = settings.model, (prompts * n + rows * t, rows * t)
-    forward = forward_flops(config, size[0], (n + t) / 2, size[1])
+    forward = model_flops.forward(config, size[0], (n + t) / 2, size[1])
     # Nothing computes the gradients of frozen matrices.
-    spared = matmul_flops(lora.base(config), *size) if config.lora_rank else 0.0
-    tower = config.train_vision * tower_flops(settings, options.prompts // options.minibatches)
+    spared = model_flops.matmuls(lora.base(config), *size) if config.lora_rank else 0.0
+    tower = config.train_vision * model_flops.tower(
+        settings, options.prompts // options.minibatches
+    )
     passes = hp.static.micro_batches
     turns = {
         "micro_batches": passes,
@@ -259,7 +229,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
             ),
             sampler | {"cache": state.prompt_kv, "rows": (prompts, results)},
             runs=settings.drawn / plan.refill, mesh=mesh, tokens=plan.refill * n,
-            model_flops=forward_flops(config, plan.refill * n, n / 2, plan.refill),
+            model_flops=model_flops.forward(config, plan.refill * n, n / 2, plan.refill),
             resident=resident | {"cache": state.completion_kv},
         ),
         "decode": Program(
@@ -267,7 +237,7 @@ def _sampler_programs(settings: Settings) -> dict[str, Program]:
                 sampler_params, config, controls, state, np.int32(0), limits, np.int32(1), **static
             ),
             sampler | cache | {"rows": results}, runs=t * settings.drawn * group / rows,
-            tokens=rows, model_flops=forward_flops(config, rows, n + t, rows), one_turn=True,
+            tokens=rows, model_flops=model_flops.forward(config, rows, n + t, rows), one_turn=True,
             mesh=mesh, resident=resident,
         ),
         "grow": Program(
@@ -345,7 +315,7 @@ def _see(
     program = Program(
         lambda: images.see.lower(tower, config, patches, mesh=mesh),
         {"sampler's parameters": tower, "rows": patches}, runs=1, mesh=mesh, resident=resident,
-        model_flops=tower_flops(settings, settings.drawn), result={"rows": prompts.images},
+        model_flops=model_flops.tower(settings, settings.drawn), result={"rows": prompts.images},
     )  # fmt: skip
     return {"see": program}
 

@@ -138,7 +138,11 @@ WRONG_TASKS = [
         "ByHash",
         r"verify\(examples\('train'\)\[\d\], \w+\) is not the same in every process: .*hash",
     ),
-    ("ByChance", r"examples\('\w+'\) is not the same in every process: .*chance"),
+    pytest.param(
+        "ByChance",
+        r"examples\('\w+'\) is not the same in every process: .*chance",
+        marks=pytest.mark.slow,
+    ),
     ("OneArgument", r"must have the method verify\(example, completion\)"),
     ("Raises", "verify.*raises IndexError"),
     ("Empty", "lacks name, alphabet, max_prompt_chars, max_completion_chars, examples, verify"),
@@ -198,12 +202,12 @@ def test_a_task_of_a_file(mine):
 
 WRONG_REWARDS = [
     ("by_order", "is not the same in every process"),
-    ("by_clock", "is not the same in every process"),
-    ("by_calls", "is not the same in every process: .*earlier calls"),
+    pytest.param("by_clock", "is not the same in every process", marks=pytest.mark.slow),
+    pytest.param("by_calls", "in every process: .*earlier calls", marks=pytest.mark.slow),
     ("of_lists", "takes prompts, completions: must take some of prompt, completion, answer"),
     ("text", "returned 'good' for .*must be a finite number"),
     ("hangs", "does not end within 3 s"),
-    ("ends", "ends the process that calls it"),
+    pytest.param("ends", "ends the process that calls it", marks=pytest.mark.slow),
     ("three", "is 3: must be a function"),
 ]
 
@@ -294,6 +298,7 @@ def config(folder, **fields):
     return settings.from_config(c)
 
 
+@pytest.mark.slow
 def test_a_run_remembers_the_files(tmp_path, monkeypatch):
     """And does not go on where one of them has changed."""
     code, gate = tmp_path / "my.py", tmp_path / "mine.py"

@@ -52,6 +52,7 @@ def shape(group_size, budget=40):
     return packing.make_shape(B, N, T, group_size=group_size, budget=budget)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group_size", [1, G])
 @pytest.mark.parametrize("parts", [1, 2])
 def test_each_token_has_one_place(lengths, group_size, parts):

@@ -126,6 +126,7 @@ def test_packed_segments_do_not_see_each_other(nano, rng):
         np.testing.assert_allclose(alone, rows, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing(nano, rng):
     config, weights = nano
     tokens = rng.integers(2, 23, (2, 6))
@@ -250,6 +251,7 @@ print(hashlib.sha256(text.encode()).hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_programs_do_not_depend_on_the_hash_seed():
     """Names of layers taken out of a set came in another order in each process: on several hosts
     the programs then differ, and no compilation is found in the cache."""

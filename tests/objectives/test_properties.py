@@ -1,5 +1,7 @@
 """What holds for every objective: signs by quadrant, and finite numbers whatever comes in."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,14 +18,24 @@ EVERY = objectives.resolve(switch(NAMES), max_length=float(WIDTH), kl_coef=0.1)
 FAR = 3.0  # ratios 1/3 and 3 are beyond every preset's bounds but CISPO's upper one
 
 
-def coefficient(name, log_ratio, advantage):
-    """c of one token that is a whole completion: −∂loss/∂log π / A."""
+@functools.cache
+def coefficients(name):
+    """c of one token that is a whole completion: −∂loss/∂log π / A, of log-ratio and A."""
     old, one = jnp.full((1, 1), -1.3), jnp.ones((1, 1), bool)
     hp = {"kl_coef": 0.0, **({"max_length": 1.0} if name == "dr_grpo" else {})}
-    gradient = jax.grad(lambda x: policy_loss(name, x, old, jnp.full(1, advantage), one, **hp)[0])(
-        old + log_ratio
-    )
-    return -float(gradient[0, 0]) / advantage
+
+    @jax.jit
+    def value(log_ratio, advantage):
+        def loss(x):
+            return policy_loss(name, x, old, jnp.full(1, advantage), one, **hp)[0]
+
+        return -jax.grad(loss)(old + log_ratio)[0, 0] / advantage
+
+    return value
+
+
+def coefficient(name, log_ratio, advantage):
+    return float(coefficients(name)(log_ratio, advantage))
 
 
 CLIPPED = {

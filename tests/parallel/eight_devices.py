@@ -393,6 +393,7 @@ def test_rollouts_agree_up_to_near_ties(policies, references, kind, name, own):
     np.testing.assert_array_equal(roll(blank, mesh, own).tokens, roll(blank, None).tokens)
 
 
+@pytest.mark.slow
 def test_slots_shrink_and_caches_grow_in_every_part(policies, references):
     """Parts of the rows finish at different times; each group is reported once, with its tokens."""
     mesh = sharding.make_mesh(**MESHES["tensor 4, data 2"])

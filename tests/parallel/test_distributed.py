@@ -38,6 +38,7 @@ def test_a_process_without_a_beat_ends_with_a_message():
     assert "same command" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_process_that_beats_lives():
     done = run(timeout=2, beats=8)
     assert (done.returncode, done.stdout) == (0, "alive\n")

@@ -16,7 +16,7 @@ from configs.pod import qwen3_4b_v5e, qwen3_8b_v6e, qwen3_30b_a3b_v5p
 from experiments.pods import run
 from sapo_jax import preflight, train
 from sapo_jax.model import params
-from sapo_jax.preflight import chips, costs, demands, hlo, measure, programs
+from sapo_jax.preflight import chips, costs, demands, hlo, measure, model_flops, programs
 from sapo_jax.report import preflight_tables
 from sapo_jax.report.run import write
 from sapo_jax.training import settings
@@ -66,7 +66,7 @@ def test_the_tower_is_counted():
     found = programs.programs(tiny(**fields))
     settled = tiny(**fields | {"model.train_vision": True})
     learnt = programs.programs(settled)
-    flops = programs.tower_flops(settled, 4)  # prompts of a minibatch
+    flops = model_flops.tower(settled, 4)  # prompts of a minibatch
     assert found["see"].model_flops == 2 * flops
     assert learnt["update"].model_flops - found["update"].model_flops == pytest.approx(3 * flops)
     kinds = programs.bytes_per_chip(found["see"].arguments["rows"]), found["see"].result["rows"]

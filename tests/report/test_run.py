@@ -287,6 +287,7 @@ def test_hostile_strings_elsewhere_stay_text(tmp_path):
     assert "".join(Page(html).words).count(HOSTILE) >= 8
 
 
+@pytest.mark.slow
 def test_command_line_gives_the_same_bytes(small, monkeypatch, capsys):
     """No clock and no random ids: a report under version control changes only with its run."""
     first = report.write(small).read_bytes()

@@ -98,6 +98,7 @@ def perturbed_logits(policy, row, prompts, sample, position, temperature):
     return np.sort(np.asarray(logits + noise))
 
 
+@pytest.mark.slow
 def test_layouts_agree_up_to_near_ties(peaked):
     """Slots, refills, cache sizes and prompt order: the same noise, and the same rows.
 

@@ -154,6 +154,7 @@ def close(got, want, scale=1e-5):
         np.testing.assert_allclose(x, y, atol=atol, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_packed_rows_and_micro_batches_are_the_plain_ones(policy, rolled):
     """Prompts once for their completions, rows dealt to micro-batches in any order."""
     config, weights = policy
@@ -169,6 +170,7 @@ def test_packed_rows_and_micro_batches_are_the_plain_ones(policy, rolled):
     np.testing.assert_allclose(others["loss"].numerator, terms["loss"].numerator, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_reach_the_tower_unless_it_is_frozen(policy, rolled):
     """Learnt: every parameter, by one backward pass of the tower behind all micro-batches. Frozen:
     none, the tower is not run again, and weight decay does not touch it."""

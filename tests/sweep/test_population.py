@@ -134,6 +134,7 @@ def test_every_run_has_its_own_values(together):
     assert bar.shown[-1]["reward/mean"] == pytest.approx(np.mean(means))
 
 
+@pytest.mark.slow
 def test_a_population_goes_on_where_it_stopped(together, tmp_path):
     """5 iterations, then again for 10: one checkpoint holds parameters and positions of all."""
     (short,) = cohorts.make(base(iterations=5), RUNS)
@@ -254,6 +255,7 @@ def arguments_of(policies, seed, live_R=(True, True)):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_vmap_samples_the_same_up_to_near_ties(peaked):
     """Two policies at once, through three sizes of the cache: rows leave at near-ties only.
 
@@ -573,6 +575,7 @@ def test_the_bar_moves_while_the_runs_of_a_map_train(together):
         assert f"{doing} run 2 of {len(cohort.runs)}" in bar.notes
 
 
+@pytest.mark.slow
 def test_jobs_share_a_sweep(swept, tmp_path, monkeypatch):
     """Each job does its cohorts; the sweep is complete when both have ended."""
     whole, parts, _ = swept
