@@ -2,12 +2,12 @@
 
 Claim     The paper's, of Qwen3-VL-30B-A3B on text and images: after 500 gradient steps SAPO 0.758,
           GSPO and GRPO-R2 0.749 by one aggregated score; none collapses (one run each).
-Command   On every host of a v5p 4x4x8 slice (docs/pods.md), with a cold start of
+Command   On every host of a v5p 4x4x4 slice (docs/pods.md), with a cold start of
           Qwen/Qwen3-VL-30B-A3B in models/Qwen3-VL-30B-A3B; data as docs/paper.md says:
           python -m sapo_jax.sweep --config=configs/paper/qwen3_vl_30b_a3b.py \
               --workdir=gs://.../fig6
           Does it fit? python -m sapo_jax.preflight --config=configs/paper/qwen3_vl_30b_a3b.py \
-              --topology=v5p:4x4x8
+              --topology=v5p:4x4x4
 Time      Not measured.
 Result    Not measured.
 

@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     c.batch.group_size = 16
     c.batch.minibatches = 4
     c.batch.micro_batches = 32  # 1 row of 4096 tokens on a chip
-    c.sampler.slots = 8  # groups in flight: 64 rows on 8 chips
+    c.sampler.slots = 20  # groups in flight: 160 rows on 8 chips
     c.sampler.mesh.tensor = 8  # 2 × 8: the weights are read from 8 chips, not from 2
 
     c.learner.learning_rate = 1e-6

@@ -33,7 +33,7 @@ PODS = (  # config, topology, runs side by side
     ("pod/qwen3_30b_a3b_v5p", "v5p:4x4x8", 1),
     ("paper/controlled", "v5p:4x4x8", 2),
     ("paper/multitask", "v5p:4x4x8", 1),
-    ("paper/qwen3_vl_30b_a3b", "v5p:4x4x8", 1),
+    ("paper/qwen3_vl_30b_a3b", "v5p:4x4x4", 1),
 )
 PRICES = {"v5e": 1.2, "v6e": 2.7, "v5p": 4.2}  # dollars a chip and hour, on demand in the US
 RUNS = re.compile(r"(?<=<!-- runs -->\n).*?(?=<!-- /runs -->)", re.DOTALL)  # in docs/pods.md

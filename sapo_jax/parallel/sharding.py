@@ -11,7 +11,6 @@ one array.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -253,28 +252,10 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
 
 
 def constrain(tree: Any, mesh: Mesh | None, specs: Any) -> Any:
-    """Within a jitted program: let arrays lie as the tree of specs, or one for all, says.
-
-    It must be the mesh of the program's arguments, see `resharding`.
-    """
+    """Within a jitted program: let arrays lie as the tree of specs, or one for all, says."""
     if mesh is None:
         return tree
     return jax.lax.with_sharding_constraint(tree, shardings(mesh, specs))
-
-
-def resharding(mesh: Mesh, specs: Any) -> Callable:
-    """The jitted program that lets arrays of a mesh lie on another one of the same devices.
-
-    A constraint to a second mesh does not bind what leaves a program: arrays would come out whole
-    on each device. `jax.device_put` goes by way of the host where a process has all devices.
-    """
-    leaves, treedef = jax.tree.flatten(shardings(mesh, specs))
-    return _resharding(treedef, tuple(leaves))
-
-
-@functools.cache
-def _resharding(treedef: Any, where: tuple[NamedSharding, ...]) -> Callable:
-    return jax.jit(lambda tree: tree, out_shardings=jax.tree.unflatten(treedef, where))
 
 
 def shard_map(function: Callable, mesh: Mesh | None, in_specs: Any, out_specs: Any) -> Callable:

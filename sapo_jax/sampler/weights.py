@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from sapo_jax.model import lora, params
 from sapo_jax.model.config import ModelConfig
@@ -97,14 +98,25 @@ def convert_joined(
     return convert(lora.join(own, frozen, scale), config, mesh, column)
 
 
+@functools.cache
+def _to(treedef: Any, where: tuple[NamedSharding, ...]) -> Callable:
+    return jax.jit(lambda tree: tree, out_shardings=jax.tree.unflatten(treedef, where))
+
+
 def moves(config: ModelConfig, target: Mesh) -> tuple[list[Callable], Callable]:
     """Programs from `convert`'s mesh to another: of each layer, and of the parameters beside them.
 
-    In one for all the compiler would gather all layers before it splits the first.
+    In one for all the compiler would gather all layers before it splits the first. Constraints to a
+    second mesh do not bind what leaves a program: parameters would come out whole on each device.
+    `jax.device_put` goes by way of the host where a process has all devices.
     """
+
+    def program(specs):
+        leaves, treedef = jax.tree.flatten(sharding.shardings(target, specs))
+        return _to(treedef, tuple(leaves))
+
     specs = dict(sharding.by_run(partition_specs(config), target))
-    layers = [sharding.resharding(target, layer) for layer in specs.pop("layers")]
-    return layers, sharding.resharding(target, specs)
+    return [program(layer) for layer in specs.pop("layers")], program(specs)
 
 
 def move(converted: SamplerParams, config: ModelConfig, target: Mesh) -> SamplerParams:

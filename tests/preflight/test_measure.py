@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import pytest
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 from configs.pod import qwen3_4b_v5e, qwen3_8b_v6e, qwen3_30b_a3b_v5p
 from experiments.pods import run
-from sapo_jax import preflight, train
+from sapo_jax import cli, preflight, train
 from sapo_jax.model import params
 from sapo_jax.preflight import chips, costs, demands, hlo, measure, model_flops, programs
 from sapo_jax.report import preflight_tables
@@ -300,7 +301,24 @@ def test_pod_configs_are_those_of_the_paper(config, count):
 
 def _on_one(c: ConfigDict) -> ConfigDict:
     c.mesh.update(data=1, fsdp=1, tensor=1, expert=1)
+    c.sampler.mesh.tensor = 0
     return c
+
+
+class Device(types.SimpleNamespace):
+    """What a mesh asks of a chip that is not there."""
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+
+@pytest.mark.parametrize(("name", "topology", "count"), run.PODS)
+def test_pod_configs_divide_by_the_pods_that_they_name(name, topology, count):
+    chip = {"platform": "cpu", "device_kind": "cpu", "process_index": 0, "memory_stats": dict}
+    devices = [Device(id=i, **chip) for i in range(chips.parse(topology)[1])]
+    c = preflight.stand_in(cli.from_config(name))
+    c.mesh.run = count
+    settled = settings.from_config(c, devices=devices)
+    assert settled.mesh.size == settled.sampler_mesh.size == len(devices)
 
 
 @pytest.mark.parametrize("name", ["v5e", "v9:2x2", "v5e:2x", "4x4"])
