@@ -10,10 +10,10 @@ Command   On every host of a v5p 4x4x8 slice (docs/pods.md), with Qwen/Qwen3-30B
           On 64 chips (v5p:4x4x4) it fits, too.
           Does it fit? python -m sapo_jax.preflight --config=configs/pod/qwen3_30b_a3b_v5p.py \
               --topology=v5p:4x4x8
-Time      Not measured; by preflight at least 2 minutes an iteration, 3 on 64 chips.
-Result    Not measured. Expected by preflight: 39% of a chip's memory, 69% on 64 chips; an update of
-          1.34 times the model's FLOPs with an MFU of at most 27% (memory is the limit: on each
-          chip the rows of experts have room for any routing). docs/preflight.md has the rest.
+Time      Not measured; by preflight at least 1.4 minutes an iteration, 2.4 on 64 chips.
+Result    Not measured. Expected by preflight: 33% of a chip's memory, 58% on 64 chips; an update of
+          1.28 times the model's FLOPs with an MFU of at most 69%, 79% on 64 chips.
+          docs/preflight.md has the rest.
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -7,9 +7,9 @@ Command   On every host of a v5e 4x4 slice (docs/pods.md), with Qwen/Qwen3-4B in
           python -m sapo_jax.main --config=configs/pod/qwen3_4b_v5e.py --workdir=gs://...
           Does it fit? python -m sapo_jax.preflight --config=configs/pod/qwen3_4b_v5e.py \
               --topology=v5e:4x4
-Time      Not measured; by preflight at least 5 minutes an iteration.
-Result    Not measured. Expected by preflight: 84% of a chip's memory, an update of 1.28 times the
-          model's FLOPs with an MFU of at most 78%. docs/preflight.md has the rest.
+Time      Not measured; by preflight at least 3 minutes an iteration.
+Result    Not measured. Expected by preflight: 88% of a chip's memory, an update of 1.26 times the
+          model's FLOPs with an MFU of at most 79%. docs/preflight.md has the rest.
 """
 
 from ml_collections import ConfigDict, config_dict

@@ -7,8 +7,8 @@ Command   On every host of a v6e 4x4 slice (docs/pods.md), with Qwen/Qwen3-8B in
           python -m sapo_jax.main --config=configs/pod/qwen3_8b_v6e.py --workdir=gs://...
           Does it fit? python -m sapo_jax.preflight --config=configs/pod/qwen3_8b_v6e.py \
               --topology=v6e:4x4
-Time      Not measured; by preflight at least 8 minutes an iteration.
-Result    Not measured. Expected by preflight: 85% of a chip's memory, an update of 1.26 times the
+Time      Not measured; by preflight at least 7 minutes an iteration.
+Result    Not measured. Expected by preflight: 85% of a chip's memory, an update of 1.24 times the
           model's FLOPs with an MFU of at most 54%. docs/preflight.md has the rest.
 """
 
