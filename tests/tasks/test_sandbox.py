@@ -33,22 +33,24 @@ def sandbox(program, mode, limits=PATIENT, **options):
 
 
 @functools.cache
-def permitted(mode):
+def refusal(mode):
+    """Why this machine has no such sandbox, in its own words; None if it has."""
     try:
         sandbox("", mode).close()
-    except (RuntimeError, FileNotFoundError):
-        return False
-    return True
+    except (RuntimeError, FileNotFoundError) as error:
+        return f"isolation={mode} is refused here: {error}"
+    return None
 
 
+NO_SECCOMP = "this kernel has no seccomp, without which threads count as processes"
 ADD = "a, b = map(int, input().split())\nprint(a + b)"
 
 
 @pytest.fixture(params=MODES)
 def mode(request):
     """Every sandbox that this machine permits."""
-    if not permitted(request.param):
-        pytest.skip(f"no sandbox {request.param} on this machine")
+    if why := refusal(request.param):
+        pytest.skip(why)
     return request.param
 
 
@@ -226,7 +228,7 @@ def test_programs_are_ordinary_scripts(mode, name):
     program, expected = KEPT[name]
     with sandbox(program, mode, Limits(seconds=30.0, memory_mb=1024)) as box:
         if "no seccomp" in box.locks and name in ("thread", "slow thread", "pool"):
-            pytest.skip("threads need seccomp")
+            pytest.skip(NO_SECCOMP)
         assert box.stdin(INPUT) == Outcome("ok", expected)
 
 
@@ -250,7 +252,7 @@ def test_threads_work_where_processes_are_counted(mode):
     program = "import threading as t\nt.stack_size(2**26)\nx = t.Thread(target=print, args=(7,))\n"
     with sandbox(program + "x.start(); x.join()", mode) as box:
         if "no seccomp" in box.locks:
-            pytest.skip("no seccomp on this machine")
+            pytest.skip(NO_SECCOMP)
         assert box.stdin("").output == "7\n"
 
 
@@ -497,8 +499,8 @@ print(check(*sys.argv[2:]))
 def test_what_a_machine_refuses_is_told(calls, mode, expected):
     """As containers do; found out in processes of their own, before the first program."""
     pytest.importorskip("seccompy")
-    if not permitted(mode):
-        pytest.skip(f"no sandbox {mode} on this machine")
+    if why := refusal(mode):
+        pytest.skip(why)
     command = [sys.executable, "-c", REFUSING, calls, mode, PYTHONS[mode]]
     found = subprocess.run(command, check=False, capture_output=True, text=True)
     assert expected in found.stdout + found.stderr
@@ -607,12 +609,12 @@ ATTACKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layers", ["all", "hook"])
+@pytest.mark.parametrize(
+    ("mode", "layers"), [*((mode, "all") for mode in MODES), ("plain", "hook")], indirect=["mode"]
+)
 def test_attacks(mode, layers, place, monkeypatch):
     """Of each, its kind: the hook withstands them alone, too."""
     if layers == "hook":
-        if mode != "plain":
-            pytest.skip("has no hook")
         monkeypatch.setattr(outside, "_packages", list)
     secret = pathlib.Path(place, "secret")
     secret.write_text("EXPECTED OUTPUT")
@@ -636,8 +638,8 @@ def test_attacks(mode, layers, place, monkeypatch):
 
 def test_the_kernels_layers_hold_alone(place, monkeypatch):
     """Where a program gets past the hook, as some will."""
-    if not permitted("plain"):
-        pytest.skip("no sandbox plain on this machine")
+    if why := refusal("plain"):
+        pytest.skip(why)
     jail = shutil.copytree(outside.JAIL, pathlib.Path(place, "jail"))
     script = jail / "plain.py"
     for line in ("sys.addaudithook(fence(setup))", "del _imp.create_builtin", "vars(module).pop"):

@@ -43,8 +43,9 @@ for name, options in json.loads(sys.argv[1]):
 def test_answers_verify_and_pictures_open(name, options):
     task = make(name, **options)
     for split in ("train", "test"):
-        for i in range(4):
-            example = task.examples(split)[i]
+        examples = task.examples(split)
+        for i in range(12):
+            example = examples[i]
             assert (example.id % 8 == 0) == (split == "test")
             assert example.prompt.count(IMAGE) == len(example.images) == task.max_images == 1
             assert len(example.prompt) <= task.max_prompt_chars
@@ -55,7 +56,7 @@ def test_answers_verify_and_pictures_open(name, options):
                 assert task.verify(example, example.demonstration) == 1
             picture = Image.open(io.BytesIO(example.images[0]))
             assert min(picture.size) >= 8
-            assert len(np.unique(np.asarray(picture).reshape(-1, 3), axis=0)) > 1 or "0" in text
+            assert len(picture.getcolors(picture.width * picture.height)) > 1 or "0" in text
             for hostile in HOSTILE.values():
                 assert hostile.endswith(f"={example.answer}") or not task.verify(example, hostile)
 
