@@ -20,7 +20,6 @@ SPARE = 0.10  # of a chip's memory stays free
 EXECUTED = 1.40  # times the model's FLOPs, in an update
 EXECUTED_LORA = 1.58  # there a layer that is computed again is a third of the whole, not a quarter
 VOCABULARY = 1024  # a smaller one shares its size with other dimensions
-MOVES = "to_sampler", "move_"  # names of programs without logits begin with one
 WHOLE = 0.5  # of the layers' parameters lie whole along `fsdp` at a time
 GIB = 2**30
 
@@ -145,7 +144,9 @@ def checks(settings: Settings, results: Sequence[dict[str, Any]], hbm: float) ->
         name = r["program"]
         total = r["memory"]["total"] / GIB
         found.append(Check(f"{name}: memory, GiB", total, (1 - SPARE) * hbm / GIB))
-        if settings.model.vocab_size >= VOCABULARY and not name.startswith(MOVES):
+        if (
+            settings.model.vocab_size >= VOCABULARY and r["model_flops"]
+        ):  # else it moves arrays alone
             found.append(Check(f"{name}: rows of logits at a time", r["logits_rows"], logits))
         if name in ("score", "update"):
             found += _of_learner(settings, r)

@@ -258,9 +258,9 @@ def _to_sampler(
     config, own, mesh = settings.model, settings.mesh, settings.sampler_mesh
     count, moves = sharding.runs(own), own != mesh
     frozen = _abstract_frozen(settings) if count > 1 else None
-    alike = frozen is None and not moves
-    same = weights.unchanged(policy, config) if alike else set()
-    rest = {name: x for name, x in policy.items() if name not in same}
+    given = policy if frozen is None else _abstract_state(settings).params
+    same = [] if moves else weights.unchanged(given, config)
+    rest = {name: x for name, x in given.items() if name not in same}
     column = sharding.TRAINING if moves else sharding.SAMPLER
     cast = abstract_sampler(settings, own, column)
 
@@ -268,15 +268,13 @@ def _to_sampler(
         if count == 1:
             return weights.convert.lower(rest, config, own, column)
         static = {"config": config, "mesh": own, "column": column}
-        many = runs.vmapped(weights.convert_joined, own, **static)
-        if frozen is None:
-            return many.lower(rest, None, None)
-        return many.lower(_abstract_state(settings).params, frozen, np.ones(count, np.float32))
+        scale = None if frozen is None else np.ones(count, np.float32)
+        return runs.vmapped(weights.convert_joined, own, **static).lower(rest, frozen, scale)
 
     kind, kept = "sampler's parameters", {"parameters": {name: policy[name] for name in same}}
     found = Program(
-        convert, {"parameters": rest}, runs=1, mesh=own, resident=optimizer | kept,
-        result={kind: {name: cast[name] for name in rest}},
+        convert, {"parameters": (rest, frozen)}, runs=1, mesh=own, resident=optimizer | kept,
+        result={kind: {name: x for name, x in cast.items() if name not in same}},
     )  # fmt: skip
     if not moves or settings.config.sampler.devices:
         return {"to_sampler": found}

@@ -99,7 +99,7 @@ def convert_joined(
 
 
 @functools.cache
-def _to(treedef: Any, where: tuple[NamedSharding, ...]) -> Callable:
+def _resharding(treedef: Any, where: tuple[NamedSharding, ...]) -> Callable:
     return jax.jit(lambda tree: tree, out_shardings=jax.tree.unflatten(treedef, where))
 
 
@@ -113,7 +113,7 @@ def moves(config: ModelConfig, target: Mesh) -> tuple[list[Callable], Callable]:
 
     def program(specs):
         leaves, treedef = jax.tree.flatten(sharding.shardings(target, specs))
-        return _to(treedef, tuple(leaves))
+        return _resharding(treedef, tuple(leaves))
 
     specs = dict(sharding.by_run(partition_specs(config), target))
     return [program(layer) for layer in specs.pop("layers")], program(specs)
@@ -127,7 +127,7 @@ def move(converted: SamplerParams, config: ModelConfig, target: Mesh) -> Sampler
     return SamplerParams(beside(top) | {"layers": moved})
 
 
-def unchanged(learner_params: dict[str, Any], config: ModelConfig) -> set[str]:
+def unchanged(learner_params: dict[str, Any], config: ModelConfig) -> list[str]:
     """Names of parameters, abstract ones too, that have the sampler's dtype and layout already."""
     dtype, mesh = jnp.dtype(config.compute_dtype), sharding.mesh_of(learner_params)
     specs = partition_specs(config)
@@ -138,7 +138,23 @@ def unchanged(learner_params: dict[str, Any], config: ModelConfig) -> set[str]:
         own = mesh and sharding.named(mesh, sharding.by_run(specs[name], mesh))
         return mesh is None or value.sharding.is_equivalent_to(own, value.ndim)
 
-    return {name for name, value in learner_params.items() if stays(name, value)}
+    return [name for name, value in learner_params.items() if stays(name, value)]
+
+
+def carry(
+    convert: Callable[[dict[str, Any], int], SamplerParams],
+    learner_params: dict[str, Any],
+    config: ModelConfig,
+    target: Mesh | None,
+) -> SamplerParams:
+    """The learner's parameters by ``convert``, of some of them to a column of the table, and from
+    there to ``target``, where that is another mesh.
+    """
+    if target not in (None, sharding.mesh_of(learner_params)) and target.size > 1:
+        return move(convert(learner_params, sharding.TRAINING), config, target)
+    same = {name: jnp.asarray(learner_params[name]) for name in unchanged(learner_params, config)}
+    rest = {name: value for name, value in learner_params.items() if name not in same}
+    return SamplerParams(convert(rest, sharding.SAMPLER) | same)
 
 
 def devices_of(params: Any) -> set[Any]:
@@ -161,15 +177,14 @@ def to_sampler(params: Any, config: ModelConfig, mesh: Mesh | None = None) -> Sa
     """
     if isinstance(params, SamplerParams):
         return params
-    own = sharding.mesh_of(params)
+
+    def cast(some, column):
+        return convert(some, config, sharding.mesh_of(params), column)
+
     if mesh is not None and not set(mesh.devices.flat) & devices_of(params):
-        cast = convert(params, config, own, sharding.TRAINING)
-        return jax.device_put(cast, sharding.shardings(mesh, partition_specs(config)))
-    if mesh not in (None, own) and mesh.size > 1:
-        return move(convert(params, config, own, sharding.TRAINING), config, mesh)
-    same = {name: jnp.asarray(params[name]) for name in unchanged(params, config)}
-    rest = {name: value for name, value in params.items() if name not in same}
-    return SamplerParams(convert(rest, config, own) | same)
+        where = sharding.shardings(mesh, partition_specs(config))
+        return jax.device_put(cast(params, sharding.TRAINING), where)
+    return carry(cast, params, config, mesh)
 
 
 def moved_bytes(before: Any, after: SamplerParams) -> int:

@@ -97,18 +97,14 @@ class MeshPopulation(Population):
 
     def to_sampler(self, params: Any, frozen: Frozen | None = None) -> sampler.SamplerParams:
         """See `sampler.to_sampler`; with LoRA, each part has the base beside its adapters."""
-        config, mesh, target = self.runs[0].model, self.mesh, self.sampler_mesh
-        column = sharding.SAMPLER if target == mesh else sharding.TRAINING
-        convert = runs.vmapped(
-            weights.convert_joined, mesh, config=config, mesh=mesh, column=column
-        )  # fmt: skip
-        alike = frozen is None and target == mesh
-        same = weights.unchanged(params, config) if alike else set()
-        rest = {name: value for name, value in params.items() if name not in same}
-        converted = convert(rest, frozen, None if frozen is None else self.hp.lora_scale)
-        if target != mesh:
-            return weights.move(converted, config, target)
-        return sampler.SamplerParams(converted | {name: params[name] for name in same})
+        config, mesh = self.runs[0].model, self.mesh
+        scale = None if frozen is None else self.hp.lora_scale
+
+        def cast(some, column):
+            static = {"config": config, "mesh": mesh, "column": column}
+            return runs.vmapped(weights.convert_joined, mesh, **static)(some, frozen, scale)
+
+        return weights.carry(cast, params, config, self.sampler_mesh)
 
     def rollout(
         self,
