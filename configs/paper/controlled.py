@@ -9,7 +9,7 @@ Command   On every host of a v5p 4x4x8 slice (docs/pods.md), after configs/paper
           --config.mesh.run=2 those that share their programs (SAPO and GSPO) side by side, each on
           half of it. A run alone: python -m sapo_jax.main --config=configs/paper/controlled.py \
               --config.objective.name=gspo --workdir=gs://.../gspo
-Time      Not measured.
+Time      Not measured; by preflight at least 2.4 minutes an iteration (docs/pods.md).
 Result    Not measured.
 
 What no source states is marked as ours: optimizer, batch, group, lengths, temperature, data, seed.

@@ -9,7 +9,7 @@ Command   On every host of a v5p 4x4x8 slice (docs/pods.md), after configs/paper
           trains the three runs one after the other, each on the whole slice; with
           --config.mesh.run=2 those that share their programs (SAPO and GSPO) side by side, each on
           half of it.
-Time      Not measured.
+Time      Not measured; by preflight at least 1.4 minutes an iteration (docs/pods.md).
 Result    Not measured.
 """
 

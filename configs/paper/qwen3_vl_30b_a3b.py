@@ -8,7 +8,7 @@ Command   On every host of a v5p 4x4x4 slice (docs/pods.md), with a cold start o
               --workdir=gs://.../fig6
           Does it fit? python -m sapo_jax.preflight --config=configs/paper/qwen3_vl_30b_a3b.py \
               --topology=v5p:4x4x4
-Time      Not measured.
+Time      Not measured; by preflight at least 2.0 minutes an iteration (docs/pods.md).
 Result    Not measured.
 
 What no source states is marked as ours: the tower, which stays as it is, and the size of images.
