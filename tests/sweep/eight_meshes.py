@@ -7,10 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from sapo_jax import axes, learner, train
+from sapo_jax import axes, learner, sampler, train
+from sapo_jax.model import params
+from sapo_jax.parallel import sharding
 from sapo_jax.preflight import places, programs
-from sapo_jax.sweep import cohorts, schedule
+from sapo_jax.sweep import cohorts, mesh, schedule
 from sapo_jax.training import checkpoint, settings, startup
+from sapo_jax.training.engine import stack
 from sapo_jax.training.workdir import read_samples
 from tests import fakes, tiny_sweep
 from tests.parallel.two_processes import SEES
@@ -23,6 +26,9 @@ FIELDS = {
     "model.num_hidden_layers": 1, "sampler.slots": 4, "sampler.max_new_tokens": 16,
     "learner.eps": 1e-5,  # Adam's own would magnify the last bits of gradients of 1e-8
     "mesh.fsdp": 2, "mesh.tensor": 2,
+}  # fmt: skip
+OWN_MESH = {
+    "mesh.data": 2, "mesh.tensor": 1, "sampler.mesh.tensor": 2, "sampler.mesh.data": 2,
 }  # fmt: skip
 EVALS = {"few": {"samples": 2, "prompts": 4}, "greedy": {"samples": 1, "temperature": 0.0}}
 
@@ -148,8 +154,7 @@ OTHERS = {
         RUNS,
     ),
     "adapters, evaluations, another mesh to sample": (
-        {"lora.rank": 2, "evals": EVALS, "mesh.data": 2, "mesh.tensor": 1,
-         "sampler.mesh.tensor": 2, "sampler.mesh.data": 2},
+        OWN_MESH | {"lora.rank": 2, "evals": EVALS},
         axes.zip_(axes.axis("seed", 3, 4), axes.axis("lora.alpha", 16.0, 64.0)),
     ),
     "batches that wait": ({"staleness": 1}, RUNS),
@@ -171,7 +176,25 @@ def test_others_side_by_side_are_each_alone(case, tmp_path):
     check_alone(cohort, tmp_path, {k: v for k, v in fields.items() if k != "mesh.run"})
 
 
-@pytest.mark.parametrize("fields", [{}, pytest.param(SEES, marks=pytest.mark.slow)])
+def test_parameters_of_runs_side_by_side_lie_on_the_samplers_mesh_as_its_table_says():
+    (cohort,) = cohorts_of(**OWN_MESH)
+    population, run = mesh.MeshPopulation(cohort.runs), cohort.lead
+    each = [params.init(run.model, seed) for seed in range(2)]
+    whole = jax.device_put(
+        stack(each), sharding.shardings(run.mesh, sharding.by_run(
+            params.partition_specs(run.model), run.mesh))
+    )  # fmt: skip
+    found = population.to_sampler(whole)
+    expected = programs.abstract_sampler(run, run.sampler_mesh)
+    same = jax.tree.map(
+        lambda x, e: x.sharding.is_equivalent_to(e.sharding, x.ndim), found, expected
+    )
+    assert jax.tree.all(same), same
+    alone = [sampler.to_sampler(one, run.model) for one in each]
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), stack(alone))
+
+
+@pytest.mark.parametrize("fields", [{}, OWN_MESH, pytest.param(SEES, marks=pytest.mark.slow)])
 def test_preflight_knows_the_programs_of_runs_side_by_side(fields):
     """A chip holds what it would hold for a run alone on as many; the programs can be traced."""
     (cohort,) = cohorts_of(**fields)
