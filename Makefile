@@ -14,6 +14,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m sapo_jax.main
 
+# Python keeps what it compiled, whatever the environment says: without, each process, and there are
+# dozens in the tests, compiles all of JAX from source, which takes five seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: train train-vl smollm2 preflight storm fuzz docs bench bench-peers gpu test test-slow lint format clean
 
 $(VENV)/ready: requirements.txt pyproject.toml

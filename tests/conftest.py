@@ -8,7 +8,7 @@ from jaxlib.version import __version_info__ as version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", ".cache/tests")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # The programs of tests are small and many: to compile them well takes longer than it saves. With an
 # empty XLA_FLAGS in the environment they are compiled as for users, which takes four times as long.
 os.environ.setdefault(

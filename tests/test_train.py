@@ -172,7 +172,8 @@ def test_supervised_runs_start_others(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state.params, taught.params)
 
 
-@pytest.mark.parametrize("objective", [pytest.param("grpo", marks=pytest.mark.slow), "gspo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["grpo", "gspo"])
 def test_other_objectives_run(tmp_path, objective):
     fields = SHAPED | {"objective.name": objective, "iterations": 1, "eval.every": 0}
     run(tmp_path / "run", **fields)

@@ -144,7 +144,7 @@ WRONG_TASKS = [
         marks=pytest.mark.slow,
     ),
     ("OneArgument", r"must have the method verify\(example, completion\)"),
-    ("Raises", "verify.*raises IndexError"),
+    pytest.param("Raises", "verify.*raises IndexError", marks=pytest.mark.slow),
     ("Empty", "lacks name, alphabet, max_prompt_chars, max_completion_chars, examples, verify"),
     ("three", "is 3: must be the task's class"),
     ("Sum", "the nearest is my.py:Sums"),

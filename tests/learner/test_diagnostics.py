@@ -95,8 +95,7 @@ def by_hand(name, batch, logp):
 @pytest.mark.parametrize(
     "layout",
     [
-        "rows",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("micro-batches", "packed")),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("rows", "micro-batches", "packed")),
         "shared prompts",
     ],
 )

@@ -167,10 +167,11 @@ def routed(rng, batch, lengths, config):
     return batch.replace(routing=routing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "group_size"),
     [
-        *(pytest.param("nano", size, marks=pytest.mark.slow) for size in (1, G)),
+        *(("nano", size) for size in (1, G)),
         ("nano_moe", G),
     ],
 )

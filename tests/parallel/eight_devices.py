@@ -44,7 +44,7 @@ CASES = [case(kind, name) for kind in KINDS for name in MESHES]
 ROLLOUTS = [
     *(case(kind, name, {}) for kind in KINDS for name in MESHES),
     ("dense", "fsdp 8", {"tensor": 4, "data": 2}),
-    ("moe", "data 8", {"tensor": 2, "expert": 4}),
+    case("moe", "data 8", {"tensor": 2, "expert": 4}),
 ]
 
 

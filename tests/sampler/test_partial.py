@@ -99,6 +99,7 @@ def test_each_token_is_of_the_policy_of_its_step(peaked):
             assert np.abs(scored[2] - last.sampler_logp)[at].max() > 1e-3
 
 
+@pytest.mark.slow
 def test_routing_goes_on_with_its_tokens(moe):
     """What was recorded of a token stays; prompt and pads are as in a whole rollout."""
     whole = roll(moe, fakes.prompts(P, N))

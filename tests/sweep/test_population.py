@@ -443,6 +443,7 @@ def swept(together, tmp_path_factory):
     return workdir / "whole", parts, compiled
 
 
+@pytest.mark.slow
 def test_cohorts_of_one_size_share_their_programs(swept):
     assert swept[2].count == 0
 
@@ -532,6 +533,7 @@ def test_a_killed_sweep_loses_and_repeats_nothing(swept, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in first} == first
 
 
+@pytest.mark.slow
 def test_a_deleted_run_is_noticed_and_repeated(swept, tmp_path):
     """Of a sweep that had ended nothing was looked at; a run of a map comes back bit for bit."""
     whole, parts, _ = swept
