@@ -75,7 +75,9 @@ def close(got, expected):
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize(("few", "rank"), [(8, 0), (4096, 0), pytest.param(8, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("few", "rank"), [(8, 0), (4096, 0), pytest.param(8, 3, marks=pytest.mark.slow)]
+)
 def test_devices_with_some_of_the_experts_add_up(few, rank, rng, monkeypatch):
     """In one wave or in many, as when all tokens choose experts of one device; with adapters."""
     devices, tokens, place = 4, 130, None
