@@ -168,6 +168,7 @@ def population_of(base, method, **fields):
     return cohorts.make(config_of(**LORA | start | fields), runs)
 
 
+@pytest.mark.slow
 def test_a_population_by_map_is_its_runs_alone(alone, base, tmp_path):
     """Killed in an update, and then left alone: two adapters over one base."""
     checked, workdir = alone

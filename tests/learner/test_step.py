@@ -60,7 +60,7 @@ expected_gradient = jax.jit(jax.value_and_grad(plain_loss))
 
 
 @pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("micro", [1, pytest.param(2, marks=pytest.mark.slow), 8])
+@pytest.mark.parametrize("micro", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 8])
 def test_gradient_is_that_of_the_plain_loss_for_any_split(nano, batch, name, micro):
     """Dividing per micro-batch, or by the number of micro-batches, is the classic mistake.
 
@@ -107,6 +107,7 @@ def test_update_is_adamw_by_hand(nano, batch):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-6), state.params, mine)
 
 
+@pytest.mark.slow
 def test_padding_width_changes_nothing(nano, batch):
     config, weights = nano
     hp = settings(config)

@@ -33,7 +33,9 @@ def test_values_and_gradients_are_those_of_whole_rows(kind, s, rng):
     compare(blocked.causal, kind, s, rng)
 
 
-@pytest.mark.parametrize("kind", ["one", "packed", "prefix"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(k, marks=pytest.mark.slow) for k in ("one", "packed")), "prefix"]
+)
 def test_those_of_the_gpu_kernel_are_too(kind, rng):
     compare(partial(flash.causal, kernels=FLASH, interpret=True), kind, 300, rng)
 

@@ -130,7 +130,7 @@ def test_every_routed_pair_has_a_row_of_its_own(rng):
             assert padding.sum() == len(padding) - ids.size
 
 
-@pytest.mark.parametrize("share", [64, 512])
+@pytest.mark.parametrize("share", [64, pytest.param(512, marks=pytest.mark.slow)])
 def test_executed_flops_follow_the_routed_rows(share, rng):
     """Forward and backward ≤ 1.15 × the routed matmuls; dense dispatch would be E/k = 4 ×."""
     d, f, tokens = 64, 128, share * E // K

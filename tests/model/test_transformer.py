@@ -144,7 +144,7 @@ def dense_head(hidden, weight, targets, temperature):
     return jnp.take_along_axis(logp, targets[:, None], -1)[:, 0], -jnp.sum(jnp.exp(logp) * logp, -1)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 8, 64])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 3, 8, 64])
 @pytest.mark.parametrize("masked_in", [0, 1, 13, 20])
 def test_head_equals_dense_softmax(chunk, masked_in, rng, monkeypatch):
     """Values and gradients for any chunk size and any mask, holes and none at all included.
@@ -197,6 +197,7 @@ def test_presets_have_their_published_sizes(preset):
         assert 5e4 < params.count(model.make(preset, vocab_size=16)) < 1e7
 
 
+@pytest.mark.slow
 def test_bf16_stays_close_to_f32(nano, rng):
     """Compute in bf16 with f32 parameters: the head's softmax is still f32."""
     config, weights = nano

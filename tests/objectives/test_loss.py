@@ -14,6 +14,7 @@ from sapo_jax.masked import finish
 from sapo_jax.objectives import OBJECTIVES, policy_loss
 from sapo_jax.objectives.kl import kl_penalty
 from sapo_jax.types import merge
+from tests.objectives.programs import coefficients, of_each_token, value_and_gradient
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "goldens/gates.json").read_text())
 GRID = np.array(GOLDEN["r_grid"])
@@ -27,26 +28,6 @@ def precision(request):
     name, tolerance = request.param
     with jax.enable_x64(name == "float64"):
         yield jnp.dtype(name), tolerance
-
-
-@jax.jit
-def value_and_gradient(objective, logp, old, advantages, mask, segments=None):
-    """((loss, metrics), its gradient in log π): one program for objectives of a kind."""
-
-    def loss(logp):
-        return policy_loss(objective, logp, old, advantages, mask, segments_BT=segments)
-
-    return jax.value_and_grad(loss, has_aux=True)(logp)
-
-
-@jax.jit
-def of_each_token(objective, logp, old, advantages, mask):
-    """The same of every token as a batch of its own."""
-
-    def one(logp, old):
-        return value_and_gradient(objective, logp[None], old[None], advantages, mask)
-
-    return jax.vmap(one)(logp, old)
 
 
 def curve(name, sign, dtype, old=OLD, grid=GRID, **hp):
@@ -255,12 +236,6 @@ def divisors(objective, mask):
         "const_len": sequences * objective.hyperparameters.get("max_length", 0),
         "seq_sum": sequences,
     }[objective.aggregation]
-
-
-@jax.jit
-def coefficients(objective, logp, old, advantages, mask):
-    inputs, _ = objectives.token_inputs(objective, logp, old, advantages, mask)
-    return objectives.coefficients(objective, inputs, mask)[0]
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,7 @@ def test_wrong_switches_are_refused(names, hyperparameters, message):
         objectives.resolve(switch(*names), **hyperparameters)
 
 
+@pytest.mark.slow
 def test_an_update_takes_a_switch(nano, rng):
     """Diagnostics ask for coefficients and inputs too: they must be the chosen member's."""
     config, weights = nano

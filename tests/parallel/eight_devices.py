@@ -31,7 +31,7 @@ MESHES = {
 }
 KINDS = {"dense": ("nano", "gspo", {}), "moe": ("nano_moe", "sapo", {})}
 MORE = [  # combined elsewhere
-    ("dense", "data 8"), ("dense", "expert 4, fsdp 2"),
+    ("dense", "data 8"), ("dense", "fsdp 8"), ("dense", "expert 4, fsdp 2"),
     ("moe", "data 8"), ("moe", "fsdp 8"), ("moe", "tensor 4, data 2"),
 ]  # fmt: skip
 

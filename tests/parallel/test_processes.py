@@ -104,6 +104,7 @@ def test_a_run_of_two_processes_resumes_where_one_was_killed(whole, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
+@pytest.mark.slow
 def test_the_processes_judge_different_rows_and_agree_on_the_metrics(whole):
     """With equal lengths and rewards everywhere, a process that ignores the others goes unseen."""
     own = [json.loads((whole / f"own-{i}.json").read_text()) for i in range(2)]
@@ -117,6 +118,7 @@ def test_the_processes_judge_different_rows_and_agree_on_the_metrics(whole):
         np.testing.assert_allclose(found, values.mean((0, 2)), rtol=1e-6, err_msg=key)
 
 
+@pytest.mark.slow
 def test_one_update_agrees_with_one_process(whole):
     """Sums over two processes are those of one, to 1e-6."""
     found = np.load(whole / "update.npz")

@@ -194,7 +194,9 @@ def test_parameters_of_runs_side_by_side_lie_on_the_samplers_mesh_as_its_table_s
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), stack(alone))
 
 
-@pytest.mark.parametrize("fields", [{}, OWN_MESH, pytest.param(SEES, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "fields", [OWN_MESH, *(pytest.param(x, marks=pytest.mark.slow) for x in ({}, SEES))]
+)
 def test_preflight_knows_the_programs_of_runs_side_by_side(fields):
     """A chip holds what it would hold for a run alone on as many; the programs can be traced."""
     (cohort,) = cohorts_of(**fields)
