@@ -84,7 +84,6 @@ LAYOUTS = {
     "five slots, refilled by twos, shrinking": Plan((5, 4, 2), (4, 12, T), 2, (3, 2, 1)),
     "all slots of one row, small caches": Plan((12, 6, 3), (3, 9, T), 12, (1, 1, 1)),
 }
-SLOW_LAYOUTS = [pytest.param(name, marks=pytest.mark.slow) for name in list(LAYOUTS)[:2]]
 
 
 def perturbed_logits(policy, row, prompts, sample, position, temperature):
@@ -129,7 +128,9 @@ def test_layouts_agree_up_to_near_ties(peaked):
         )
 
 
-@pytest.mark.parametrize("name", [*SLOW_LAYOUTS, *list(LAYOUTS)[2:]])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (i < 2)) for i, n in enumerate(LAYOUTS)]
+)
 def test_groups_are_reported_as_they_finish(peaked, name):
     """Each prompt once, with the rows that the rollout ends with; reporting changes no bit."""
     prompts = fakes.prompts(96, N, seed=5)
