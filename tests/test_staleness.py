@@ -66,6 +66,7 @@ def learnt(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_without_learning_no_metric_tells_staleness(tmp_path):
     """Noise and prompts go by the batch: with a policy that stays, nothing else differs."""
     fields = {"learner.learning_rate": 0.0, "learner.old_logp": "recompute"}

@@ -77,6 +77,7 @@ def test_save_and_load_give_the_same_parameters(name, shard_bytes, tmp_path):
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"chat_template": "x"}'
 
 
+@pytest.mark.slow
 def test_bfloat16_in_and_out(tmp_path):
     """Files in bf16 load into f32 exactly, and back; f32 files load into bf16 by rounding."""
     config = model.make("nano", vocab_size=23, param_dtype="bfloat16")

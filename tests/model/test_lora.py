@@ -187,6 +187,7 @@ def test_no_gradient_of_the_base_is_formed(preset, batch):
         assert set(found) <= {"parameter", "get-tuple-element", "bitcast", "fusion", "slice"}, name
 
 
+@pytest.mark.slow
 def test_an_update_moves_adapters_alone(nano, batch):
     config, base = nano
     config, adapters = adapted(config)
@@ -208,6 +209,7 @@ def test_one_executable_for_all_scales(nano, batch):
     assert compiled.names["score"] == 1
 
 
+@pytest.mark.slow
 def test_bfloat16_base_and_sampler(nano):
     """The base in bfloat16, adapters in float32; the sampler applies them, as the learner does."""
     shape = dataclasses.replace(nano[0], param_dtype="bfloat16", compute_dtype="bfloat16")

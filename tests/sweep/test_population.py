@@ -306,6 +306,7 @@ def test_vmap_of_decoding_selects_no_caches(peaked):
     assert not scattered
 
 
+@pytest.mark.slow
 def test_the_first_update_under_vmap(together):
     """To 1e-5, with other learning rates and temperatures of the gate."""
     cohort = together[1]

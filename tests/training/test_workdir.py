@@ -195,6 +195,7 @@ def test_what_fails_since_the_directory_is_deleted_says_so(tmp_path):
         raise ValueError("no metadata found")
 
 
+@pytest.mark.slow
 def test_a_run_whose_directory_is_deleted_stops(tmp_path, monkeypatch):
     """Guards against hours in a directory that has no config, and that another may start in."""
     monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.01)
