@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import pathlib
 import subprocess
 import sys
@@ -176,9 +177,13 @@ def best_rate(runs: Runs, endpoint: Callable[[Run], float] = late) -> dict[int, 
 
 
 def panel(plot: str, runs: Runs, title: str = "") -> Panel:
-    """A plot of a sweep's report, of these runs."""
-    found, own = sweep_stats.summarise(runs), sweep_plots.PLOTS[plot]
-    return Panel(title or own.title, lambda figure, _: own.draw(figure, found), own.wide)
+    """A plot of a sweep's report, of these runs, which are summarised when it is drawn."""
+    own = sweep_plots.PLOTS[plot]
+    return Panel(
+        title or own.title,
+        lambda figure, _: own.draw(figure, sweep_stats.summarise(runs)),
+        own.wide,
+    )
 
 
 def table(runs: Runs, heading: str, endpoint: Callable[[Run], float] = late) -> str:
@@ -186,11 +191,12 @@ def table(runs: Runs, heading: str, endpoint: Callable[[Run], float] = late) -> 
 
     p is Holm's over the rows.
     """
-    found, groups = sweep_stats.summarise(runs), list(sweep_stats.group(runs).values())
-    first, *others = values = [seeds(some, endpoint) for some in groups]
+    groups = sweep_stats.group(runs)
+    found = {"settings": [{"setting": json.loads(key)} for key in groups]}
+    first, *others = values = [seeds(some, endpoint) for some in groups.values()]
     against = dict(enumerate((stats.difference(own, first) for own in others), 1))
     p, rows = stats.holm({k: effect.p for k, effect in against.items()}), []
-    for k, (entry, some) in enumerate(zip(found["settings"], groups, strict=True)):
+    for k, (entry, some) in enumerate(zip(found["settings"], groups.values(), strict=True)):
         label = sweep_plots.label(found, entry["setting"])
         ends = interval(stats.effect(list(values[k].values())), sign="")
         compared = [interval(against[k]), f"{p[k]:.2g}"] if k else ["reference", ""]
