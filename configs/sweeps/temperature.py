@@ -7,9 +7,9 @@ Command   python -m sapo_jax.sweep --config=configs/sweeps/temperature.py \
           (after `make train`, whose cold start all runs share; --config.iterations=20 for a short
           one, --most=8 --job_index=0 --job_count=4 for one of four machines)
 Time      32 runs that share every executable: about 1 hour on 2 CPU cores, a quarter of that with
-          --config.iterations=20 (from 25 seconds for 20 iterations of one of 24 runs).
-Result    Not run at full length. 20 iterations, τ_neg of 1, 1.05 and 2, 8 seeds: Pass@1 of 0.912,
-          0.910 and 0.909; differences to the first of −0.2 and −0.3 points, whose 95% intervals
+          --config.iterations=20 (of 24 runs, 25 to 53 seconds each, by machine).
+Result    Not run at full length. 20 iterations, τ_neg of 1, 1.05 and 2, 8 seeds: Pass@1 of 0.898,
+          0.896 and 0.895; differences to the first of −0.2 and −0.3 points, whose 95% intervals
           hold 0 (experiments/population).
 """
 

@@ -76,7 +76,8 @@ def close(got, expected):
 
 
 @pytest.mark.parametrize(
-    ("few", "rank"), [(8, 0), (4096, 0), pytest.param(8, 3, marks=pytest.mark.slow)]
+    ("few", "rank"),
+    [(8, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((4096, 0), (8, 3)))],
 )
 def test_devices_with_some_of_the_experts_add_up(few, rank, rng, monkeypatch):
     """In one wave or in many, as when all tokens choose experts of one device; with adapters."""
