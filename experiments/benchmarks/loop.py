@@ -1,0 +1,137 @@
+"""What the contests leave out: the quickstart against its past, the loop, idle rows, deep models.
+
+    python -m experiments.benchmarks.loop     # 15 minutes; nothing else should run
+
+`results/loop.json` gets the numbers, the README a table of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks import ours, table, workload
+from experiments.evidence.study import fill, markdown
+from sapo_jax import cli, sampler
+from sapo_jax.training import workdir
+from sapo_jax.types import Prompts
+
+ROOT = table.HERE.parents[1]
+RUNS = ROOT / "runs" / "experiments" / "loop"
+PAST = "9f2cc37"  # before packed rows, attention in blocks and rows that flow
+FLAGS = cli.Flags("experiments.benchmarks.loop", __doc__)
+FLAGS.integer("iterations", 20, "Iterations of the quickstart.", 5)
+FLAGS.integer("rounds", 2, "Runs of the quickstart by each version, in turn.", 1)
+PHASES = ("to_sampler", "rollout", "score_exposed", "logp", "update")
+
+
+def train(root: pathlib.Path, name: str, *flags: str) -> float:
+    """Seconds of a command line by the code of a folder, compiling included."""
+    config = "quickstart_sft" if name == "cold" else "quickstart"
+    own = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
+    start = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-m", "sapo_jax.main", f"--config=configs/{config}.py",
+         f"--workdir={RUNS / root.name / name}", "--config.compilation_cache=", *flags],
+        cwd=root, env=os.environ | own, check=True, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    return time.perf_counter() - start
+
+
+def quickstart(iterations: int, rounds: int) -> dict[str, Any]:
+    """The cold start, and iterations after it, by the code of then and of now in turn."""
+    past = RUNS / "past"
+    past.mkdir(parents=True)
+    archive = subprocess.run(["git", "archive", PAST], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(["tar", "-x"], cwd=past, input=archive.stdout, check=True)
+    roots = {"then": past, "now": ROOT}
+    found = {k: {"cold_s": train(root, "cold"), "runs": []} for k, root in roots.items()}
+    for number in range(rounds):
+        for key, root in roots.items():
+            flags = f"--config.init_from={RUNS / root.name / 'cold'}", f"--config.{iterations=}"
+            wall = train(root, str(number), *flags)
+            records = workdir.read_metrics(RUNS / root.name / str(number))
+            kept = [r for r in records if r["iteration"] > 2 and "time/update" in r]
+            phases = {p: statistics.median(r.get(f"time/{p}", 0.0) for r in kept) for p in PHASES}
+            whole = statistics.median(r["time/iteration"] for r in kept)
+            found[key]["runs"].append({"wall_s": wall, "iteration_s": whole, "phases_s": phases})
+    return found
+
+
+def idle() -> float:
+    """Rows that decode steps compute ÷ tokens, 32 prompts × 16 whose mean ÷ longest is 0.33."""
+    shape = workload.SHAPES["many"]
+    config, params = ours.policy(shape)
+    computed = []
+    prompts = Prompts(
+        tokens=workload.rollouts(shape).prompt[:: shape.group],
+        length=np.full(shape.prompts, shape.prompt, np.int32),
+        id=np.arange(shape.prompts, dtype=np.uint32),
+        task=np.zeros(shape.prompts, np.int32),
+    )
+    rollout = sampler.rollout(
+        sampler.to_sampler(params, config), config, prompts, group_size=shape.group,
+        max_new_tokens=shape.completion, temperature=1.0, seed=0, iteration=0,
+        on_end=computed.append,
+    )  # fmt: skip
+    return computed[0] / int(rollout.mask.sum())
+
+
+def compiling() -> dict[int, float]:
+    """Seconds of compiling an update, by layers."""
+    shape = workload.SHAPES["small"]
+    deep = {layers: dataclasses.replace(shape, layers=layers) for layers in (4, 28)}
+    return {layers: ours.update(own)[1]["compile_s"] for layers, own in deep.items()}
+
+
+def rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What was aimed at and what is reached."""
+    then, now = (found["quickstart"][key] for key in ("then", "now"))
+    each = [statistics.median(r["iteration_s"] for r in own["runs"]) for own in (then, now)]
+    long, short = (own["cold_s"] + 100 * s for own, s in zip((then, now), each, strict=True))
+    share = statistics.median(r["iteration_s"] / sum(r["phases_s"].values()) for r in now["runs"])
+    host = statistics.median(
+        1 - sum(r["phases_s"][p] for p in ("rollout", "update")) / r["iteration_s"]
+        for r in now["runs"]
+    )
+    layers = {int(k): v for k, v in found["compile_s"].items()}
+    measured = (
+        ("quickstart, cold start and 100 iterations, ÷ that of before", short / long, 0.55),
+        ("an iteration of it ÷ that of before", each[1] / each[0], 0.55),
+        ("iteration ÷ sum of its phases", share, 1.02),
+        ("share of an iteration that is neither rollout nor update", host, 0.05),
+        ("rows of decode steps ÷ tokens, ragged, 32 × 16", found["rows_per_token"], 1.25),
+        ("compiling an update of 28 layers ÷ of 4", layers[28] / layers[4], 1.3),
+    )
+    return [
+        (what, f"{value:.2f}", f"≤ {aim:g}", "yes" if value <= aim else "**no**")
+        for what, value, aim in measured
+    ]
+
+
+def main(given: cli.Flags) -> None:
+    """Measure, and write the results."""
+    shutil.rmtree(RUNS, ignore_errors=True)
+    found = {
+        "quickstart": quickstart(given.iterations, given.rounds),
+        "rows_per_token": idle(),
+        "compile_s": compiling(),
+    }
+    (table.HERE / "results" / "loop.json").write_text(json.dumps(found, indent=1) + "\n")
+    text = markdown(["what", "here", "aim", "met"], rows(found))
+    table.README.write_text(fill(table.README.read_text(), "loop", text))
+    print(text)
+
+
+if __name__ == "__main__":
+    cli.run(main, FLAGS)
