@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pathlib
 import signal
 
 from jaxlib.version import __version_info__ as version
@@ -38,6 +39,19 @@ def nano():
     """A two-layer policy with a prime vocabulary, every parameter perturbed so that all matter."""
     config = model.make("nano", vocab_size=fakes.VOCAB, max_position_embeddings=256)
     return config, fakes.perturbed(jax.jit(params.init, static_argnums=0)(config, 0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_mappings():
+    """A compiled program holds about ten mappings of memory, of which Linux gives a process 65,530.
+
+    Without any left, the next compilation is a segmentation fault.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
