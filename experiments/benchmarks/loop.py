@@ -114,7 +114,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
         ("compiling an update of 28 layers ÷ of 4", layers[28] / layers[4], 1.3),
     )
     return [
-        (what, f"{value:.2f}", f"≤ {aim:g}", "yes" if value <= aim else "**no**")
+        (what, f"{value:z.2f}", f"≤ {aim:g}", "yes" if value <= aim else "**no**")
         for what, value, aim in measured
     ]
 
