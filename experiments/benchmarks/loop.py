@@ -2,7 +2,8 @@
 
     python -m experiments.benchmarks.loop     # 15 minutes; nothing else should run
 
-`results/loop.json` gets the numbers, the README a table of them.
+The code of before is taken from the repository's history. `results/loop.json` gets the numbers, the
+README a table of them.
 """
 
 from __future__ import annotations
@@ -18,13 +19,10 @@ import sys
 import time
 from typing import Any
 
-import numpy as np
-
 from experiments.benchmarks import ours, table, workload
 from experiments.evidence.study import fill, markdown
 from sapo_jax import cli, sampler
 from sapo_jax.training import workdir
-from sapo_jax.types import Prompts
 
 ROOT = table.HERE.parents[1]
 RUNS = ROOT / "runs" / "experiments" / "loop"
@@ -72,17 +70,11 @@ def idle() -> float:
     """Rows that decode steps compute ÷ tokens, 32 prompts × 16 whose mean ÷ longest is 0.33."""
     shape = workload.SHAPES["many"]
     config, params = ours.policy(shape)
-    computed = []
-    prompts = Prompts(
-        tokens=workload.rollouts(shape).prompt[:: shape.group],
-        length=np.full(shape.prompts, shape.prompt, np.int32),
-        id=np.arange(shape.prompts, dtype=np.uint32),
-        task=np.zeros(shape.prompts, np.int32),
-    )
+    computed: list[int] = []
     rollout = sampler.rollout(
-        sampler.to_sampler(params, config), config, prompts, group_size=shape.group,
-        max_new_tokens=shape.completion, temperature=1.0, seed=0, iteration=0,
-        on_end=computed.append,
+        sampler.to_sampler(params, config), config, ours.prompts_of(shape),
+        group_size=shape.group, max_new_tokens=shape.completion, temperature=1.0, seed=0,
+        iteration=0, on_end=computed.append,
     )  # fmt: skip
     return computed[0] / int(rollout.mask.sum())
 

@@ -47,6 +47,16 @@ def policy(shape: Shape, **fields: Any) -> tuple[model.ModelConfig, Any]:
     return dataclasses.replace(shaped, **stops), jax.device_put(params)
 
 
+def prompts_of(shape: Shape) -> Prompts:
+    """One prompt of each group, as the sampler takes them."""
+    return Prompts(
+        tokens=workload.rollouts(shape).prompt[:: shape.group],
+        length=np.full(shape.prompts, shape.prompt, np.int32),
+        id=np.arange(shape.prompts, dtype=np.uint32),
+        task=np.zeros(shape.prompts, np.int32),
+    )
+
+
 def batch_of(rows: workload.Rollouts) -> Batch:
     """Left-aligned rows as the learner takes them."""
     p, t = rows.prompt.shape[1], rows.completion.shape[1]
@@ -181,12 +191,7 @@ def generate(shape: Shape) -> Built:
     """Sample a group for each prompt, log-probabilities included."""
     config, params = policy(shape)
     weights, seeds = sampler.to_sampler(params, config), iter(range(10**9))
-    prompts = Prompts(
-        tokens=workload.rollouts(shape).prompt[:: shape.group],
-        length=np.full(shape.prompts, shape.prompt, np.int32),
-        id=np.arange(shape.prompts, dtype=np.uint32),
-        task=np.zeros(shape.prompts, np.int32),
-    )
+    prompts = prompts_of(shape)
 
     def once():
         found = sampler.rollout(

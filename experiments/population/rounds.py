@@ -24,7 +24,7 @@ from sapo_jax.training.progress import Progress
 FLAGS = cli.Flags("experiments.population.rounds", __doc__)
 FLAGS.string("init_from", "runs/quickstart_sft", "Cold start; '' for none.")
 FLAGS.integer("iterations", 8, "Iterations of a run; the first two are left out.", 3)
-FLAGS.integer("rounds", 4, "Rounds that are measured.", 1)
+FLAGS.integer("rounds", 3, "Rounds that are measured.", 1)
 SHOWN = ("time/update", "time/rollout", "time/iteration")
 
 
@@ -39,7 +39,7 @@ def seconds(runs: int, name: str) -> dict[str, float]:
         with Progress(FLAGS.iterations * runs, name) as bar:
             schedule.run_cohort(cohort, place, bar)
         places = [place / run for run in cohort.names]
-    kept = [r for x in places for r in workdir.read_metrics(x) if r.get("iteration", 0) > 2]
+    kept = [r for x in places for r in workdir.read_metrics(x) if r["iteration"] > 2]
     return {key: statistics.median(r[key] for r in kept if key in r) for key in SHOWN}
 
 

@@ -6,8 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from experiments.benchmarks import ours, run, table
+from experiments.benchmarks import loop, ours, run, table
 from experiments.benchmarks.workload import SHAPES, Shape
+from experiments.evidence.study import markdown
 
 TINY = Shape(vocab=32, hidden=8, layers=1, heads=2, kv_heads=1, head_dim=4, mlp=8, prompts=2,
              group=2, prompt=3, completion=5)  # fmt: skip
@@ -75,6 +76,32 @@ def test_contestants_exist():
             assert entry.name in known
             assert (entry.label in table.PEERS) == bool(entry.peer)
             assert not entry.peer or f".cache/peers/{entry.peer}/ready" in makefile
+
+
+def test_the_loop_is_measured_by_its_phases_and_its_past():
+    def runs(*pairs):
+        phases = dict.fromkeys(loop.PHASES, 0.0)
+        return [
+            {"iteration_s": s, "phases_s": phases | {"rollout": 0.5, "update": update}}
+            for s, update in pairs
+        ]
+
+    found = {
+        "quickstart": {"then": {"cold_s": 100.0, "runs": runs((4.0, 3.0), (2.0, 1.5))},
+                       "now": {"cold_s": 60.0, "runs": runs((1.5, 1.0), (1.5, 0.7))}},
+        "rows_per_token": 1.25, "compile_s": {"4": 10.0, "28": 15.0},
+    }  # fmt: skip
+    assert [line[1:] for line in loop.rows(found)] == [
+        ("0.53", "≤ 0.55", "yes"),  # (60 + 150) ÷ (100 + 300)
+        ("0.50", "≤ 0.55", "yes"),
+        ("1.12", "≤ 1.02", "**no**"),  # of 1 and 1.25
+        ("0.10", "≤ 0.05", "**no**"),  # of 0 and 0.2
+        ("1.25", "≤ 1.25", "yes"),
+        ("1.50", "≤ 1.3", "**no**"),
+    ]
+    stored = json.loads((table.HERE / "results" / "loop.json").read_text())
+    text = markdown(["what", "here", "aim", "met"], loop.rows(stored))
+    assert f"<!-- loop -->\n\n{text}" in table.README.read_text()
 
 
 def test_tables_follow_from_the_results():
