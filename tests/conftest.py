@@ -43,7 +43,7 @@ def nano():
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_mappings():
-    """A compiled program holds about ten mappings of memory, of which Linux gives a process 65,530.
+    """A compiled program holds six mappings of memory or more; Linux gives a process 65,530.
 
     Without any left, the next compilation is a segmentation fault.
     """
