@@ -6,7 +6,7 @@ Claim     From the cold start of configs/quickstart_sft.py, SAPO with 4 minibatc
 Command   make train
           (the cold start, then python -m sapo_jax.main --config=configs/quickstart.py
           --workdir=runs/quickstart; --config.objective.name=grpo or gspo for the baselines)
-Time      2.5 minutes, compiling included, on 2 CPU cores.
+Time      2.5 to 4 minutes, by machine, compiling included, on 2 CPU cores.
 Result    Pass@1 0.42 → 0.97 for seed 0; over five seeds 0.946 at the end (0.921 to 0.971), GRPO
           0.952, GSPO 0.948 (experiments/quickstart).
 """

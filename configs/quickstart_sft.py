@@ -3,7 +3,7 @@
 Claim     Supervised learning of worked answers, one step in four of which is wrong, gives a policy
           whose Pass@1 is about that of its teacher: 0.2–0.5.
 Command   python -m sapo_jax.main --config=configs/quickstart_sft.py --workdir=runs/quickstart_sft
-Time      2.5 minutes, compiling included, on 2 CPU cores.
+Time      2.5 to 4 minutes, by machine, compiling included, on 2 CPU cores.
 Result    Pass@1 0.36, 0.27 to 0.45 over five seeds (the teacher: 0.75³ = 0.42).
 """
 

@@ -109,7 +109,7 @@ def _of_all(
     gate, up, down = (
         partial(lora.grouped, w, expert=plan.expert, sizes_E=plan.sizes) for w in weights
     )
-    inner_MF = jax.nn.silu(gate(x_MD)) * up(x_MD)
+    inner_MF = waves.swiglu(gate(x_MD), up(x_MD))
     out_TkD = down(inner_MF)[plan.position].astype(jnp.float32)
     return jnp.sum(out_TkD * gates_Tk[..., None], 1)
 

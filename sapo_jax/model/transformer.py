@@ -14,6 +14,7 @@ from sapo_jax.model.attention import einsum
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.model.moe import Routing
 from sapo_jax.model.params import all_gather, head_weight, layer_stacks, layer_table
+from sapo_jax.model.waves import swiglu
 from sapo_jax.parallel import collectives
 from sapo_jax.types import Images
 
@@ -70,7 +71,7 @@ def layer(
         routing = moe.route(h, weights["router"], config, replay_Xk)
         return x_XD + moe.experts(w, config, h, routing), routing
     h = collectives.copy_to_tensor(h)
-    inner = jax.nn.silu(lora.linear(w, "gate", h)) * lora.linear(w, "up", h)
+    inner = swiglu(lora.linear(w, "gate", h), lora.linear(w, "up", h))
     return x_XD + collectives.reduce_from_tensor(lora.linear(w, "down", inner)), None
 
 

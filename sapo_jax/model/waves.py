@@ -48,8 +48,10 @@ def _up(own: Layout, hidden_TD: jax.Array, weights: Experts) -> tuple[jax.Array,
     return x_CD, *(lora.grouped(w, x_CD, own.expert, own.sizes) for w in weights[:2])
 
 
-def _swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
-    return jax.nn.silu(gate) * up
+@jax.checkpoint
+def swiglu(gate_XF: jax.Array, up_XF: jax.Array) -> jax.Array:
+    """silu(gate) · up (arXiv 2002.05202), of which the backward pass keeps the factors alone."""
+    return jax.nn.silu(gate_XF) * up_XF
 
 
 def _others(rows: Layout, size: int, body: Callable, carry: Any) -> Any:
@@ -78,7 +80,7 @@ def apply(
 
 def _forward(size, hidden_TD, share_M, weights, rows):
     def add(wave, out_TD, own, gate, up):
-        y_CD = lora.grouped(weights[2], _swiglu(gate, up), own.expert, own.sizes)
+        y_CD = lora.grouped(weights[2], swiglu(gate, up), own.expert, own.sizes)
         y_CD = y_CD.astype(jnp.float32) * _slice(share_M, wave, size)[:, None]
         return out_TD.at[own.source].add(y_CD, mode="drop")
 
@@ -103,7 +105,7 @@ def _backward(size, saved, d_out_TD):
 
         d_CD = d_out_TD.at[own.source].get(mode="fill", fill_value=0)
         share_C = _slice(share_M, wave, size)
-        inner, pull = jax.vjp(_swiglu, gate, up)
+        inner, pull = jax.vjp(swiglu, gate, up)
         pull_down = pull_through(weights[2], inner)
         _, d_inner = pull_down(d_CD.astype(dtype))
         d_share_C = jnp.sum(inner.astype(jnp.float32) * d_inner.astype(jnp.float32), -1)

@@ -10,6 +10,7 @@ from sapo_jax.parallel import sharding
 
 FULL = 128  # rows that keep a device busy; more in flight waste more steps at the end
 FEWEST = 8  # rows below which a decode step costs about the same
+FEW = 32  # steps of a rollout below which what a step and a program cost at least is most of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +68,8 @@ def make_plan(
       group_size: G.
       slots: whose groups would be in flight at once, which says how many rows are: slots · G. 0:
         all, or, where that is more than keeps a device busy, down to a quarter of them.
-      shrink: how many times the number of rows is halved while the last completions finish.
+      shrink: how many times the number of rows is halved while the last completions finish; of
+        `FEW` tokens at most once, to a quarter.
       parts: of the rows (see `sharding.parts`), each with as many slots; divides P and the slots.
       whole: slots have G rows and the largest cache from the start, so that completions can go on.
     """
@@ -78,10 +80,11 @@ def make_plan(
         count = in_flight // rows
     else:
         count, rows = own, group_size
-        while rows > fewest and own * rows >= 2 * FULL:
+        full = 2 * FULL if max_new_tokens < FEW else FULL
+        while rows > fewest and own * rows >= 2 * full:
             rows = max(fewest, rows // 2)
-    shapes = [(count, rows)]
-    for i in range(1, shrink + 1):
+    shapes, halvings = [(count, rows)], range(1, shrink + 1)
+    for i in halvings[1:2] if max_new_tokens < FEW else halvings:
         if (total := count * rows >> i) < FEWEST:
             break
         width = -(-shapes[-1][1] // 4)

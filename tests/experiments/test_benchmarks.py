@@ -79,19 +79,21 @@ def test_contestants_exist():
 
 
 def test_the_loop_is_measured_by_its_phases_and_its_past():
-    def runs(*pairs):
+    def runs(*each):
         phases = dict.fromkeys(loop.PHASES, 0.0)
         return [
-            {"iteration_s": s, "phases_s": phases | {"rollout": 0.5, "update": update}}
-            for s, update in pairs
-        ]
+            {"wall_s": 100 * s, "iteration_s": s, "pass_at_1": {"0": 0.4, "100": last},
+             "phases_s": phases | {"rollout": 0.5, "update": update}}
+            for s, update, last in each
+        ]  # fmt: skip
 
     found = {
-        "quickstart": {"then": {"cold_s": 100.0, "runs": runs((4.0, 3.0), (2.0, 1.5))},
-                       "now": {"cold_s": 60.0, "runs": runs((1.5, 1.0), (1.5, 0.7))}},
+        "quickstart": {"then": {"cold_s": 100.0, "runs": runs((4.0, 3.0, 0.9), (2.0, 1.5, 0.8))},
+                       "now": {"cold_s": 60.0, "runs": runs((1.5, 1.0, 0.8), (1.5, 0.7, 0.7))}},
         "rows_per_token": 1.25, "compile_s": {"4": 10.0, "28": 15.0},
     }  # fmt: skip
     assert [line[1:] for line in loop.rows(found)] == [
+        ("-0.050 ± 0.035", "within two standard errors", "yes"),
         ("0.53", "≤ 0.55", "yes"),  # (60 + 150) ÷ (100 + 300)
         ("0.50", "≤ 0.55", "yes"),
         ("1.12", "≤ 1.02", "**no**"),  # of 1 and 1.25

@@ -149,6 +149,15 @@ def test_equal_lengths_keep_all_rows_busy():
         assert slots.plan.slots[0] * slots.plan.rows[0] == rows
 
 
+def test_few_steps_take_few_programs_and_many_rows():
+    """What a step and a program cost at least is most of a short rollout."""
+    short, long = (make_plan(32, tokens, group_size=8) for tokens in (31, 32))
+    assert (short.slots, short.rows, short.cache) == ((32, 32), (8, 2), (31,))
+    assert (long.slots, long.rows, long.cache) == ((32, 64, 32, 16), (4, 1, 1, 1), (32,))
+    assert make_plan(128, 31, group_size=8).rows[0] == 2
+    assert make_plan(32, 31, group_size=8, shrink=1).slots == (32,)
+
+
 def test_a_plan_has_no_more_rows_in_flight_than_slots_say():
     for prompts, group, slots, parts in (
         (64, 8, 16, 1),
