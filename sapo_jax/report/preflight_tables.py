@@ -22,6 +22,11 @@ def _number(x: float) -> str:
     return f"{x:.2f}" if x == 0 or x >= 0.1 else f"{x:.2g}"
 
 
+def _least(x: float) -> str:
+    """A time or a cost, which is a second of a chip for a toy and months of them for a pod."""
+    return f"{x:,.1f}" if x >= 0.1 else f"{x:.2g}"
+
+
 def of_model(result: dict[str, Any]) -> list[str]:
     """Executed over model FLOPs, and the MFU, of a program that has any."""
     model = result["model_flops"]
@@ -84,7 +89,9 @@ def text(report: dict[str, Any]) -> str:
     if not report["refused"]:
         runs = report.get("runs", 1)
         beside = f", of {runs} runs side by side" if runs > 1 else ""
-        parts.append(f"An iteration takes at least {report['iteration_seconds']:.1f} s{beside}.")
+        parts.append(
+            f"An iteration takes at least {_least(report['iteration_seconds'])} s{beside}."
+        )
     return "\n\n".join(parts)
 
 
@@ -110,8 +117,9 @@ def runs_text(tried: Sequence[dict[str, Any]], hbm: float, chips: int, iteration
     flags = " ".join(f"--config.{field}={value}" for field, value in t["fields"].items())
     return (
         f"{table}\n\nMost that fit: {t['runs']}, by {flags}\n"
-        f"A run of {iterations} iterations takes {own} chips for at least {hours:.1f} hours, "
-        f"{own * hours:,.0f} chip-hours; an iteration at least {t['seconds']:.1f} s."
+        f"A run of {iterations} iterations takes {own} chip{'s' * (own > 1)} for at least "
+        f"{_least(hours)} hours, {_least(own * hours)} chip-hours; an iteration at least "
+        f"{_least(t['seconds'])} s."
     )
 
 
