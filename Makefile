@@ -12,7 +12,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# An update on a CPU writes 100 MB afresh, page by page: with glibc's large pages it takes a tenth less.
+# An update on a CPU writes 140 MB afresh, page by page: with glibc's large pages it takes a tenth less.
 RUN := JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} GLIBC_TUNABLES=glibc.malloc.hugetlb=1 $(BIN)/python -m sapo_jax.main
 
 # Python keeps what it compiled, whatever the environment says: without, each process, and there are

@@ -16,6 +16,7 @@ from sapo_jax.model import lora, waves
 from sapo_jax.model.attention import einsum
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.model.grouped import Layout, block_size, layout
+from sapo_jax.model.swiglu import swiglu
 from sapo_jax.parallel import collectives
 
 
@@ -109,7 +110,7 @@ def _of_all(
     gate, up, down = (
         partial(lora.grouped, w, expert=plan.expert, sizes_E=plan.sizes) for w in weights
     )
-    inner_MF = waves.swiglu(gate(x_MD), up(x_MD))
+    inner_MF = swiglu(gate(x_MD), up(x_MD))
     out_TkD = down(inner_MF)[plan.position].astype(jnp.float32)
     return jnp.sum(out_TkD * gates_Tk[..., None], 1)
 

@@ -14,7 +14,7 @@ from sapo_jax.model.attention import einsum
 from sapo_jax.model.config import ModelConfig
 from sapo_jax.model.moe import Routing
 from sapo_jax.model.params import all_gather, head_weight, layer_stacks, layer_table
-from sapo_jax.model.waves import swiglu
+from sapo_jax.model.swiglu import swiglu
 from sapo_jax.parallel import collectives
 from sapo_jax.types import Images
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from sapo_jax.model import lora
 from sapo_jax.model.grouped import Layout
+from sapo_jax.model.swiglu import swiglu
 
 LOAD = 1.25  # rows of a wave ÷ those of a balanced load
 FEW = 4096  # rows that are one wave whatever their load: their memory is small
@@ -46,12 +47,6 @@ def _up(own: Layout, hidden_TD: jax.Array, weights: Experts) -> tuple[jax.Array,
     """A wave's rows, and what the gates and up projections make of them."""
     x_CD = hidden_TD.at[own.source].get(mode="fill", fill_value=0)
     return x_CD, *(lora.grouped(w, x_CD, own.expert, own.sizes) for w in weights[:2])
-
-
-@jax.checkpoint
-def swiglu(gate_XF: jax.Array, up_XF: jax.Array) -> jax.Array:
-    """silu(gate) · up (arXiv 2002.05202), of which the backward pass keeps the factors alone."""
-    return jax.nn.silu(gate_XF) * up_XF
 
 
 def _others(rows: Layout, size: int, body: Callable, carry: Any) -> Any:

@@ -69,22 +69,24 @@ def make_plan(
       slots: whose groups would be in flight at once, which says how many rows are: slots · G. 0:
         all, or, where that is more than keeps a device busy, down to a quarter of them.
       shrink: how many times the number of rows is halved while the last completions finish; of
-        `FEW` tokens at most once, to a quarter.
+        fewer than `FEW` tokens once, to a quarter, or not at all with 0.
       parts: of the rows (see `sharding.parts`), each with as many slots; divides P and the slots.
       whole: slots have G rows and the largest cache from the start, so that completions can go on.
     """
     own, fewest = prompts // parts, group_size if whole else -(-group_size // 4)
+    full, halvings = FULL, range(1, shrink + 1)
+    if max_new_tokens < FEW:
+        full, halvings = 2 * FULL, (2,)[:shrink]
     if 0 < slots < prompts:
         in_flight = max(1, slots // parts) * group_size
         rows = max(fewest, -(-in_flight // own))
         count = in_flight // rows
     else:
         count, rows = own, group_size
-        full = 2 * FULL if max_new_tokens < FEW else FULL
         while rows > fewest and own * rows >= 2 * full:
             rows = max(fewest, rows // 2)
-    shapes, halvings = [(count, rows)], range(1, shrink + 1)
-    for i in halvings[1:2] if max_new_tokens < FEW else halvings:
+    shapes = [(count, rows)]
+    for i in halvings:
         if (total := count * rows >> i) < FEWEST:
             break
         width = -(-shapes[-1][1] // 4)

@@ -155,7 +155,8 @@ def test_few_steps_take_few_programs_and_many_rows():
     assert (short.slots, short.rows, short.cache) == ((32, 32), (8, 2), (31,))
     assert (long.slots, long.rows, long.cache) == ((32, 64, 32, 16), (4, 1, 1, 1), (32,))
     assert make_plan(128, 31, group_size=8).rows[0] == 2
-    assert make_plan(32, 31, group_size=8, shrink=1).slots == (32,)
+    assert make_plan(32, 31, group_size=8, shrink=1) == short
+    assert make_plan(32, 31, group_size=8, shrink=0).slots == (32,)
 
 
 def test_a_plan_has_no_more_rows_in_flight_than_slots_say():
