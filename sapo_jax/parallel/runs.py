@@ -20,19 +20,18 @@ BY_RUN = PartitionSpec("run")
 def vmapped(
     function: Callable, mesh: Mesh | None, donate: tuple[int, ...] = (), /, **static: Any
 ) -> Callable:
-    """A function of one run as one program of all: its trees have a leading axis R, but for what
-    is `Frozen`.
+    """A function of one run as one program of all: its trees have a leading axis R.
 
     On a mesh with other axes beside `run` each run is computed on its part; what is under
-    `sharding.shard_map` is there the program of a run alone.
+    `sharding.shard_map` is there the program of a run alone. Elsewhere what is `Frozen` is there
+    once, without the axis.
     """
 
     def program(*trees):
-        shared = [isinstance(tree, Frozen) for tree in trees]
-        options = {"in_axes": [None if s else 0 for s in shared]}
         if mesh is not None and mesh.axis_names != ("run",):
-            return jax.vmap(partial(function, **static), **options, spmd_axis_name="run")(*trees)
-        each = jax.vmap(partial(function, **static), **options)
+            return jax.vmap(partial(function, **static), spmd_axis_name="run")(*trees)
+        shared = [isinstance(tree, Frozen) for tree in trees]
+        each = jax.vmap(partial(function, **static), [None if s else 0 for s in shared])
         specs = tuple(PartitionSpec() if s else BY_RUN for s in shared)
         return sharding.shard_map(each, mesh, specs, BY_RUN)(*trees)
 

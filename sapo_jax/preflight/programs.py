@@ -137,7 +137,8 @@ def _abstract_frozen(settings: Settings) -> Frozen | None:
     """The base of adapters, placed likewise."""
     config = settings.model
     specs = lora.frozen(params.partition_specs(config), config)
-    return placed(learner.abstract_frozen(settings.hp), settings.mesh, specs)
+    one = placed(learner.abstract_frozen(settings.hp), settings.mesh, specs)
+    return runs.abstract(one, settings.mesh)
 
 
 def _reference(settings: Settings) -> dict[str, Any]:

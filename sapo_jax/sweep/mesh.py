@@ -80,8 +80,8 @@ class MeshPopulation(Population):
         return sharding.place(batch, self.mesh, ROWS)
 
     def share(self, frozen: Frozen) -> Frozen:
-        """What all of the runs have in common lies on the mesh."""
-        return frozen
+        """On each part, with the axis R, so that the sampler can take it as it is."""
+        return self.place([frozen])
 
     def abstract(self, tree: Any) -> Any:
         """Shapes of the arrays of all places, from those of one, and where they lie."""

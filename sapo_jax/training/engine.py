@@ -42,7 +42,7 @@ class Bundle(NamedTuple):
       streams: the training examples of each run.
       origins: which checkpoint its reference, or the base of its adapters, is, and that one's
         fingerprint; None without one.
-      frozen: with LoRA the base, which all runs share; None without.
+      frozen: what is not learnt, with LoRA the base: the same for all runs; None without.
       waiting: batches that later iterations learn from, the next one first.
       carry: with a budget, what the next rollout begins with.
     """

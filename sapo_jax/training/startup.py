@@ -28,6 +28,7 @@ from sapo_jax.training.experience import SOURCES, open_stream
 from sapo_jax.training.progress import Clock
 from sapo_jax.training.settings import Settings
 from sapo_jax.training.workdir import read_config, read_metrics
+from sapo_jax.types import Frozen
 
 
 def start(
@@ -51,6 +52,7 @@ def start(
     found = _restore_newest(engines, checkpoints, alone)
     latest, saved, metas = found or (0, [], [{} for _ in runs])
     given: dict[str, Any] = {}  # read and placed once for all runs that start from it
+    shared: dict[tuple[int, ...], Frozen] = {}  # the same arrays once for engines of as many runs
 
     def weights(run, origin):
         key = run.config.init_from
@@ -83,8 +85,9 @@ def start(
             stored = [meta.get("reference") for meta in own]  # None in checkpoints of before
             found = list(map(weights, engine.runs, stored))
             origins = [given[run.config.init_from][1] for run in engine.runs]
-            base = lora.frozen(found[0], shape)
-            frozen = base and engine.share(base)
+            if base := lora.frozen(found[0], shape):
+                key = (len(own), *map(id, jax.tree.leaves(base)))
+                frozen = shared[key] = shared.get(key) or engine.share(base)
             if engine.runs[0].needs_reference:
                 others = [lora.trained(params, shape) for params in found]
                 reference = engine.place(others)
