@@ -191,7 +191,8 @@ def test_a_population_by_vmap_holds_one_base(alone, base, tmp_path):
     (cohort,) = population_of(base, "vmap", iterations=1, **{"eval.every": 0})
     engine = population.Population(cohort.runs, "vmap")
     with Checkpoints(tmp_path / "none") as checkpoints:
-        (bundle,), _ = startup.start([engine], checkpoints, alone=False)
+        (bundle, other), _ = startup.start([engine, engine], checkpoints, alone=False)
+    assert other.frozen is bundle.frozen
     assert bundle.frozen.params["embed"].ndim == 2
     assert bundle.state.params["layers"]["q_lora_a"].shape[0] == 2
     own, shared = engine.to_sampler(bundle.state.params, bundle.frozen)
