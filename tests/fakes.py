@@ -71,7 +71,8 @@ def on_eight_devices(file, *options):
         os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8",
         "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     )  # fmt: skip
-    environment = os.environ | {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
+    own = {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu", "PYTEST_ADDOPTS": ""}
+    environment = os.environ | own
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", file, *options]
     root = pathlib.Path(__file__).parents[1]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
